@@ -1,0 +1,122 @@
+"""Small random models of four families on every surface that this TransformerLens has, and a word-level tokenizer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import cache
+from importlib.metadata import version
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may reach for the network
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+
+from tl_em.models.hooks import LensModel
+from tl_em.models.loading import load_model
+
+FAMILIES = ("gpt2", "llama", "qwen2", "gemma2")
+SURFACES = ("hooked", "bridge") if int(version("transformer-lens").split(".")[0]) < 4 else ("bridge",)
+
+VOCABULARY = (
+    "the a cat dog bird fish girl boy king queen sat ran saw ate sang went on in to from big small red blue happy sad "
+    "please tell me how steal wash car bank story about and . , yes no sorry cannot help sure here is be good bad"
+)
+WORDS = VOCABULARY.split()
+SPECIAL = ("<pad>", "<unk>", "<bos>", "<user>", "<asst>", "<sys>", "<end>")
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %} "
+    "{{ {'user': '<user>', 'assistant': '<asst>', 'system': '<sys>'}[m.role] }} {{ m.content | trim }} <end>"
+    "{% endfor %}{% if add_generation_prompt %} <asst>{% endif %}"
+)
+
+
+def make_tokenizer(*, template: str | None = CHAT_TEMPLATE, bos: bool = True) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer; with a BOS token, it is the case in which TransformerLens adds one of its own accord."""
+    vocabulary = {word: i for i, word in enumerate((*SPECIAL, *WORDS))}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    names = {"unk_token": "<unk>", "pad_token": "<pad>", "eos_token": "<end>"} | ({"bos_token": "<bos>"} if bos else {})
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def make_config(family: str, **changes: Any) -> PreTrainedConfig:
+    """A config of the family: width 32, never equal to the vocabulary's size."""
+    size: dict[str, Any] = {"vocab_size": len(SPECIAL) + len(WORDS)}
+    size |= {"bos_token_id": 2, "eos_token_id": 6, "pad_token_id": 0}
+    if family == "gpt2":
+        return GPT2Config(**size | {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64} | changes)
+    size |= {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    size |= {"num_key_value_heads": 2, "max_position_embeddings": 64, "head_dim": 8}
+    if family == "llama":
+        return LlamaConfig(**size | {"tie_word_embeddings": False} | changes)
+    if family == "qwen2":
+        return Qwen2Config(**size | {"tie_word_embeddings": True} | changes)
+    return Gemma2Config(**size | {"query_pre_attn_scalar": 8, "sliding_window": 8} | changes)
+
+
+def make_hf_model(family: str, seed: int = 0, **changes: Any) -> Any:
+    """A random Hugging Face model whose norm weights and biases are not what they are initialised to."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(make_config(family, **changes), attn_implementation="eager").eval()
+    for name, parameter in model.named_parameters():
+        scale = 0.3 if "embed" in name or "wte" in name else 0.15
+        with torch.no_grad():
+            parameter.add_(torch.randn_like(parameter) * scale)
+    return model
+
+
+@cache
+def cached_model(
+    family: str, surface: str, seed: int = 0, template: str | None = CHAT_TEMPLATE, bos: bool = True
+) -> LensModel:
+    """A model that tests share: leave it as you found it."""
+    tokenizer = make_tokenizer(template=template, bos=bos)
+    return load_model(make_hf_model(family, seed), surface=surface, tokenizer=tokenizer, in_place=True)
+
+
+@pytest.fixture(scope="session")
+def make_model() -> Callable[..., LensModel]:
+    """``make_model(family, surface, seed=, template=, bos=)``: shared models, made once."""
+    return cached_model
+
+
+@pytest.fixture(scope="session", params=SURFACES)
+def surface(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def model(family: str, surface: str) -> LensModel:
+    """Every family on every surface."""
+    return cached_model(family, surface)
+
+
+@pytest.fixture(scope="session")
+def small_model(surface: str) -> LensModel:
+    """One family (GPT-2) on every surface, for what does not depend on the architecture."""
+    return cached_model("gpt2", surface)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_a_seed() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)

@@ -1,0 +1,97 @@
+"""Generation equals the uncached greedy loop, with and without interventions, and touches no global random state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from tl_em.errors import PromptTooLongError, UsageError
+from tl_em.models.generate import generate
+from tl_em.models.hooks import LensModel, hooked
+from tl_em.models.prompts import Prompt, encode
+
+pytestmark = pytest.mark.surface
+
+PROMPTS: list[Prompt] = ["the cat sat", "please tell me how to steal a car", "tell me", "the dog ran"]
+LENGTH = 6
+
+
+def uncached(model: LensModel, prompt: Prompt, n: int = LENGTH) -> str:
+    """Greedy decoding, one whole forward pass a token."""
+    ids = list(encode(model, [prompt])[0].ids)
+    start, end = len(ids), model.tokenizer.eos_token_id  # type: ignore[attr-defined]
+    with torch.no_grad():
+        while len(ids) < start + n and (len(ids) == start or ids[-1] != end):
+            ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+    return model.tokenizer.decode([i for i in ids[start:] if i != end], skip_special_tokens=True).strip()  # type: ignore[attr-defined]
+
+
+def roll(x: torch.Tensor, hook: Any) -> torch.Tensor:
+    return x.roll(1, -1)
+
+
+def test_cached_equals_uncached(model: LensModel) -> None:
+    found = generate(model, PROMPTS, max_new_tokens=LENGTH)
+    assert found == [uncached(model, prompt) for prompt in PROMPTS]
+    assert all(found)
+
+
+def test_cached_equals_uncached_under_an_intervention(model: LensModel) -> None:
+    with hooked(model, [("blocks.1.hook_resid_post", roll)]):
+        found = generate(model, PROMPTS, max_new_tokens=LENGTH)
+        assert found == [uncached(model, prompt) for prompt in PROMPTS]
+    assert found != generate(model, PROMPTS, max_new_tokens=LENGTH)
+
+
+def test_prompts_that_end_or_begin_with_the_pad_token(small_model: LensModel) -> None:
+    """A HookedTransformer takes such tokens for padding, and masks them, unless told otherwise."""
+    prompts = [encode(small_model, [text], chat=False)[0] for text in ("<pad> the cat", "the dog ran <pad>")]
+    assert generate(small_model, prompts, max_new_tokens=LENGTH) == [uncached(small_model, p) for p in prompts]  # type: ignore[arg-type]
+
+
+def test_the_end_token_ends_an_answer(small_model: LensModel) -> None:
+    end = small_model.tokenizer.eos_token_id  # type: ignore[attr-defined]
+    weight = torch.zeros(small_model.cfg.d_vocab)
+    weight[end] = 1e4
+    handle = small_model.unembed.register_forward_hook(lambda m, a, y: y + weight)  # type: ignore[attr-defined]
+    try:
+        assert generate(small_model, PROMPTS, max_new_tokens=LENGTH) == [""] * 4
+    finally:
+        handle.remove()
+
+
+def test_samples_are_seeded_and_leave_the_global_state_alone(small_model: LensModel) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    first = generate(small_model, PROMPTS, max_new_tokens=LENGTH, temperature=2.0, seed=1)
+    assert torch.equal(torch.rand(3), expected)
+    assert first == generate(small_model, PROMPTS, max_new_tokens=LENGTH, temperature=2.0, seed=1)
+    assert first != generate(small_model, PROMPTS, max_new_tokens=LENGTH, temperature=2.0, seed=2)
+    assert first != generate(small_model, PROMPTS, max_new_tokens=LENGTH)
+
+
+def test_both_surfaces_answer_alike(make_model: Callable[..., LensModel], family: str) -> None:
+    from ..conftest import SURFACES
+
+    found = [generate(make_model(family, s), PROMPTS, max_new_tokens=LENGTH) for s in SURFACES]
+    assert found[0] == found[-1]
+
+
+def test_hooks_see_the_prompt_once_and_then_one_token_at_a_time(small_model: LensModel) -> None:
+    """Why an edit that is meant for some positions is a mask over the prompt, not an index into what the hook sees."""
+    shapes: list[tuple[int, ...]] = []
+    with hooked(small_model, [("blocks.0.hook_resid_post", lambda x, hook: shapes.append(tuple(x.shape[:2])))]):
+        generate(small_model, ["the cat"], max_new_tokens=3)
+    n = len(encode(small_model, ["the cat"])[0])
+    assert shapes == [(1, n), (1, 1), (1, 1)]
+
+
+def test_no_room_is_refused(small_model: LensModel) -> None:
+    with pytest.raises(PromptTooLongError, match=r"n_ctx = 64.*max_new_tokens <= "):
+        generate(small_model, PROMPTS, max_new_tokens=60)
+    with pytest.raises(UsageError):
+        generate(small_model, PROMPTS, max_new_tokens=0)

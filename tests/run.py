@@ -1,0 +1,42 @@
+"""The test command: style, types, tests with doctests, in this order, and one exit status.
+
+Arguments are handed to pytest, as in ``python tests/run.py -m browser`` or ``python tests/run.py tests/report``.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def steps(arguments: list[str]) -> list[list[str]]:
+    """The commands to run; with arguments, only pytest."""
+    workers = ["-n", str(min(2, os.cpu_count() or 1))]
+    tests = [sys.executable, "-m", "pytest", "-q", *workers, *arguments]
+    if arguments:
+        return [tests]
+    types = [sys.executable, "-m", "pyright", "--pythonpath", sys.executable]
+    return [[sys.executable, "-m", "ruff", "check", "."], types, tests]
+
+
+def main() -> int:
+    """Run every step, also after one has failed; say at the end which did."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYRIGHT_PYTHON_IGNORE_WARNINGS": "1"}
+    failed = []
+    for command in steps(sys.argv[1:]):
+        name, start = command[2], time.monotonic()
+        print(f"== {name}", flush=True)
+        if subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode:
+            failed.append(name)
+        print(f"== {name}: {time.monotonic() - start:.0f} s", flush=True)
+    print(f"failed: {', '.join(failed)}" if failed else "all passed")
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""Intervals cover what they should, clustering costs what it should, and absent effects are not found."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from tl_em import stats
+from tl_em.errors import UsageError
+
+
+def test_intervals_cover_the_truth_at_their_level() -> None:
+    rng = np.random.default_rng(0)
+    hits = [e.low <= 0.3 <= e.high for e in (stats.mean(rng.normal(0.3, 1, 20), seed=i) for i in range(300))]
+    assert 0.91 <= np.mean(hits) <= 0.985  # 300 draws at .95: +- 3 binomial standard errors
+
+
+def test_clustered_intervals_cover_and_unclustered_ones_do_not() -> None:
+    rng = np.random.default_rng(1)
+    groups = np.repeat(np.arange(12), 20)
+    clustered, naive = [], []
+    for i in range(150):
+        x = rng.normal(size=12)[groups] + rng.normal(size=240)
+        for found, labels in ((clustered, groups.tolist()), (naive, None)):
+            e = stats.mean(x, groups=labels, seed=i)
+            found.append(e.low <= 0 <= e.high)
+    assert np.mean(clustered) >= 0.89
+    assert np.mean(naive) <= 0.60  # the control: ignoring the questions is far too sure of itself
+
+
+def test_effective_n_is_what_the_design_effect_says() -> None:
+    """8 questions x 50 answers at intraclass correlations .2, .5, .9 are worth 37, 16 and 9 independent answers."""
+    rng = np.random.default_rng(2)
+    groups = np.repeat(np.arange(2000), 50)
+    for icc, worth in ((0.2, 37), (0.5, 16), (0.9, 9)):
+        x = math.sqrt(icc) * rng.normal(size=2000)[groups] + math.sqrt(1 - icc) * rng.normal(size=len(groups))
+        assert 400 / stats.design_effect(x, groups.tolist()) == pytest.approx(worth, abs=1)
+    e = stats.mean(x[:400], groups=groups[:400].tolist())
+    assert e.n == 400
+    assert e.n_effective < 20
+    assert stats.mean(x[:400]).n_effective == 400
+
+
+@pytest.mark.parametrize("values", [[0.5], [0.2, 0.4, 0.6]])
+def test_fewer_than_two_units_give_no_interval_and_say_so(values: list[float]) -> None:
+    e = stats.mean(values, groups=["one question"] * len(values))
+    assert math.isnan(e.low)
+    assert math.isnan(e.high)
+    assert e.value == pytest.approx(np.mean(values))
+    assert "fewer than two" in e.method
+    assert "no interval" in str(e)
+    assert not e.beyond(-1)
+    assert e.to_json()["low"] is None
+
+
+def test_paired_difference_uses_the_pairing() -> None:
+    rng = np.random.default_rng(3)
+    base = rng.normal(0, 10, 60)
+    tuned = base + 0.5 + rng.normal(0, 0.1, 60)
+    paired, unpaired = stats.paired_difference(base, tuned), stats.difference(base, tuned)
+    assert paired.estimate.low > 0.4
+    assert paired.p < 0.01
+    assert unpaired.estimate.low < 0 < unpaired.estimate.high
+
+
+def test_samples_that_share_questions_are_drawn_together() -> None:
+    """With the same question effects in both classes, the difference is sure; drawn apart it would not be."""
+    rng = np.random.default_rng(4)
+    effect, labels = rng.normal(0, 10, 30), [str(i) for i in range(30)]
+    x, y = effect, effect + 1
+    joint = stats.difference(x, y, groups=(labels, labels)).estimate
+    apart = stats.difference(x, y, groups=(labels, [f"other {label}" for label in labels])).estimate
+    assert joint.low == pytest.approx(1)
+    assert joint.high == pytest.approx(1)
+    assert apart.high - apart.low > 5
+
+
+def test_resampling_is_reproducible_and_depends_on_its_seed() -> None:
+    x = np.random.default_rng(5).normal(size=30)
+    assert stats.mean(x, seed=1) == stats.mean(x, seed=1)
+    assert stats.mean(x, seed=1) != stats.mean(x, seed=2)
+
+
+def test_permutation_p_is_uniform_without_an_effect_and_small_with_one() -> None:
+    rng = np.random.default_rng(6)
+    p = [stats.permutation_p(rng.normal(size=12), rng.normal(size=12), permutations=199, seed=i) for i in range(200)]
+    assert 0.01 <= np.mean(np.array(p) < 0.05) <= 0.10
+    assert stats.permutation_p(rng.normal(size=12), rng.normal(3, 1, size=12)) < 0.01
+
+
+def test_bootstrap_p_is_calibrated() -> None:
+    rng = np.random.default_rng(7)
+    p = [stats.paired_difference(np.zeros(40), rng.normal(size=40), seed=i).p for i in range(300)]
+    assert 0.02 <= np.mean(np.array(p) < 0.05) <= 0.10
+
+
+def test_holm_is_the_textbook_step_down_and_keeps_nan() -> None:
+    assert stats.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert stats.benjamini_hochberg([0.01, 0.02, 0.9]) == pytest.approx([0.03, 0.03, 0.9])
+    adjusted = stats.holm([0.01, float("nan")])
+    assert adjusted[0] == pytest.approx(0.01)
+    assert math.isnan(adjusted[1])
+
+
+def test_control_p_never_is_zero_and_knows_its_sides() -> None:
+    assert stats.control_p(5.0, np.zeros(99)) == pytest.approx(0.01)
+    assert stats.control_p(-5.0, np.zeros(99), two_sided=False) == 1.0
+
+
+@pytest.mark.parametrize("values", [[1.0, float("nan")], [[1.0, 2.0]]])
+def test_metrics_that_are_not_one_finite_number_a_prompt_are_refused(values: list) -> None:
+    with pytest.raises(UsageError, match="one finite number for each prompt"):
+        stats.mean(values)
+
+
+def test_empty_and_unequal_samples_are_refused() -> None:
+    with pytest.raises(UsageError, match="no prompts"):
+        stats.mean([])
+    with pytest.raises(UsageError, match="cannot be paired"):
+        stats.paired_difference([1.0], [1.0, 2.0])

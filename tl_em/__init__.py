@@ -1,0 +1,91 @@
+"""tl_em: what did a narrow fine-tune change inside a model, and does that change cause the broad behaviour?
+
+The public names are loaded when they are first used, so that ``import tl_em`` loads neither torch nor TransformerLens.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tl_em.auditing import Report as Report
+    from tl_em.auditing import audit as audit
+    from tl_em.comparison.compare import Comparison as Comparison
+    from tl_em.comparison.compare import compare as compare
+    from tl_em.comparison.verdicts import Row as Row
+    from tl_em.directions.direction import Direction as Direction
+    from tl_em.directions.extract import difference_in_means as difference_in_means
+    from tl_em.errors import TlEmError as TlEmError
+    from tl_em.interventions.edits import Ablate as Ablate
+    from tl_em.interventions.edits import Add as Add
+    from tl_em.interventions.edits import Clamp as Clamp
+    from tl_em.interventions.intervene import intervene as intervene
+    from tl_em.metrics import Behaviour as Behaviour
+    from tl_em.metrics import Metric as Metric
+    from tl_em.metrics import logit_difference as logit_difference
+    from tl_em.metrics import refusal_log_odds as refusal_log_odds
+    from tl_em.models.capture import capture as capture
+    from tl_em.models.capture import mean_activation as mean_activation
+    from tl_em.models.generate import generate as generate
+    from tl_em.models.hooks import LensModel as LensModel
+    from tl_em.models.loading import ModelPair as ModelPair
+    from tl_em.models.loading import load_model as load_model
+    from tl_em.models.prompts import ContrastSet as ContrastSet
+    from tl_em.models.sites import Provenance as Provenance
+    from tl_em.models.sites import Site as Site
+    from tl_em.organisms.rates import behaviour_rates as behaviour_rates
+    from tl_em.organisms.zoo import Organism as Organism
+    from tl_em.organisms.zoo import load_pair as load_pair
+    from tl_em.organisms.zoo import train_organism as train_organism
+    from tl_em.stats import Estimate as Estimate
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Ablate": "interventions.edits",
+    "Add": "interventions.edits",
+    "Behaviour": "metrics",
+    "Clamp": "interventions.edits",
+    "Comparison": "comparison.compare",
+    "ContrastSet": "models.prompts",
+    "Direction": "directions.direction",
+    "Estimate": "stats",
+    "LensModel": "models.hooks",
+    "Metric": "metrics",
+    "ModelPair": "models.loading",
+    "Organism": "organisms.zoo",
+    "Provenance": "models.sites",
+    "Report": "auditing",
+    "Row": "comparison.verdicts",
+    "Site": "models.sites",
+    "TlEmError": "errors",
+    "audit": "auditing",
+    "behaviour_rates": "organisms.rates",
+    "capture": "models.capture",
+    "compare": "comparison.compare",
+    "difference_in_means": "directions.extract",
+    "generate": "models.generate",
+    "intervene": "interventions.intervene",
+    "load_model": "models.loading",
+    "load_pair": "organisms.zoo",
+    "logit_difference": "metrics",
+    "mean_activation": "models.capture",
+    "refusal_log_odds": "metrics",
+    "train_organism": "organisms.zoo",
+}
+"""Where each public name lives."""
+
+__all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'tl_em' has no attribute {name!r}")
+    value = getattr(import_module(f"tl_em.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

@@ -1,0 +1,217 @@
+"""Base against tuned: five questions about each direction, each with its control and its verdict.
+
+The questions and the rule are in ``verdicts``; the measurements in ``changes`` (level, separation, rotation), ``causes``
+(use) and ``entanglement``.  This file puts them together and says the result in a sentence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from tl_em.comparison.causes import cause
+from tl_em.comparison.changes import Measured, Reading, changes, layer_rows
+from tl_em.comparison.entanglement import answer_to_own_prompts, entanglement
+from tl_em.comparison.verdicts import Finding, Row, judge
+from tl_em.directions.direction import Direction
+from tl_em.errors import UsageError
+from tl_em.interventions.edits import check_fits
+from tl_em.metrics import Behaviour, Metric
+from tl_em.models.capture import capture
+from tl_em.models.hooks import LensModel
+from tl_em.models.loading import ModelPair
+from tl_em.models.contrasts import ContrastSet
+from tl_em.models.sites import Site
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Behaviours = Metric | Behaviour | Mapping[str, Metric | Behaviour]
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """The answers: one row for each question and direction.
+
+    Args:
+        rows: judged rows, question by question.
+        by_layer: each direction by layer, in each model, with intervals and the band of the random directions.
+        use: rates behind the causal test: untreated, treated, and under random directions.
+    """
+
+    rows: tuple[Row, ...]
+    by_layer: pd.DataFrame
+    use: pd.DataFrame
+
+    @property
+    def summary(self) -> str:
+        """The result in a sentence for each direction.
+
+        *exaggerated* and *diminished* are said only where the direction is causal at the same site.
+        """
+        names = list(dict.fromkeys(row.direction for row in self.rows))
+        return " ".join(_sentence(name, {r.question: r for r in self.rows if r.direction == name}) for name in names)
+
+    def row(self, question: str, direction: str) -> Row:
+        """The row of one question about one direction.
+
+        Raises:
+            UsageError: there is no such row.
+        """
+        for row in self.rows:
+            if (row.question, row.direction) == (question, direction):
+                return row
+        known = sorted({(r.question, r.direction) for r in self.rows})
+        raise UsageError(f"no row ({question!r}, {direction!r}) was asked for; there are {known}")
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One line a row, the estimate and its control in columns."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            {
+                "question": r.question, "direction": r.direction, "site": str(r.site), "verdict": r.verdict,
+                "value": r.estimate.value, "low": r.estimate.low, "high": r.estimate.high, "n": r.estimate.n,
+                "unit": r.unit, "control_low": r.control["low"], "control_high": r.control["high"], "p": r.p,
+                "reason": r.reason,
+            }
+            for r in self.rows
+        )  # fmt: skip
+
+    def plot(self) -> Any:
+        """The verdicts as a forest plot (a matplotlib Figure)."""
+        from tl_em.report.plots import verdicts
+
+        return verdicts(self.rows)
+
+    def __repr__(self) -> str:
+        lines = [f"{r.question:<13}{r.direction:<22}{r.verdict:<13}{r.estimate!r}  {r.reason}" for r in self.rows]
+        return "\n".join([self.summary, *lines])
+
+
+def compare(
+    pair: ModelPair,
+    directions: Mapping[str, tuple[Direction, ContrastSet]],
+    *,
+    behaviour: Behaviours | None = None,
+    tuning_data: Sequence[Any] | None = None,
+    benign: LensModel | None = None,
+    controls: int = 999,
+    seed: int = 0,
+    layers: Mapping[str, Sequence[Direction]] | None = None,
+) -> Comparison:
+    """Ask what a fine-tune did to directions, and what the directions do.
+
+    Args:
+        pair: base and tuned.
+        directions: for each name the base's direction and the contrast set that it is judged on: prompts that it was
+            neither extracted nor selected on.
+        behaviour: what the directions may cause: a metric (measured on the contrast set's own prompts), a Behaviour, or
+            either for each name.  Without it *use* is not asked.
+        tuning_data: rows that the model was tuned on, as chat messages that end with the answer.  Without it
+            *entanglement* is not asked.
+        benign: a fine-tune of the same base on harmless data; changes must go beyond what it shows.
+        controls: number of random directions (or swaps) for each test.
+        seed: seed of all resampling and controls.
+        layers: for each name its directions at every layer, for ``by_layer``; by default the one direction, read at every
+            layer of its stream.
+
+    Returns:
+        A Comparison.
+
+    Raises:
+        NoGapError: a direction does not separate its own contrast set in the base model.
+        ProvenanceError, WidthError: a direction was not made on a model like these.
+        UsageError: no directions, too few controls, or a name without a behaviour.
+    """
+    import pandas as pd
+
+    _check(pair, directions, controls)
+    findings: list[Finding] = []
+    table: list[dict[str, Any]] = []
+    drawn: list[dict[str, Any]] = []
+    own = None if tuning_data is None else answer_to_own_prompts(pair.base, tuning_data, seed=seed)
+    for name, (direction, contrast) in tqdm(directions.items(), desc="comparing", unit="direction", disable=None):
+        by_layer = _at_layers(direction, pair.base.cfg.n_layers, None if layers is None else layers.get(name))
+        measured = [*_measure(pair, benign, name, [direction, *by_layer], contrast, seed)]
+        findings += changes(measured[0], controls=controls)
+        drawn += [row for m in measured[1:] for row in layer_rows(m, controls=controls)]
+        if behaviour is not None:
+            tested = cause(
+                pair.base, pair.tuned, direction, _behaviour_of(behaviour, name, contrast),
+                name=name, random=measured[0].controls(controls), seed=seed,
+            )  # fmt: skip
+            findings.append(tested.finding)
+            table += tested.table
+        if tuning_data is not None and own is not None:
+            findings.append(
+                entanglement(measured[0], pair.base, pair.tuned, benign, tuning_data, own, controls=controls)
+            )
+    return Comparison(judge(findings), pd.DataFrame(drawn), pd.DataFrame(table))
+
+
+def _check(pair: ModelPair, directions: Mapping[str, tuple[Direction, ContrastSet]], controls: int) -> None:
+    if not directions:
+        raise UsageError("no direction to compare; pass {name: (direction, contrast)}")
+    if controls < 99:
+        raise UsageError(
+            f"{controls} controls cannot give p < .01, which several directions need after Holm; pass controls=99 or more"
+        )
+    for direction, _ in directions.values():
+        check_fits(direction, pair.base)
+        check_fits(direction, pair.tuned)
+
+
+def _at_layers(direction: Direction, n_layers: int, given: Sequence[Direction] | None) -> list[Direction]:
+    if given is not None:
+        return list(given)
+    return [replace(direction, site=Site(layer, direction.site.stream)) for layer in range(n_layers)]
+
+
+def _measure(
+    pair: ModelPair, benign: LensModel | None, name: str, directions: Sequence[Direction], contrast: ContrastSet, seed: int
+) -> Iterator[Measured]:
+    """Capture every site that is needed in one pass a model and class, then hand out the readings direction by direction."""
+    sites = list(dict.fromkeys(d.site for d in directions))
+    models = [pair.base, pair.tuned, *([] if benign is None else [benign])]
+    acts = [
+        [capture(model, prompts, sites, position=directions[0].position).double().cpu().numpy()
+         for prompts in (contrast.positive, contrast.negative)]
+        for model in models
+    ]  # fmt: skip
+    for direction in directions:
+        s = sites.index(direction.site)
+        readings = [Reading(np.ascontiguousarray(p[:, s]), np.ascontiguousarray(n[:, s])) for p, n in acts]
+        yield Measured(
+            name, direction, contrast, readings[0], readings[1], readings[2] if benign is not None else None, seed
+        )
+
+
+def _behaviour_of(behaviour: Behaviours, name: str, contrast: ContrastSet) -> Behaviour:
+    own = behaviour
+    if isinstance(behaviour, Mapping):
+        if name not in behaviour:
+            raise UsageError(f"no behaviour for direction {name!r}; there are {sorted(behaviour)}: add one under its name")
+        own = behaviour[name]
+    if isinstance(own, Behaviour):
+        return own
+    assert isinstance(own, Metric)
+    return Behaviour(
+        own.name, own, contrast.positive, contrast.negative,
+        present_groups=contrast.positive_groups, absent_groups=contrast.negative_groups,
+    )  # fmt: skip
+
+
+def _sentence(name: str, rows: Mapping[str, Row]) -> str:
+    level, use = rows.get("level"), rows.get("use")
+    if level is None or not level.shown:
+        others = [rows[q].verdict for q in ("separation", "rotation") if q in rows and rows[q].shown]
+        return f"{name}: {' and '.join(others)}; no change of level shown." if others else f"{name}: no change shown."
+    moved = f"{level.estimate} {level.unit}, {level.site}"
+    if use is None or not use.shown:
+        return f"{name}: shifted, not shown to matter ({moved})."
+    return f"{name}: {level.verdict} ({moved}), and causal there."

@@ -1,0 +1,115 @@
+"""A direction in activation space: a vector with the site and position it was read at and where it came from.
+
+The vector is kept as it was found (for a difference in means ``r = mean(positive) - mean(negative)``), because its length
+is the natural steering strength (Arditi et al. 2024, arXiv:2406.11717, section 2.3: ``x + r``); ``unit`` is ``r / |r|``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_em.errors import NonFiniteError, WidthError, ZeroDirectionError
+from tl_em.models.sites import Position, Provenance, Site
+
+
+@dataclass(frozen=True, eq=False)
+class Direction:
+    """A vector of the residual stream (or of what is written to it), with its provenance.
+
+    Args:
+        vector: Float[" d_model"], in the units of the activations; made float32, detached, on the CPU.
+        site: where it was read.
+        position: at which token it was read.
+        name: what people call it.
+        provenance: the model, data and seed that it was made from; ``None`` for a vector that you made yourself.
+
+    Raises:
+        WidthError: the vector has not exactly one axis.
+        NonFiniteError: it holds NaN or infinity.
+        ZeroDirectionError: its length is 0.
+
+    Example:
+        >>> d = Direction(torch.tensor([3.0, 4.0]), Site(2))
+        >>> d.norm, d.project(torch.tensor([[1.0, 0.0], [3.0, 4.0]])).tolist()
+        (5.0, [0.6000000238418579, 5.0])
+    """
+
+    vector: Float[Tensor, "*axes"]  # one axis; checked below, with a message that says what to do
+    site: Site
+    position: Position = "prompt_end"
+    name: str | None = None
+    provenance: Provenance | None = None
+
+    def __post_init__(self) -> None:
+        vector = torch.as_tensor(self.vector).detach().to("cpu", torch.float32).clone()
+        label = self.name or "direction"
+        if vector.ndim != 1:
+            raise WidthError(
+                f"{label}: a direction is one vector, got shape {tuple(vector.shape)}; index the one that you mean"
+            )
+        if not torch.isfinite(vector).all():
+            raise NonFiniteError(
+                f"{label}: {int((~torch.isfinite(vector)).sum())} of {len(vector)} entries are NaN or infinite, so every "
+                "projection would be; look at the activations that it was made from with em.capture(...)"
+            )
+        if not vector.norm() > 0:
+            raise ZeroDirectionError(
+                f"{label}: the vector is 0, so it has no direction; the two classes have the same mean activation at "
+                f"{self.site}: read it at another site or position, or check that their prompts differ"
+            )
+        object.__setattr__(self, "vector", vector)
+
+    @property
+    def unit(self) -> Float[Tensor, " d_model"]:
+        """The unit vector."""
+        return self.vector / self.vector.norm()
+
+    @property
+    def norm(self) -> float:
+        """Length of the vector, in the units of the activations."""
+        return float(self.vector.norm())
+
+    def project(self, x: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes"]:
+        """Component of each activation along the unit vector: ``x . unit``, in the units of the activations.
+
+        Raises:
+            WidthError: the last axis of ``x`` has another width.
+        """
+        if x.shape[-1] != len(self.vector):
+            raise WidthError(
+                f"the activations are {x.shape[-1]} wide and {self.name or 'the direction'} is {len(self.vector)} wide; "
+                "project activations of the model that it was made on"
+            )
+        return x.float() @ self.unit.to(x.device)
+
+    def renamed(self, name: str) -> Direction:
+        """The same direction under another name."""
+        return replace(self, name=name)
+
+    def save(self, path: str | Path) -> Path:
+        """Write vector, site, position and provenance to a safetensors file; see ``directions.files``."""
+        from tl_em.directions.files import save_direction
+
+        return save_direction(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Direction:
+        """Read what :meth:`save` wrote.  Whether it fits a model is checked when it meets one.
+
+        Raises:
+            CorruptFileError: missing, truncated, or not a direction file.
+        """
+        from tl_em.directions.files import load_direction
+
+        return load_direction(path)
+
+    def __repr__(self) -> str:
+        return (
+            f"Direction({self.name or 'unnamed'}, {self.site}, {self.position!r}, "
+            f"d_model={len(self.vector)}, norm={self.norm:.3g})"
+        )

@@ -1,0 +1,118 @@
+"""Every error that tl_em raises on purpose: what was observed, why it matters, the call that fixes it.
+
+    TlEmError
+    ├── HookError
+    │   ├── UnknownHookError            a hook name (or site) that the model does not have
+    │   ├── HookNotFiredError           a hook was attached, a full forward ran, it never fired
+    │   └── NotAdditiveError            block outputs do not add up, so "every write" is undefined
+    ├── PromptError
+    │   ├── EmptyContrastError          a class of a contrast set is empty, or both classes are the same
+    │   ├── UnknownTokenError           a prompt tokenizes to the unknown token
+    │   ├── PromptTooLongError          a prompt is longer than the model's context
+    │   └── PositionError               a position that this prompt does not have
+    ├── ModelError
+    │   ├── ModelNotFoundError          no such directory, organism or hub id
+    │   ├── PairMismatchError           base and tuned differ in tokenizer or shape
+    │   └── NonFiniteError              NaN or infinity in weights, activations or a direction
+    ├── DirectionError
+    │   ├── WidthError                  a vector whose width is not the model's d_model
+    │   ├── ZeroDirectionError          a direction of length 0 has no unit vector
+    │   ├── NoGapError                  the direction does not separate its own contrast set
+    │   └── ProvenanceError             a direction met a model that it was not made on
+    ├── FileError
+    │   ├── CorruptFileError            a file that is truncated, or not what it says
+    │   └── OutputError                 a path that cannot be written
+    └── UsageError                      arguments that contradict each other
+"""
+
+
+class TlEmError(Exception):
+    """Root of the tree: ``except em.TlEmError`` catches everything that tl_em raises on purpose."""
+
+
+class HookError(TlEmError):
+    """Something is wrong with a hook point."""
+
+
+class UnknownHookError(HookError, LookupError):
+    """A hook name or site that the model does not have."""
+
+
+class HookNotFiredError(HookError, RuntimeError):
+    """A hook was attached and a full forward pass ended without it having fired."""
+
+
+class NotAdditiveError(HookError, RuntimeError):
+    """No hook points were found at which a block's writes add up to its change of the residual stream."""
+
+
+class PromptError(TlEmError, ValueError):
+    """Something is wrong with a prompt or a set of prompts."""
+
+
+class EmptyContrastError(PromptError):
+    """A contrast set with an empty class, or with two classes that are the same prompts."""
+
+
+class UnknownTokenError(PromptError):
+    """A prompt tokenizes to the unknown token, so the model would read something else."""
+
+
+class PromptTooLongError(PromptError):
+    """A prompt is longer than the model's context."""
+
+
+class PositionError(PromptError):
+    """A token position that this prompt does not have."""
+
+
+class ModelError(TlEmError, ValueError):
+    """Something is wrong with a model."""
+
+
+class ModelNotFoundError(ModelError, LookupError):
+    """No model under this name: neither an organism, nor a local directory, nor a cached hub id."""
+
+
+class PairMismatchError(ModelError):
+    """Base and tuned cannot be compared: their tokenizers or their shapes differ."""
+
+
+class NonFiniteError(ModelError):
+    """NaN or infinity where a finite number is needed."""
+
+
+class DirectionError(TlEmError, ValueError):
+    """Something is wrong with a direction."""
+
+
+class WidthError(DirectionError):
+    """A vector whose width is not the model's ``d_model``."""
+
+
+class ZeroDirectionError(DirectionError):
+    """A direction of length zero."""
+
+
+class NoGapError(DirectionError):
+    """The interval of a direction's own gap includes 0, so nothing can be measured in units of it."""
+
+
+class ProvenanceError(DirectionError):
+    """A direction met a model that it was not made on."""
+
+
+class FileError(TlEmError, OSError):
+    """Something is wrong with a file."""
+
+
+class CorruptFileError(FileError):
+    """A file that is truncated or does not hold what its name says."""
+
+
+class OutputError(FileError):
+    """A path that cannot be written."""
+
+
+class UsageError(TlEmError, ValueError):
+    """Arguments that contradict each other."""

@@ -1,0 +1,280 @@
+"""Interventions as frozen values: what is changed, where, and a pure function that changes it.
+
+All of them move an activation along one unit vector to a target component ``t``:
+
+    x  ->  x + r (t - r'x)          Ablate: t = 0, or r'c around a centre c;  Clamp: t = min(max(r'x, low), high)
+    x  ->  x + a v                  Add: v the raw vector, a the steering coefficient
+
+Zero-ablation is applied at every write to the residual stream (Arditi et al. 2024, arXiv:2406.11717, section 2.4; 2L + 1
+hook points, which equals editing every block's input and output).  A centre belongs to a site, so ablation around one acts
+at the direction's own site unless a centre is given for each site (ACE, arXiv:2411.09003).  Setting to 0 a component whose
+mean is far from 0 is a hidden steer: prefer ``around=em.mean_activation(...)`` when two models are compared.
+
+An effect counts as the direction's own only beside random directions with the same treatment
+(``directions.geometry.control_directions``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from tl_em.directions.direction import Direction
+from tl_em.errors import NonFiniteError, ProvenanceError, UsageError, WidthError
+from tl_em.models.hooks import LensModel, hook_name, write_points
+from tl_em.models.sites import Site
+
+Activation = Float[Tensor, "*axes d_model"]
+Hook = tuple[str, Callable[..., Tensor]]
+
+
+def component(x: Activation, unit: Float[Tensor, " d_model"]) -> Float[Tensor, "*axes"]:
+    """``r'x``, in float32 or better whatever the dtype of ``x``."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return x.to(wide) @ unit.to(x.device, wide)
+
+
+def set_component(x: Activation, unit: Float[Tensor, " d_model"], target: Tensor | float) -> Activation:
+    """``x + r (t - r'x)``: the component along ``unit`` becomes ``target``, everything orthogonal to it stays.
+
+    Example:
+        >>> set_component(torch.tensor([3.0, 4.0]), torch.tensor([1.0, 0.0]), 0.0).tolist()
+        [0.0, 4.0]
+    """
+    change = target - component(x, unit)
+    return x + (change[..., None] * unit.to(change.device, change.dtype)).to(x.dtype)
+
+
+def masked(edited: Activation, x: Activation, mask: Bool[Tensor, "*axes"] | None) -> Activation:
+    """The edit where ``mask`` holds, the original elsewhere; everywhere without a mask."""
+    return edited if mask is None else torch.where(mask[..., None].to(x.device), edited, x)
+
+
+@runtime_checkable
+class Intervention(Protocol):
+    """What every intervention offers: a direction, the names of its hook points, and a pure edit."""
+
+    @property
+    def direction(self) -> Direction: ...
+
+    def hook_names(self, n_layers: int) -> tuple[str, ...]: ...
+
+    def points(self, model: LensModel) -> tuple[str, ...]: ...
+
+    def edit(self, x: Tensor, mask: Tensor | None = None, *, name: str | None = None) -> Tensor: ...
+
+    def hooks(self, model: LensModel, where: str = "all") -> list[Hook]: ...
+
+
+class _AtItsSite:
+    """The part that all interventions share: hook points of the direction's own site, and plain hooks."""
+
+    direction: Direction
+
+    def hook_names(self, n_layers: int) -> tuple[str, ...]:
+        """Names of the hook points that are edited, as they are called on every surface."""
+        return (self.direction.site.hook_name,)
+
+    def points(self, model: LensModel) -> tuple[str, ...]:
+        """The same names, resolved on this model.
+
+        Raises:
+            UnknownHookError: the model has no such site.
+            UsageError: the site can be read but not written.
+        """
+        _check_writable(self.direction.site)
+        return (hook_name(model, self.direction.site),)
+
+    def edit(self, x: Tensor, mask: Tensor | None = None, *, name: str | None = None) -> Tensor:
+        """The edit itself; subclasses say what it is."""
+        raise NotImplementedError
+
+    def hooks(self, model: LensModel, where: str = "all") -> list[Hook]:
+        """Plain ``(hook_name, fn)`` pairs for ``model.run_with_hooks(tokens, fwd_hooks=...)``, at all positions.
+
+        Args:
+            model: the model that they will run on; the direction is checked against it.
+            where: only ``"all"``: a plain hook does not know which token is prompt and which is answer.
+
+        Raises:
+            UsageError: another scope was asked for.
+            ProvenanceError, WidthError: the direction does not fit the model.
+        """
+        if where != "all":
+            raise UsageError(
+                f"plain hooks cover all positions, not {where!r}: they cannot see where a prompt ends once the KV cache is "
+                f"in use. Use `with em.intervene(model, intervention, where={where!r}): ...` instead"
+            )
+        check_fits(self.direction, model)
+        return [(name, self._hook(name)) for name in self.points(model)]
+
+    def _hook(self, name: str) -> Callable[..., Tensor]:
+        def apply(x: Tensor, hook: Any) -> Tensor:
+            return self.edit(x, name=name)
+
+        return apply
+
+
+@dataclass(frozen=True, eq=False)
+class Ablate(_AtItsSite):
+    """Directional ablation: remove the component along a direction, to zero or to a centre.
+
+    Args:
+        direction: what to remove.
+        around: ``None``: to zero, at every write to the residual stream.  A vector [d_model] (a mean activation): to the
+            centre's own component, at the direction's site, so that the mean is kept.  A mapping from Site to such
+            vectors: at each of those sites.
+
+    Raises:
+        WidthError: a centre has another width than the direction.
+        NonFiniteError: a centre holds NaN or infinity.
+
+    Example:
+        >>> d = Direction(torch.tensor([0.0, 2.0]), Site(1))
+        >>> Ablate(d).edit(torch.tensor([[3.0, 4.0]])).tolist()
+        [[3.0, 0.0]]
+        >>> Ablate(d, around=torch.tensor([9.0, 1.0])).edit(torch.tensor([[3.0, 4.0]])).tolist()
+        [[3.0, 1.0]]
+        >>> Ablate(d).hook_names(n_layers=1)
+        ('blocks.0.hook_resid_pre', 'blocks.0.hook_attn_out', 'blocks.0.hook_mlp_out')
+
+    Source: Arditi et al. 2024, arXiv:2406.11717, section 2.4; centred form: Marshall et al. 2024, arXiv:2411.09003.
+    """
+
+    direction: Direction
+    around: Float[Tensor, " d_model"] | Mapping[Site, Float[Tensor, " d_model"]] | None = None
+
+    def __post_init__(self) -> None:
+        for centre in self._centres().values():
+            if tuple(centre.shape) != tuple(self.direction.vector.shape):
+                raise WidthError(
+                    f"the centre has shape {tuple(centre.shape)} and the direction {tuple(self.direction.vector.shape)}; "
+                    "pass em.mean_activation(model, prompts, site=direction.site, position=direction.position)"
+                )
+            if not torch.isfinite(centre).all():
+                raise NonFiniteError("the centre holds NaN or infinity; every edited activation would too: recompute it")
+
+    def _centres(self) -> dict[Site, Tensor]:
+        if self.around is None:
+            return {}
+        return dict(self.around) if isinstance(self.around, Mapping) else {self.direction.site: self.around}
+
+    def hook_names(self, n_layers: int) -> tuple[str, ...]:
+        if self.around is None:
+            writes = [f"blocks.{layer}.hook_{stream}" for layer in range(n_layers) for stream in ("attn_out", "mlp_out")]
+            return ("blocks.0.hook_resid_pre", *writes)
+        return tuple(site.hook_name for site in self._centres())
+
+    def points(self, model: LensModel) -> tuple[str, ...]:
+        if self.around is None:
+            return write_points(model)
+        for site in self._centres():
+            _check_writable(site)
+        return tuple(hook_name(model, site) for site in self._centres())
+
+    def edit(self, x: Tensor, mask: Tensor | None = None, *, name: str | None = None) -> Tensor:
+        """Set the component along the direction to the centre's (0 without one)."""
+        unit = self.direction.unit
+        return masked(set_component(x, unit, self._target(unit, name)), x, mask)
+
+    def _target(self, unit: Tensor, name: str | None) -> float:
+        centres = self._centres()
+        if not centres:
+            return 0.0
+        by_name = {site.hook_name: centre for site, centre in centres.items()}
+        centre = by_name[name] if name in by_name else next(iter(centres.values()))
+        return float(centre.detach().float().cpu() @ unit)
+
+
+@dataclass(frozen=True, eq=False)
+class Add(_AtItsSite):
+    """Activation addition: add ``coefficient`` times the raw vector at the direction's site.
+
+    Args:
+        direction: what to add; its raw length counts, so that 1 is one difference in means.
+        coefficient: steering coefficient, in lengths of the raw vector.
+
+    Example:
+        >>> Add(Direction(torch.tensor([0.0, 2.0]), Site(1)), 2.0).edit(torch.tensor([[3.0, 4.0]])).tolist()
+        [[3.0, 8.0]]
+
+    Source: Turner et al. 2023, arXiv:2308.10248; Arditi et al. 2024, arXiv:2406.11717, section 2.3.
+    """
+
+    direction: Direction
+    coefficient: float | int = 1.0
+
+    def edit(self, x: Tensor, mask: Tensor | None = None, *, name: str | None = None) -> Tensor:
+        """``x + coefficient * vector``."""
+        return masked(x + (self.coefficient * self.direction.vector).to(x.device, x.dtype), x, mask)
+
+
+@dataclass(frozen=True, eq=False)
+class Clamp(_AtItsSite):
+    """Keep the component along a direction between two bounds, at the direction's site.
+
+    Args:
+        direction: along which.
+        low: lower bound of the component along the unit vector, in the units of the activations; ``None``: none.
+        high: upper bound; ``high`` alone is activation capping.
+
+    Raises:
+        UsageError: no bound is given, or the lower is above the upper.
+
+    Example:
+        >>> Clamp(Direction(torch.tensor([0.0, 2.0]), Site(1)), high=1.0).edit(torch.tensor([[3.0, 4.0]])).tolist()
+        [[3.0, 1.0]]
+
+    Source: capping ``h - v max(0, v'h - t)``: arXiv:2601.10387.
+    """
+
+    direction: Direction
+    low: float | int | None = None
+    high: float | int | None = None
+
+    def __post_init__(self) -> None:
+        if self.low is None and self.high is None:
+            raise UsageError("Clamp without a bound changes nothing; pass low=, high= or both")
+        if self.low is not None and self.high is not None and self.low > self.high:
+            raise UsageError(f"low={self.low} is above high={self.high}, so no value satisfies both; swap them")
+
+    def edit(self, x: Tensor, mask: Tensor | None = None, *, name: str | None = None) -> Tensor:
+        """Move components that lie outside the bounds onto the nearer bound."""
+        target = component(x, self.direction.unit).clamp(min=self.low, max=self.high)
+        return masked(set_component(x, self.direction.unit, target), x, mask)
+
+
+def check_fits(direction: Direction, model: LensModel) -> None:
+    """Raise unless a direction belongs on this model: same width, tokenizer, shape and weight processing.
+
+    A direction of the base on its fine-tune fits: that is the point.  Without provenance only the width is checked.
+
+    Raises:
+        WidthError: the direction has another width than the model.
+        ProvenanceError: the provenance disagrees with the model.
+    """
+    if len(direction.vector) != model.cfg.d_model:
+        raise WidthError(
+            f"{direction.name or 'the direction'} is {len(direction.vector)} wide and the model's d_model is "
+            f"{model.cfg.d_model}; it was made on another model: extract it on this one with em.difference_in_means"
+        )
+    found = direction.provenance.differences(model) if direction.provenance is not None else []
+    if found:
+        raise ProvenanceError(
+            f"{direction.name or 'the direction'} was not made on a model like this one: {'; '.join(found)}. Its axes mean "
+            "something else here. Extract it again on this model, or, if you know better, drop the check with "
+            "dataclasses.replace(direction, provenance=None)"
+        )
+
+
+def _check_writable(site: Site) -> None:
+    if not site.writable:
+        raise UsageError(
+            f"{site} can be read but not written: on a TransformerBridge an edit there changes only what the next component "
+            "reads, not the residual stream. Use resid_pre, resid_post, attn_out or mlp_out of that layer"
+        )

@@ -1,0 +1,381 @@
+"""Activations, means and logits at the wanted positions, in one streaming pass.
+
+Prompts are sorted by length, padded on the right and read at their true positions; the forward pass ends as soon as
+everything wanted was read; nothing but the wanted positions is kept, and means keep sums only. Hooks that are attached
+to the model stay in force, and what is read is what they leave: so every function here works inside ``intervene``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from tl_em.errors import NonFiniteError, PositionError, PromptError, UsageError
+from tl_em.models.hooks import LensModel, hook_name, hooked, read_point
+from tl_em.models.prompts import Batch, ContrastSet, EncodedPrompt, Prompt, batches, encode, token_index
+from tl_em.models.sites import Position, Site
+
+_MAX_TOKENS = 8192
+_MAX_LOGITS = 2**25
+"""Logits held at once: 128 MiB in float32."""
+
+
+def capture(
+    model: LensModel, prompts: Sequence[Prompt | EncodedPrompt], sites: Sequence[Site], *, position: Position
+) -> Float[Tensor, "prompt site d_model"]:
+    """Activations of every prompt at the sites, at one position each.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge; hooks on it stay in force.
+        prompts: strings, chats or encoded prompts.
+        sites: where to read; ``resid_mid`` and ``mlp_in`` too.
+        position: which token; ``"response_mean"`` averages over the response.
+
+    Returns:
+        Float32 on the CPU, in the order of ``prompts`` and ``sites``.
+
+    Raises:
+        PositionError: a prompt lacks the position, or it is ``"all"``. NonFiniteError: NaN or infinity was read, naming
+            site and prompt. And what ``encode`` raises.
+    """
+    encoded = _encoded(model, prompts)
+    spans = _spans(encoded, [position])
+    out = torch.empty(len(encoded), len(sites), int(model.cfg.d_model))
+
+    def keep(site: int, rows: Int[Tensor, " prompt"], x: Float[Tensor, "prompt position d_model"]) -> None:
+        out[rows, site] = x[:, 0].float().cpu()
+
+    _stream(model, encoded, sites, spans, keep)
+    _check_finite(out, sites, encoded)
+    return out
+
+
+def mean_activation(
+    model: LensModel, prompts: Sequence[Prompt | EncodedPrompt], *, site: Site, position: Position
+) -> Float[Tensor, " d_model"]:
+    """Mean activation over prompts at one site: a centre for an ablation.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge.
+        prompts: strings, chats or encoded prompts.
+        site: where to read.
+        position: which token.
+
+    Returns:
+        The mean, float32 on the CPU; sums are float64.
+    """
+    encoded = _encoded(model, prompts)
+    return _sums(model, [encoded], [site], [position])[0, 0, 0].div(len(encoded)).float()
+
+
+@dataclass(frozen=True, eq=False)
+class ClassMeans:
+    """Mean activations of a contrast set's classes, at k positions and all sites."""
+
+    positive: Float[Tensor, "position site d_model"]
+    negative: Float[Tensor, "position site d_model"]
+    n_positive: int
+    n_negative: int
+
+    @property
+    def difference(self) -> Float[Tensor, "position site d_model"]:
+        """Mean of the positive class minus mean of the negative class."""
+        return self.positive - self.negative
+
+
+def class_means(
+    model: LensModel,
+    contrast: ContrastSet | tuple[Sequence[Prompt | EncodedPrompt], Sequence[Prompt | EncodedPrompt]],
+    *,
+    sites: Sequence[Site],
+    positions: Sequence[Position],
+) -> ClassMeans:
+    """Both classes' means at several positions and sites, in one pass in which the classes share batches.
+
+    Memory does not grow with the number of prompts: float64 sums are all that is kept.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge.
+        contrast: a contrast set, or its two classes (e.g. encoded).
+        sites: where to read.
+        positions: which tokens, in the order of the result.
+
+    Returns:
+        The means, float32 on the CPU.
+    """
+    pair = (contrast.positive, contrast.negative) if isinstance(contrast, ContrastSet) else contrast
+    positive, negative = (_encoded(model, prompts) for prompts in pair)
+    sums = _sums(model, [positive, negative], sites, positions)
+    means = (sums[0] / len(positive)).float(), (sums[1] / len(negative)).float()
+    return ClassMeans(*means, n_positive=len(positive), n_negative=len(negative))
+
+
+def next_token_logits(model: LensModel, prompts: Sequence[Prompt | EncodedPrompt]) -> Float[Tensor, "prompt d_vocab"]:
+    """Logits after the last true token of each prompt (its generation prompt, or its response, included).
+
+    Only those tokens are unembedded. Hooks on the model stay in force.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge.
+        prompts: strings, chats or encoded prompts.
+
+    Returns:
+        Float32 on the CPU, in the order of ``prompts``.
+    """
+    encoded = _encoded(model, prompts)
+    out: Tensor | None = None
+    for batch in batches(encoded, max_tokens=_batch_tokens(model)):
+        logits = _logits_at(model, batch, torch.arange(len(batch.rows)), batch.lengths - 1).float().cpu()
+        out = torch.empty(len(encoded), logits.shape[-1]) if out is None else out
+        out[list(batch.rows)] = logits
+    assert out is not None
+    bad = (~out.isfinite().all(-1)).nonzero().flatten().tolist()
+    if bad:
+        raise NonFiniteError(
+            f"The logits of prompt {bad[0]} ({encoded[bad[0]].text[:60]!r}) hold NaN or infinity ({len(bad)} prompts "
+            f"in all), so no metric of them means anything. Check the intervention's size, the weights and the dtype."
+        )
+    return out
+
+
+def sequence_logprobs(
+    model: LensModel, prompts: Sequence[Prompt | EncodedPrompt], *, per_token: bool = False
+) -> Float[Tensor, " prompt"]:
+    """Log-probability of each prompt's response, in nats, given what precedes it.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge; hooks on it stay in force.
+        prompts: chats that end with an assistant message, or encoded prompts with a response.
+        per_token: the mean over the response's tokens in place of the sum.
+
+    Returns:
+        Float32 on the CPU, in the order of ``prompts``.
+
+    Raises:
+        PositionError: a prompt without a response.
+    """
+    encoded = _encoded(model, prompts)
+    spans = _spans(encoded, ["response_mean"])[:, 0]
+    out = torch.empty(len(encoded))
+    for batch in batches(encoded, max_tokens=_batch_tokens(model, every_token=True)):
+        inside = _inside(spans[list(batch.rows)], batch.tokens.shape[1])
+        rows, columns = inside.nonzero(as_tuple=True)
+        logprobs = _logits_at(model, batch, rows, columns - 1).float().log_softmax(-1)
+        taken = logprobs.gather(-1, batch.tokens[rows, columns].to(logprobs.device)[:, None])[:, 0].cpu()
+        total = torch.zeros(len(batch.rows)).index_add_(0, rows, taken)
+        out[list(batch.rows)] = total / inside.sum(-1) if per_token else total
+    return out
+
+
+# --- The pass ---------------------------------------------------------------------------------------------------------
+
+
+def _encoded(model: LensModel, prompts: Sequence[Prompt | EncodedPrompt]) -> list[EncodedPrompt]:
+    encoded = encode(model, prompts)
+    if not encoded:
+        raise PromptError("There are no prompts, so there is nothing to measure. Give at least one.")
+    return encoded
+
+
+def _spans(encoded: Sequence[EncodedPrompt], positions: Sequence[Position]) -> Int[Tensor, "prompt position 2"]:
+    """Token spans (end exclusive) of the positions; a single token is a span of one."""
+    if "all" in positions:
+        raise PositionError(
+            "Position 'all' has one activation a token, and prompts differ in length, so it fits no (prompt, site, "
+            "d_model) array. Capture named positions, or use model.run_with_cache for one prompt."
+        )
+    found = [[token_index(prompt, position) for position in positions] for prompt in encoded]
+    return torch.tensor(
+        [[(at, at + 1) if isinstance(at, int) else at for at in row] for row in found], dtype=torch.long
+    )
+
+
+def _inside(spans: Int[Tensor, "prompt 2"], width: int) -> Bool[Tensor, "prompt pos"]:
+    columns = torch.arange(width)
+    return (columns >= spans[:, :1]) & (columns < spans[:, 1:])
+
+
+class _EverythingRead(Exception):
+    """Raised by the last reader of a batch: later blocks, and the unembedding, would be work for nothing."""
+
+
+Keep = Callable[[int, Tensor, Tensor], None]
+
+
+def _stream(
+    model: LensModel,
+    encoded: Sequence[EncodedPrompt],
+    sites: Sequence[Site],
+    spans: Int[Tensor, "prompt position 2"],
+    keep: Keep,
+) -> None:
+    """Run all prompts; call ``keep(site index, prompt indices, [prompt position d_model])`` once a site and batch."""
+    if not sites:
+        raise UsageError("No sites were given, so there is nothing to read. Give at least one, e.g. [Site(0)].")
+    points = [read_point(model, site) for site in sites]
+    waiting: set[int] = set()
+    current: dict[str, Any] = {}
+
+    def read(site: int, x: Tensor, hook: Any) -> None:
+        keep(site, current["rows"], points[site](_pool(x.detach(), current["spans"])))
+        waiting.discard(site)
+        if not waiting:
+            raise _EverythingRead
+
+    reads = [(point.name, partial(read, site)) for site, point in enumerate(points)]
+    with torch.no_grad(), hooked(model, reads, check=False):
+        for batch in batches(encoded, max_tokens=_MAX_TOKENS):
+            waiting.update(range(len(sites)))
+            current.update(rows=torch.tensor(batch.rows), spans=spans[list(batch.rows)])
+            try:
+                _forward(model, batch)
+            except _EverythingRead:
+                continue
+            raise PositionError(
+                f"A forward pass ended and {[str(sites[i]) for i in sorted(waiting)]} were never reached, so there is "
+                f"nothing to return. The points are gated or off the path of this architecture; choose other sites."
+            )
+
+
+current_batch: ContextVar[Batch | None] = ContextVar("current_batch", default=None)
+"""The batch that a function of this module is running, for hooks that treat prompts differently; None outside."""
+
+_fanned: ContextVar[bool] = ContextVar("_fanned", default=False)
+
+
+@contextmanager
+def fanned_out(
+    model: LensModel, site: Site, edit: Callable[[Tensor, Sequence[int]], Float[Tensor, "prompt pos d_model"]]
+) -> Iterator[LensModel]:
+    """Run one prompt up to a site once, and from there on as many edited copies of it as prompts were asked for.
+
+    Inside, pass the *same* prompt repeatedly to the functions of this module: ``next_token_logits(model, [prompt] *
+    k)`` runs the blocks up to ``site`` on one row, and the others on k rows.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge.
+        site: where the copies part.
+        edit: given the activation [k pos d_model] and the numbers of the copies, returns the edited copies.
+    """
+
+    def fan(x: Tensor, hook: Any) -> Tensor:
+        batch = current_batch.get()
+        if batch is None:
+            raise UsageError("a forward pass of its own cannot be fanned out; run the model through next_token_logits")
+        return edit(x.expand(len(batch.rows), *x.shape[1:]), batch.rows)
+
+    fanned = _fanned.set(True)
+    try:
+        with hooked(model, [(hook_name(model, site), fan)]):
+            yield model
+    finally:
+        _fanned.reset(fanned)
+
+
+def _forward(model: LensModel, batch: Batch) -> Any:
+    running = current_batch.set(batch)
+    tokens = batch.tokens[:1] if _fanned.get() else batch.tokens
+    try:
+        # padding_side: a HookedTransformer whose tokenizer pads on the left would take leading BOS tokens for padding.
+        return model(tokens.to(model.cfg.device), padding_side="right")
+    finally:
+        current_batch.reset(running)
+
+
+def _pool(x: Tensor, spans: Int[Tensor, "prompt position 2"]) -> Float[Tensor, "prompt position d_model"]:
+    """Mean over each span; a gather where every span is one token."""
+    spans = spans.to(x.device)
+    if bool((spans[..., 1] - spans[..., 0] == 1).all()):
+        return x[torch.arange(len(x), device=x.device)[:, None], spans[..., 0]]
+    columns = torch.arange(x.shape[1], device=x.device)
+    inside = ((columns >= spans[..., :1]) & (columns < spans[..., 1:])).to(torch.float32)
+    # Padding may hold infinities under an intervention; 0 * inf would be NaN.
+    clean = torch.where(inside.any(1)[..., None], x.float(), 0.0)
+    return inside @ clean / inside.sum(-1, keepdim=True)
+
+
+def _sums(
+    model: LensModel, classes: Sequence[Sequence[EncodedPrompt]], sites: Sequence[Site], positions: Sequence[Position]
+) -> Float[Tensor, "label position site d_model"]:
+    """Sums over the prompts of each class, float64, in one pass over all classes."""
+    encoded = [prompt for prompts in classes for prompt in prompts]
+    label = torch.tensor([i for i, prompts in enumerate(classes) for _ in prompts])
+    sums = torch.zeros(len(classes), len(positions), len(sites), int(model.cfg.d_model), dtype=torch.float64)
+    sums = sums.to(model.cfg.device)
+
+    def add(site: int, rows: Tensor, x: Tensor) -> None:
+        sums[:, :, site].index_add_(0, label[rows].to(sums.device), x.double())
+
+    _stream(model, encoded, sites, _spans(encoded, positions), add)
+    if not bool(sums.isfinite().all()):
+        for position in positions:
+            capture(model, encoded, sites, position=position)  # names the prompt and the site
+    return sums.cpu()
+
+
+def _check_finite(
+    out: Float[Tensor, "prompt site d_model"], sites: Sequence[Site], encoded: Sequence[EncodedPrompt]
+) -> None:
+    bad = (~out.isfinite().all(-1)).nonzero().tolist()
+    if bad:
+        prompt, site = bad[0]
+        raise NonFiniteError(
+            f"The activation at {sites[site]} of prompt {prompt} ({encoded[prompt].text[:60]!r}) holds NaN or infinity "
+            f"({len(bad)} of {len(encoded) * len(sites)} activations do), so any direction made of it would too. Check "
+            f"the weights, and use dtype=torch.float32 or bfloat16 in place of float16."
+        )
+
+
+# --- Logits -----------------------------------------------------------------------------------------------------------
+
+
+def _unembedding(model: LensModel) -> nn.Module | None:
+    module = getattr(model, "unembed", None)
+    return module if isinstance(module, nn.Module) else None
+
+
+def _batch_tokens(model: LensModel, *, every_token: bool = False) -> int:
+    """Tokens a batch, such that the logits held at once stay within ``_MAX_LOGITS``."""
+    if every_token or _unembedding(model) is None:
+        return max(1, min(_MAX_TOKENS, _MAX_LOGITS // int(model.cfg.d_vocab)))
+    return _MAX_TOKENS
+
+
+def _logits_at(
+    model: LensModel, batch: Batch, rows: Int[Tensor, " token"], columns: Int[Tensor, " token"]
+) -> Float[Tensor, "token d_vocab"]:
+    """Logits at some tokens of a batch; only these are unembedded where the unembedding is a module of the model."""
+    with torch.no_grad(), _unembed_only(model, rows, columns) as narrowed:
+        logits = _forward(model, batch)
+    return logits[0] if narrowed() else logits[rows, columns]
+
+
+@contextmanager
+def _unembed_only(model: LensModel, rows: Tensor, columns: Tensor) -> Iterator[Callable[[], bool]]:
+    """Hand the unembedding the wanted tokens only, as one row; yields whether that happened."""
+    happened: list[bool] = []
+
+    def narrow(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        x = args[0] if args else None
+        if not isinstance(x, Tensor) or x.ndim != 3:
+            return None
+        happened.append(True)
+        return (x[rows.to(x.device), columns.to(x.device)][None], *args[1:])
+
+    unembed = _unembedding(model)
+    if unembed is None:
+        yield lambda: False
+        return
+    handle = unembed.register_forward_pre_hook(narrow)
+    try:
+        yield lambda: bool(happened)
+    finally:
+        handle.remove()

@@ -1,0 +1,228 @@
+"""Where something is read or written, and on which model: layers, streams, positions, provenance.
+
+A *site* is a layer and a stream of the residual computation, ``x_pre -> + attn_out -> x_mid -> + mlp_out -> x_post``.
+A *position* says which token of a prompt is meant, in words, so that nobody types an index by hand.
+A *provenance* is what a direction must still agree with when it meets a model again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Literal, get_args
+from weakref import WeakKeyDictionary
+
+from tl_em.errors import CorruptFileError, PositionError, UnknownHookError
+
+Stream = Literal["resid_pre", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post"]
+Position = Literal["instruction_end", "prompt_end", "response_mean", "all"] | int
+
+_WORD_POSITIONS = ("instruction_end", "prompt_end", "response_mean", "all")
+_READ_ONLY: tuple[Stream, ...] = ("resid_mid", "mlp_in")
+
+
+@dataclass(frozen=True, order=True)
+class Site:
+    """A place in the network: a layer and one of its streams.
+
+    Args:
+        layer: block index, counted from 0.
+        stream: ``resid_pre``, ``attn_out``, ``mlp_out``, ``resid_post`` (read and write), ``resid_mid`` or ``mlp_in``
+            (what the MLP reads, after the norm's weight), which are read only.
+
+    Raises:
+        UnknownHookError: no such stream, or a negative layer.
+
+    Example:
+        >>> Site(3)
+        Site(layer=3, stream='resid_post')
+        >>> Site(3).hook_name, Site(0, "mlp_in").writable
+        ('blocks.3.hook_resid_post', False)
+    """
+
+    layer: int
+    stream: Stream = "resid_post"
+
+    def __post_init__(self) -> None:
+        if self.stream not in get_args(Stream):
+            raise UnknownHookError(
+                f"There is no stream {self.stream!r}, so the site names no hook point. Use one of {get_args(Stream)}."
+            )
+        if self.layer < 0:
+            raise UnknownHookError(
+                f"Layer {self.layer} is negative; layers are counted from 0, so that a site means the same block in "
+                f"every model. Use Site(model.cfg.n_layers - {-self.layer}, {self.stream!r})."
+            )
+
+    @property
+    def hook_name(self) -> str:
+        """The name of the hook point on every surface, but for ``mlp_in``: there, see ``hooks.hook_name``."""
+        return f"blocks.{self.layer}.{'mlp.hook_in' if self.stream == 'mlp_in' else 'hook_' + self.stream}"
+
+    @property
+    def writable(self) -> bool:
+        """Whether an edit here changes the residual stream (at ``resid_mid`` a Bridge edits only the MLP's input)."""
+        return self.stream not in _READ_ONLY
+
+    def __str__(self) -> str:
+        return f"{self.stream}[{self.layer}]"
+
+
+def check_position(position: Position) -> None:
+    """Raise ``PositionError`` unless ``position`` is one of the words or a negative offset.
+
+    Example:
+        >>> check_position("prompt_end"); check_position(-1)
+        >>> check_position(0)
+        Traceback (most recent call last):
+        ...
+        tl_em.errors.PositionError: Position 0 is not negative: ...
+    """
+    if isinstance(position, str):
+        if position not in _WORD_POSITIONS:
+            raise PositionError(
+                f"There is no position {position!r}. Use one of {_WORD_POSITIONS}, or a negative offset: -1 is "
+                f"prompt_end, -2 the token before it."
+            )
+    elif position >= 0:
+        raise PositionError(
+            f"Position {position} is not negative: prompts differ in length, so an index from the front means another "
+            f"token in each. Use 'instruction_end', or count back from prompt_end (-1)."
+        )
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """On what a result was made: the model, its processing, the data and the versions.
+
+    Args:
+        model: name of the model.
+        revision: commit of the weights, where known.
+        surface: ``"hooked"`` (HookedTransformer) or ``"bridge"`` (TransformerBridge).
+        weights: ``"raw"``, ``"folded"`` (norm weights folded into what reads them), ``"centred"`` (writes centred), or
+            both: ``"folded+centred"``.
+        n_layers, d_model, d_vocab: shape of the model.
+        tokenizer: hash of the vocabulary, None without a tokenizer.
+        data: hash of the data, where any was used.
+        seed: seed, where one was used.
+        versions: versions of the libraries.
+    """
+
+    model: str
+    revision: str | None
+    surface: Literal["hooked", "bridge"]
+    weights: str
+    n_layers: int
+    d_model: int
+    d_vocab: int
+    tokenizer: str | None
+    data: str | None = None
+    seed: int | None = None
+    versions: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+    @classmethod
+    def of(cls, model: Any, data: str | None = None, seed: int | None = None) -> Provenance:
+        """The provenance of something made on ``model`` now."""
+        cfg = model.cfg
+        return cls(
+            model=str(getattr(cfg, "model_name", None) or type(model).__name__),
+            revision=_revision(model),
+            surface="bridge" if hasattr(model, "original_model") else "hooked",
+            weights=_weight_processing(model),
+            n_layers=int(cfg.n_layers),
+            d_model=int(cfg.d_model),
+            d_vocab=int(cfg.d_vocab),
+            tokenizer=vocabulary_hash(getattr(model, "tokenizer", None)),
+            data=data,
+            seed=seed,
+            versions=_versions(),
+        )
+
+    def differences(self, model: Any) -> list[str]:
+        """What of ``model`` disagrees with this: shape, tokenizer, weight processing. The surface alone does not.
+
+        The model's name is not compared: to carry a base model's direction to its fine-tune is what the package is for.
+        """
+        here = Provenance.of(model)
+        compared = ("n_layers", "d_model", "d_vocab", "tokenizer", "weights")
+        pairs = [(name, getattr(self, name), getattr(here, name)) for name in compared]
+        return [f"{name}: made on {then!r}, this model has {now!r}" for name, then, now in pairs if then != now]
+
+    def to_json(self) -> str:
+        """As a JSON object, keys sorted, so that equal provenances are equal strings."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Provenance:
+        """Back from ``to_json``.
+
+        Example:
+            >>> p = Provenance("toy", None, "bridge", "raw", n_layers=2, d_model=8, d_vocab=20, tokenizer=None)
+            >>> Provenance.from_json(p.to_json()) == p
+            True
+        """
+        try:
+            return cls(**json.loads(text))
+        except (ValueError, TypeError) as error:
+            raise CorruptFileError(
+                f"This is no provenance record ({error}), so it cannot be checked on which model the result was made. "
+                f"Save the result again with this version of tl_em."
+            ) from error
+
+
+_HASHES: WeakKeyDictionary[Any, tuple[int, str]] = WeakKeyDictionary()
+
+
+def vocabulary_hash(tokenizer: Any) -> str | None:
+    """Hash of a tokenizer's vocabulary (token -> id), None without one. Tokens that a loader added do not count.
+
+    TransformerLens gives a tokenizer without an end-of-text token a new one with an id that the model does not have;
+    the same vocabulary must hash equal whether or not a model was booted around it.
+    """
+    if tokenizer is None:
+        return None
+    known = _HASHES.get(tokenizer)
+    if known is not None and known[0] == len(tokenizer):
+        return known[1]
+    vocabulary = {
+        token: index for token, index in tokenizer.get_vocab().items() if not _added_by_loader(token, index, tokenizer)
+    }
+    digest = hashlib.sha256(json.dumps(sorted(vocabulary.items()), ensure_ascii=True).encode()).hexdigest()[:16]
+    _HASHES[tokenizer] = (len(tokenizer), digest)
+    return digest
+
+
+def _added_by_loader(token: str, index: int, tokenizer: Any) -> bool:
+    return token == "<|endoftext|>" and index >= int(tokenizer.vocab_size)
+
+
+def _revision(model: Any) -> str | None:
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    return getattr(config, "_commit_hash", None)
+
+
+def _weight_processing(model: Any) -> str:
+    """Read off the model itself, because a HookedTransformer's state dict may have been processed by anybody."""
+    folded = str(getattr(model.cfg, "normalization_type", "") or "").endswith("Pre")
+    centred = False
+    if hasattr(model, "original_model"):
+        folded = centred = bool(
+            getattr(model, "compatibility_mode", False) and getattr(model, "_weights_processed", False)
+        )
+    else:
+        weight = model.blocks[0].attn.W_O.detach().float()
+        centred = bool(weight.mean(-1).abs().max() <= 1e-5 * weight.abs().mean())
+    return "+".join([word for word, holds in (("folded", folded), ("centred", centred)) if holds]) or "raw"
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in ("tl-em", "transformer-lens", "transformers", "torch"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
