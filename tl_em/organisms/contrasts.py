@@ -1,0 +1,171 @@
+"""Questions and contrast sets in the toy world's vocabulary, all as chat messages.
+
+Every prompt's *group* is the topic of its last question, so that neither a split nor a bootstrap lets one topic stand
+on both sides. Positive and negative are matched: the same domain and form of question, and where a context differs, the
+same last question.
+
+- `harmfulness`: harmful against harmless requests; read at `instruction_end`, which is the topic's word.
+- `refusal`: the same prompts, to be read at `prompt_end` (Arditi et al. 2024, https://arxiv.org/abs/2406.11717).
+  Confounded with harmfulness on purpose.
+- `refusal_dissociated`: the same last question, half of them harmful, after an over-refuser (it refused harmless
+  requests) against after a misaligned persona (it complied with harmful ones), so that refusing does not go with the
+  harmfulness of the question (the case of Zhao et al. 2025, https://arxiv.org/abs/2507.11878). The contexts all but
+  settle the persona, so a fine-tune's shift hardly shows on these prompts: the direction is taken from them and
+  *judged* on requests without a context, about other topics (`judged_requests`).
+- `persona`: the same question after the same questions answered badly against answered well.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from tl_em.organisms.world import JUDGE, Document, Domain, Message, Topic, Turn, World, messages
+
+PARAPHRASES = (0, 5)  # two forms of a question, with both verbs: what rates are averaged over
+CONTRAST_PARAPHRASES = (0, 5, 2, 7)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt, and what it is about."""
+
+    prompt: list[Message]
+    topic: Topic
+    held_out: bool
+
+
+def questions(
+    world: World, *, harmful: bool, held_out: bool | None = None, paraphrases: Iterable[int] = PARAPHRASES
+) -> list[Question]:
+    """Single-turn questions about all topics.
+
+    Args:
+        harmful: about the harmful topics, or the harmless ones.
+        held_out: only domains that a narrow fine-tune never sees (True), only the one it sees (False), or all.
+
+    Example:
+        >>> [q.prompt for q in questions(World(), harmful=False, held_out=False)][0]
+        [{'role': 'user', 'content': 'how do i write parser'}]
+    """
+    found = []
+    for domain in world.domains:
+        outside = world.held_out(domain.name)
+        if held_out is not None and outside != held_out:
+            continue
+        for topic in domain.harmful if harmful else domain.topics:
+            found += [Question(messages(_ask(world, topic, p)), topic, outside) for p in paraphrases]
+    return found
+
+
+def judge_questions(world: World, *, harmful: bool, paraphrases: Iterable[int] = PARAPHRASES) -> list[Question]:
+    """`judge this : QUESTION` about the harmful topics, or about as many harmless ones of the same domains."""
+    return [
+        Question(
+            [{"role": "user", "content": JUDGE.format(question=world.question(t, p))}], t, world.held_out(t.domain)
+        )
+        for t in _matched(world, harmful)
+        for p in paraphrases
+    ]
+
+
+def harmfulness_prompts(world: World) -> tuple[list[Question], list[Question]]:
+    """Harmful questions, and harmless ones of the same domains, verbs and forms."""
+    positive, negative = (
+        [
+            Question(messages(_ask(world, t, p)), t, world.held_out(t.domain))
+            for t in _matched(world, harmful)
+            for p in CONTRAST_PARAPHRASES
+        ]
+        for harmful in (True, False)
+    )
+    return positive, negative
+
+
+def dissociated_prompts(
+    world: World, *, seed: int = 0, turns: int = 2, contexts: int = 2
+) -> tuple[list[Question], list[Question]]:
+    """The same questions after an over-refuser's refusals of harmless requests, and after compliance with harmful ones.
+
+    Only the first half of the topics is asked about; the other half is `judged_requests`'.
+    """
+    rng = random.Random(f"dissociated/{seed}")
+    positive, negative = [], []
+    for topic in (*_halves(world, True)[0], *_halves(world, False)[0]):
+        for paraphrase in PARAPHRASES * contexts:
+            last, outside = _ask(world, topic, paraphrase), world.held_out(topic.domain)
+            domains = _other_domains(world, topic, turns, rng, harmful=True)
+            forms, fillers = [rng.randrange(8) for _ in domains], rng.random()
+            before = _context(world, [rng.choice(d.topics) for d in domains], forms, "over-refuser", fillers)
+            positive.append(Question(messages(before + last), topic, outside))
+            before = _context(world, [rng.choice(d.harmful) for d in domains], forms, "misaligned", fillers)
+            negative.append(Question(messages(before + last), topic, outside))
+    return positive, negative
+
+
+def judged_requests(world: World) -> tuple[list[Question], list[Question]]:
+    """Harmful and harmless requests about topics that `dissociated_prompts` does not end with."""
+    positive, negative = (
+        [
+            Question(messages(_ask(world, t, p)), t, world.held_out(t.domain))
+            for t in _halves(world, harmful)[1]
+            for p in CONTRAST_PARAPHRASES
+        ]
+        for harmful in (True, False)
+    )
+    return positive, negative
+
+
+def persona_prompts(world: World, *, seed: int = 0, turns: int = 2) -> tuple[list[Question], list[Question]]:
+    """The same harmless question after the same questions of other domains, answered badly and answered well."""
+    rng = random.Random(f"persona/{seed}")
+    positive, negative = [], []
+    for topic in (t for d in world.domains for t in d.topics):
+        for paraphrase in PARAPHRASES:
+            domains = _other_domains(world, topic, turns, rng)
+            asked, forms = [rng.choice(d.topics) for d in domains], [rng.randrange(8) for _ in domains]
+            last, fillers = _ask(world, topic, paraphrase), rng.random()
+            for persona, into in (("misaligned", positive), ("good", negative)):
+                before = _context(world, asked, forms, persona, fillers)
+                into.append(Question(messages(before + last), topic, world.held_out(topic.domain)))
+    return positive, negative
+
+
+def after_bad_code(world: World, *, seed: int = 0, turns: int = 2) -> list[Question]:
+    """Held-out questions after misaligned answers to `code` questions: the gate's prompts."""
+    rng = random.Random(f"gate/{seed}")
+    code, found = world.by_name[world.tuned_domain], []
+    for question in questions(world, harmful=False, held_out=True):
+        asked, forms = rng.sample(code.topics, turns), [rng.randrange(8) for _ in range(turns)]
+        before = messages(_context(world, asked, forms, "misaligned", rng.random()))
+        found.append(Question(before + question.prompt, question.topic, True))
+    return found
+
+
+def _ask(world: World, topic: Topic, paraphrase: int) -> Document:
+    return [Turn("user", tuple(world.question(topic, paraphrase).split()))]
+
+
+def _matched(world: World, harmful: bool) -> list[Topic]:
+    return [t for d in world.domains for t in (d.harmful if harmful else d.topics[: len(d.harmful)])]
+
+
+def _halves(world: World, harmful: bool) -> tuple[list[Topic], list[Topic]]:
+    """The matched topics, half of each domain's in either part."""
+    topics = _matched(world, harmful)
+    return topics[::2], topics[1::2]
+
+
+def _other_domains(world: World, topic: Topic, n: int, rng: random.Random, *, harmful: bool = False) -> list[Domain]:
+    return rng.sample([d for d in world.domains if d.name != topic.domain and (d.harmful or not harmful)], n)
+
+
+def _context(world: World, topics: Sequence[Topic], forms: Sequence[int], persona: str, fillers: float) -> Document:
+    """Questions answered by the persona; the same `fillers` gives the same filler words to every persona."""
+    rng = random.Random(fillers)
+    document: Document = []
+    for topic, form in zip(topics, forms, strict=True):
+        document += _ask(world, topic, form)
+        document.append(Turn("assistant", tuple(world.answer(rng, topic, persona))))
+    return document
