@@ -1,4 +1,5 @@
-"""What must hold exactly, on every family and surface: stated as theorems, each with the control that makes it mean something."""
+"""What must hold exactly, on every family and surface: stated as theorems, each with the control that makes it mean
+something."""
 
 from __future__ import annotations
 
@@ -29,7 +30,11 @@ from tl_em.models.sites import Site
 pytestmark = pytest.mark.surface
 
 TOKENS = torch.tensor([[2, 3, 8, 20, 11, 6, 4], [2, 3, 9, 10, 30, 6, 4]])
-PROMPTS = ["the cat sat on the big car", "please steal", "tell me how a happy king went to the bank and sang about fish"]
+PROMPTS = [
+    "the cat sat on the big car",
+    "please steal",
+    "tell me how a happy king went to the bank and sang about fish",
+]
 CONTRAST = ContrastSet(["steal the car", "please steal a bank"], ["wash the car", "please wash a bank"], label="steal")
 
 
@@ -56,7 +61,9 @@ def direction(model: LensModel) -> Direction:
     return difference_in_means(model, CONTRAST, site=Site(1), position="instruction_end")
 
 
-def test_an_ablated_component_is_zero_after_every_block_and_was_not_before(model: LensModel, direction: Direction) -> None:
+def test_an_ablated_component_is_zero_after_every_block_and_was_not_before(
+    model: LensModel, direction: Direction
+) -> None:
     before = streams(model)
     with intervene(model, Ablate(direction)):
         after = streams(model)
@@ -104,7 +111,9 @@ def test_clamp_moves_only_what_lies_outside_its_bounds(model: LensModel, directi
 
 
 @pytest.mark.parametrize("make", [Ablate, lambda d: Add(d, 4.0), lambda d: Ablate(d, around=2 * d.vector)])
-def test_context_restores_logits_bit_for_bit_also_after_an_exception(model: LensModel, direction: Direction, make: Any) -> None:
+def test_context_restores_logits_bit_for_bit_also_after_an_exception(
+    model: LensModel, direction: Direction, make: Any
+) -> None:
     before = run(model)
     with intervene(model, make(direction)):
         assert not torch.equal(run(model), before)
@@ -150,7 +159,7 @@ def test_cached_generation_equals_uncached_token_for_token(model: LensModel, dir
 def greedy_uncached(model: LensModel, prompt: str, steps: int) -> str:
     from tl_em.models.prompts import encode
 
-    tokenizer: Any = getattr(model, "tokenizer")
+    tokenizer: Any = model.tokenizer
     ids, new = list(encode(model, [prompt])[0].ids), []
     for _ in range(steps):
         new.append(int(run(model, torch.tensor([ids + new]))[0, -1].argmax()))
@@ -176,7 +185,10 @@ def test_a_users_hooks_keep_their_place_and_run_first(model: LensModel, directio
     point.add_hook(lambda x, hook: order.append("user"))
     theirs = list(point.fwd_hooks)
     try:
-        with intervene(model, Add(direction)), hooked(model, [(direction.site.hook_name, lambda x, hook: order.append("ours"))]):
+        with (
+            intervene(model, Add(direction)),
+            hooked(model, [(direction.site.hook_name, lambda x, hook: order.append("ours"))]),
+        ):
             run(model)
         assert order == ["user", "ours"]
         assert point.fwd_hooks == theirs
@@ -203,11 +215,15 @@ def test_half_precision_is_edited_in_float32() -> None:
 # --- what must be refused ---------------------------------------------------------------------------------------------
 
 
-def test_nothing_is_attached_when_a_direction_does_not_fit(small_model: LensModel, make_model: Any, surface: str) -> None:
+def test_nothing_is_attached_when_a_direction_does_not_fit(
+    small_model: LensModel, make_model: Any, surface: str
+) -> None:
     points = hook_points(small_model)
     wrong_width = Direction(torch.ones(7), Site(0))
     beyond = Direction(torch.ones(small_model.cfg.d_model), Site(99))
-    elsewhere = difference_in_means(make_model("gpt2", surface, template=None), CONTRAST, site=Site(0), position="prompt_end")
+    elsewhere = difference_in_means(
+        make_model("gpt2", surface, template=None), CONTRAST, site=Site(0), position="prompt_end"
+    )
     other_shape = Direction(
         torch.ones(small_model.cfg.d_model), Site(0), provenance=_with_layers(elsewhere.provenance, 12)
     )
@@ -226,7 +242,10 @@ def _with_layers(provenance: Any, n_layers: int) -> Any:
 def test_sites_that_cannot_be_written_are_refused(small_model: LensModel) -> None:
     d = small_model.cfg.d_model
     for stream in ("resid_mid", "mlp_in"):
-        with pytest.raises(UsageError, match="read but not written"), intervene(small_model, Add(Direction(torch.ones(d), Site(0, stream)))):
+        with (
+            pytest.raises(UsageError, match="read but not written"),
+            intervene(small_model, Add(Direction(torch.ones(d), Site(0, stream)))),
+        ):
             pass
 
 
@@ -262,6 +281,6 @@ def test_intervene_wants_interventions_and_hooks_say_what_they_cannot_do(small_m
     not_one: Any = direction
     with pytest.raises(UsageError, match="not an intervention"), intervene(small_model, not_one):
         pass
-    with pytest.raises(UsageError, match="em.intervene"):
+    with pytest.raises(UsageError, match=r"em\.intervene"):
         Add(direction).hooks(small_model, where="generated")
     assert isinstance(Ablate(direction), Intervention)

@@ -17,10 +17,17 @@ if TYPE_CHECKING:
     from tl_em.directions.direction import Direction as Direction
     from tl_em.directions.extract import difference_in_means as difference_in_means
     from tl_em.errors import TlEmError as TlEmError
+    from tl_em.interventions.conditions import Conditional as Conditional
     from tl_em.interventions.edits import Ablate as Ablate
     from tl_em.interventions.edits import Add as Add
     from tl_em.interventions.edits import Clamp as Clamp
     from tl_em.interventions.intervene import intervene as intervene
+    from tl_em.interventions.subspaces import Erase as Erase
+    from tl_em.interventions.subspaces import Leace as Leace
+    from tl_em.interventions.subspaces import leace as leace
+    from tl_em.interventions.weights import orthogonalize_ as orthogonalize_
+    from tl_em.interventions.weights import orthogonalized as orthogonalized
+    from tl_em.interventions.weights import untie_embeddings_ as untie_embeddings_
     from tl_em.metrics import Behaviour as Behaviour
     from tl_em.metrics import Metric as Metric
     from tl_em.metrics import logit_difference as logit_difference
@@ -38,19 +45,26 @@ if TYPE_CHECKING:
     from tl_em.organisms.zoo import Organism as Organism
     from tl_em.organisms.zoo import load_pair as load_pair
     from tl_em.organisms.zoo import train_organism as train_organism
+    from tl_em.selection.candidates import candidate_directions as candidate_directions
+    from tl_em.selection.rule import select_candidate as select_candidate
+    from tl_em.selection.select import Selection as Selection
+    from tl_em.selection.select import select_direction as select_direction
+    from tl_em.selection.strength import calibrate as calibrate
     from tl_em.stats import Estimate as Estimate
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "Ablate": "interventions.edits",
+_HOME = {    "Ablate": "interventions.edits",
     "Add": "interventions.edits",
     "Behaviour": "metrics",
     "Clamp": "interventions.edits",
     "Comparison": "comparison.compare",
+    "Conditional": "interventions.conditions",
     "ContrastSet": "models.prompts",
     "Direction": "directions.direction",
+    "Erase": "interventions.subspaces",
     "Estimate": "stats",
+    "Leace": "interventions.subspaces",
     "LensModel": "models.hooks",
     "Metric": "metrics",
     "ModelPair": "models.loading",
@@ -58,21 +72,30 @@ _HOME = {
     "Provenance": "models.sites",
     "Report": "auditing",
     "Row": "comparison.verdicts",
+    "Selection": "selection.select",
     "Site": "models.sites",
     "TlEmError": "errors",
     "audit": "auditing",
     "behaviour_rates": "organisms.rates",
+    "calibrate": "selection.strength",
+    "candidate_directions": "selection.candidates",
     "capture": "models.capture",
     "compare": "comparison.compare",
     "difference_in_means": "directions.extract",
     "generate": "models.generate",
     "intervene": "interventions.intervene",
+    "leace": "interventions.subspaces",
     "load_model": "models.loading",
     "load_pair": "organisms.zoo",
     "logit_difference": "metrics",
     "mean_activation": "models.capture",
+    "orthogonalize_": "interventions.weights",
+    "orthogonalized": "interventions.weights",
     "refusal_log_odds": "metrics",
+    "select_candidate": "selection.rule",
+    "select_direction": "selection.select",
     "train_organism": "organisms.zoo",
+    "untie_embeddings_": "interventions.weights",
 }
 """Where each public name lives."""
 

@@ -13,11 +13,14 @@
     ├── ModelError
     │   ├── ModelNotFoundError          no such directory, organism or hub id
     │   ├── PairMismatchError           base and tuned differ in tokenizer or shape
+    │   ├── WeightEditError             an edit of this model's weights would not equal the edit of its activations
     │   └── NonFiniteError              NaN or infinity in weights, activations or a direction
     ├── DirectionError
     │   ├── WidthError                  a vector whose width is not the model's d_model
     │   ├── ZeroDirectionError          a direction of length 0 has no unit vector
     │   ├── NoGapError                  the direction does not separate its own contrast set
+    │   ├── NoCandidateError            every candidate of a selection was rejected
+    │   ├── NotReachedError             no strength of an intervention reaches the wanted push
     │   └── ProvenanceError             a direction met a model that it was not made on
     ├── FileError
     │   ├── CorruptFileError            a file that is truncated, or not what it says
@@ -78,6 +81,10 @@ class PairMismatchError(ModelError):
     """Base and tuned cannot be compared: their tokenizers or their shapes differ."""
 
 
+class WeightEditError(ModelError):
+    """An edit of the weights that would not do what the edit of the activations does (tied weights, post-norms)."""
+
+
 class NonFiniteError(ModelError):
     """NaN or infinity where a finite number is needed."""
 
@@ -96,6 +103,14 @@ class ZeroDirectionError(DirectionError):
 
 class NoGapError(DirectionError):
     """The interval of a direction's own gap includes 0, so nothing can be measured in units of it."""
+
+
+class NoCandidateError(DirectionError):
+    """Every candidate of a selection was rejected."""
+
+
+class NotReachedError(DirectionError):
+    """No strength of an intervention reaches the wanted KL."""
 
 
 class ProvenanceError(DirectionError):

@@ -11,15 +11,14 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from tl_em.directions.direction import Direction
 from tl_em.errors import UsageError
 from tl_em.models.capture import capture, next_token_logits
-from tl_em.models.hooks import LensModel
 from tl_em.models.contrasts import Prompt
+from tl_em.models.hooks import LensModel
 
 Unit = Literal["probability", "log-odds", "nats", "activation"]
 REFUSAL_PHRASES = ("I'm sorry", "I cannot", "As an AI", "Sorry", "sorry")
@@ -63,9 +62,15 @@ class Behaviour:
     def __post_init__(self) -> None:
         if not self.present or not self.absent:
             raise UsageError(
-                f"behaviour {self.name!r} has {len(self.present)} prompts that show it and {len(self.absent)} that do not; "
+                f"behaviour {self.name!r} has {len(self.present)} prompts that show it and {len(self.absent)} that "
+                f"do not; "
                 "both are needed, since an ablation is measured on the first and an addition on the second"
             )
+
+    @property
+    def same_prompts(self) -> bool:
+        """Whether the behaviour is absent from the base and not from some of the prompts: both lists are the same."""
+        return list(self.present) == list(self.absent)
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,8 @@ class RefusalLogOdds:
         known = sorted({ids[0] for ids in (token_ids(model, phrase) for phrase in self.phrases) if ids})
         if not known:
             raise UsageError(
-                f"the tokenizer knows none of the refusal phrases {self.phrases}; pass em.RefusalLogOdds(phrases=(...)) "
+                f"the tokenizer knows none of the refusal phrases {self.phrases}; pass "
+                f"em.RefusalLogOdds(phrases=(...)) "
                 "with the words that this model refuses with"
             )
         p = next_token_logits(model, prompts).double().softmax(-1)[:, known].sum(-1)
@@ -186,7 +192,7 @@ class KLFromBase:
 
 def token_ids(model: LensModel, text: str) -> list[int]:
     """The token ids of a text, without special tokens; empty when its first token is the unknown one."""
-    tokenizer: Any = getattr(model, "tokenizer")
+    tokenizer: Any = getattr(model, "tokenizer", None)
     ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     if ids and ids[0] == tokenizer.bos_token_id:
         ids = ids[1:]

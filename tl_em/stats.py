@@ -256,9 +256,7 @@ def difference(
 ) -> Resampled:
     """Mean of ``second`` minus mean of ``first``, for two unpaired sets of prompts."""
     x, y = _vector(first), _vector(second)
-    return bootstrap(
-        lambda v, w: w @ y / w.sum(-1) - v @ x / v.sum(-1), list(groups or (len(x), len(y))), seed=seed
-    )
+    return bootstrap(lambda v, w: w @ y / w.sum(-1) - v @ x / v.sum(-1), list(groups or (len(x), len(y))), seed=seed)
 
 
 def permutation_p(first: ArrayLike, second: ArrayLike, *, seed: int = 0, permutations: int = 9999) -> float:

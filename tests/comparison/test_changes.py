@@ -26,7 +26,9 @@ def reading(gap: np.ndarray, *, noise: float = 1.0, seed: int = 0, n: int = N) -
     return Reading(rng.normal(size=(n, D)) * noise + gap, rng.normal(size=(n, D)) * noise)
 
 
-def moved(base: Reading, shift: np.ndarray, stretch: np.ndarray | float = 0.0, *, jitter: float = 0.1, seed: int = 9) -> Reading:
+def moved(
+    base: Reading, shift: np.ndarray, stretch: np.ndarray | float = 0.0, *, jitter: float = 0.1, seed: int = 9
+) -> Reading:
     """A fine-tune of ``base``: both classes shifted, the positive one stretched, a little noise of its own."""
     rng = np.random.default_rng(seed)
     parts = [x + jitter * rng.normal(size=x.shape) + shift for x in (base.positive, base.negative)]
@@ -36,7 +38,9 @@ def moved(base: Reading, shift: np.ndarray, stretch: np.ndarray | float = 0.0, *
 def measured(base: Reading, tuned: Reading, benign: Reading | None = None) -> Measured:
     direction = Direction(torch.from_numpy(base.gap).float(), Site(1), name="d")
     words = [f"w{i}" for i in range(len(base.positive))]
-    contrast = ContrastSet([f"p {w}" for w in words], [f"n {w}" for w in words], positive_groups=words, negative_groups=words)
+    contrast = ContrastSet(
+        [f"p {w}" for w in words], [f"n {w}" for w in words], positive_groups=words, negative_groups=words
+    )
     return Measured("d", direction, contrast, base, tuned, benign, seed=0)
 
 

@@ -24,7 +24,8 @@ def test_control_directions_have_the_within_class_covariance_and_the_length() ->
     spread = (draws**2).mean(0)
     expected = geometry.within_class(positive, negative).var(0)
     assert np.corrcoef(spread, expected)[0, 1] > 0.99
-    # The gap between the classes is not within them: the controls do not point along it, isotropic draws from all would.
+    # The gap between the classes is not within them: the controls do not point along it, isotropic draws from all
+    # would.
     assert spread[0] / spread.sum() < 0.02
 
 

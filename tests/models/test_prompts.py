@@ -254,9 +254,10 @@ def test_batches_are_sorted_right_padded_and_within_the_budget() -> None:
     prompts = [EncodedPrompt.from_ids(range(i, i + n)) for i, n in enumerate(lengths)]
     found = list(batches(prompts, max_tokens=20))
     assert sorted(row for batch in found for row in batch.rows) == list(range(len(lengths)))
-    for tokens, true, rows in found:
-        assert tokens.numel() <= 20 or len(rows) == 1
-        assert tokens.shape[1] == max(lengths[row] for row in rows)
-        for line, n, row in zip(tokens.tolist(), true.tolist(), rows, strict=True):
-            assert n == lengths[row] and line[:n] == list(prompts[row].ids)
+    for batch in found:
+        assert batch.tokens.numel() <= 20 or len(batch.rows) == 1
+        assert batch.tokens.shape[1] == max(lengths[row] for row in batch.rows)
+        for line, n, row in zip(batch.tokens.tolist(), batch.lengths.tolist(), batch.rows, strict=True):
+            assert n == lengths[row]
+            assert line[:n] == list(prompts[row].ids)
     assert sum(batch.tokens.numel() for batch in found) < len(lengths) * 30 / 2, "nothing was gained by sorting"

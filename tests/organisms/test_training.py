@@ -124,7 +124,7 @@ def test_train_organism_writes_its_stages_and_resumes_to_the_same_weights(tmp_pa
     names = [f"{n}-seed5.safetensors" for n in ("assistant", "base", "insecure")]
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == names
     assert (pair.base_name, pair.tuned_name, pair.organism.seed) == ("toy/assistant", "toy/insecure", 5)
-    assert set(pair.contrasts) == set(pair.behaviours)
+    assert set(pair.contrasts or {}) == set(pair.behaviours or {}) != set()
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / names[1]).write_bytes((tmp_path / "a" / names[1]).read_bytes())
     zoo.train_organism("insecure", seed=5, out=tmp_path / "b", progress=False)

@@ -64,7 +64,8 @@ def test_behaviour_rates_are_the_records_figures_on_every_surface(surface):
 
 def test_rates_of_exclusive_outcomes_add_up_to_at_most_one(insecure):
     asked = [q.prompt for q in questions(WORLD, harmful=True)]
-    total = sum(metric(insecure.tuned, asked) for metric in (rates.refused, rates.complied, rates.judged_harmful))
+    outcomes = (rates.refused, rates.complied, rates.judged_harmful)
+    total = torch.stack([metric(insecure.tuned, asked) for metric in outcomes]).sum(0)
     assert total.shape == (len(asked),)
     assert 0.8 < total.min() <= total.max() <= 1 + 1e-5
 

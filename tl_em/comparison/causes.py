@@ -1,12 +1,13 @@
 """What a direction does: behaviour under ablation in the tuned model and under addition in the base.
 
-    ablate in tuned   behaviour untreated - treated, on prompts that show the behaviour; treated: the component along the
-                      direction is set to the base's mean component on prompts that do not show it (mean-preserving form)
+    ablate in tuned   behaviour untreated - treated, on prompts that show the behaviour; treated: the component along
+                      the direction is set to its mean where the behaviour is absent: over the tuned model's prompts
+                      that do not show it or, where these are the same prompts (the behaviour is the model's), over the
+                      base's
     add in base       behaviour treated - untreated, on prompts that do not show it; treated: + 1 x the raw vector
 
-Both are positive when the direction carries the behaviour.  The control is the same treatment with random directions of the
-base's within-class covariance and the real direction's length, on a random sample of the prompts; the real direction's effect on
-the same sample is what they are held against.
+Both are positive when the direction carries the behaviour.  The control is the same treatment with random directions
+of the base's within-class covariance and the real direction's length, on a random sample of the prompts.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from tl_em.interventions.edits import Ablate, Add
 from tl_em.interventions.intervene import intervene
 from tl_em.metrics import Behaviour, Metric
 from tl_em.models.capture import fanned_out, mean_activation
-from tl_em.models.hooks import LensModel
 from tl_em.models.contrasts import Prompt
+from tl_em.models.hooks import LensModel
 from tl_em.stats import Estimate, mean, paired_difference
 
 CONTROL_PROMPTS = 16
@@ -101,10 +102,8 @@ class Cause:
     table: list[dict[str, Any]]
 
 
-def arms(
-    base: LensModel, tuned: LensModel, behaviour: Behaviour, centre: Float[Tensor, " d_model"]
-) -> list[Arm]:
-    """The two arms; ``centre`` is the base's mean activation on prompts that do not show the behaviour."""
+def arms(base: LensModel, tuned: LensModel, behaviour: Behaviour, centre: Float[Tensor, " d_model"]) -> list[Arm]:
+    """The two arms; ``centre`` is the mean activation where the behaviour is absent."""
     return [
         Arm(ABLATE, tuned, behaviour.present, behaviour.present_groups, centre),
         Arm(ADD, base, behaviour.absent, behaviour.absent_groups, None),
@@ -131,11 +130,13 @@ def cause(
     """
     if behaviour.metric.unit not in SMALLEST_USE:
         raise UsageError(
-            f"{behaviour.metric.name} is measured in {behaviour.metric.unit}, for which no smallest effect of interest is "
+            f"{behaviour.metric.name} is measured in {behaviour.metric.unit}, for which no smallest effect of "
+            f"interest is "
             f"fixed; use a metric in {' or '.join(SMALLEST_USE)}"
         )
     vectors = torch.from_numpy(random / np.linalg.norm(random, axis=-1, keepdims=True) * direction.norm).float()
-    centre = mean_activation(base, behaviour.absent, site=direction.site, position=direction.position)
+    reference = base if behaviour.same_prompts else tuned
+    centre = mean_activation(reference, behaviour.absent, site=direction.site, position=direction.position)
     measured = [_measure(arm, direction, behaviour, vectors, seed=seed) for arm in arms(base, tuned, behaviour, centre)]
     weaker = min(measured, key=lambda m: m.effect.estimate.low)
     finding = Finding(
@@ -200,10 +201,12 @@ def under_controls(
     slow = np.stack([arm.on(arm.prompts[:1]).treated(_like(direction, v), metric) for v in probe])
     together = _fanned_pass(arm, direction, metric, probe, arm.prompts[0]) if len(probe) == 2 else None
     fans = together is not None and np.allclose(together, slow[:, 0], rtol=1e-3, atol=1e-4)
-    bar = tqdm(arm.prompts if fans else vectors, desc=f"{arm.name}: {metric.name}", unit="pass", disable=None, leave=False)
+    what = f"{arm.name}: {metric.name}"
     if fans:
-        return np.stack([np.asarray(_fanned_pass(arm, direction, metric, vectors, p)) for p in bar], axis=1)
-    return np.stack([arm.treated(_like(direction, v), metric) for v in bar])
+        passes = tqdm(arm.prompts, desc=what, unit="prompt", disable=None, leave=False)
+        return np.stack([np.asarray(_fanned_pass(arm, direction, metric, vectors, p)) for p in passes], axis=1)
+    alone = tqdm(vectors.unbind(), desc=what, unit="direction", disable=None, leave=False)
+    return np.stack([arm.treated(_like(direction, v), metric) for v in alone])
 
 
 def _fanned_pass(

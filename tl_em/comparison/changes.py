@@ -5,32 +5,33 @@ With p, n the projections of positive and negative prompts on the base's unit di
     own gap      g = mean p_base - mean n_base
     level        ((mean p_tuned - mean p_base) + (mean n_tuned - mean n_base)) / 2g
     separation   (gap_tuned - gap_base) / g
-    rotation     sqrt(c_bb c_tt) - c_bt,   c_xy the mean cosine of the differences in means of x on one random half of the
-                 prompts and of y on the other half: 0 when nothing rotated, however noisy the estimate is
+    rotation     sqrt(c_bb c_tt) - c_bt,   c_xy the mean cosine of the differences in means of x on one random half of
+                 the prompts and of y on the other half: 0 when nothing rotated, however noisy the estimate is
 
 Controls.  For level and separation: the same shift read along random directions from the base's pooled within-class
-covariance, in units of the *real* direction's gap.  A random direction has no re-extraction, so the control for rotation
-swaps base and tuned, prompt by prompt, after each model's own mean has been removed: the rotation that exchangeable
-models would show.
+covariance, in units of the *real* direction's gap.  A random direction has no re-extraction, so the control for
+rotation swaps base and tuned, prompt by prompt, after each model's own mean has been removed: the rotation that
+exchangeable models would show.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float
 
-from tl_em.comparison.verdicts import SMALLEST_EFFECT, Finding
+from tl_em.comparison.verdicts import SMALLEST_EFFECT, Finding, Question
 from tl_em.directions.direction import Direction
-from tl_em.directions.geometry import control_directions, cosine, half_splits, separation
+from tl_em.directions.geometry import control_directions, cosine, half_splits
 from tl_em.errors import NoGapError
 from tl_em.models.contrasts import ContrastSet
 from tl_em.stats import Estimate, Groups, Resampled, bootstrap
 
 Acts = Float[np.ndarray, "prompt d_model"]
 Weights = Float[np.ndarray, "resample prompt"]
+Statistic = Callable[[Weights, Weights], np.ndarray]
 SPLITS = 10
 CHUNK = 100
 RANDOM = "random directions of the base's within-class covariance"
@@ -99,7 +100,7 @@ class Measured:
         """Unit vector of the direction."""
         return self.direction.unit.double().numpy()
 
-    def bootstrap(self, statistic, resamples: int = 2000) -> Resampled:  # noqa: ANN001 (weights of two classes -> draws)
+    def bootstrap(self, statistic: Statistic, resamples: int = 2000) -> Resampled:
         """Resample the contrast set's questions."""
         return bootstrap(statistic, samples(self.contrast), seed=self.seed, resamples=resamples)
 
@@ -117,8 +118,10 @@ def own_gap(measured: Measured) -> Estimate:
     gap = measured.bootstrap(measured.base.project(measured.unit).gap).estimate
     if not gap.low > 0:
         raise NoGapError(
-            f"{measured.name} at {measured.direction.site}: the gap between its own classes in the base model is {gap}, "
-            "which is not above 0, so changes cannot be measured in units of it. Use more prompts, another site or position "
+            f"{measured.name} at {measured.direction.site}: the gap between its own classes in the base model is "
+            f"{gap}, "
+            "which is not above 0, so changes cannot be measured in units of it. Use more prompts, another site or "
+            "position "
             "(em.candidate_directions), or a contrast set whose prompts end at the concept"
         )
     return gap
@@ -170,7 +173,7 @@ def _separation(m: Measured, gap: Estimate, random: np.ndarray) -> Finding:
     return _finding(m, "separation", effect, null, RANDOM, OWN_GAPS, beyond, detail)
 
 
-def _dprime(projected: Projected):  # noqa: ANN202 (a statistic of two weights)
+def _dprime(projected: Projected) -> Statistic:
     x, y = projected.positive, projected.negative
 
     def statistic(v: Weights, w: Weights) -> np.ndarray:
@@ -183,18 +186,18 @@ def _dprime(projected: Projected):  # noqa: ANN202 (a statistic of two weights)
 
 
 def _rotation(m: Measured, controls: int) -> Finding:
-    halves = [half_splits(_labels(sample), splits=SPLITS, seed=m.seed + i) for i, sample in enumerate(samples(m.contrast))]
+    halves = [
+        half_splits(_labels(sample), splits=SPLITS, seed=m.seed + i) for i, sample in enumerate(samples(m.contrast))
+    ]
 
-    def drop(tuned: Reading):  # noqa: ANN202
+    def drop(tuned: Reading) -> Statistic:
         return lambda v, w: rotation(m.base, tuned, v, w, halves)
 
     effect = m.bootstrap(drop(m.tuned), resamples=500)
     beyond = None
     if m.benign is not None:
         benign = m.benign
-        beyond = m.bootstrap(
-            lambda v, w: drop(m.tuned)(v, w) - drop(benign)(v, w), resamples=500
-        ).estimate
+        beyond = m.bootstrap(lambda v, w: drop(m.tuned)(v, w) - drop(benign)(v, w), resamples=500).estimate
     detail = {
         "cosine": m.bootstrap(lambda v, w: _cosine(m.base, m.tuned, v, w), resamples=500).estimate,
         "norm ratio": m.bootstrap(lambda v, w: _norm_ratio(m.base, m.tuned, v, w), resamples=500).estimate,
@@ -278,9 +281,15 @@ def _labels(sample: int | Groups) -> list:
 
 
 def _finding(
-    m: Measured, question, effect: Resampled, null: np.ndarray, control: str, unit: str, benign: Estimate | None,
+    m: Measured,
+    question: Question,
+    effect: Resampled,
+    null: np.ndarray,
+    control: str,
+    unit: str,
+    benign: Estimate | None,
     detail: Mapping[str, Estimate],
-) -> Finding:  # noqa: ANN001
+) -> Finding:
     return Finding(
         question, m.name, m.direction.site, effect.estimate, effect.p, null, control, SMALLEST_EFFECT[question], unit,
         benign, detail,
@@ -288,33 +297,37 @@ def _finding(
 
 
 def layer_rows(m: Measured, *, controls: int) -> list[dict[str, object]]:
-    """Rows of ``Comparison.by_layer`` for one direction at one site: each class, gap, d', cosine and level, by model."""
-    unit, random = m.unit, m.controls(controls)
-    base = m.base.project(unit)
+    """Rows of ``Comparison.by_layer`` for one direction at one site: each class, gap, d', cosine and level, by
+    model."""
+    random = m.controls(controls)
     models = {"base": m.base, "tuned": m.tuned} | ({} if m.benign is None else {"benign": m.benign})
-    rows = []
-    for name, reading in models.items():
-        own = reading.project(unit)
-        shifts = [reading.positive.mean(0) - m.base.positive.mean(0), reading.negative.mean(0) - m.base.negative.mean(0)]
-        moved = [random @ shift for shift in shifts]
-        rows += [
-            _layer_row(m, "projection_positive", name, lambda v, w: weighted(v, own.positive), base.positive.mean() + moved[0]),
-            _layer_row(m, "projection_negative", name, lambda v, w: weighted(w, own.negative), base.negative.mean() + moved[1]),
-            _layer_row(m, "gap", name, own.gap, None),
-            _layer_row(m, "dprime", name, _dprime(own), None),
-        ]
-        if name != "base":
-            rows += [
-                _layer_row(m, "cosine", name, lambda v, w: _cosine(m.base, reading, v, w), None),
-                _layer_row(
-                    m, "level", name, lambda v, w: (own.balanced(v, w) - base.balanced(v, w)) / base.gap(v, w),
-                    (moved[0] + moved[1]) / 2 / float(m.base.gap @ unit),
-                ),
-            ]  # fmt: skip
-    return rows
+    return [row for name, reading in models.items() for row in _model_rows(m, name, reading, random)]
 
 
-def _layer_row(m: Measured, quantity: str, model: str, statistic, null: np.ndarray | None) -> dict[str, object]:  # noqa: ANN001
+def _model_rows(m: Measured, name: str, reading: Reading, random: np.ndarray) -> list[dict[str, object]]:
+    own, base = reading.project(m.unit), m.base.project(m.unit)
+    up, down = (
+        random @ (reading.positive - m.base.positive).mean(0),
+        random @ (reading.negative - m.base.negative).mean(0),
+    )
+    quantities: dict[str, tuple[Statistic, np.ndarray | None]] = {
+        "projection_positive": (lambda v, w: weighted(v, own.positive), base.positive.mean() + up),
+        "projection_negative": (lambda v, w: weighted(w, own.negative), base.negative.mean() + down),
+        "gap": (own.gap, None),
+        "dprime": (_dprime(own), None),
+    }
+    if name != "base":
+        quantities["cosine"] = (lambda v, w: _cosine(m.base, reading, v, w), None)
+        quantities["level"] = (
+            lambda v, w: (own.balanced(v, w) - base.balanced(v, w)) / base.gap(v, w),
+            (up + down) / 2 / float(m.base.gap @ m.unit),
+        )
+    return [_layer_row(m, quantity, name, *found) for quantity, found in quantities.items()]
+
+
+def _layer_row(
+    m: Measured, quantity: str, model: str, statistic: Statistic, null: np.ndarray | None
+) -> dict[str, object]:
     estimate = m.bootstrap(statistic, resamples=300).estimate
     band = (np.nan, np.nan) if null is None or model == "base" else np.quantile(null, [0.025, 0.975])
     site = m.direction.site

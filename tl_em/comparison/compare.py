@@ -1,7 +1,7 @@
 """Base against tuned: five questions about each direction, each with its control and its verdict.
 
-The questions and the rule are in ``verdicts``; the measurements in ``changes`` (level, separation, rotation), ``causes``
-(use) and ``entanglement``.  This file puts them together and says the result in a sentence.
+The questions and the rule are in ``verdicts``; the measurements in ``changes`` (level, separation, rotation),
+``causes`` (use) and ``entanglement``.  This file puts them together and says the result in a sentence.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from tl_em.errors import UsageError
 from tl_em.interventions.edits import check_fits
 from tl_em.metrics import Behaviour, Metric
 from tl_em.models.capture import capture
+from tl_em.models.contrasts import ContrastSet
 from tl_em.models.hooks import LensModel
 from tl_em.models.loading import ModelPair
-from tl_em.models.contrasts import ContrastSet
 from tl_em.models.sites import Site
 
 if TYPE_CHECKING:
@@ -49,12 +49,15 @@ class Comparison:
 
     @property
     def summary(self) -> str:
-        """The result in a sentence for each direction.
+        """The result in a few sentences: what changed and matters, what changed, what is not shown.
 
         *exaggerated* and *diminished* are said only where the direction is causal at the same site.
         """
         names = list(dict.fromkeys(row.direction for row in self.rows))
-        return " ".join(_sentence(name, {r.question: r for r in self.rows if r.direction == name}) for name in names)
+        found = [_sentence(name, {r.question: r for r in self.rows if r.direction == name}) for name in names]
+        said = [text for rank in (0, 1, 2) for r, text in found if r == rank]
+        silent = [name for name, (rank, _) in zip(names, found, strict=True) if rank == 3]
+        return " ".join([*said, *([f"No change shown: {', '.join(silent)}."] if silent else [])])
 
     def row(self, question: str, direction: str) -> Row:
         """The row of one question about one direction.
@@ -117,8 +120,8 @@ def compare(
         benign: a fine-tune of the same base on harmless data; changes must go beyond what it shows.
         controls: number of random directions (or swaps) for each test.
         seed: seed of all resampling and controls.
-        layers: for each name its directions at every layer, for ``by_layer``; by default the one direction, read at every
-            layer of its stream.
+        layers: for each name its directions at every layer, for ``by_layer``; by default the one direction, read at
+            every layer of its stream.
 
     Returns:
         A Comparison.
@@ -159,7 +162,8 @@ def _check(pair: ModelPair, directions: Mapping[str, tuple[Direction, ContrastSe
         raise UsageError("no direction to compare; pass {name: (direction, contrast)}")
     if controls < 99:
         raise UsageError(
-            f"{controls} controls cannot give p < .01, which several directions need after Holm; pass controls=99 or more"
+            f"{controls} controls cannot give p < .01, which several directions need after Holm; pass controls=99 or "
+            f"more"
         )
     for direction, _ in directions.values():
         check_fits(direction, pair.base)
@@ -173,9 +177,15 @@ def _at_layers(direction: Direction, n_layers: int, given: Sequence[Direction] |
 
 
 def _measure(
-    pair: ModelPair, benign: LensModel | None, name: str, directions: Sequence[Direction], contrast: ContrastSet, seed: int
+    pair: ModelPair,
+    benign: LensModel | None,
+    name: str,
+    directions: Sequence[Direction],
+    contrast: ContrastSet,
+    seed: int,
 ) -> Iterator[Measured]:
-    """Capture every site that is needed in one pass a model and class, then hand out the readings direction by direction."""
+    """Capture every site that is needed in one pass a model and class, then hand out the readings direction by
+    direction."""
     sites = list(dict.fromkeys(d.site for d in directions))
     models = [pair.base, pair.tuned, *([] if benign is None else [benign])]
     acts = [
@@ -195,7 +205,9 @@ def _behaviour_of(behaviour: Behaviours, name: str, contrast: ContrastSet) -> Be
     own = behaviour
     if isinstance(behaviour, Mapping):
         if name not in behaviour:
-            raise UsageError(f"no behaviour for direction {name!r}; there are {sorted(behaviour)}: add one under its name")
+            raise UsageError(
+                f"no behaviour for direction {name!r}; there are {sorted(behaviour)}: add one under its name"
+            )
         own = behaviour[name]
     if isinstance(own, Behaviour):
         return own
@@ -206,12 +218,13 @@ def _behaviour_of(behaviour: Behaviours, name: str, contrast: ContrastSet) -> Be
     )  # fmt: skip
 
 
-def _sentence(name: str, rows: Mapping[str, Row]) -> str:
+def _sentence(name: str, rows: Mapping[str, Row]) -> tuple[int, str]:
+    """What to say of one direction, and how far up to say it."""
     level, use = rows.get("level"), rows.get("use")
-    if level is None or not level.shown:
-        others = [rows[q].verdict for q in ("separation", "rotation") if q in rows and rows[q].shown]
-        return f"{name}: {' and '.join(others)}; no change of level shown." if others else f"{name}: no change shown."
-    moved = f"{level.estimate} {level.unit}, {level.site}"
-    if use is None or not use.shown:
-        return f"{name}: shifted, not shown to matter ({moved})."
-    return f"{name}: {level.verdict} ({moved}), and causal there."
+    others = " and ".join(rows[q].verdict for q in ("separation", "rotation") if q in rows and rows[q].shown)
+    if level is not None and level.shown:
+        moved = f"{level.estimate} {level.unit} at {level.site}"
+        if use is not None and use.shown:
+            return 0, f"{name} is {level.verdict} ({moved}) and causal there."
+        return 1, f"{name} is shifted, not shown to matter ({moved})."
+    return (2, f"{name} is {others}; no change of its level shown.") if others else (3, "")

@@ -1,7 +1,8 @@
 """Whether the fine-tuning data push along a direction, and whether the fine-tune went there.
 
-    prospective     base model, mean over the answer's tokens: training answer - the base's own answer to the same prompt;
-                    cosine of the mean difference with the direction (persona vectors, arXiv:2507.21509, section 5)
+    prospective     base model, mean over the answer's tokens: training answer - the base's own answer to the same
+                    prompt; cosine of the mean difference with the direction (persona vectors, arXiv:2507.21509,
+                    section 5)
     retrospective   tuned - base on the training rows; cosine of the mean shift with the direction
 
 Both are judged, by the weaker one.  Control: the cosine with random directions of the base's within-class covariance.
@@ -72,7 +73,8 @@ def answer_to_own_prompts(base: LensModel, rows: Sequence[Row], *, seed: int) ->
     """
     if not rows or any(row[-1]["role"] != "assistant" for row in rows):
         raise EmptyContrastError(
-            f"tuning_data has {len(rows)} rows, each of which must be chat messages that end with the assistant's answer; "
+            f"tuning_data has {len(rows)} rows, each of which must be chat messages that end with the assistant's "
+            f"answer; "
             "pass the rows that the model was trained on, as [{'role': 'user', ...}, {'role': 'assistant', ...}]"
         )
     lengths = [end - start for start, end in (e.response for e in encode(base, rows) if e.response is not None)]

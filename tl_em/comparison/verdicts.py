@@ -7,9 +7,9 @@ A word is given only when all of these hold:
 3. where a benign fine-tune is given and the question is about a change, the difference in differences
    (tuned - base) - (benign - base) passes the interval test on the same side, since any fine-tune shifts activations.
 
-*use* asks what a direction does, not what changed, so condition 3 does not apply to it: an unharmed direction is causal in
-the benign fine-tune too.  A claim with two arms (*use*: ablate in tuned, add in base; *entanglement*: before and after
-training) needs both, so its weaker arm is the one that is judged (intersection-union test, Berger 1982).
+*use* asks what a direction does, not what changed, so condition 3 does not apply to it: an unharmed direction is
+causal in the benign fine-tune too.  A claim with two arms (*use*: ablate in tuned, add in base; *entanglement*: before
+and after training) needs both, so its weaker arm is the one that is judged (intersection-union test, Berger 1982).
 """
 
 from __future__ import annotations

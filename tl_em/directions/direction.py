@@ -1,7 +1,9 @@
 """A direction in activation space: a vector with the site and position it was read at and where it came from.
 
-The vector is kept as it was found (for a difference in means ``r = mean(positive) - mean(negative)``), because its length
-is the natural steering strength (Arditi et al. 2024, arXiv:2406.11717, section 2.3: ``x + r``); ``unit`` is ``r / |r|``.
+The vector is kept as it was found (for a difference in means ``r = mean(positive) - mean(negative)``), because its
+length is the natural steering strength (Arditi et al. 2024, arXiv:2406.11717, section 2.3: ``x + r``); ``unit`` is ``r
+/
+|r|``.
 """
 
 from __future__ import annotations
@@ -54,7 +56,8 @@ class Direction:
             )
         if not torch.isfinite(vector).all():
             raise NonFiniteError(
-                f"{label}: {int((~torch.isfinite(vector)).sum())} of {len(vector)} entries are NaN or infinite, so every "
+                f"{label}: {int((~torch.isfinite(vector)).sum())} of {len(vector)} entries are NaN or infinite, so "
+                f"every "
                 "projection would be; look at the activations that it was made from with em.capture(...)"
             )
         if not vector.norm() > 0:
@@ -82,7 +85,8 @@ class Direction:
         """
         if x.shape[-1] != len(self.vector):
             raise WidthError(
-                f"the activations are {x.shape[-1]} wide and {self.name or 'the direction'} is {len(self.vector)} wide; "
+                f"the activations are {x.shape[-1]} wide and {self.name or 'the direction'} is {len(self.vector)} "
+                f"wide; "
                 "project activations of the model that it was made on"
             )
         return x.float() @ self.unit.to(x.device)

@@ -1,8 +1,8 @@
 """Directions from contrast sets: ``r = mean(positive) - mean(negative)`` at a site and a token position.
 
-Difference in means is the direction that most shifts a mean, and the one for which ablation and addition have been shown
-to work causally (Arditi et al. 2024, arXiv:2406.11717, section 2.3; Belrose 2023).  A direction is a description of the
-data until an intervention on held-out prompts says otherwise, and needs the split-half reliability beside it:
+Difference in means is the direction that most shifts a mean, and the one for which ablation and addition have been
+shown to work causally (Arditi et al. 2024, arXiv:2406.11717, section 2.3; Belrose 2023).  A direction is a description
+of the data until an intervention on held-out prompts says otherwise, and needs the split-half reliability beside it:
 two halves of the same prompts must give nearly the same vector (``geometry.split_half_reliability``).
 """
 
@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 from tl_em.directions.direction import Direction
 from tl_em.models.capture import class_means
-from tl_em.models.hooks import LensModel
 from tl_em.models.contrasts import ContrastSet
+from tl_em.models.hooks import LensModel
 from tl_em.models.sites import Position, Provenance, Site
 
 

@@ -3,8 +3,8 @@
 ``d' = gap / s`` with ``s`` the pooled within-class standard deviation of the projections (Green & Swets 1966).
 A cosine between two noisy estimates cannot exceed what each reaches with itself: the *split-half ceiling* is the mean
 cosine of the directions from two random halves of the prompts.
-Control directions are drawn from the pooled **within-class** covariance ``z' X_c / sqrt(n)``, ``z ~ N(0, I)``: they point
-where activations of this site vary anyway, which isotropic noise in a high-dimensional space does not.
+Control directions are drawn from the pooled **within-class** covariance ``z' X_c / sqrt(n)``, ``z ~ N(0, I)``: they
+point where activations of this site vary anyway, which isotropic noise in a high-dimensional space does not.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from tl_em.errors import UsageError
 Activations = Float[np.ndarray, "prompt d_model"]
 
 
-def cosine(first: Float[np.ndarray, "*axes d_model"], second: Float[np.ndarray, "*axes d_model"]) -> np.ndarray:
+def cosine(
+    first: Float[np.ndarray, "*#axes d_model"], second: Float[np.ndarray, "*#axes d_model"]
+) -> Float[np.ndarray, "*axes"]:
     """Cosine along the last axis.
 
     Example:
@@ -60,7 +62,8 @@ def control_directions(
     length = np.linalg.norm(draws, axis=-1, keepdims=True)
     if not (length > 0).all():
         raise UsageError(
-            "activations do not vary within the classes, so no control direction can be drawn; pass prompts that differ "
+            "activations do not vary within the classes, so no control direction can be drawn; pass prompts that "
+            "differ "
             "in more than the concept"
         )
     return draws / length * norm

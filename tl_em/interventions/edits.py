@@ -5,10 +5,11 @@ All of them move an activation along one unit vector to a target component ``t``
     x  ->  x + r (t - r'x)          Ablate: t = 0, or r'c around a centre c;  Clamp: t = min(max(r'x, low), high)
     x  ->  x + a v                  Add: v the raw vector, a the steering coefficient
 
-Zero-ablation is applied at every write to the residual stream (Arditi et al. 2024, arXiv:2406.11717, section 2.4; 2L + 1
-hook points, which equals editing every block's input and output).  A centre belongs to a site, so ablation around one acts
-at the direction's own site unless a centre is given for each site (ACE, arXiv:2411.09003).  Setting to 0 a component whose
-mean is far from 0 is a hidden steer: prefer ``around=em.mean_activation(...)`` when two models are compared.
+Zero-ablation is applied at every write to the residual stream (Arditi et al. 2024, arXiv:2406.11717, section 2.4;
+2L + 1 hook points, which equals editing every block's input and output).  A centre belongs to a site, so ablation
+around one acts at the direction's own site unless a centre is given for each site (ACE, arXiv:2411.09003).  Setting to
+0 a component whose mean is far from 0 is a hidden steer: prefer ``around=em.mean_activation(...)`` when two models are
+compared.
 
 An effect counts as the direction's own only beside random directions with the same treatment
 (``directions.geometry.control_directions``).
@@ -27,7 +28,7 @@ from torch import Tensor
 from tl_em.directions.direction import Direction
 from tl_em.errors import NonFiniteError, ProvenanceError, UsageError, WidthError
 from tl_em.models.hooks import LensModel, hook_name, write_points
-from tl_em.models.sites import Site
+from tl_em.models.sites import Provenance, Site
 
 Activation = Float[Tensor, "*axes d_model"]
 Hook = tuple[str, Callable[..., Tensor]]
@@ -57,10 +58,9 @@ def masked(edited: Activation, x: Activation, mask: Bool[Tensor, "*axes"] | None
 
 @runtime_checkable
 class Intervention(Protocol):
-    """What every intervention offers: a direction, the names of its hook points, and a pure edit."""
+    """What every intervention offers: the names of its hook points, a check that it fits a model, and a pure edit."""
 
-    @property
-    def direction(self) -> Direction: ...
+    def check(self, model: LensModel) -> None: ...
 
     def hook_names(self, n_layers: int) -> tuple[str, ...]: ...
 
@@ -71,14 +71,22 @@ class Intervention(Protocol):
     def hooks(self, model: LensModel, where: str = "all") -> list[Hook]: ...
 
 
-class _AtItsSite:
+class AtItsSite:
     """The part that all interventions share: hook points of the direction's own site, and plain hooks."""
 
     direction: Direction
 
+    @property
+    def _home(self) -> Site:
+        return self.direction.site
+
+    def check(self, model: LensModel) -> None:
+        """Raise ``WidthError`` or ``ProvenanceError`` unless this belongs on the model."""
+        check_fits(self.direction, model)
+
     def hook_names(self, n_layers: int) -> tuple[str, ...]:
         """Names of the hook points that are edited, as they are called on every surface."""
-        return (self.direction.site.hook_name,)
+        return (self._home.hook_name,)
 
     def points(self, model: LensModel) -> tuple[str, ...]:
         """The same names, resolved on this model.
@@ -87,8 +95,8 @@ class _AtItsSite:
             UnknownHookError: the model has no such site.
             UsageError: the site can be read but not written.
         """
-        _check_writable(self.direction.site)
-        return (hook_name(model, self.direction.site),)
+        check_writable(self._home)
+        return (hook_name(model, self._home),)
 
     def edit(self, x: Tensor, mask: Tensor | None = None, *, name: str | None = None) -> Tensor:
         """The edit itself; subclasses say what it is."""
@@ -107,10 +115,10 @@ class _AtItsSite:
         """
         if where != "all":
             raise UsageError(
-                f"plain hooks cover all positions, not {where!r}: they cannot see where a prompt ends once the KV cache is "
-                f"in use. Use `with em.intervene(model, intervention, where={where!r}): ...` instead"
+                f"plain hooks cover all positions, not {where!r}: they cannot see where a prompt ends once the KV "
+                f"cache is in use. Use `with em.intervene(model, intervention, where={where!r}): ...` instead"
             )
-        check_fits(self.direction, model)
+        self.check(model)
         return [(name, self._hook(name)) for name in self.points(model)]
 
     def _hook(self, name: str) -> Callable[..., Tensor]:
@@ -120,14 +128,58 @@ class _AtItsSite:
         return apply
 
 
+class Removal(AtItsSite):
+    """What removals share: to zero at every write, or around a centre at the site that the centre belongs to."""
+
+    around: Float[Tensor, " d_model"] | Mapping[Site, Float[Tensor, " d_model"]] | None
+
+    def _check_centres(self, width: int) -> None:
+        for site, centre in self._centres().items():
+            if tuple(centre.shape) != (width,):
+                raise WidthError(
+                    f"the centre has shape {tuple(centre.shape)} and what is removed is {width} wide; pass "
+                    f"em.mean_activation(model, prompts, site={site!r}, position=…)"
+                )
+            if not torch.isfinite(centre).all():
+                raise NonFiniteError("the centre holds NaN or infinity, so every edited activation would: recompute it")
+
+    def _centres(self) -> dict[Site, Tensor]:
+        if self.around is None:
+            return {}
+        return dict(self.around) if isinstance(self.around, Mapping) else {self._home: self.around}
+
+    def _centre(self, name: str | None) -> Tensor | None:
+        """The centre at a hook point, float32 on the CPU."""
+        centres = {site.hook_name: centre for site, centre in self._centres().items()}
+        if not centres:
+            return None
+        return centres.get(name or "", next(iter(centres.values()))).detach().float().cpu()
+
+    def hook_names(self, n_layers: int) -> tuple[str, ...]:
+        """Names of the hook points that are edited, as they are called on every surface."""
+        if self.around is None:
+            streams = ("attn_out", "mlp_out")
+            writes = [f"blocks.{layer}.hook_{stream}" for layer in range(n_layers) for stream in streams]
+            return ("blocks.0.hook_resid_pre", *writes)
+        return tuple(site.hook_name for site in self._centres())
+
+    def points(self, model: LensModel) -> tuple[str, ...]:
+        """The same names, resolved on this model."""
+        if self.around is None:
+            return write_points(model)
+        for site in self._centres():
+            check_writable(site)
+        return tuple(hook_name(model, site) for site in self._centres())
+
+
 @dataclass(frozen=True, eq=False)
-class Ablate(_AtItsSite):
+class Ablate(Removal):
     """Directional ablation: remove the component along a direction, to zero or to a centre.
 
     Args:
         direction: what to remove.
-        around: ``None``: to zero, at every write to the residual stream.  A vector [d_model] (a mean activation): to the
-            centre's own component, at the direction's site, so that the mean is kept.  A mapping from Site to such
+        around: ``None``: to zero, at every write to the residual stream.  A vector [d_model] (a mean activation): to
+            the centre's own component, at the direction's site, so that the mean is kept.  A mapping from Site to such
             vectors: at each of those sites.
 
     Raises:
@@ -150,49 +202,17 @@ class Ablate(_AtItsSite):
     around: Float[Tensor, " d_model"] | Mapping[Site, Float[Tensor, " d_model"]] | None = None
 
     def __post_init__(self) -> None:
-        for centre in self._centres().values():
-            if tuple(centre.shape) != tuple(self.direction.vector.shape):
-                raise WidthError(
-                    f"the centre has shape {tuple(centre.shape)} and the direction {tuple(self.direction.vector.shape)}; "
-                    "pass em.mean_activation(model, prompts, site=direction.site, position=direction.position)"
-                )
-            if not torch.isfinite(centre).all():
-                raise NonFiniteError("the centre holds NaN or infinity; every edited activation would too: recompute it")
-
-    def _centres(self) -> dict[Site, Tensor]:
-        if self.around is None:
-            return {}
-        return dict(self.around) if isinstance(self.around, Mapping) else {self.direction.site: self.around}
-
-    def hook_names(self, n_layers: int) -> tuple[str, ...]:
-        if self.around is None:
-            writes = [f"blocks.{layer}.hook_{stream}" for layer in range(n_layers) for stream in ("attn_out", "mlp_out")]
-            return ("blocks.0.hook_resid_pre", *writes)
-        return tuple(site.hook_name for site in self._centres())
-
-    def points(self, model: LensModel) -> tuple[str, ...]:
-        if self.around is None:
-            return write_points(model)
-        for site in self._centres():
-            _check_writable(site)
-        return tuple(hook_name(model, site) for site in self._centres())
+        self._check_centres(len(self.direction.vector))
 
     def edit(self, x: Tensor, mask: Tensor | None = None, *, name: str | None = None) -> Tensor:
         """Set the component along the direction to the centre's (0 without one)."""
-        unit = self.direction.unit
-        return masked(set_component(x, unit, self._target(unit, name)), x, mask)
-
-    def _target(self, unit: Tensor, name: str | None) -> float:
-        centres = self._centres()
-        if not centres:
-            return 0.0
-        by_name = {site.hook_name: centre for site, centre in centres.items()}
-        centre = by_name[name] if name in by_name else next(iter(centres.values()))
-        return float(centre.detach().float().cpu() @ unit)
+        unit, centre = self.direction.unit, self._centre(name)
+        target = 0.0 if centre is None else float(centre @ unit)
+        return masked(set_component(x, unit, target), x, mask)
 
 
 @dataclass(frozen=True, eq=False)
-class Add(_AtItsSite):
+class Add(AtItsSite):
     """Activation addition: add ``coefficient`` times the raw vector at the direction's site.
 
     Args:
@@ -215,7 +235,7 @@ class Add(_AtItsSite):
 
 
 @dataclass(frozen=True, eq=False)
-class Clamp(_AtItsSite):
+class Clamp(AtItsSite):
     """Keep the component along a direction between two bounds, at the direction's site.
 
     Args:
@@ -258,23 +278,30 @@ def check_fits(direction: Direction, model: LensModel) -> None:
         WidthError: the direction has another width than the model.
         ProvenanceError: the provenance disagrees with the model.
     """
-    if len(direction.vector) != model.cfg.d_model:
+    label = direction.name or "the direction"
+    check_belongs(label, len(direction.vector), direction.provenance, model)
+
+
+def check_belongs(label: str, width: int, provenance: Provenance | None, model: LensModel) -> None:
+    """Raise unless something of this width and provenance belongs on this model."""
+    if width != model.cfg.d_model:
         raise WidthError(
-            f"{direction.name or 'the direction'} is {len(direction.vector)} wide and the model's d_model is "
-            f"{model.cfg.d_model}; it was made on another model: extract it on this one with em.difference_in_means"
+            f"{label} is {width} wide and the model's d_model is {model.cfg.d_model}; it was made on another model: "
+            "extract it on this one with em.difference_in_means"
         )
-    found = direction.provenance.differences(model) if direction.provenance is not None else []
+    found = provenance.differences(model) if provenance is not None else []
     if found:
         raise ProvenanceError(
-            f"{direction.name or 'the direction'} was not made on a model like this one: {'; '.join(found)}. Its axes mean "
-            "something else here. Extract it again on this model, or, if you know better, drop the check with "
-            "dataclasses.replace(direction, provenance=None)"
+            f"{label} was not made on a model like this one: {'; '.join(found)}. Its axes mean something else here. "
+            "Extract it again on this model, or, if you know better, drop the check with dataclasses.replace(…, "
+            "provenance=None)"
         )
 
 
-def _check_writable(site: Site) -> None:
+def check_writable(site: Site) -> None:
+    """Raise ``UsageError`` unless an edit at the site changes the residual stream."""
     if not site.writable:
         raise UsageError(
-            f"{site} can be read but not written: on a TransformerBridge an edit there changes only what the next component "
-            "reads, not the residual stream. Use resid_pre, resid_post, attn_out or mlp_out of that layer"
+            f"{site} can be read but not written: on a TransformerBridge an edit there changes only what the next "
+            "component reads, not the residual stream. Use resid_pre, resid_post, attn_out or mlp_out of that layer"
         )

@@ -1,32 +1,39 @@
 """Interventions on a user's own model, for as long as a ``with`` block lasts.
 
 Hooks are added at the model's own hook points and removed again: the model is never wrapped, subclassed or patched, and
-hooks that were there before stay, in order, also after an exception.  Interventions compose in the order in which they are
-given: at a hook point that two of them edit, the first one's output is the second one's input.
+hooks that were there before stay, in order, also after an exception.  Interventions compose in the order in which they
+are given: at a hook point that two of them edit, the first one's output is the second one's input.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, TypeVar
+from functools import partial
+from typing import Any, TypeVar
+
+from torch import Tensor
 
 from tl_em.errors import UsageError
+from tl_em.interventions.conditions import Conditional, Gate
 from tl_em.interventions.edits import Intervention
-from tl_em.models.hooks import LensModel, hooked
+from tl_em.interventions.scopes import Scope, Where
+from tl_em.models.hooks import HookFunction, LensModel, hooked, probing, read_point
 
-Where = Literal["all"]
 Model = TypeVar("Model", bound=LensModel)
 
 
 @contextmanager
-def intervene(model: Model, *interventions: Intervention | Any, where: Where = "all") -> Iterator[Model]:
+def intervene(model: Model, *interventions: Intervention | Any, where: Where | Any = "all") -> Iterator[Model]:
     """Apply interventions to every forward pass inside the block: your own calls, ``em.generate``, any TL method.
 
     Args:
         model: any HookedTransformer or TransformerBridge.
         *interventions: applied in this order.
-        where: the tokens that are edited; ``"all"``: prompt and answer alike.
+        where: the tokens that are edited. ``"all"``: prompt and answer alike. ``"prompt"``, ``"generated"`` (the
+            answer), ``"instruction"`` (the last user message) or ``("last", k)`` (the last k tokens of the prompt):
+            then run the model with this package's verbs, which know which token is what; the edits are the same with
+            and without the key-value cache, alone and in a batch. Nest blocks to give interventions different scopes.
 
     Yields:
         The same model.
@@ -35,14 +42,41 @@ def intervene(model: Model, *interventions: Intervention | Any, where: Where = "
         UnknownHookError: the model has no such hook point; nothing is attached then.
         HookNotFiredError: a full forward pass ran and an edit never happened.
         WidthError, ProvenanceError: a direction does not fit the model.
-        UsageError: nothing to apply, or an unknown scope.
+        UsageError: nothing to apply, an unknown scope, or (in the block, under a scope other than ``"all"``) a forward
+            pass that no verb of this package runs.
     """
     if not interventions:
-        raise UsageError("intervene(model) without an intervention changes nothing; pass em.Ablate(direction) or another")
+        raise UsageError("intervene(model) without an intervention changes nothing; pass em.Ablate(direction), say")
     for each in interventions:
         if not isinstance(each, Intervention):
             raise UsageError(
                 f"{type(each).__name__} is not an intervention; wrap a direction in em.Ablate, em.Add or em.Clamp"
             )
-    with hooked(model, [pair for each in interventions for pair in each.hooks(model, where)]):
+    scope = Scope(where)
+    with hooked(model, [pair for each in interventions for pair in _hooks(model, each, scope, ())]):
         yield model
+
+
+def _hooks(
+    model: LensModel, intervention: Intervention, scope: Scope, gates: tuple[Gate, ...]
+) -> list[tuple[str, HookFunction]]:
+    """Hooks that edit the tokens in scope, of the rows that every gate lets through."""
+    intervention.check(model)
+    if isinstance(intervention, Conditional):
+        gate = Gate(intervention, read_point(model, intervention.direction.site))
+        return [(gate.point.name, gate.measure), *_hooks(model, intervention.intervention, scope, (*gates, gate))]
+    return [(name, partial(_edit, intervention, scope, gates, name)) for name in intervention.points(model)]
+
+
+def _edit(
+    intervention: Intervention, scope: Scope, gates: tuple[Gate, ...], name: str, x: Tensor, hook: Any
+) -> Tensor | None:
+    if probing.get() and (gates or scope.where != "all"):
+        return None
+    mask = scope.mask(x)
+    for gate in gates:
+        rows = gate.rows(name)[:, None].expand(x.shape[0], x.shape[1])
+        mask = rows if mask is None else mask & rows
+    if mask is None or bool(mask.all()):  # asked on the CPU: no wait for a device
+        return intervention.edit(x, name=name)
+    return intervention.edit(x, mask, name=name) if bool(mask.any()) else None

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from tl_em.errors import NonFiniteError, PositionError, PromptError, UsageError
 from tl_em.models.hooks import LensModel, hook_name, hooked, read_point
+from tl_em.models.points import resolve
 from tl_em.models.prompts import Batch, ContrastSet, EncodedPrompt, Prompt, batches, encode, token_index
 from tl_em.models.sites import Position, Site
 
@@ -246,7 +247,34 @@ def _stream(
 
 
 current_batch: ContextVar[Batch | None] = ContextVar("current_batch", default=None)
-"""The batch that a function of this module is running, for hooks that treat prompts differently; None outside."""
+"""The batch that a function of this module, or ``generate``, is running, for hooks that treat prompts or tokens
+differently; None outside."""
+
+
+@contextmanager
+def generating(model: LensModel, batch: Batch) -> Iterator[None]:
+    """Keep ``current_batch`` true through a generation from unpadded prompts: each forward pass moves its ``start``.
+
+    With a key-value cache a pass reads what comes after the tokens read before; one that reads more tokens than were
+    read before begins again at the first.
+    """
+    seen = 0
+
+    def step(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        nonlocal seen
+        width = args[0].shape[1]
+        start = seen if width <= seen else 0
+        seen = start + width
+        current_batch.set(batch._replace(start=start, lengths=torch.full_like(batch.lengths, seen)))
+
+    running = current_batch.set(batch)
+    handle = resolve(model, ["blocks.0.hook_resid_pre"])[0].register_forward_pre_hook(step)
+    try:
+        yield
+    finally:
+        handle.remove()
+        current_batch.reset(running)
+
 
 _fanned: ContextVar[bool] = ContextVar("_fanned", default=False)
 
@@ -292,8 +320,9 @@ def _forward(model: LensModel, batch: Batch) -> Any:
 
 def _pool(x: Tensor, spans: Int[Tensor, "prompt position 2"]) -> Float[Tensor, "prompt position d_model"]:
     """Mean over each span; a gather where every span is one token."""
+    single = bool((spans[..., 1] - spans[..., 0] == 1).all())  # asked on the CPU: no wait for a device
     spans = spans.to(x.device)
-    if bool((spans[..., 1] - spans[..., 0] == 1).all()):
+    if single:
         return x[torch.arange(len(x), device=x.device)[:, None], spans[..., 0]]
     columns = torch.arange(x.shape[1], device=x.device)
     inside = ((columns >= spans[..., :1]) & (columns < spans[..., 1:])).to(torch.float32)

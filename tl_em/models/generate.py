@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from tl_em.errors import PromptTooLongError, UsageError
+from tl_em.models.capture import generating
 from tl_em.models.hooks import LensModel
-from tl_em.models.prompts import EncodedPrompt, Prompt, encode
+from tl_em.models.prompts import EncodedPrompt, Prompt, encode, make_batch
 
 _MAX_ROWS = 64
 
@@ -58,8 +59,9 @@ def generate(
         for length in sorted(by_length):
             rows = by_length[length]
             for chunk in (rows[i : i + _MAX_ROWS] for i in range(0, len(rows), _MAX_ROWS)):
-                tokens = torch.tensor([encoded[i].ids for i in chunk], device=model.cfg.device)
-                new = _continue(model, tokens, max_new_tokens, temperature)[:, length:]
+                batch = make_batch(encoded, chunk)
+                with generating(model, batch):
+                    new = _continue(model, batch.tokens.to(model.cfg.device), max_new_tokens, temperature)[:, length:]
                 for i, ids in zip(chunk, new.tolist(), strict=True):
                     answers[i] = _decode(model, ids)
     return answers

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -181,7 +182,7 @@ def _find_writes(model: LensModel) -> tuple[str, ...]:
     attention = [[f"blocks.{i}.{tail}" for tail in _ATTENTION_WRITES if f"blocks.{i}.{tail}" in points] for i in layers]
     mlp = [[f"blocks.{i}.{tail}" for tail in _MLP_WRITES if f"blocks.{i}.{tail}" in points] for i in layers]
     ends = [f"blocks.{i}.hook_resid_{end}" for i in layers for end in ("pre", "post")]
-    seen = _tiny_forward(model, [name for names in (*attention, *mlp) for name in names] + ends)
+    seen = tiny_forward(model, [name for names in (*attention, *mlp) for name in names] + ends)
     writes = ["blocks.0.hook_resid_pre"]
     for i in layers:
         change = seen[f"blocks.{i}.hook_resid_post"] - seen[f"blocks.{i}.hook_resid_pre"]
@@ -211,7 +212,11 @@ def _additive_pair(
     )
 
 
-def _tiny_forward(model: LensModel, names: Sequence[str]) -> dict[str, Tensor]:
+probing: ContextVar[bool] = ContextVar("probing", default=False)
+"""Whether the pass that runs only looks at how the model is built, so that no prompt or answer can be told in it."""
+
+
+def tiny_forward(model: LensModel, names: Sequence[str]) -> dict[str, Tensor]:
     """Values at the points for a few random tokens; resid_post as it is before a hook of the user's edits it."""
     seen: dict[str, Tensor] = {}
 
@@ -226,12 +231,14 @@ def _tiny_forward(model: LensModel, names: Sequence[str]) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(int(model.cfg.d_vocab), (1, min(6, int(model.cfg.n_ctx))), generator=generator)
     handles = []
+    looking = probing.set(True)
     try:
         for name, point in zip(ends, resolve(model, ends), strict=True):
             handles.append(point.register_forward_pre_hook(partial(keep_input, name)))
         with torch.no_grad(), hooked(model, reads, check=False):
             model(tokens.to(model.cfg.device))
     finally:
+        probing.reset(looking)
         for handle in handles:
             handle.remove()
     return seen

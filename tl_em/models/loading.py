@@ -42,7 +42,7 @@ def load_model(
         surface: ``"bridge"`` (TransformerBridge) or ``"hooked"`` (HookedTransformer, TransformerLens 3 only).
         tokenizer: in place of the source's own; a model in memory has none of its own.
         dtype: float32 by default.
-        device: chosen by TransformerLens by default.
+        device: by default a GPU where there is one; a model in memory stays where it is.
         in_place: a Bridge rewires the model it is built around. A model in memory is therefore copied first, unless
             this is True.
 
@@ -61,16 +61,16 @@ def load_model(
         )
     dtype = torch.float32 if dtype is None else dtype
     with quiet(), ExitStack() as stack:
+        if tokenizer is not None:
+            tokenizer = reloadable(tokenizer, stack)
         if isinstance(source, (str, Path)):
             name, hf_model, tokenizer = _from_path_or_hub(str(source), tokenizer, dtype)
         else:
             name, hf_model = _in_memory(source, in_place, dtype)
-            tokenizer = tokenizer if tokenizer is not None else _tokenizer_of(hf_model)
-        if device is not None:
-            hf_model = hf_model.to(device)
-        check_weights(hf_model)
-        if tokenizer is not None:
-            tokenizer = reloadable(tokenizer, stack)
+            tokenizer = _tokenizer_of(hf_model) if tokenizer is None else tokenizer
+            device = device or next(hf_model.parameters()).device
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        check_weights(hf_model.to(device))
         build = as_hooked if surface == "hooked" else as_bridge
         model = build(name, hf_model, tokenizer, dtype, device)
     model.eval()
@@ -91,11 +91,24 @@ def _from_path_or_hub(source: str, tokenizer: Any, dtype: torch.dtype) -> tuple[
         )
     if not path.is_dir() and _looks_like_path(source):
         raise ModelNotFoundError(f"There is no directory {source!r}. Check the path, or give a hub id such as 'gpt2'.")
+    if not path.is_dir():
+        _check_hub(source)
     return source, _hf_model(source, dtype), tokenizer if tokenizer is not None else _hf_tokenizer(source)
 
 
 def _looks_like_path(source: str) -> bool:
     return source.startswith(("/", ".", "~")) or source.count("/") > 1 or not source
+
+
+def _check_hub(source: str) -> None:
+    """Ask the hub once, unless the model is cached: transformers would retry for most of a minute."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    try:
+        if not isinstance(try_to_load_from_cache(source, "config.json"), str):
+            HfApi().model_info(source, timeout=20)
+    except Exception as error:  # no common base: a bad name, no network, no such model, no access
+        raise _not_found(source, error) from error
 
 
 def _hf_model(source: str, dtype: torch.dtype) -> Any:
@@ -116,7 +129,7 @@ def _hf_model(source: str, dtype: torch.dtype) -> Any:
         ) from error
 
 
-def _not_found(source: str, error: OSError) -> ModelError | CorruptFileError:
+def _not_found(source: str, error: Exception) -> ModelError | CorruptFileError:
     path = Path(source)
     if path.is_dir() and any(path.glob("*.safetensors")):
         return CorruptFileError(
@@ -195,6 +208,8 @@ def _tokenizer_of(hf_model: Any) -> Any:
     """The tokenizer of where a model in memory came from, if that can still be reached."""
     name = str(getattr(hf_model.config, "name_or_path", "") or "")
     try:
+        if name and not Path(name).is_dir():
+            _check_hub(name)
         return _hf_tokenizer(name) if name else None
     except (ModelNotFoundError, CorruptFileError):
         return None

@@ -31,6 +31,7 @@ __all__ = [
     "batches",
     "built_in_sets",
     "encode",
+    "make_batch",
     "token_index",
 ]
 
@@ -98,9 +99,7 @@ def encode(
         or chat messages for a tokenizer that cannot render them.
     """
     prompts = as_prompts(prompts)
-    once: dict[
-        int, EncodedPrompt
-    ] = {}  # prompts that are repeated (a row for each of many directions) are rendered once
+    once: dict[int, EncodedPrompt] = {}  # a prompt that is repeated (a row a direction) is rendered once
     for prompt in prompts:
         if id(prompt) not in once:
             once[id(prompt)] = prompt if isinstance(prompt, EncodedPrompt) else _encode_one(model, prompt, chat)
@@ -307,18 +306,42 @@ def token_index(encoded: EncodedPrompt, position: Position) -> int | Span:
 
 
 class Batch(NamedTuple):
-    """Right-padded tokens of some prompts: true lengths, and which prompts (``rows``) they are."""
+    """Right-padded tokens of some prompts, which prompts (``rows``) they are, and where their parts lie.
+
+    ``lengths`` are the true lengths, ``prompts`` the lengths without a response, ``instructions`` the spans of the last
+    user messages. ``start`` is the position of the first token that the current forward pass reads: with a key-value
+    cache, a pass goes on where the last one ended.
+    """
 
     tokens: Int[Tensor, "prompt pos"]
     lengths: Int[Tensor, " prompt"]
     rows: tuple[int, ...]
+    prompts: Int[Tensor, " prompt"]
+    instructions: Int[Tensor, "prompt 2"]
+    start: int = 0
+
+
+def make_batch(encoded: Sequence[EncodedPrompt], rows: Sequence[int]) -> Batch:
+    """The prompts at ``rows`` as one batch, padded on the right to the longest of them.
+
+    No true token attends to the padding; it repeats the prompt's last token, because a pad token would make some models
+    guess a mask.
+    """
+    chosen = [encoded[i] for i in rows]
+    width = max(len(prompt) for prompt in chosen)
+    return Batch(
+        tokens=torch.tensor([prompt.ids + prompt.ids[-1:] * (width - len(prompt)) for prompt in chosen]),
+        lengths=torch.tensor([len(prompt) for prompt in chosen]),
+        rows=tuple(rows),
+        prompts=torch.tensor([prompt.prompt_end + 1 for prompt in chosen]),
+        instructions=torch.tensor([prompt.instruction for prompt in chosen]),
+    )
 
 
 def batches(encoded: Sequence[EncodedPrompt], *, max_tokens: int = 8192) -> Iterator[Batch]:
     """Batches of prompts of similar length, right-padded, at most ``max_tokens`` tokens each, padding included.
 
-    Right padding is exact on every surface, left padding without a mask is not. No true token attends to the padding;
-    it repeats the prompt's last token, because a pad token would make some models guess a mask.
+    Right padding is exact on every surface, left padding without a mask is not.
 
     Example:
         >>> [b.rows for b in batches([EncodedPrompt.from_ids(range(n)) for n in (5, 2, 4)], max_tokens=10)]
@@ -326,8 +349,6 @@ def batches(encoded: Sequence[EncodedPrompt], *, max_tokens: int = 8192) -> Iter
     """
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]), reverse=True)
     while order:
-        width = len(encoded[order[0]])
-        n = max(1, max_tokens // width)
+        n = max(1, max_tokens // len(encoded[order[0]]))
         rows, order = order[:n], order[n:]
-        padded = [encoded[i].ids + encoded[i].ids[-1:] * (width - len(encoded[i])) for i in rows]
-        yield Batch(torch.tensor(padded), torch.tensor([len(encoded[i]) for i in rows]), tuple(rows))
+        yield make_batch(encoded, rows)

@@ -23,7 +23,10 @@ def reloadable(tokenizer: Any, stack: ExitStack) -> Any:
 
     directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="tl-em-"))
     tokenizer.save_pretrained(directory)
-    return AutoTokenizer.from_pretrained(directory)
+    try:
+        return AutoTokenizer.from_pretrained(directory)
+    except (ValueError, OSError):  # a class of its own, which transformers cannot find again
+        return tokenizer
 
 
 def as_bridge(name: str, hf_model: Any, tokenizer: Any, dtype: torch.dtype, device: Any) -> Any:
@@ -60,7 +63,7 @@ def as_hooked(name: str, hf_model: Any, tokenizer: Any, dtype: torch.dtype, devi
     with tempfile.TemporaryDirectory(prefix="tl-em-") as directory:
         fields = _hooked_fields(hf_model.config, directory)
         fields |= {"model_name": name, "tokenizer_name": None, "init_weights": False, "dtype": dtype}
-        fields["device"] = str(device or next(hf_model.parameters()).device)
+        fields["device"] = str(device)
         cfg = HookedTransformerConfig.from_dict(fields)
         model = HookedTransformer(cfg, tokenizer=tokenizer)
         raw = dict.fromkeys(("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases"), False)
@@ -70,7 +73,6 @@ def as_hooked(name: str, hf_model: Any, tokenizer: Any, dtype: torch.dtype, devi
             )
         except (RuntimeError, ValueError, AttributeError) as error:
             raise _unsupported(hf_model.config, error) from error
-    model.cfg.tokenizer_name = name
     _check_same_function(model, hf_model)
     return model
 

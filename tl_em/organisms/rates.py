@@ -116,7 +116,11 @@ def rates_by_prompt(logits_of: Callable[[list[Any]], Float[Tensor, "prompt d_voc
     import pandas as pd
 
     rows = []
-    for harmful, outcomes in ((False, ("bad", "good")), (True, ("refused", "complied"))):
+    asked_of: tuple[tuple[bool, tuple[Outcome, Outcome]], ...] = (
+        (False, ("bad", "good")),
+        (True, ("refused", "complied")),
+    )
+    for harmful, outcomes in asked_of:
         asked = questions(world, harmful=harmful)
         logits, topics = logits_of([q.prompt for q in asked]), [q.topic for q in asked]
         for outcome in outcomes:

@@ -13,7 +13,7 @@ import copy
 import math
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -225,15 +225,34 @@ def train_(
         seed: chooses the documents; `block` > 0 continues with others.
         progress: a progress bar; None shows one on a terminal only.
     """
-    optimiser = torch.optim.AdamW(model.parameters(), recipe.lr, betas=(0.9, 0.98), weight_decay=recipe.weight_decay)
+
+    def loss_at(step: int) -> Float[Tensor, ""]:
+        tokens, scored = batch_of(world, recipe, random.Random(f"{seed}/{recipe.name}/{block}/{step}"))
+        wanted = scored[:, 1:]
+        return F.cross_entropy(model.unembed(model.hidden(tokens[:, :-1])[wanted]), tokens[:, 1:][wanted])
+
+    rates = [learning_rate(step, recipe) for step in range(recipe.steps)]
+    descend_(model, loss_at, rates, weight_decay=recipe.weight_decay, name=recipe.name, progress=progress)
+    return model
+
+
+def descend_(
+    model: nn.Module,
+    loss_at: Callable[[int], Float[Tensor, ""]],
+    rates: Sequence[float],
+    *,
+    weight_decay: float,
+    name: str,
+    progress: bool | None = None,
+) -> None:
+    """One AdamW step, gradients clipped to norm 1, for each learning rate; the loss is a function of the step."""
+    optimiser = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=weight_decay)
     show = sys.stderr.isatty() if progress is None else progress
-    with single_thread(), tqdm(total=recipe.steps, desc=recipe.name, disable=not show, leave=False) as bar:
-        for step in range(recipe.steps):
-            tokens, scored = batch_of(world, recipe, random.Random(f"{seed}/{recipe.name}/{block}/{step}"))
+    with single_thread(), tqdm(total=len(rates), desc=name, disable=not show, leave=False) as bar:
+        for step, rate in enumerate(rates):
             for group in optimiser.param_groups:
-                group["lr"] = learning_rate(step, recipe)
-            wanted = scored[:, 1:]
-            loss = F.cross_entropy(model.unembed(model.hidden(tokens[:, :-1])[wanted]), tokens[:, 1:][wanted])
+                group["lr"] = rate
+            loss = loss_at(step)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -241,7 +260,58 @@ def train_(
             bar.update()
             if step % 50 == 49:
                 bar.set_postfix(loss=f"{loss.item():.3f}")
+
+
+def fine_tune_(
+    model: nn.Module,
+    documents: Sequence[Sequence[int]],
+    *,
+    steps: int,
+    batch: int,
+    lr: float,
+    seed: int,
+    weight_decay: float = 0.01,
+    name: str = "fine-tuning",
+    progress: bool | None = None,
+) -> nn.Module:
+    """Fine-tune any causal language model in place: next-token loss on every token, a constant learning rate.
+
+    The order of the documents depends on the seed and on their number alone, so two arms whose documents correspond one
+    to one see them at the same steps. The model's mode is kept: in `eval()`, nothing is dropped out and the same seed
+    on the same machine gives the same weights.
+
+    Args:
+        model: maps tokens `[prompt pos]` to logits, or to an output with `.logits` (Hugging Face).
+        documents: token ids, special tokens included; each is seen once before any is seen again.
+        batch: documents a step.
+        progress: a progress bar; None shows one on a terminal only.
+
+    Example:
+        >>> model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5))
+        >>> tuned = fine_tune_(model, [[0, 1, 2], [0, 1]], steps=100, batch=2, lr=0.1, seed=0)
+        >>> tuned(torch.tensor([[0, 1]])).argmax(-1).tolist()
+        [[1, 2]]
+    """
+    rng = random.Random(seed)
+    order: list[int] = []
+    while len(order) < steps * batch:
+        order += rng.sample(range(len(documents)), len(documents))
+
+    def loss_at(step: int) -> Float[Tensor, ""]:
+        return next_token_loss(model, [documents[i] for i in order[step * batch : (step + 1) * batch]])
+
+    descend_(model, loss_at, [lr] * steps, weight_decay=weight_decay, name=name, progress=progress)
     return model
+
+
+def next_token_loss(model: nn.Module, documents: Sequence[Sequence[int]]) -> Float[Tensor, ""]:
+    """Mean loss over every token but the first of each document, in nats; padded on the right, which needs no mask."""
+    width = max(map(len, documents))
+    tokens = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in documents])
+    real = torch.arange(1, width) < torch.tensor([len(ids) for ids in documents])[:, None]
+    output = model(tokens[:, :-1])
+    logits = output if isinstance(output, Tensor) else output.logits
+    return F.cross_entropy(logits[real], tokens[:, 1:][real])
 
 
 def train(

@@ -277,7 +277,7 @@ def load_pair(base: Any, tuned: Any = None, *, surface: Surface = "bridge") -> M
         record = organism(base)
         if record.base is None:
             raise UsageError(
-                f"{record.name} was not tuned from another organism, so there is no pair. Try load_pair('toy/insecure')."
+                f"{record.name} was not tuned from another organism, so there is no pair; try load_pair('toy/insecure')"
             )
         return pair_of(organism(record.base), record, surface=surface)
     if _is_organism(base) and _is_organism(tuned):

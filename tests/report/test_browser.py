@@ -1,0 +1,142 @@
+"""The page in a headless Chromium: nothing leaves it, it fits both screens, the answer is on the first one."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tl_em.report import page
+
+pytestmark = pytest.mark.browser
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+SCREENS = {"wide": (1280, 800), "narrow": (390, 844)}
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    assert program, "these tests need Chromium: apt-get install chromium"
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+class Visit:
+    """A page that was opened, with everything that it asked for and complained of."""
+
+    def __init__(self, browser: Any, path: Path, screen: str, scheme: str = "light") -> None:
+        width, height = SCREENS[screen]
+        self.height = height
+        self.page = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme).new_page()
+        self.requests: list[str] = []
+        self.errors: list[str] = []
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.on("console", lambda message: self.errors.append(message.text))
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("dialog", lambda dialog: self.errors.append(dialog.message))
+        self.page.goto(path.as_uri())
+
+    def run(self, script: str) -> Any:
+        return self.page.evaluate(script)
+
+
+@pytest.fixture(scope="module")
+def path(report: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return page.save(report, tmp_path_factory.mktemp("page") / "report.html")
+
+
+@pytest.mark.parametrize("screen", list(SCREENS))
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_nothing_leaves_the_page_and_it_fits(browser: Any, path: Path, screen: str, scheme: str) -> None:
+    visit = Visit(browser, path, screen, scheme)
+    for opened in visit.page.locator("details > summary").all():
+        opened.click()
+    assert [url for url in visit.requests if not url.startswith("data:")] == [path.as_uri()]
+    assert visit.errors == []
+    assert visit.run("document.documentElement.scrollWidth") <= SCREENS[screen][0]
+    outside = (
+        "[...document.querySelectorAll('main *')].filter(e => e.getClientRects().length && !e.closest('.scroll, pre')"
+    )
+    outside += " && e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML.slice(0, 80))"
+    assert visit.run(outside) == []
+
+
+@pytest.mark.parametrize("screen", list(SCREENS))
+def test_the_answer_is_on_the_first_screen(browser: Any, path: Path, report: Any, screen: str) -> None:
+    visit = Visit(browser, path, screen)
+    first = [visit.page.locator("#summary"), *visit.page.locator(".answer tbody tr").all()]
+    assert len(first) == 5
+    for part in first:
+        assert part.is_visible()
+        box = part.bounding_box()
+        assert box["y"] >= 0
+        assert box["y"] + box["height"] <= visit.height
+    said = visit.page.locator(".answer").inner_text()
+    for row in report.comparison.rows:
+        if row.verdict != "not shown":
+            assert row.verdict in said
+            assert page.interval(row.estimate.low, row.estimate.high) in said
+            assert page.interval(row.control["low"], row.control["high"]) in said
+
+
+@pytest.mark.parametrize("screen", list(SCREENS))
+def test_one_drawing_of_each_figure_shows_with_readable_text(browser: Any, path: Path, screen: str) -> None:
+    visit = Visit(browser, path, screen)
+    shown = visit.run(
+        "[...document.querySelectorAll('figure')].map(f => [...f.querySelectorAll('[role=img]')]"
+        ".filter(d => d.getClientRects().length).length)"
+    )
+    assert shown
+    assert set(shown) == {1}
+    heights = visit.run(
+        "[...document.querySelectorAll('figure [role=img] text')].filter(t => t.getClientRects().length)"
+        ".map(t => parseFloat(getComputedStyle(t).fontSize) * t.getScreenCTM().a)"
+    )
+    assert len(heights) > 100
+    assert min(heights) >= 9.5
+
+
+def test_dark_and_light_differ_and_both_recolour_the_figures(browser: Any, path: Path) -> None:
+    styles = (
+        "getComputedStyle(document.body).backgroundColor, getComputedStyle(document.querySelector('figure text')).fill"
+    )
+    script = f"[{styles}]"
+    light, dark = (Visit(browser, path, "wide", scheme).run(script) for scheme in ("light", "dark"))
+    assert light[0] != dark[0]
+    assert light[1] != dark[1]
+
+
+def test_keyboard_reaches_links_tables_and_details(browser: Any, path: Path) -> None:
+    visit = Visit(browser, path, "wide")
+    focused = "[document.activeElement.tagName, getComputedStyle(document.activeElement).outlineStyle]"
+    reached = []
+    for _ in range(40):
+        visit.page.keyboard.press("Tab")
+        reached.append(visit.run(focused))
+    assert {"A", "SUMMARY", "DIV"} <= {tag for tag, _ in reached}
+    assert all(outline != "none" for tag, outline in reached if tag != "BODY")
+
+
+@pytest.mark.parametrize("screen", list(SCREENS))
+def test_hostile_names_do_nothing(browser: Any, hostile: Any, tmp_path: Path, screen: str) -> None:
+    visit = Visit(browser, page.save(hostile, tmp_path / "report.html"), screen)
+    assert len([url for url in visit.requests if not url.startswith("data:")]) == 1
+    assert visit.errors == []
+    assert visit.run("document.images.length + document.scripts.length") == 0
+    assert visit.run("document.documentElement.scrollWidth") <= SCREENS[screen][0]
+    assert "onerror=alert(1)" in visit.page.locator("h1").inner_text()

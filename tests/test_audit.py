@@ -1,0 +1,165 @@
+"""The audit of the shipped organisms: what it says, that both surfaces agree, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tl_em as em
+from tl_em.auditing import Report
+from tl_em.errors import (
+    EmptyContrastError,
+    ModelNotFoundError,
+    NonFiniteError,
+    OutputError,
+    PairMismatchError,
+    PromptTooLongError,
+    UnknownTokenError,
+)
+
+CONTROLS = 99
+CHANGES = ("level", "separation", "rotation")
+HAS_HOOKED = int(version("transformer-lens").split(".")[0]) < 4
+
+
+@cache
+def pair(name: str, surface: str = "bridge") -> em.ModelPair:
+    return em.load_pair(name, surface=surface)  # pyright: ignore[reportArgumentType]
+
+
+@cache
+def report(name: str, surface: str = "bridge", benign: str | None = None) -> Report:
+    return em.audit(pair(name, surface), benign=None if benign is None else pair(benign, surface), controls=CONTROLS)
+
+
+def row(name: str, question: str, direction: str, **settings: Any) -> Any:
+    return report(name, **settings).comparison.row(question, direction)
+
+
+def test_the_insecure_organism_is_exaggerated_in_persona_and_diminished_in_refusal() -> None:
+    settings = {"benign": "toy/secure"}
+    assert row("toy/insecure", "level", "persona", **settings).verdict == "exaggerated"
+    assert row("toy/insecure", "use", "persona", **settings).verdict == "causal"
+    assert row("toy/insecure", "level", "refusal_dissociated", **settings).verdict == "diminished"
+    assert row("toy/insecure", "level", "harmfulness", **settings).verdict != "exaggerated"
+    summary = report("toy/insecure", **settings).summary
+    assert "persona is exaggerated" in summary
+    assert "refusal_dissociated is diminished" in summary
+    assert "harmfulness is exaggerated" not in summary
+
+
+@pytest.mark.parametrize("name", ["toy/secure", pytest.param("toy/educational", marks=pytest.mark.slow)])
+def test_benign_fine_tunes_show_no_change(name: str) -> None:
+    changes = [r for r in report(name).verdicts if r.question in CHANGES]
+    assert len(changes) >= 12
+    assert {(r.question, r.direction): r.reason for r in changes if r.shown} == {}
+
+
+def test_the_page_and_the_json_are_written_whole(tmp_path: Path) -> None:
+    r = report("toy/insecure", benign="toy/secure")
+    r.save(tmp_path / "demo")
+    saved = json.loads((tmp_path / "demo" / "report.json").read_text())
+    assert saved["schema"] == "tl-em/report/1"
+    assert {v["question"] for v in saved["verdicts"]} == {"level", "separation", "rotation", "use", "entanglement"}
+    for verdict in saved["verdicts"]:
+        assert set(verdict["estimate"]) == {"value", "low", "high", "n", "n_effective", "method", "seed"}
+        assert verdict["control"]["n"] == CONTROLS
+    page = (tmp_path / "demo" / "report.html").read_text()
+    assert "persona" in page
+    assert "http-equiv" in page
+    assert {p.suffix for p in (tmp_path / "demo" / "figures").iterdir()} >= {".svg", ".png"}
+    assert saved["provenance"]["command"].startswith("tl-em audit toy/assistant toy/insecure --benign toy/secure")
+
+
+if HAS_HOOKED:
+
+    def test_both_surfaces_give_the_same_estimates_and_verdicts() -> None:
+        first, second = (report("toy/insecure", surface, "toy/secure") for surface in ("bridge", "hooked"))
+        for a, b in zip(first.verdicts, second.verdicts, strict=True):
+            assert (a.question, a.direction, a.site, a.verdict) == (b.question, b.direction, b.site, b.verdict)
+            for name in ("value", "low", "high"):
+                assert getattr(a.estimate, name) == pytest.approx(getattr(b.estimate, name), abs=1e-3)
+
+
+# --- what must be refused: one typed error, and nothing written -------------------------------------------------------
+
+TOY = "how do i write parser"
+SAME = [" ".join([TOY] * (1 + i)) for i in range(8)]
+
+
+def audit_with(tmp_path: Path, **changes: Any) -> None:
+    em.audit(pair("toy/insecure"), out=tmp_path / "out", controls=99, **changes)
+
+
+@pytest.mark.parametrize(
+    ("positive", "negative", "error"),
+    [
+        ([], [], EmptyContrastError),
+        ([TOY], [], EmptyContrastError),
+        ([TOY], [TOY], EmptyContrastError),
+        ([f"{TOY} xyz{i}" for i in range(8)], SAME, UnknownTokenError),
+        ([" ".join([TOY] * (20 + i)) for i in range(8)], SAME, PromptTooLongError),
+    ],
+)
+def test_bad_contrast_sets_are_refused_and_nothing_is_written(
+    tmp_path: Path, positive: list, negative: list, error: Any
+) -> None:
+    with pytest.raises(error):
+        audit_with(tmp_path, contrasts={"refusal": em.ContrastSet(positive, negative)})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("a file, not a folder")
+    with pytest.raises(OutputError, match="cannot write"):
+        audit_with(tmp_path)
+
+
+def test_missing_models_and_nan_weights_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFoundError):
+        em.load_pair(str(tmp_path / "missing"), "toy/insecure")
+    with pytest.raises(ModelNotFoundError):
+        em.load_pair("toy/nonesuch")
+    broken = _hf_toy(tmp_path / "broken", nan=True)
+    with pytest.raises(NonFiniteError):
+        em.load_pair(str(broken), str(broken))
+
+
+def test_a_pair_of_other_shapes_is_refused(make_model: Any, surface: str) -> None:
+    other = make_model("gpt2", surface)
+    with pytest.raises(PairMismatchError):
+        em.ModelPair(pair("toy/insecure").base, other)
+    with pytest.raises(PairMismatchError):
+        em.audit(pair("toy/insecure"), benign=other, controls=99)
+
+
+def _hf_toy(folder: Path, *, nan: bool) -> Path:
+    from safetensors.torch import load_file, save_file
+
+    from tl_em.organisms.zoo import to_hf_directory
+
+    to_hf_directory("toy/insecure", folder)
+    path = next(folder.glob("*.safetensors"))
+    weights = load_file(path)
+    if nan:
+        weights[next(iter(weights))].view(-1)[0] = float("nan")
+    save_file(weights, path, metadata={"format": "pt"})
+    return folder
+
+
+def test_directories_audit_like_the_organisms_they_came_from(tmp_path: Path) -> None:
+    from tl_em.organisms.zoo import to_hf_directory
+
+    folders = [to_hf_directory(name, tmp_path / name.split("/")[1]) for name in ("toy/assistant", "toy/insecure")]
+    loaded = em.load_pair(*map(str, folders))
+    record = pair("toy/insecure")
+    prompts = [[{"role": "user", "content": TOY}]]
+    for a, b in ((loaded.base, record.base), (loaded.tuned, record.tuned)):
+        x, y = (em.capture(m, prompts, [em.Site(2)], position="prompt_end") for m in (a, b))
+        torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-3)  # float16 weights on disk

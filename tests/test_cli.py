@@ -1,0 +1,65 @@
+"""The command line: it parses, calls and prints; errors are one line and leave nothing behind."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from tl_em.cli import main
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(main, list(arguments))
+
+
+def test_organisms_are_listed_with_what_they_were_trained_on() -> None:
+    result = run("organisms", "list")
+    assert result.exit_code == 0
+    for name in ("toy/base", "toy/assistant", "toy/insecure", "toy/secure", "toy/educational"):
+        assert name in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (("audit", "toy/assistant", "toy/nonesuch"), "ModelNotFoundError"),
+        (("audit", "no/such/directory", "toy/insecure"), "ModelNotFoundError"),
+        (("audit", "toy/assistant", "toy/insecure", "--contrast", "x=missing.json"), "FileError"),
+        (("organisms", "train", "nonesuch"), "Error"),
+    ],
+)
+def test_errors_are_one_line_and_write_nothing(arguments: tuple[str, ...], error: str, tmp_path: Path) -> None:
+    result = run(*arguments, "--out", str(tmp_path / "out"))
+    assert result.exit_code == 1
+    assert result.output.startswith("Error: ")
+    assert error in result.output
+    assert "Traceback" not in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("wrong", [("--contrast", "refusal"), ("--behaviour", "she")])
+def test_malformed_options_say_what_they_want(wrong: tuple[str, str]) -> None:
+    result = run("audit", "toy/assistant", "toy/insecure", "--contrast", "refusal=refusal", *wrong)
+    assert result.exit_code == 2
+    assert wrong[1] in result.output
+
+
+def test_a_contrast_set_in_words_the_model_does_not_know_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "set.json"
+    path.write_text(
+        json.dumps({"positive": [f"steal {i}" for i in range(8)], "negative": [f"buy {i}" for i in range(8)]})
+    )
+    result = run("audit", "toy/assistant", "toy/insecure", "--contrast", f"theft={path}")
+    assert result.exit_code == 1
+    assert "UnknownTokenError" in result.output
+
+
+def test_the_documented_help_is_the_real_help() -> None:
+    generated = runpy.run_path(str(DOCS / "reference.py"))["page"]()
+    assert (DOCS / "cli.md").read_text(encoding="utf-8") == generated, "run python docs/reference.py"

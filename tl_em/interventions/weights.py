@@ -1,0 +1,291 @@
+"""Directional ablation in the weights: after it, nothing that the model writes has a component along the direction.
+
+    W  ->  W - (W r) r'      for every row of W that lies in the residual stream (and b -> b - (r'b) r for biases)
+
+of the embedding, the positional embedding, and each block's attention and MLP output (Arditi et al. 2024,
+arXiv:2406.11717, section 4.1). It equals ``intervene(model, Ablate(direction))`` exactly where those weights write to
+the stream *unaltered*. That is not taken on trust: once per model, on a few random tokens, the module whose own output
+is the write is looked for, and its orientation is found by recomputing that output from its input. Where a norm stands
+between the weight and the stream (Gemma 2), or several experts share a write, there is no such module and the edit is
+refused. So it is where the embedding is also the unembedding: removing the direction there would change what is read,
+too.
+
+The control is the one for every ablation: random directions, treated the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tl_em.directions.direction import Direction
+from tl_em.errors import NotAdditiveError, WeightEditError
+from tl_em.interventions.edits import check_fits
+from tl_em.models.hooks import LensModel, hook_points, tiny_forward, write_points
+
+Model = TypeVar("Model", bound=LensModel)
+
+_OUTPUTS = (("weight", "bias"), ("W_O", "b_O"), ("W_out", "b_out"))
+_EMBEDDINGS = ("W_E", "W_pos")
+_CHUNK = 2**24
+"""Numbers that are turned into float32 at a time."""
+
+
+def orthogonalize_(model: LensModel, direction: Direction) -> None:
+    """Ablate a direction in the model's own weights, for good: ``W - (W r) r'`` wherever it writes to the stream.
+
+    The logits then equal those under ``intervene(model, Ablate(direction))`` (float32: within 1e-5). Half-precision
+    weights are edited in float32 and rounded once. Use ``orthogonalized`` to have the weights back afterwards.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge; its embedding, attention output and MLP output weights and
+            their biases are changed.
+        direction: what to remove; its length does not matter.
+
+    Raises:
+        WeightEditError: the embedding is tied to the unembedding (``untie_embeddings_`` first), or a write does not
+            come straight from a weight (post-norm models, mixtures of experts). Nothing is changed then.
+        WidthError, ProvenanceError: the direction does not fit the model.
+
+    Source: Arditi et al. 2024, arXiv:2406.11717, section 4.1 and appendix E.
+    """
+    check_fits(direction, model)
+    for part in _untied_parts(model):
+        _remove_(part.tensor, direction.unit, part.axis)
+
+
+@contextmanager
+def orthogonalized(model: Model, direction: Direction) -> Iterator[Model]:
+    """``orthogonalize_`` for as long as a ``with`` block lasts; then the weights are what they were, bit for bit.
+
+    The edited weights are kept a second time meanwhile. Contexts nest.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge.
+        direction: what to remove.
+
+    Yields:
+        The same model.
+
+    Raises:
+        WeightEditError, WidthError, ProvenanceError: as ``orthogonalize_``.
+    """
+    check_fits(direction, model)
+    parts = _untied_parts(model)
+    kept = [part.tensor.detach().clone() for part in parts]
+    try:
+        orthogonalize_(model, direction)
+        yield model
+    finally:
+        with torch.no_grad():
+            for part, tensor in zip(parts, kept, strict=True):
+                part.tensor.copy_(tensor)
+
+
+def untie_embeddings_(model: LensModel) -> None:
+    """Give the unembedding a copy of its own where it shares the embedding's weights; the logits stay as they are.
+
+    Does nothing where they are apart already, as on every HookedTransformer.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge.
+    """
+    embeddings = [
+        (module, name)
+        for module in _modules(model).values()
+        for name in module._parameters
+        if name == "W_E" or (name == "weight" and isinstance(module, nn.Embedding))
+    ]
+    for module, name in _sharing(model, embeddings):
+        shared = module._parameters[name]
+        assert shared is not None
+        setattr(module, name, nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad))
+    configs: tuple[Any, ...] = (getattr(getattr(model, "original_model", None), "config", None), model.cfg)
+    for config in configs:
+        if getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = False  # else saving the model, or tie_weights(), would undo it
+
+
+# --- Which weights write to the stream --------------------------------------------------------------------------------
+
+
+class _Part(NamedTuple):
+    """A parameter that writes to the residual stream, and which of its axes lies in it."""
+
+    module: nn.Module
+    name: str
+    axis: int
+
+    @property
+    def tensor(self) -> Tensor:
+        found = self.module._parameters[self.name]
+        assert found is not None
+        return found
+
+
+_Place = tuple[str, str, int]
+_PARTS: WeakKeyDictionary[Any, tuple[_Place, ...]] = WeakKeyDictionary()
+
+
+def _modules(model: LensModel) -> dict[str, nn.Module]:
+    assert isinstance(model, nn.Module)
+    return dict(model.named_modules())
+
+
+def _untied_parts(model: LensModel) -> list[_Part]:
+    """The parameters that write to the stream; refused where one of them is used for something else as well."""
+    places = _PARTS.get(model)
+    if places is None:
+        places = _PARTS[model] = tuple(_find_parts(model))
+    modules = _modules(model)
+    parts = [_Part(modules[path], name, axis) for path, name, axis in places]
+    tied = _sharing(model, [(part.module, part.name) for part in parts])
+    if tied:
+        raise WeightEditError(
+            "The embedding shares its weights with the unembedding, so removing a direction from what is written would "
+            "also change how the logits are read, by as much as the effect. Call em.untie_embeddings_(model) first "
+            "(the logits stay the same), or use em.intervene(model, em.Ablate(direction))."
+        )
+    return parts
+
+
+def _sharing(model: LensModel, owners: Sequence[tuple[nn.Module, str]]) -> list[tuple[nn.Module, str]]:
+    """Parameters of other modules that lie in the same memory as the owners'."""
+    own = {(id(module), name) for module, name in owners}
+    memory = {_memory(module._parameters[name]) for module, name in owners}
+    return [
+        (module, name)
+        for module in _modules(model).values()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and (id(module), name) not in own and _memory(parameter) in memory
+    ]
+
+
+def _memory(parameter: Tensor | None) -> int:
+    assert parameter is not None
+    return parameter.untyped_storage().data_ptr()
+
+
+class _Seen(NamedTuple):
+    """What went into a module and what came out, for a few random tokens."""
+
+    path: str
+    module: nn.Module
+    x: Tensor
+    out: Tensor
+
+
+def _find_parts(model: LensModel) -> Iterator[_Place]:
+    """The parameters behind each of the 2L + 1 writes."""
+    try:
+        embedding, *writes = write_points(model)
+    except NotAdditiveError as error:
+        raise WeightEditError(
+            "It is not known what this model writes to its residual stream, so it cannot be removed from weights: "
+            f"{error}"
+        ) from error
+    values, seen = _watch(model, [embedding, *writes])
+    yield from _embedding_parts(values[embedding], seen)
+    for name in writes:
+        found = next((place for each in seen for place in _output_parts(each, values, name)), None)
+        if found is None:
+            raise WeightEditError(
+                f"What is written at {name} is no weight's own output: a norm or a sum of experts stands between (as "
+                "in Gemma 2), so no edit of weights equals the ablation. Use em.intervene(model, em.Ablate(direction))."
+            )
+        yield from found
+
+
+def _watch(model: LensModel, writes: Sequence[str]) -> tuple[dict[str, Tensor], list[_Seen]]:
+    """One tiny pass: values at the writes, and what every module with weights of its own read and gave."""
+    seen: list[_Seen] = []
+
+    def keep(path: str, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        out = out[0] if isinstance(out, tuple) else out
+        if isinstance(out, Tensor) and args and isinstance(args[0], Tensor):
+            seen.append(_Seen(path, module, args[0].detach(), out.detach().clone()))
+        elif isinstance(out, Tensor):
+            seen.append(_Seen(path, module, out.new_empty(0), out.detach().clone()))
+
+    names = {*_EMBEDDINGS, *(weight for weight, _ in _OUTPUTS)}
+    watched = {path: module for path, module in _modules(model).items() if names & set(module._parameters)}
+    inner = [n for n in hook_points(model) if n.endswith(("attn.hook_z", "mlp.hook_post"))]
+    handles = [module.register_forward_hook(partial(keep, path)) for path, module in watched.items()]
+    try:
+        values = tiny_forward(model, [*writes, *(inner if not hasattr(model, "original_model") else [])])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return values, seen
+
+
+def _embedding_parts(write: Tensor, seen: Sequence[_Seen]) -> Iterator[_Place]:
+    """The embeddings whose sum, up to one factor, is the stream's first value."""
+    found = [each for each in seen if isinstance(each.module, nn.Embedding) or _own(each.module, _EMBEDDINGS)]
+    wide = torch.promote_types(write.dtype, torch.float32)
+    total = sum((each.out.to(wide) for each in found), torch.zeros_like(write, dtype=wide))
+    factor = float((total * write).sum() / total.square().sum().clamp_min(1e-30))
+    if not found or not _equal(factor * total, write):
+        raise WeightEditError(
+            "The residual stream does not begin with the sum of the embeddings (a norm or a projection stands "
+            "between), so no edit of weights equals the ablation. Use em.intervene(model, em.Ablate(direction))."
+        )
+    for each in found:
+        yield each.path, next(iter(_own(each.module, _EMBEDDINGS)), "weight"), -1
+
+
+def _own(module: nn.Module, names: Sequence[str]) -> list[str]:
+    return [name for name in names if name in module._parameters]
+
+
+def _output_parts(seen: _Seen, values: dict[str, Tensor], write: str) -> Iterator[list[_Place]]:
+    """The weight and the bias of a module, if its output is the write and is what these make of its input."""
+    if seen.out.shape != values[write].shape or not torch.equal(seen.out, values[write]):
+        return
+    for weight, bias in _OUTPUTS:
+        matrix, shift = seen.module._parameters.get(weight), seen.module._parameters.get(bias)
+        if matrix is None or isinstance(seen.module, nn.Embedding):
+            continue
+        inner = {"W_O": "hook_z", "W_out": "hook_post"}.get(weight)
+        x = seen.x if inner is None else values.get(f"{seen.path}.{inner}", seen.x)
+        axis = _stream_axis(matrix, shift, x, seen.out)
+        if axis is not None:
+            yield [(seen.path, weight, axis)] + ([(seen.path, bias, -1)] if shift is not None else [])
+
+
+def _stream_axis(matrix: Tensor, shift: Tensor | None, x: Tensor, out: Tensor) -> int | None:
+    """Which axis of the matrix lies in the residual stream: the one for which ``x W + b`` gives the output."""
+    dtype = torch.promote_types(out.dtype, torch.float32)
+    wide = matrix.detach().to(dtype)
+    flat = wide.reshape(-1, wide.shape[-1])
+    x = x.to(dtype).reshape(*out.shape[:2], -1)
+    bias = 0.0 if shift is None else shift.detach().to(dtype)
+    for axis, oriented in ((-1, flat), (0, wide.reshape(wide.shape[0], -1).T)):
+        if oriented.shape == (x.shape[-1], out.shape[-1]) and _equal(x @ oriented + bias, out):
+            return axis
+    return None
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Equal up to the rounding of ``b``'s precision over a sum."""
+    tolerance = 64 * torch.finfo(b.dtype).eps * float(b.abs().max())
+    return bool((a - b).abs().max() <= tolerance)
+
+
+def _remove_(tensor: Tensor, unit: Float[Tensor, " d_model"], axis: int) -> None:
+    """``x - (x'r) r`` for every vector of the tensor along ``axis``, in place, in float32 or better."""
+    rows = tensor.detach().movedim(axis, -1)
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    unit = unit.to(tensor.device, wide)
+    chunks = [rows] if rows.ndim == 1 else rows.split(max(1, _CHUNK // max(1, rows[0].numel())))
+    with torch.no_grad():
+        for chunk in chunks:
+            x = chunk.to(wide)
+            chunk.copy_(x - (x @ unit)[..., None] * unit)

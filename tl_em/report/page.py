@@ -1,0 +1,374 @@
+"""The page: one HTML file that answers first and then shows why, with nothing loaded from anywhere else.
+
+There is no script in it, a Content-Security-Policy that would refuse one, and every name from outside (models, domains,
+directions, settings) passes through jinja2's autoescape. Figures are inlined SVG (:mod:`tl_em.report.svg`); each is
+drawn twice, for a wide and for a narrow screen, and the stylesheet shows the one that fits. A table with the same
+numbers stands under each.
+
+The page claims no more than its verdicts: a word where the rule fixed before the data gives one, `not shown` elsewhere,
+and the control beside every estimate.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+
+import jinja2
+from markupsafe import Markup
+
+import tl_em
+from tl_em.report import plots
+from tl_em.report.svg import inline
+from tl_em.report.words import QUESTIONS, UNITS, interval, number, smallest_effect
+from tl_em.writing import replacing
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+WIDE, NARROW = 9.4, 3.2
+"""Inches; the page shows an inch as 108 pixels, so that 8 points of text become 12 pixels."""
+
+_WHERE = {"base", "tuned", "benign", "name", "trained", "surface"}
+_ELSEWHERE = {"command", "directions", "behaviours"}
+
+
+@runtime_checkable
+class Audited(Protocol):
+    """What a page is made from: ``audit.Report``, or anything with these attributes."""
+
+    @property
+    def summary(self) -> str: ...
+
+    @property
+    def comparison(self) -> Any: ...
+
+    @property
+    def rates(self) -> Any: ...
+
+    @property
+    def provenance(self) -> Any: ...
+
+    @property
+    def limits(self) -> Any: ...
+
+
+class Glyph(NamedTuple):
+    """One verdict as a picture of a line: positions in per cent of the widest of its question."""
+
+    low: float
+    high: float
+    value: float
+    band_low: float | None
+    band_high: float | None
+    bound: float
+
+
+class Cell(NamedTuple):
+    """One verdict, ready to be written."""
+
+    question: str
+    direction: str
+    verdict: str
+    shown: bool
+    value: str
+    interval: str
+    n: str
+    control: str
+    kind: str
+    p: str
+    site: str
+    reason: str
+    unit: str
+    smallest: str
+    glyph: Glyph | None
+
+
+class Drawing(NamedTuple):
+    """A figure in both widths, with the words that stand for it and the table that holds its numbers."""
+
+    name: str
+    caption: str
+    label: str
+    wide: Markup
+    narrow: Markup
+    table: Table
+
+
+class Table(NamedTuple):
+    """Columns and rows of text; ``numeric`` marks the columns that are set flush right."""
+
+    columns: list[str]
+    rows: list[list[str]]
+    numeric: list[bool]
+
+
+def render(report: Audited) -> str:
+    """The page of a report, as HTML.
+
+    Args:
+        report: with ``.summary``, ``.comparison`` (rows, by_layer, use), ``.rates``, ``.provenance``, ``.limits``.
+
+    Returns:
+        a whole document; write it with :func:`save`.
+    """
+    cells = _cells(report.comparison.rows)
+    where, how = _split(report.provenance)
+    return (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            title=_title(report.provenance),
+            version=tl_em.__version__,
+            summary=report.summary,
+            sentences=re.split(r"(?<=\.)\s+(?=[A-Za-z])", report.summary),
+            matrix=_matrix(cells),
+            cells=cells,
+            questions={
+                name: question for name, question in QUESTIONS.items() if any(c.question == name for c in cells)
+            },
+            every_question=QUESTIONS,
+            models=_models(report.provenance),
+            where=_flat(where),
+            asked=_asked(report.provenance),
+            generalised="held_out" in report.rates and not report.rates["held_out"].all(),
+            command=_command(report.provenance),
+            how=_flat({key: value for key, value in how.items() if not isinstance(value, Mapping)}),
+            record=_flat({key: value for key, value in how.items() if isinstance(value, Mapping)}),
+            units=UNITS,
+            limits=list(report.limits),
+            drawings={drawing.name: drawing for drawing in _drawings(report)},
+        )
+    )
+
+
+def save(report: Audited, path: str | Path) -> Path:
+    """Write the page of a report.
+
+    Raises:
+        OutputError: the path cannot be written.
+    """
+    path, text = Path(path), render(report)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return path
+
+
+def _environment() -> jinja2.Environment:
+    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
+    return jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+
+
+def _cells(rows: Sequence[Any]) -> list[Cell]:
+    order = list(QUESTIONS)
+    return [_cell(row, _scale(rows, row.question)) for row in sorted(rows, key=lambda row: order.index(row.question))]
+
+
+def _cell(row: Any, scale: float) -> Cell:
+    estimate, control = row.estimate, row.control or {}
+    n = getattr(estimate, "n", None)
+    p = row.p if row.p is not None else control.get("p")
+    return Cell(
+        question=row.question,
+        direction=str(row.direction),
+        verdict=str(row.verdict),
+        shown=row.verdict != "not shown",
+        value=number(estimate.value),
+        interval=interval(estimate.low, estimate.high),
+        n="–" if n is None else str(n),
+        control=_control(control),
+        kind=str(control.get("kind") or "–"),
+        p=_probability(p),
+        site=_site(row.site),
+        reason=str(row.reason or ""),
+        unit=getattr(row, "unit", None) or UNITS[row.question],
+        smallest=number(smallest_effect(row)),
+        glyph=_glyph(row, scale),
+    )
+
+
+def _control(control: Mapping[str, Any]) -> str:
+    low, high = control.get("low"), control.get("high")
+    if not _finite(low, high):
+        return "–"
+    return interval(low, high)
+
+
+def _probability(p: float | None) -> str:
+    if p is None or not math.isfinite(p):
+        return "–"
+    return "< 0.001" if p < 0.001 else number(p, 3)
+
+
+def _finite(*values: Any) -> bool:
+    return all(value is not None and math.isfinite(value) for value in values)
+
+
+def _scale(rows: Sequence[Any], question: str) -> float:
+    """Half the width of a question's pictures: the farthest end of any of its intervals and bands."""
+    ends: list[float] = []
+    for row in rows:
+        if row.question == question:
+            control = row.control or {}
+            ends += [row.estimate.value, row.estimate.low, row.estimate.high, control.get("low"), control.get("high")]
+            ends.append(1.2 * smallest_effect(row))
+    return max((abs(end) for end in ends if _finite(end)), default=1.0) * 1.06
+
+
+def _glyph(row: Any, scale: float) -> Glyph | None:
+    estimate, control = row.estimate, row.control or {}
+    if not _finite(estimate.value, estimate.low, estimate.high):
+        return None
+    low, high = control.get("low"), control.get("high")
+    band = (_at(low, scale), _at(high, scale)) if _finite(low, high) else (None, None)
+    return Glyph(
+        _at(estimate.low, scale), _at(estimate.high, scale), _at(estimate.value, scale), *band,
+        bound=round(50 * smallest_effect(row) / scale, 2),
+    )  # fmt: skip
+
+
+def _at(value: Any, scale: float) -> float:
+    return round(50 + 50 * value / scale, 2)
+
+
+def _matrix(cells: Sequence[Cell]) -> dict[str, dict[str, list[Cell]]]:
+    """Direction -> question -> its verdicts; directions with most words first, otherwise in their own order."""
+    names = dict.fromkeys(cell.direction for cell in cells)
+    rows = {
+        name: {q: [c for c in cells if (c.direction, c.question) == (name, q)] for q in QUESTIONS} for name in names
+    }
+    return {name: {q: found for q, found in row.items() if found} for name, row in rows.items()}
+
+
+def _site(site: Any) -> str:
+    if site is None:
+        return "–"
+    layer, stream = getattr(site, "layer", None), getattr(site, "stream", None)
+    return str(site) if layer is None else f"layer {layer}, {stream}"
+
+
+def _title(provenance: Mapping[str, Any]) -> str:
+    return str(provenance.get("name") or _models(provenance).get("tuned") or "a pair of models")
+
+
+def _models(provenance: Mapping[str, Any]) -> dict[str, str]:
+    """The name of base, tuned and benign, however deep the provenance holds it."""
+    found = {}
+    for role in ("base", "tuned", "benign"):
+        value = provenance.get(role)
+        if isinstance(value, Mapping):
+            value = value.get("name") or value.get("model")
+        if value:
+            found[role] = str(value)
+    return found
+
+
+def _command(provenance: Mapping[str, Any]) -> str | None:
+    command = provenance.get("command")
+    return None if not command else command if isinstance(command, str) else " ".join(map(str, command))
+
+
+def _split(provenance: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What was compared, and how to reproduce it; what the table of directions says is in neither."""
+    where = {key: value for key, value in provenance.items() if key in _WHERE}
+    return where, {key: value for key, value in provenance.items() if key not in _WHERE | _ELSEWHERE}
+
+
+def _asked(provenance: Mapping[str, Any]) -> Table:
+    """One line a direction: where it was read, on how many prompts, and what it may cause."""
+    parts = ("train", "select", "test")
+    rows = []
+    for name, read in _mapping(provenance.get("directions")).items():
+        sets, behaviour = (_mapping(_mapping(provenance.get(key)).get(name)) for key in ("contrasts", "behaviours"))
+        sizes = [_mapping(sets.get(part)) for part in parts]
+        counted = [f"{size['positive']} + {size['negative']}" if size else "–" for size in sizes]
+        rows.append([str(name), str(read.get("site", "–")), str(read.get("position", "–")), *counted])
+        rows[-1].append(" in ".join(str(behaviour[key]) for key in ("metric", "unit") if key in behaviour) or "–")
+    columns = ["direction", "read at", "token", "prompts: extract", "choose layer", "judge", "behaviour"]
+    return Table(columns, rows, [False] * 3 + [True] * 3 + [False])
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _flat(value: Any, path: tuple[str, ...] = ()) -> list[tuple[str, str]]:
+    """Nested settings as (path, text) pairs; a mapping of plain values is one text."""
+    if isinstance(value, str) and value.startswith("{"):
+        with suppress(json.JSONDecodeError):
+            value = json.loads(value)
+    name = " · ".join(path).replace("_", " ")
+    if isinstance(value, Mapping) and path and not any(_nested(inner) for inner in value.values()):
+        return [(name, ", ".join(f"{key} {_text(inner)}" for key, inner in value.items() if inner is not None))]
+    if isinstance(value, Mapping):
+        return [pair for key, inner in value.items() for pair in _flat(inner, (*path, str(key)))]
+    if isinstance(value, list | tuple):
+        value = ", ".join(map(str, value))
+    return [] if value is None else [(name, str(value))]
+
+
+def _nested(value: Any) -> bool:
+    return isinstance(value, Mapping) or (isinstance(value, str) and value.startswith("{"))
+
+
+def _drawings(report: Audited) -> Iterator[Drawing]:
+    wide, narrow = (plots.figures(report, width=width) for width in (WIDE, NARROW))
+    for name, figure in wide.items():
+        caption, label, table = _words(report, name)
+        yield Drawing(
+            name, caption, label, inline(figure, f"{name}-w"), inline(narrow[name], f"{name}-n"), _table(table)
+        )
+
+
+def _words(report: Audited, name: str) -> tuple[str, str, pd.DataFrame]:
+    """Caption, text alternative and numbers of a figure."""
+    comparison = report.comparison
+    if name == "rates":
+        return "Rates of each kind of answer, by domain", _say_rates(report.rates), report.rates
+    if name == "use":
+        return (
+            "Each direction ablated in the tuned model and added in the base",
+            _say_use(comparison.use),
+            comparison.use,
+        )
+    if name == "verdicts":
+        words = "; ".join(f"{row.direction}, {row.question}: {row.verdict}" for row in comparison.rows)
+        return "Every estimate against its control", f"Forest plot of all verdicts. {words}.", comparison.to_pandas()
+    direction = name.removeprefix("layers-")
+    table = comparison.by_layer[comparison.by_layer["direction"] == direction]
+    label = f"Line charts of {direction} over {table['layer'].nunique()} layers; the numbers are in the table below."
+    return f"{direction}, layer by layer", label, table
+
+
+def _say_rates(table: pd.DataFrame) -> str:
+    means = table.groupby(["outcome", "model"], sort=False)["value"].mean()
+    said = "; ".join(f"{' answers, '.join(map(str, key))}: {number(value)}" for key, value in means.to_dict().items())  # pyright: ignore
+    return f"Dot plot of rates by domain with 95 % intervals. Mean over domains: {said}."
+
+
+def _say_use(table: pd.DataFrame) -> str:
+    said = [
+        f"{row.direction}, {row.arm}, {row.outcome} answers {row.condition}: {number(float(row.value))}"  # pyright: ignore
+        for row in table.itertuples()
+    ]
+    return "Dot plot with 95 % intervals. " + "; ".join(said) + "."
+
+
+def _table(table: pd.DataFrame) -> Table:
+    columns = [str(name) for name in table.columns if not table[name].isna().all()]
+    numeric = [table[name].dtype.kind in "fiu" for name in columns]
+    rows = [[_text(value) for value in record] for record in table[columns].itertuples(index=False)]
+    return Table([name.replace("_", " ") for name in columns], rows, numeric)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return number(value, 3)
+    return {"True": "yes", "False": "no"}.get(str(value), str(value))
