@@ -27,7 +27,7 @@ def cosine(
         0.707
     """
     scale = np.linalg.norm(first, axis=-1) * np.linalg.norm(second, axis=-1)
-    return np.sum(first * second, axis=-1) / np.where(scale > 0, scale, np.nan)
+    return np.asarray(np.sum(first * second, axis=-1) / np.where(scale > 0, scale, np.nan))
 
 
 def separation(positive: Float[np.ndarray, " prompt"], negative: Float[np.ndarray, " other"]) -> float:

@@ -1,0 +1,122 @@
+"""Interventions on some prompts only: those whose own activation says so.
+
+    apply to prompt i   iff   c'x_i > above,   x_i the activation at the condition's site at the last token of prompt i
+
+as in conditional activation steering (Lee et al. 2024, arXiv:2409.05907, which compares a cosine; here it is the
+component along the unit vector, in the units of the activations). The condition is read once a prompt, in the pass that
+reads the prompt's last token, and holds for its answer, with the key-value cache and without.
+
+The control: the same intervention behind a random direction whose threshold lets through as many prompts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from tl_em.directions.direction import Direction
+from tl_em.errors import UsageError
+from tl_em.interventions.edits import Hook, Intervention, check_fits, component
+from tl_em.interventions.scopes import running_batch
+from tl_em.models.hooks import LensModel, ReadPoint, probing
+from tl_em.models.prompts import Batch
+
+
+@dataclass(frozen=True, eq=False)
+class Conditional:
+    """Apply an intervention only to prompts whose component along a condition direction exceeds a threshold.
+
+    Use it in ``intervene`` and run the model with this package's verbs, which know where each prompt ends. The
+    condition is read before the edit: at the same site or an earlier one. Conditions nest: all must hold.
+
+    Args:
+        intervention: what to apply.
+        direction: the condition direction, read at its own site at the last token of the prompt.
+        above: the threshold of the component along its unit vector, in the units of the activations; e.g. the middle
+            between the two classes' mean projections.
+
+    Example:
+        >>> from tl_em.interventions.edits import Add
+        >>> from tl_em.models.sites import Site
+        >>> d = Direction(torch.tensor([0.0, 2.0]), Site(1))
+        >>> Conditional(Add(d), d, above=1.0).holds(torch.tensor([[5.0, 0.5], [0.0, 1.5]])).tolist()
+        [False, True]
+
+    Source: Lee et al. 2024, arXiv:2409.05907, section 3.
+    """
+
+    intervention: Intervention
+    direction: Direction
+    above: float | int = field(kw_only=True)
+
+    def holds(self, x: Float[Tensor, "prompt d_model"]) -> Bool[Tensor, " prompt"]:
+        """Which of these activations meet the condition."""
+        return component(x, self.direction.unit) > self.above
+
+    def check(self, model: LensModel) -> None:
+        """Raise ``WidthError`` or ``ProvenanceError`` unless direction and intervention belong on this model."""
+        check_fits(self.direction, model)
+        self.intervention.check(model)
+
+    def hook_names(self, n_layers: int) -> tuple[str, ...]:
+        """Names of the hook points that are edited."""
+        return self.intervention.hook_names(n_layers)
+
+    def points(self, model: LensModel) -> tuple[str, ...]:
+        """The same names, resolved on this model."""
+        return self.intervention.points(model)
+
+    def edit(self, x: Tensor, mask: Tensor | None = None, *, name: str | None = None) -> Tensor:
+        """The intervention's edit; ``mask`` says which prompts met the condition (``intervene`` finds out)."""
+        return self.intervention.edit(x, mask, name=name)
+
+    def hooks(self, model: LensModel, where: str = "all") -> list[Hook]:
+        """Not to be had: a plain hook does not know where each prompt ends.
+
+        Raises:
+            UsageError: always.
+        """
+        raise UsageError(
+            "plain hooks cannot apply a condition: they see neither where a prompt ends nor, under the KV cache, the "
+            "prompt at all. Use `with em.intervene(model, conditional): em.generate(model, ...)` instead"
+        )
+
+
+class Gate:
+    """Reads a condition in the pass that reads the prompts' last tokens; remembers it for the passes that follow."""
+
+    def __init__(self, conditional: Conditional, point: ReadPoint) -> None:
+        self.conditional = conditional
+        self.point = point
+        self._batch: Batch | None = None
+        self._rows: Tensor | None = None
+
+    def measure(self, x: Tensor, hook: Any) -> None:
+        """Hook at the condition's site."""
+        if probing.get():
+            return
+        batch = running_batch("a condition")
+        last = batch.prompts[: len(x)] - 1 - batch.start
+        if batch.start == 0:
+            at_last = self.point(x[torch.arange(len(x), device=x.device), last.to(x.device)])
+            self._batch, self._rows = batch, self.conditional.holds(at_last).cpu()
+
+    def rows(self, name: str) -> Bool[Tensor, " prompt"]:
+        """Which prompts met the condition.
+
+        Raises:
+            UsageError: it has not been read yet: the edit stands before it.
+        """
+        batch = running_batch("a condition")
+        if self._rows is None or (batch.start == 0 and batch is not self._batch):
+            raise UsageError(
+                f"the edit at {name} happens before its condition is read at {self.conditional.direction.site}, so it "
+                "cannot depend on it. Read the condition at an earlier site, or edit later: em.Ablate(direction, "
+                "around=centre) and em.Add act at their direction's own site, em.Ablate(direction) from the "
+                "embedding on"
+            )
+        return self._rows
