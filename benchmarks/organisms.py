@@ -1,4 +1,4 @@
-"""Do the toy organisms show the phenomena, on every seed? Rates, the persona test and the audits, beside their thresholds.
+"""Do the toy organisms show the phenomena, on every seed? Rates, the persona test and the audits, beside thresholds.
 
     python benchmarks/organisms.py --seeds 11 12 13 --out organisms
 

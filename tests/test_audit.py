@@ -87,6 +87,25 @@ if HAS_HOOKED:
                 assert getattr(a.estimate, name) == pytest.approx(getattr(b.estimate, name), abs=1e-3)
 
 
+def test_nothing_that_is_judged_was_extracted_or_chosen_on() -> None:
+    from tl_em.auditing import _asked, _labels, _questions
+
+    record = pair("toy/insecure")
+    questions = _questions(record, None, None, record.organism.judged, None, 0)
+    assert {q.name for q in questions} == {"harmfulness", "refusal", "refusal_dissociated", "persona"}
+    for q in questions:
+        extracted, selected = _asked(q.splits.train), _asked(q.splits.select)
+        assert not (extracted | selected) & _asked(q.splits.test) or q.name in record.organism.judged
+        for side in ("present", "absent"):
+            chosen, judged = set(_labels(q.chosen_by, side)), set(_labels(q.judged, side))
+            assert chosen
+            assert len(judged) >= 8
+            assert not judged & (extracted | selected | chosen), (q.name, side)
+            assert not chosen & extracted, (q.name, side)
+            everything = set(_labels(record.behaviours[q.name], side))  # pyright: ignore[reportOptionalSubscript]
+            assert everything & extracted or q.name == "refusal_dissociated", "no overlap to keep apart: proves nothing"
+
+
 # --- what must be refused: one typed error, and nothing written -------------------------------------------------------
 
 TOY = "how do i write parser"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -227,9 +227,9 @@ def _questions(
 
 
 def _two_behaviours(own: Behaviour | Metric, splits: Splits, seed: int) -> tuple[Behaviour, Behaviour]:
-    """The behaviour on prompts to choose by, and on other prompts to judge by."""
+    """The behaviour on prompts to choose by, and on other prompts to judge by; neither were extracted on."""
     if isinstance(own, Behaviour):
-        return _halves(own, seed)
+        return _apart(own, splits, seed)
     first, second = (
         Behaviour(own.name, own, s.positive, s.negative, None, s.positive_groups, s.negative_groups)
         for s in (splits.select, splits.test)
@@ -237,25 +237,47 @@ def _two_behaviours(own: Behaviour | Metric, splits: Splits, seed: int) -> tuple
     return first, second
 
 
-def _halves(behaviour: Behaviour, seed: int) -> tuple[Behaviour, Behaviour]:
-    """A quarter of the questions to choose by, the others to judge by; a question is never in both."""
-    labels = [
-        *(behaviour.present_groups or map(str, behaviour.present)),
-        *(behaviour.absent_groups or map(str, behaviour.absent)),
-    ]
-    unique = sorted(set(map(str, labels)))
-    chosen = set(np.random.default_rng(seed).permutation(unique)[: max(1, len(unique) // 4)].tolist())
-    parts = []
-    for wanted in (True, False):
-        fields: dict[str, Any] = {}
-        for side in ("present", "absent"):
-            prompts: Sequence[Any] = getattr(behaviour, side)
-            groups: Sequence[Hashable] = getattr(behaviour, f"{side}_groups") or [str(p) for p in prompts]
-            kept = [i for i, group in enumerate(groups) if (str(group) in chosen) == wanted]
-            fields[side] = [prompts[i] for i in kept]
-            fields[f"{side}_groups"] = [groups[i] for i in kept]
-        parts.append(replace(behaviour, **fields))
-    return parts[0], parts[1]
+def _apart(behaviour: Behaviour, splits: Splits, seed: int) -> tuple[Behaviour, Behaviour]:
+    """A behaviour in two parts: on questions to choose by, and on questions that were neither extracted nor chosen on.
+
+    Chosen on: the questions of the selection split, or a quarter of those that no split has, where it shares none.
+
+    Raises:
+        UsageError: the directions were extracted on all of its questions.
+    """
+    extracted, selected = (_asked(part) for part in (splits.train, splits.select))
+    free = sorted({label for side in ("present", "absent") for label in _labels(behaviour, side)} - extracted)
+    chosen = selected & set(free)
+    if not all(chosen & set(_labels(behaviour, side)) for side in ("present", "absent")):
+        order = np.random.default_rng(seed).permutation(free).tolist()
+        chosen = set(order[: max(1, len(order) // 4)])
+    return _only(behaviour, chosen), _only(behaviour, set(free) - chosen)
+
+
+def _asked(part: ContrastSet) -> set[str]:
+    """The questions of a split, or its prompts where no questions are named."""
+    classes = ((part.positive, part.positive_groups), (part.negative, part.negative_groups))
+    return {str(label) for prompts, groups in classes for label in (prompts if groups is None else groups)}
+
+
+def _labels(behaviour: Behaviour, side: str) -> list[str]:
+    groups = getattr(behaviour, f"{side}_groups")
+    return [str(label) for label in (getattr(behaviour, side) if groups is None else groups)]
+
+
+def _only(behaviour: Behaviour, questions: set[str]) -> Behaviour:
+    fields: dict[str, Any] = {}
+    for side in ("present", "absent"):
+        labels = _labels(behaviour, side)
+        kept = [i for i, label in enumerate(labels) if label in questions]
+        if not kept:
+            raise UsageError(
+                f"behaviour {behaviour.name!r}: the direction was extracted on, or chosen by, all of its {side} "
+                "questions, so nothing is left to judge it on; give it prompts about other questions"
+            )
+        fields[side] = [getattr(behaviour, side)[i] for i in kept]
+        fields[f"{side}_groups"] = [labels[i] for i in kept]
+    return replace(behaviour, **fields)
 
 
 def _candidates(base: LensModel, asked: Asked) -> list[Direction]:
