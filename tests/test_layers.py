@@ -13,12 +13,13 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "tl_em"
 ORDER = (
     *("errors", "writing", "stats", "models", "directions", "dictionaries", "interventions", "metrics", "evals"),
-    *("selection", "comparison", "features", "graph", "organisms", "report", "auditing", "cli"),
+    *("selection", "harmfulness", "comparison", "features", "graph", "organisms", "report", "auditing", "cli"),
 )
 DRAWS = "report"  # result classes call it lazily from .plot() and .save()
 LENS = "transformer_lens"
 DISTRIBUTIONS = {
     "concept_erasure": "concept-erasure",
+    "sklearn": "scikit-learn",
     "huggingface_hub": "huggingface-hub",
     "transformer_lens": "transformer-lens",
     "sae_lens": "sae-lens",

@@ -16,11 +16,14 @@ if TYPE_CHECKING:
     from tl_em.comparison.verdicts import Row as Row
     from tl_em.directions.direction import Direction as Direction
     from tl_em.directions.extract import difference_in_means as difference_in_means
+    from tl_em.directions.extract import extract_directions as extract_directions
+    from tl_em.errors import HiddenSteerWarning as HiddenSteerWarning
     from tl_em.errors import TlEmError as TlEmError
     from tl_em.interventions.conditions import Conditional as Conditional
     from tl_em.interventions.edits import Ablate as Ablate
     from tl_em.interventions.edits import Add as Add
     from tl_em.interventions.edits import Clamp as Clamp
+    from tl_em.interventions.hidden import removed_mean as removed_mean
     from tl_em.interventions.intervene import intervene as intervene
     from tl_em.interventions.subspaces import Erase as Erase
     from tl_em.interventions.subspaces import Leace as Leace
@@ -33,11 +36,11 @@ if TYPE_CHECKING:
     from tl_em.metrics import logit_difference as logit_difference
     from tl_em.metrics import refusal_log_odds as refusal_log_odds
     from tl_em.models.capture import capture as capture
-    from tl_em.models.capture import mean_activation as mean_activation
     from tl_em.models.generate import generate as generate
     from tl_em.models.hooks import LensModel as LensModel
     from tl_em.models.loading import ModelPair as ModelPair
     from tl_em.models.loading import load_model as load_model
+    from tl_em.models.moments import mean_activation as mean_activation
     from tl_em.models.prompts import ContrastSet as ContrastSet
     from tl_em.models.sites import Provenance as Provenance
     from tl_em.models.sites import Site as Site
@@ -54,7 +57,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOME = {    "Ablate": "interventions.edits",
+_HOME = {
+    "Ablate": "interventions.edits",
     "Add": "interventions.edits",
     "Behaviour": "metrics",
     "Clamp": "interventions.edits",
@@ -65,6 +69,7 @@ _HOME = {    "Ablate": "interventions.edits",
     "Erase": "interventions.subspaces",
     "Estimate": "stats",
     "Leace": "interventions.subspaces",
+    "HiddenSteerWarning": "errors",
     "LensModel": "models.hooks",
     "Metric": "metrics",
     "ModelPair": "models.loading",
@@ -82,16 +87,18 @@ _HOME = {    "Ablate": "interventions.edits",
     "capture": "models.capture",
     "compare": "comparison.compare",
     "difference_in_means": "directions.extract",
+    "extract_directions": "directions.extract",
     "generate": "models.generate",
     "intervene": "interventions.intervene",
     "leace": "interventions.subspaces",
     "load_model": "models.loading",
     "load_pair": "organisms.zoo",
     "logit_difference": "metrics",
-    "mean_activation": "models.capture",
+    "mean_activation": "models.moments",
     "orthogonalize_": "interventions.weights",
     "orthogonalized": "interventions.weights",
     "refusal_log_odds": "metrics",
+    "removed_mean": "interventions.hidden",
     "select_candidate": "selection.rule",
     "select_direction": "selection.select",
     "train_organism": "organisms.zoo",

@@ -23,15 +23,16 @@ from tl_em.comparison.causes import arms
 from tl_em.comparison.compare import Comparison, compare
 from tl_em.comparison.verdicts import Row
 from tl_em.directions.direction import Direction
-from tl_em.directions.extract import differences_in_means
+from tl_em.directions.extract import extract_directions
 from tl_em.directions.geometry import separation
 from tl_em.errors import NoGapError, UsageError
 from tl_em.metrics import Behaviour, Metric, refusal_log_odds
-from tl_em.models.capture import capture, class_means
+from tl_em.models.capture import capture
 from tl_em.models.contrasts import ContrastSet, Splits
 from tl_em.models.hooks import LensModel
 from tl_em.models.loading import ModelPair
-from tl_em.models.sites import Position, Provenance, Site
+from tl_em.models.moments import class_moments
+from tl_em.models.sites import Position, Provenance
 from tl_em.organisms.rates import outcome_rates
 from tl_em.stats import mean
 from tl_em.writing import check_writable, replacing
@@ -281,9 +282,8 @@ def _only(behaviour: Behaviour, questions: set[str]) -> Behaviour:
     return replace(behaviour, **fields)
 
 
-def _candidates(base: LensModel, asked: Asked) -> list[Direction]:
-    sites = [Site(layer) for layer in range(base.cfg.n_layers)]
-    return differences_in_means(base, asked.splits.train, sites=sites, positions=[asked.position])
+def _candidates(base: LensModel, asked: Asked) -> tuple[Direction, ...]:
+    return extract_directions(base, asked.splits.train, positions=[asked.position])
 
 
 def select_site(base: LensModel, candidates: Sequence[Direction], asked: Asked) -> Direction:
@@ -313,7 +313,7 @@ def effects_in_base(base: LensModel, candidates: Sequence[Direction], behaviour:
     """For each candidate the rise of the behaviour under addition plus its fall under ablation, both in the base."""
     position: Position = candidates[0].position
     prompts = (behaviour.present, behaviour.absent)
-    centres = class_means(base, prompts, sites=[d.site for d in candidates], positions=[position]).negative[0]
+    centres = class_moments(base, prompts, sites=[d.site for d in candidates], positions=[position]).negative[0]
     totals = []
     untreated: dict[str, np.ndarray] = {}
     for direction, centre in zip(candidates, centres, strict=True):

@@ -26,6 +26,10 @@
     │   ├── CorruptFileError            a file that is truncated, or not what it says
     │   └── OutputError                 a path that cannot be written
     └── UsageError                      arguments that contradict each other
+
+And one warning, a UserWarning:
+
+    HiddenSteerWarning                  an ablation to zero that removes a mean far from zero
 """
 
 
@@ -131,3 +135,7 @@ class OutputError(FileError):
 
 class UsageError(TlEmError, ValueError):
     """Arguments that contradict each other."""
+
+
+class HiddenSteerWarning(UserWarning):
+    """An ablation to zero moves prompts that have nothing to do with the concept: their mean is far from zero."""

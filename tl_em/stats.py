@@ -13,7 +13,7 @@ Intervals are percentile intervals at the level that corrects their known narrow
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -80,6 +80,17 @@ class Estimate:
         """Plain values; NaN becomes ``None``, since JSON has no NaN."""
         plain = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in plain.items()}
+
+    @classmethod
+    def from_json(cls, plain: Mapping[str, Any]) -> Estimate:
+        """Back from :meth:`to_json`.
+
+        Example:
+            >>> Estimate.from_json(Estimate(0.4, float("nan"), 0.5, 8, 8.0, "bootstrap").to_json())
+            0.40 [no interval] n=8
+        """
+        fields: dict[str, Any] = {k: math.nan if v is None and k != "seed" else v for k, v in plain.items()}
+        return cls(**fields)
 
 
 class Resampled(NamedTuple):

@@ -10,10 +10,10 @@ import torch
 
 from tl_em.errors import NonFiniteError, PositionError, PromptError, UsageError
 from tl_em.models import capture as capture_module
-from tl_em.models.capture import capture, class_means, mean_activation, next_token_logits, sequence_logprobs
-from tl_em.models.contrasts import ContrastSet
+from tl_em.models.capture import capture, next_token_logits, sequence_logprobs
 from tl_em.models.hooks import LensModel, hook_points, hooked, read_point
-from tl_em.models.prompts import Prompt, batches, encode
+from tl_em.models.moments import mean_activation
+from tl_em.models.prompts import Prompt, encode
 from tl_em.models.sites import Site
 
 from ..conftest import make_tokenizer
@@ -137,56 +137,6 @@ def test_ending_early_leaves_no_trace(small_model: LensModel) -> None:
 def test_a_capture_inside_a_checked_context_does_not_raise_for_blocks_it_never_ran(small_model: LensModel) -> None:
     with hooked(small_model, [("blocks.2.hook_resid_post", lambda x, hook: x)]):
         capture(small_model, PROMPTS, [Site(0)], position="prompt_end")
-
-
-# --- Means ------------------------------------------------------------------------------------------------------------
-
-
-def test_class_means_are_the_means_of_the_captures(model: LensModel) -> None:
-    contrast = ContrastSet(PROMPTS, ["a fish", "the king sang and ate ."])
-    positions = ["instruction_end", "prompt_end", -2]
-    means = class_means(model, contrast, sites=SITES, positions=positions)
-    assert means.positive.shape == (3, 12, 32) and (means.n_positive, means.n_negative) == (4, 2)
-    for k, position in enumerate(positions):
-        for prompts, mean in ((contrast.positive, means.positive), (contrast.negative, means.negative)):
-            torch.testing.assert_close(mean[k], capture(model, prompts, SITES, position=position).mean(0), **CLOSE)
-    torch.testing.assert_close(means.difference, means.positive - means.negative)
-    torch.testing.assert_close(
-        mean_activation(model, contrast.positive, site=SITES[3], position="prompt_end"), means.positive[1, 3], **CLOSE
-    )
-
-
-def test_classes_share_batches_and_each_prompt_runs_once(small_model: LensModel) -> None:
-    forwards: list[int] = []
-    handle = hook_points(small_model)["blocks.0.hook_resid_pre"].register_forward_hook(
-        lambda m, a, x: forwards.append(len(x))
-    )
-    try:
-        class_means(small_model, (PROMPTS, PROMPTS[:3]), sites=SITES, positions=[-1, -2])
-    finally:
-        handle.remove()
-    assert forwards == [7]
-
-
-def test_memory_does_not_grow_with_the_number_of_prompts(
-    small_model: LensModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What is handed on per batch is (prompts of the batch, positions, d_model), and only sums are kept."""
-    kept: list[int] = []
-    stream = capture_module._stream
-
-    def spy(model: Any, encoded: Any, sites: Any, spans: Any, keep: Any) -> None:
-        def counting(site: int, rows: torch.Tensor, x: torch.Tensor) -> None:
-            kept.append(x.numel())
-            keep(site, rows, x)
-
-        stream(model, encoded, sites, spans, counting)
-
-    monkeypatch.setattr(capture_module, "_stream", spy)
-    monkeypatch.setattr(capture_module, "batches", lambda encoded, **_: batches(encoded, max_tokens=64))
-    for n in (8, 80):
-        class_means(small_model, ([*PROMPTS] * n, ["a fish"] * n), sites=[Site(0)], positions=[-1, -2])
-    assert max(kept) <= 64 * 2 * 32
 
 
 # --- Logits -----------------------------------------------------------------------------------------------------------

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from tl_em.models.capture import capture, class_means, next_token_logits
+from tl_em.models.capture import capture, next_token_logits
 from tl_em.models.contrasts import ContrastSet
 from tl_em.models.generate import generate
 from tl_em.models.loading import load_model
+from tl_em.models.moments import class_moments
 from tl_em.models.prompts import EncodedPrompt
 from tl_em.models.sites import Site
 
@@ -24,7 +25,7 @@ if (DATA / "model-stories260k").is_dir():
         model = load_model(DATA / "model-stories260k/hf", surface=surface)
         train, _, test = ContrastSet.load("gender").split(seed=0)
         sites = [Site(2), Site(3)]
-        directions = class_means(model, train, sites=sites, positions=["prompt_end"]).difference[0]
+        directions = class_moments(model, train, sites=sites, positions=["prompt_end"]).difference[0]
         for column, direction in enumerate(directions):
             girls, boys = (
                 capture(model, p, sites, position="prompt_end")[:, column] @ direction

@@ -28,9 +28,10 @@ from tl_em.errors import HookError, UsageError
 from tl_em.interventions.edits import Ablate, Add
 from tl_em.interventions.intervene import intervene
 from tl_em.metrics import Behaviour, Metric
-from tl_em.models.capture import fanned_out, mean_activation
+from tl_em.models.capture import fanned_out
 from tl_em.models.contrasts import Prompt
 from tl_em.models.hooks import LensModel
+from tl_em.models.moments import mean_activation
 from tl_em.stats import Estimate, mean, paired_difference
 
 CONTROL_PROMPTS = 16

@@ -1,9 +1,8 @@
 """A direction in activation space: a vector with the site and position it was read at and where it came from.
 
 The vector is kept as it was found (for a difference in means ``r = mean(positive) - mean(negative)``), because its
-length is the natural steering strength (Arditi et al. 2024, arXiv:2406.11717, section 2.3: ``x + r``); ``unit`` is ``r
-/
-|r|``.
+length is the natural steering strength (Arditi et al. 2024, arXiv:2406.11717, section 2.3: ``x + r``); ``unit`` is
+``r / |r|``.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from tl_em.errors import NonFiniteError, WidthError, ZeroDirectionError
 from tl_em.models.sites import Position, Provenance, Site
+from tl_em.stats import Estimate
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +29,10 @@ class Direction:
         position: at which token it was read.
         name: what people call it.
         provenance: the model, data and seed that it was made from; ``None`` for a vector that you made yourself.
+        method: how it was found.
+        reliability: cosine between the directions of two halves of its prompts.
+        neutral: where the negative class's mean lies along it, in standard deviations (both classes pooled): what an
+            ablation to zero takes from prompts that have nothing to do with the concept.
 
     Raises:
         WidthError: the vector has not exactly one axis.
@@ -46,6 +50,9 @@ class Direction:
     position: Position = "prompt_end"
     name: str | None = None
     provenance: Provenance | None = None
+    method: str | None = None
+    reliability: Estimate | None = None
+    neutral: Estimate | None = None
 
     def __post_init__(self) -> None:
         vector = torch.as_tensor(self.vector).detach().to("cpu", torch.float32).clone()
@@ -95,6 +102,14 @@ class Direction:
         """The same direction under another name."""
         return replace(self, name=name)
 
+    def unchecked(self) -> Direction:
+        """The same direction without its provenance, so that it is accepted on any model of its width.
+
+        For when you know better than the check: a tokenizer that only gained a token, weights that were processed
+        otherwise.
+        """
+        return replace(self, provenance=None)
+
     def save(self, path: str | Path) -> Path:
         """Write vector, site, position and provenance to a safetensors file; see ``directions.files``."""
         from tl_em.directions.files import save_direction
@@ -115,5 +130,7 @@ class Direction:
     def __repr__(self) -> str:
         return (
             f"Direction({self.name or 'unnamed'}, {self.site}, {self.position!r}, "
-            f"d_model={len(self.vector)}, norm={self.norm:.3g})"
+            f"d_model={len(self.vector)}, norm={self.norm:.3g}"
+            + (f", reliability={self.reliability}" if self.reliability else "")
+            + ")"
         )

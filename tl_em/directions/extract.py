@@ -1,20 +1,48 @@
-"""Directions from contrast sets: ``r = mean(positive) - mean(negative)`` at a site and a token position.
+"""Directions from contrast sets, at any sites and positions at once, each with how far its own data support it.
+
+    difference_in_means   mean(positive) - mean(negative)
+    paired                mean over pairs (or groups) of (mean positive in it - mean negative in it)
+    pca, logistic, lda    see ``directions.fits``
 
 Difference in means is the direction that most shifts a mean, and the one for which ablation and addition have been
-shown to work causally (Arditi et al. 2024, arXiv:2406.11717, section 2.3; Belrose 2023).  A direction is a description
-of the data until an intervention on held-out prompts says otherwise, and needs the split-half reliability beside it:
-two halves of the same prompts must give nearly the same vector (``geometry.split_half_reliability``).
+shown to work causally (Arditi et al. 2024, arXiv:2406.11717, section 2.3; Belrose 2023).  The first two come from one
+streaming pass whose memory does not grow with the prompts; the others keep the activations that they are fitted to.
+
+**Control.**  A direction describes its data until an intervention on held-out prompts says otherwise.  Two numbers come
+with each: *reliability*, the cosine between the directions of two halves of the prompts (every way to halve eight
+parts; groups stay whole): near 0 it is noise; and *neutral*, where the negative class lies along it, in standard
+deviations: far from 0, ablation to zero moves prompts that have nothing to do with the concept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from tl_em.directions.direction import Direction
-from tl_em.models.capture import class_means
-from tl_em.models.contrasts import ContrastSet
+from tl_em.directions.fits import FITS
+from tl_em.directions.geometry import cosine
+from tl_em.errors import EmptyContrastError, UsageError, ZeroDirectionError
+from tl_em.models.capture import captured, encoded_prompts
+from tl_em.models.contrasts import ContrastSet, inseparable
 from tl_em.models.hooks import LensModel
+from tl_em.models.moments import PARTS, Blocks, ClassMoments, class_moments, dealt, halves
 from tl_em.models.sites import Position, Provenance, Site
+from tl_em.stats import Estimate
+
+Method = Literal["difference_in_means", "paired", "pca", "logistic", "lda"]
+STREAMED = ("difference_in_means", "paired")
+FIT_HALVES = 5
+"""Ways to halve the prompts that a fit is repeated on: a fit costs more than a mean."""
+_ROUNDING = 1e-6
+"""A difference of means that is smaller than this share of the means is rounding of float32 activations."""
 
 
 def difference_in_means(model: LensModel, contrast: ContrastSet, *, site: Site, position: Position) -> Direction:
@@ -27,7 +55,7 @@ def difference_in_means(model: LensModel, contrast: ContrastSet, *, site: Site, 
         position: at which token of each prompt.
 
     Returns:
-        A Direction, in the units of the activations.
+        A Direction, in the units of the activations, with its reliability.
 
     Raises:
         ZeroDirectionError: the two means are the same.
@@ -35,19 +63,269 @@ def difference_in_means(model: LensModel, contrast: ContrastSet, *, site: Site, 
 
     Source: Arditi et al. 2024, arXiv:2406.11717, section 2.3.
     """
-    return differences_in_means(model, contrast, sites=[site], positions=[position])[0]
+    return extract_directions(model, contrast, sites=[site], positions=[position])[0]
 
 
-def differences_in_means(
-    model: LensModel, contrast: ContrastSet, *, sites: Sequence[Site], positions: Sequence[Position]
-) -> list[Direction]:
-    """:func:`difference_in_means` at every position and site (positions outermost), in one pass over the prompts."""
-    means = class_means(model, contrast, sites=sites, positions=positions)
-    origin = Provenance.of(model, data=contrast.hash)
-    return [
-        Direction(
-            means.positive[p, s] - means.negative[p, s], site, position=position, name=contrast.label, provenance=origin
+def extract_directions(
+    model: LensModel,
+    contrast: ContrastSet,
+    *,
+    sites: Sequence[Site] | None = None,
+    positions: Sequence[Position] | str = ("prompt_end",),
+    method: Method | str = "difference_in_means",
+    seed: int = 0,
+) -> tuple[Direction, ...]:
+    """The direction of a contrast set at every position and site, from one pass over the prompts.
+
+    Args:
+        model: any HookedTransformer or TransformerBridge.
+        contrast: the two classes of prompts.
+        sites: where to read; ``None``: the residual stream after every block.
+        positions: at which tokens; ``"response_mean"`` and ``"all"`` are means over tokens.
+        method: how: ``"difference_in_means"``; ``"paired"``, in which every group (or pair) counts once, and those
+            without both classes not at all; ``"pca"`` of the differences of pairs; ``"logistic"`` or ``"lda"``: probes,
+            which are for reading rather than for steering.
+        seed: of the parts that the prompts are halved by.
+
+    Returns:
+        Directions, positions outermost; ``.reliability`` and ``.neutral`` are None where there are too few prompts.
+
+    Raises:
+        ZeroDirectionError: the classes do not differ at some position and site.
+        EmptyContrastError: a method that needs pairs, and none has both classes.
+        UsageError: no such method, or positions that are no list. NonFiniteError, PositionError: as ``capture``.
+
+    Example:
+        >>> from tl_em.organisms.zoo import load_pair
+        >>> pair = load_pair("toy/insecure")
+        >>> found = extract_directions(pair.base, pair.contrasts["persona"], method="lda")
+        >>> [str(d.site) for d in found], bool(found[-1].reliability.value > 0.9)
+        (['resid_post[0]', 'resid_post[1]', 'resid_post[2]'], True)
+
+    Source: Arditi et al. 2024, arXiv:2406.11717; Zou et al. 2023, arXiv:2310.01405; Marks & Tegmark 2023,
+    arXiv:2310.06824.
+    """
+    if method not in get_args(Method) or isinstance(positions, str):
+        raise UsageError(
+            f"method={method!r}, positions={positions!r}: there are the methods {', '.join(get_args(Method))}, and "
+            "positions are a list, e.g. positions=['prompt_end']"
         )
-        for p, position in enumerate(positions)
-        for s, site in enumerate(sites)
-    ]
+    sites = [Site(layer) for layer in range(int(model.cfg.n_layers))] if sites is None else list(sites)
+    found = streamed(model, contrast, sites, positions, method, seed) if method in STREAMED else None
+    made = list(found) if found is not None else list(_fitted(model, contrast, sites, positions, method, seed))
+    for direction, position, site in made:
+        if direction is None:
+            raise ZeroDirectionError(
+                f"the means of both classes are equal at {site}, {position!r}, so there is no direction; read at a "
+                "position after the words in which the prompts differ, or check that they differ"
+            )
+    return tuple(direction for direction, _, _ in made if direction is not None)
+
+
+Made = tuple[Direction | None, Position, Site]
+
+
+def streamed(
+    model: LensModel,
+    contrast: ContrastSet,
+    sites: Sequence[Site],
+    positions: Sequence[Position],
+    method: str = "difference_in_means",
+    seed: int = 0,
+) -> Iterator[Made]:
+    """Differences of means, None where the means are equal."""
+    moments = class_moments(model, contrast, sites=sites, positions=positions, by_block=method == "paired", seed=seed)
+    if not bool((moments.weight.sum(1) > 0).all()):
+        raise EmptyContrastError(_no_pairs(contrast))
+    size = moments.means.norm(dim=-1).amax(0)
+    equal = moments.difference.norm(dim=-1) <= _ROUNDING * size
+    origin = Provenance.of(model, data=contrast.hash, seed=seed)
+    pairs = list(halves(moments.weight))
+    for p, position in enumerate(positions):
+        for s, site in enumerate(sites):
+            if bool(equal[p, s]):
+                yield None, position, site
+                continue
+            yield (
+                Direction(
+                    moments.difference[p, s],
+                    site,
+                    position=position,
+                    name=contrast.label,
+                    provenance=origin,
+                    method=method,
+                    reliability=_halved_means(moments, p, s, pairs, seed),
+                    neutral=_neutral_of(moments, p, s),
+                ),
+                position,
+                site,
+            )
+
+
+def _halved_means(
+    moments: ClassMoments, p: int, s: int, pairs: Sequence[tuple[list[int], list[int]]], seed: int
+) -> Estimate | None:
+    total = moments.total[:, :, p, s].numpy()
+    weight = moments.weight.numpy()
+
+    def of(parts: list[int]) -> Float[np.ndarray, " d_model"]:
+        means = total[:, parts].sum(1) / weight[:, parts].sum(1, keepdims=True)
+        return means[0] - means[1]
+
+    return _agreement([(of(first), of(second)) for first, second in pairs], moments.n, moments.blocks, seed)
+
+
+def _agreement(
+    pairs: Sequence[tuple[np.ndarray, np.ndarray]], n: tuple[int, int], blocks: int, seed: int
+) -> Estimate | None:
+    """Mean and spread of the cosines between the directions of two halves."""
+    if not pairs:
+        return None
+    values = cosine(np.stack([first for first, _ in pairs]), np.stack([second for _, second in pairs]))
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return None
+    low, high = np.quantile(values, (0.025, 0.975))
+    method = f"cosine of the directions of two halves, mean and range of {len(values)} ways to halve"
+    return Estimate(float(values.mean()), float(low), float(high), sum(n), float(blocks), method, seed)
+
+
+# --- Where the negative class lies ------------------------------------------------------------------------------------
+
+
+def _neutral_of(moments: ClassMoments, p: int, s: int) -> Estimate | None:
+    unit = moments.difference[p, s].double()
+    unit = unit / unit.norm()
+    along = [(each[:, p, s].double() @ unit).numpy() for each in moments.sample]
+    return neutral_z(along[0], along[1], n=moments.n[1], mean=float(moments.means[1, p, s] @ unit))
+
+
+def neutral_z(
+    positive: Float[np.ndarray, " prompt"],
+    negative: Float[np.ndarray, " other"],
+    *,
+    n: int | None = None,
+    mean: float | None = None,
+) -> Estimate | None:
+    """Mean projection of the negative class over the standard deviation of all projections, both classes counting
+    equally; None with fewer than three prompts in a class.
+
+    Args:
+        positive, negative: projections on the unit vector.
+        n, mean: number and mean of all negative prompts, where ``negative`` is only a sample of them.
+
+    Example:
+        >>> neutral_z(np.array([9.0, 10.0, 11.0]), np.array([-1.0, 0.0, 1.0]))
+        0.00 [-0.26, 0.26] n=3
+    """
+    if min(len(positive), len(negative)) < 3:
+        return None
+    from scipy import stats
+
+    n, centre = n or len(negative), float(negative.mean()) if mean is None else mean
+    within = (positive.var(ddof=1) + negative.var(ddof=1)) / 2
+    total = math.sqrt(within + (positive.mean() - negative.mean()) ** 2 / 4)
+    if not total > 0:
+        return None
+    z, m = centre / total, len(positive) + len(negative)
+    # Delta method: the mean's own error, and the relative error of a standard deviation of m - 2 degrees of freedom.
+    error = math.sqrt(float(negative.var(ddof=1)) / n / total**2 + z**2 / (2 * (m - 2)))
+    half = float(stats.t.ppf(0.975, m - 2)) * error
+    return Estimate(z, z - half, z + half, n, float(n), f"delta method, standard deviation from {m} prompts")
+
+
+# --- Fitted -----------------------------------------------------------------------------------------------------------
+
+
+def _fitted(
+    model: LensModel,
+    contrast: ContrastSet,
+    sites: Sequence[Site],
+    positions: Sequence[Position],
+    method: str,
+    seed: int,
+) -> Iterator[Made]:
+    """Fits at each position and site, on activations that are kept."""
+    blocks = inseparable(contrast)
+    parts = dealt(blocks, seed)
+    x, y = (
+        captured(model, encoded_prompts(model, prompts), sites, positions).double()
+        for prompts in (contrast.positive, contrast.negative)
+    )
+    part = [torch.tensor([parts[label, i] for i in range(len(each))]) for label, each in enumerate((x, y))]
+    if method == "pca":
+        x, y, part = _by_block(x, y, blocks, parts, contrast)
+    weight = torch.stack([torch.bincount(each, minlength=PARTS).double() for each in part])
+    pairs = list(halves(weight))
+    chosen = random.Random(seed).sample(pairs, min(FIT_HALVES, len(pairs)))
+    origin = Provenance.of(model, data=contrast.hash, seed=seed)
+    for p, position in enumerate(positions):
+        for s, site in enumerate(sites):
+            classes = x[:, p, s].numpy(), y[:, p, s].numpy()
+            vector, reliability = _fit(FITS[method], classes, part, chosen, len(blocks), seed)
+            if vector is None:
+                yield None, position, site
+                continue
+            along = [each @ (vector / np.linalg.norm(vector)) for each in classes]
+            yield (
+                Direction(
+                    torch.from_numpy(vector),
+                    site,
+                    position=position,
+                    name=contrast.label,
+                    provenance=origin,
+                    method=method,
+                    reliability=reliability,
+                    neutral=neutral_z(along[0], along[1]),
+                ),
+                position,
+                site,
+            )
+
+
+def _fit(
+    fit: Callable[..., np.ndarray],
+    classes: tuple[np.ndarray, np.ndarray],
+    part: Sequence[Tensor],
+    pairs: Sequence[tuple[list[int], list[int]]],
+    blocks: int,
+    seed: int,
+) -> tuple[np.ndarray | None, Estimate | None]:
+    """The fit to all prompts, and the agreement of the fits to their halves."""
+
+    def of(parts: list[int]) -> np.ndarray:
+        rows = [np.isin(each.numpy(), parts) for each in part]
+        return fit(classes[0][rows[0]], classes[1][rows[1]])
+
+    try:
+        vector = fit(*classes)
+    except ZeroDirectionError:
+        return None, None
+    try:
+        found = [(of(first), of(second)) for first, second in pairs]
+    except ZeroDirectionError:
+        found = []
+    return vector, _agreement(found, (len(classes[0]), len(classes[1])), blocks, seed)
+
+
+def _by_block(
+    x: Tensor, y: Tensor, blocks: Blocks, parts: Mapping[tuple[int, int], int], contrast: ContrastSet
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Means of both classes in every pair or group that has both, and the parts that they belong to."""
+    means, part = [], []
+    for block in blocks:
+        rows = [[i for label, i in block if label == wanted] for wanted in (0, 1)]
+        if rows[0] and rows[1]:
+            means.append((x[rows[0]].mean(0), y[rows[1]].mean(0)))
+            part.append(parts[block[0]])
+    if not means:
+        raise EmptyContrastError(_no_pairs(contrast))
+    first, second = (torch.stack(each) for each in zip(*means, strict=True))
+    return first, second, [torch.tensor(part)] * 2
+
+
+def _no_pairs(contrast: ContrastSet) -> str:
+    return (
+        f"{contrast!r} has no pair or group with prompts of both classes, so there is no difference within one; give "
+        "classes of equal length, in the same order, or positive_groups= and negative_groups= that share labels"
+    )

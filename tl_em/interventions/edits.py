@@ -8,8 +8,8 @@ All of them move an activation along one unit vector to a target component ``t``
 Zero-ablation is applied at every write to the residual stream (Arditi et al. 2024, arXiv:2406.11717, section 2.4;
 2L + 1 hook points, which equals editing every block's input and output).  A centre belongs to a site, so ablation
 around one acts at the direction's own site unless a centre is given for each site (ACE, arXiv:2411.09003).  Setting to
-0 a component whose mean is far from 0 is a hidden steer: prefer ``around=em.mean_activation(...)`` when two models are
-compared.
+0 a component whose mean is far from 0 is a hidden steer, of which ``interventions.hidden`` warns: prefer
+``around=em.mean_activation(...)`` when two models are compared.
 
 An effect counts as the direction's own only beside random directions with the same treatment
 (``directions.geometry.control_directions``).
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from tl_em.directions.direction import Direction
 from tl_em.errors import NonFiniteError, ProvenanceError, UsageError, WidthError
+from tl_em.interventions.hidden import warn_of_hidden_steer
 from tl_em.models.hooks import LensModel, hook_name, write_points
 from tl_em.models.sites import Provenance, Site
 
@@ -204,6 +205,12 @@ class Ablate(Removal):
     def __post_init__(self) -> None:
         self._check_centres(len(self.direction.vector))
 
+    def check(self, model: LensModel) -> None:
+        """Raise as every intervention does; warn when an ablation to zero is known to be a hidden steer."""
+        super().check(model)
+        if self.around is None:
+            warn_of_hidden_steer(self.direction)
+
     def edit(self, x: Tensor, mask: Tensor | None = None, *, name: str | None = None) -> Tensor:
         """Set the component along the direction to the centre's (0 without one)."""
         unit, centre = self.direction.unit, self._centre(name)
@@ -293,8 +300,7 @@ def check_belongs(label: str, width: int, provenance: Provenance | None, model: 
     if found:
         raise ProvenanceError(
             f"{label} was not made on a model like this one: {'; '.join(found)}. Its axes mean something else here. "
-            "Extract it again on this model, or, if you know better, drop the check with dataclasses.replace(…, "
-            "provenance=None)"
+            "Extract it again on this model, or, if you know better, pass direction.unchecked()"
         )
 
 

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from tl_em.directions.direction import Direction
 from tl_em.errors import NotAdditiveError, WeightEditError
 from tl_em.interventions.edits import check_fits
+from tl_em.interventions.hidden import warn_of_hidden_steer
 from tl_em.models.hooks import LensModel, hook_points, tiny_forward, write_points
 
 Model = TypeVar("Model", bound=LensModel)
@@ -57,6 +58,7 @@ def orthogonalize_(model: LensModel, direction: Direction) -> None:
     Source: Arditi et al. 2024, arXiv:2406.11717, section 4.1 and appendix E.
     """
     check_fits(direction, model)
+    warn_of_hidden_steer(direction)
     for part in _untied_parts(model):
         _remove_(part.tensor, direction.unit, part.axis)
 
@@ -78,6 +80,7 @@ def orthogonalized(model: Model, direction: Direction) -> Iterator[Model]:
         WeightEditError, WidthError, ProvenanceError: as ``orthogonalize_``.
     """
     check_fits(direction, model)
+    warn_of_hidden_steer(direction)
     parts = _untied_parts(model)
     kept = [part.tensor.detach().clone() for part in parts]
     try:

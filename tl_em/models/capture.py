@@ -1,8 +1,8 @@
-"""Activations, means and logits at the wanted positions, in one streaming pass.
+"""Activations and logits at the wanted positions, in one streaming pass.
 
 Prompts are sorted by length, padded on the right and read at their true positions; the forward pass ends as soon as
-everything wanted was read; nothing but the wanted positions is kept, and means keep sums only. Hooks that are attached
-to the model stay in force, and what is read is what they leave: so every function here works inside ``intervene``.
+everything wanted was read; nothing but the wanted positions is kept. Hooks that are attached to the model stay in
+force, and what is read is what they leave: so every function here works inside ``intervene``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from tl_em.errors import NonFiniteError, PositionError, PromptError, UsageError
 from tl_em.models.hooks import LensModel, hook_name, hooked, read_point
 from tl_em.models.points import resolve
-from tl_em.models.prompts import Batch, ContrastSet, EncodedPrompt, Prompt, batches, encode, token_index
+from tl_em.models.prompts import Batch, EncodedPrompt, Prompt, batches, encode, token_index
 from tl_em.models.sites import Position, Site
 
 _MAX_TOKENS = 8192
@@ -47,76 +46,28 @@ def capture(
         PositionError: a prompt lacks the position, or it is ``"all"``. NonFiniteError: NaN or infinity was read, naming
             site and prompt. And what ``encode`` raises.
     """
-    encoded = _encoded(model, prompts)
-    spans = _spans(encoded, [position])
-    out = torch.empty(len(encoded), len(sites), int(model.cfg.d_model))
+    encoded = encoded_prompts(model, prompts)
+    if position == "all":
+        raise PositionError(
+            "Position 'all' has one activation a token, and prompts differ in length, so it fits no (prompt, site, "
+            "d_model) array. Capture named positions, or use model.run_with_cache for one prompt."
+        )
+    return captured(model, encoded, sites, [position])[:, 0]
+
+
+def captured(
+    model: LensModel, encoded: Sequence[EncodedPrompt], sites: Sequence[Site], positions: Sequence[Position]
+) -> Float[Tensor, "prompt position site d_model"]:
+    """Activations at several positions, in one pass; ``"all"`` is the mean over a prompt's tokens."""
+    spans = spans_of(encoded, positions)
+    out = torch.empty(len(encoded), len(positions), len(sites), int(model.cfg.d_model))
 
     def keep(site: int, rows: Int[Tensor, " prompt"], x: Float[Tensor, "prompt position d_model"]) -> None:
-        out[rows, site] = x[:, 0].float().cpu()
+        out[rows, :, site] = x.float().cpu()
 
-    _stream(model, encoded, sites, spans, keep)
-    _check_finite(out, sites, encoded)
+    stream(model, encoded, sites, spans, keep)
+    check_finite(out, sites, encoded)
     return out
-
-
-def mean_activation(
-    model: LensModel, prompts: Sequence[Prompt | EncodedPrompt], *, site: Site, position: Position
-) -> Float[Tensor, " d_model"]:
-    """Mean activation over prompts at one site: a centre for an ablation.
-
-    Args:
-        model: a HookedTransformer or TransformerBridge.
-        prompts: strings, chats or encoded prompts.
-        site: where to read.
-        position: which token.
-
-    Returns:
-        The mean, float32 on the CPU; sums are float64.
-    """
-    encoded = _encoded(model, prompts)
-    return _sums(model, [encoded], [site], [position])[0, 0, 0].div(len(encoded)).float()
-
-
-@dataclass(frozen=True, eq=False)
-class ClassMeans:
-    """Mean activations of a contrast set's classes, at k positions and all sites."""
-
-    positive: Float[Tensor, "position site d_model"]
-    negative: Float[Tensor, "position site d_model"]
-    n_positive: int
-    n_negative: int
-
-    @property
-    def difference(self) -> Float[Tensor, "position site d_model"]:
-        """Mean of the positive class minus mean of the negative class."""
-        return self.positive - self.negative
-
-
-def class_means(
-    model: LensModel,
-    contrast: ContrastSet | tuple[Sequence[Prompt | EncodedPrompt], Sequence[Prompt | EncodedPrompt]],
-    *,
-    sites: Sequence[Site],
-    positions: Sequence[Position],
-) -> ClassMeans:
-    """Both classes' means at several positions and sites, in one pass in which the classes share batches.
-
-    Memory does not grow with the number of prompts: float64 sums are all that is kept.
-
-    Args:
-        model: a HookedTransformer or TransformerBridge.
-        contrast: a contrast set, or its two classes (e.g. encoded).
-        sites: where to read.
-        positions: which tokens, in the order of the result.
-
-    Returns:
-        The means, float32 on the CPU.
-    """
-    pair = (contrast.positive, contrast.negative) if isinstance(contrast, ContrastSet) else contrast
-    positive, negative = (_encoded(model, prompts) for prompts in pair)
-    sums = _sums(model, [positive, negative], sites, positions)
-    means = (sums[0] / len(positive)).float(), (sums[1] / len(negative)).float()
-    return ClassMeans(*means, n_positive=len(positive), n_negative=len(negative))
 
 
 def next_token_logits(model: LensModel, prompts: Sequence[Prompt | EncodedPrompt]) -> Float[Tensor, "prompt d_vocab"]:
@@ -131,7 +82,7 @@ def next_token_logits(model: LensModel, prompts: Sequence[Prompt | EncodedPrompt
     Returns:
         Float32 on the CPU, in the order of ``prompts``.
     """
-    encoded = _encoded(model, prompts)
+    encoded = encoded_prompts(model, prompts)
     out: Tensor | None = None
     for batch in batches(encoded, max_tokens=_batch_tokens(model)):
         logits = _logits_at(model, batch, torch.arange(len(batch.rows)), batch.lengths - 1).float().cpu()
@@ -163,8 +114,8 @@ def sequence_logprobs(
     Raises:
         PositionError: a prompt without a response.
     """
-    encoded = _encoded(model, prompts)
-    spans = _spans(encoded, ["response_mean"])[:, 0]
+    encoded = encoded_prompts(model, prompts)
+    spans = spans_of(encoded, ["response_mean"])[:, 0]
     out = torch.empty(len(encoded))
     for batch in batches(encoded, max_tokens=_batch_tokens(model, every_token=True)):
         inside = _inside(spans[list(batch.rows)], batch.tokens.shape[1])
@@ -179,20 +130,16 @@ def sequence_logprobs(
 # --- The pass ---------------------------------------------------------------------------------------------------------
 
 
-def _encoded(model: LensModel, prompts: Sequence[Prompt | EncodedPrompt]) -> list[EncodedPrompt]:
+def encoded_prompts(model: LensModel, prompts: Sequence[Prompt | EncodedPrompt]) -> list[EncodedPrompt]:
+    """``encode``, refusing an empty list."""
     encoded = encode(model, prompts)
     if not encoded:
         raise PromptError("There are no prompts, so there is nothing to measure. Give at least one.")
     return encoded
 
 
-def _spans(encoded: Sequence[EncodedPrompt], positions: Sequence[Position]) -> Int[Tensor, "prompt position 2"]:
+def spans_of(encoded: Sequence[EncodedPrompt], positions: Sequence[Position]) -> Int[Tensor, "prompt position 2"]:
     """Token spans (end exclusive) of the positions; a single token is a span of one."""
-    if "all" in positions:
-        raise PositionError(
-            "Position 'all' has one activation a token, and prompts differ in length, so it fits no (prompt, site, "
-            "d_model) array. Capture named positions, or use model.run_with_cache for one prompt."
-        )
     found = [[token_index(prompt, position) for position in positions] for prompt in encoded]
     return torch.tensor(
         [[(at, at + 1) if isinstance(at, int) else at for at in row] for row in found], dtype=torch.long
@@ -211,7 +158,7 @@ class _EverythingRead(Exception):
 Keep = Callable[[int, Tensor, Tensor], None]
 
 
-def _stream(
+def stream(
     model: LensModel,
     encoded: Sequence[EncodedPrompt],
     sites: Sequence[Site],
@@ -331,29 +278,11 @@ def _pool(x: Tensor, spans: Int[Tensor, "prompt position 2"]) -> Float[Tensor, "
     return inside @ clean / inside.sum(-1, keepdim=True)
 
 
-def _sums(
-    model: LensModel, classes: Sequence[Sequence[EncodedPrompt]], sites: Sequence[Site], positions: Sequence[Position]
-) -> Float[Tensor, "label position site d_model"]:
-    """Sums over the prompts of each class, float64, in one pass over all classes."""
-    encoded = [prompt for prompts in classes for prompt in prompts]
-    label = torch.tensor([i for i, prompts in enumerate(classes) for _ in prompts])
-    sums = torch.zeros(len(classes), len(positions), len(sites), int(model.cfg.d_model), dtype=torch.float64)
-    sums = sums.to(model.cfg.device)
-
-    def add(site: int, rows: Tensor, x: Tensor) -> None:
-        sums[:, :, site].index_add_(0, label[rows].to(sums.device), x.double())
-
-    _stream(model, encoded, sites, _spans(encoded, positions), add)
-    if not bool(sums.isfinite().all()):
-        for position in positions:
-            capture(model, encoded, sites, position=position)  # names the prompt and the site
-    return sums.cpu()
-
-
-def _check_finite(
-    out: Float[Tensor, "prompt site d_model"], sites: Sequence[Site], encoded: Sequence[EncodedPrompt]
+def check_finite(
+    out: Float[Tensor, "prompt position site d_model"], sites: Sequence[Site], encoded: Sequence[EncodedPrompt]
 ) -> None:
-    bad = (~out.isfinite().all(-1)).nonzero().tolist()
+    """Raise ``NonFiniteError``, naming site and prompt, unless every activation is finite."""
+    bad = (~out.isfinite().all(-1).all(1)).nonzero().tolist()
     if bad:
         prompt, site = bad[0]
         raise NonFiniteError(

@@ -111,7 +111,7 @@ class ContrastSet:
         fractions = (train, select, test)
         if min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
             raise UsageError(f"The fractions {fractions} do not add up to 1; a split covers the set. Try .5, .25, .25.")
-        parts = _assign(_inseparable(self), fractions, random.Random(seed))
+        parts = _assign(inseparable(self), fractions, random.Random(seed))
         return Splits(*(self._subset(part, name) for part, name in zip(parts, Splits._fields, strict=True)))
 
     def _subset(self, rows: set[tuple[int, int]], name: str) -> ContrastSet:
@@ -208,7 +208,7 @@ def as_prompts(prompts: Any) -> Sequence[Any]:
     return list(prompts)
 
 
-def _inseparable(contrast: ContrastSet) -> list[list[tuple[int, int]]]:
+def inseparable(contrast: ContrastSet) -> list[list[tuple[int, int]]]:
     """Rows (class, index) that may not be split: connected by a group label, equal text, or being a pair."""
     rows = [
         (side, i) for side, prompts in enumerate((contrast.positive, contrast.negative)) for i in range(len(prompts))

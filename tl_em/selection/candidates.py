@@ -14,17 +14,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from tl_em.directions.direction import Direction
+from tl_em.directions.extract import streamed
 from tl_em.errors import UsageError, ZeroDirectionError
-from tl_em.models.capture import class_means
 from tl_em.models.contrasts import ContrastSet
 from tl_em.models.hooks import LensModel
-from tl_em.models.sites import Position, Provenance, Site
-
-_ROUNDING = 1e-6
-"""A difference of means that is smaller than this share of the means is rounding of float32 activations."""
+from tl_em.models.sites import Position, Site
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,19 +94,13 @@ def candidate_directions(
             "positions=('instruction_end', 'prompt_end'), and at least one layer"
         )
     sites = [Site(layer, "resid_pre") for layer in layers]
-    means = class_means(model, contrast, sites=sites, positions=positions)
-    size = torch.maximum(means.positive.norm(dim=-1), means.negative.norm(dim=-1))
-    equal = means.difference.norm(dim=-1) <= _ROUNDING * size
-    origin = Provenance.of(model, data=contrast.hash)
     found: list[Direction] = []
     without: list[tuple[Position, int]] = []
-    for p, position in enumerate(positions):
-        for s, site in enumerate(sites):
-            if equal[p, s]:
-                without.append((position, site.layer))
-                continue
-            r = means.difference[p, s]
-            found.append(Direction(r, site, position=position, name=contrast.label, provenance=origin))
+    for direction, position, site in streamed(model, contrast, sites, positions):
+        if direction is None:
+            without.append((position, site.layer))
+        else:
+            found.append(direction)
     if not found:
         raise ZeroDirectionError(
             f"The means of both classes are equal at all {len(without)} positions and layers, so there is no "
