@@ -27,6 +27,7 @@ NAMES = [
     "LensModel",
     "Metric",
     "ModelPair",
+    "NuisanceWarning",
     "Organism",
     "Provenance",
     "Report",

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tl_em.directions.extract import difference_in_means as difference_in_means
     from tl_em.directions.extract import extract_directions as extract_directions
     from tl_em.errors import HiddenSteerWarning as HiddenSteerWarning
+    from tl_em.errors import NuisanceWarning as NuisanceWarning
     from tl_em.errors import TlEmError as TlEmError
     from tl_em.interventions.conditions import Conditional as Conditional
     from tl_em.interventions.edits import Ablate as Ablate
@@ -73,6 +74,7 @@ _HOME = {
     "LensModel": "models.hooks",
     "Metric": "metrics",
     "ModelPair": "models.loading",
+    "NuisanceWarning": "errors",
     "Organism": "organisms.zoo",
     "Provenance": "models.sites",
     "Report": "auditing",

@@ -27,9 +27,10 @@
     │   └── OutputError                 a path that cannot be written
     └── UsageError                      arguments that contradict each other
 
-And one warning, a UserWarning:
+And two warnings, both UserWarnings:
 
     HiddenSteerWarning                  an ablation to zero that removes a mean far from zero
+    NuisanceWarning                     classes of a contrast set that differ in length, and so in more than the concept
 """
 
 
@@ -139,3 +140,7 @@ class UsageError(TlEmError, ValueError):
 
 class HiddenSteerWarning(UserWarning):
     """An ablation to zero moves prompts that have nothing to do with the concept: their mean is far from zero."""
+
+
+class NuisanceWarning(UserWarning):
+    """The classes of a contrast set can be told apart by their prompts' lengths alone."""

@@ -11,7 +11,7 @@ import torch
 from tl_em.directions.extract import Method, difference_in_means, extract_directions, neutral_z
 from tl_em.directions.fits import FITS, lda, logistic, pca
 from tl_em.directions.geometry import cosine
-from tl_em.errors import EmptyContrastError, NonFiniteError, UsageError, ZeroDirectionError
+from tl_em.errors import EmptyContrastError, NonFiniteError, NuisanceWarning, UsageError, ZeroDirectionError
 from tl_em.models.capture import capture
 from tl_em.models.contrasts import ContrastSet
 from tl_em.models.hooks import LensModel, hooked
@@ -201,3 +201,10 @@ def test_pca_is_not_centred() -> None:
     x = np.tile([5.0, 0.0], (6, 1))
     x[:, 1] = [1, -1, 1, -1, 1, -1]
     assert abs(pca(x, np.zeros_like(x))[0]) == pytest.approx(5.0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_set_whose_classes_differ_in_length_is_warned_about(small_model: LensModel, method: Method) -> None:
+    longer = ContrastSet(CONTRAST.positive, [f"{prompt} on the car" for prompt in CONTRAST.negative])  # type: ignore[str-bytes-safe]
+    with pytest.warns(NuisanceWarning, match="0% of all pairs"):
+        extract_directions(small_model, longer, sites=[Site(1)], method=method)

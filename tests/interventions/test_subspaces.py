@@ -21,6 +21,8 @@ from tl_em.models.hooks import LensModel
 from tl_em.models.moments import mean_activation
 from tl_em.models.sites import Provenance, Site
 
+pytestmark = pytest.mark.surface
+
 PROMPTS = [
     "the cat sat on the big car",
     "please steal",
@@ -35,7 +37,6 @@ def random_basis(model: LensModel, k: int = 3) -> Tensor:
     return torch.randn(k, int(model.cfg.d_model), generator=torch.Generator().manual_seed(5))
 
 
-@pytest.mark.surface
 def test_the_whole_subspace_is_zero_after_every_block_and_was_not_before(model: LensModel) -> None:
     erase = Erase(random_basis(model))
     sites = [Site(i) for i in range(model.cfg.n_layers)]
@@ -48,7 +49,6 @@ def test_the_whole_subspace_is_zero_after_every_block_and_was_not_before(model: 
         assert (after @ row).abs().max() < 1e-5 * scale  # float32: rounding of 2L + 1 projected writes
 
 
-@pytest.mark.surface
 def test_one_dimension_is_ablation_and_order_and_scale_do_not_matter(model: LensModel) -> None:
     basis = random_basis(model)
     with intervene(model, Ablate(Direction(basis[0], SITE))):
@@ -64,7 +64,6 @@ def test_one_dimension_is_ablation_and_order_and_scale_do_not_matter(model: Lens
     assert (one - erased).abs().max() > 1e-2
 
 
-@pytest.mark.surface
 def test_around_a_centre_the_rest_and_the_mean_stay(model: LensModel) -> None:
     directions = [Direction(v, SITE) for v in random_basis(model)]
     centre = mean_activation(model, PROMPTS, site=SITE, position="prompt_end")
@@ -117,7 +116,6 @@ def test_values_that_span_nothing_are_refused(call: Any, error: type[Exception])
         call()
 
 
-@pytest.mark.surface
 def test_a_subspace_of_another_model_is_refused(small_model: LensModel, make_model: Any, surface: str) -> None:
     width = int(small_model.cfg.d_model)
     made = Provenance.of(make_model("gpt2", surface, template=None))

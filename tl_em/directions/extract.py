@@ -31,7 +31,7 @@ from tl_em.directions.fits import FITS
 from tl_em.directions.geometry import cosine
 from tl_em.errors import EmptyContrastError, UsageError, ZeroDirectionError
 from tl_em.models.capture import captured, encoded_prompts
-from tl_em.models.contrasts import ContrastSet, inseparable
+from tl_em.models.contrasts import ContrastSet, inseparable, warn_of_nuisance
 from tl_em.models.hooks import LensModel
 from tl_em.models.moments import PARTS, Blocks, ClassMoments, class_moments, dealt, halves
 from tl_em.models.sites import Position, Provenance, Site
@@ -248,10 +248,9 @@ def _fitted(
     """Fits at each position and site, on activations that are kept."""
     blocks = inseparable(contrast)
     parts = dealt(blocks, seed)
-    x, y = (
-        captured(model, encoded_prompts(model, prompts), sites, positions).double()
-        for prompts in (contrast.positive, contrast.negative)
-    )
+    encoded = [encoded_prompts(model, prompts) for prompts in (contrast.positive, contrast.negative)]
+    warn_of_nuisance(contrast, [[len(prompt) for prompt in each] for each in encoded])
+    x, y = (captured(model, each, sites, positions).double() for each in encoded)
     part = [torch.tensor([parts[label, i] for i in range(len(each))]) for label, each in enumerate((x, y))]
     if method == "pca":
         x, y, part = _by_block(x, y, blocks, parts, contrast)

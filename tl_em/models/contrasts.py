@@ -10,6 +10,7 @@ import csv
 import hashlib
 import json
 import random
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tl_em.errors import CorruptFileError, EmptyContrastError, FileError, PromptError, UsageError
+from tl_em.errors import CorruptFileError, EmptyContrastError, FileError, NuisanceWarning, PromptError, UsageError
 from tl_em.writing import replacing
 
 Message = Mapping[str, str]
@@ -237,6 +238,30 @@ def inseparable(contrast: ContrastSet) -> list[list[tuple[int, int]]]:
     for row in rows:
         members[root(row)].append(row)
     return list(members.values())
+
+
+_TOLD_APART, _SURE = 0.8, 1e-3
+
+
+def warn_of_nuisance(contrast: ContrastSet, lengths: Sequence[Sequence[int]]) -> None:
+    """Warn when the lengths of the prompts alone tell the classes apart.
+
+    Args:
+        lengths: in tokens, of the positive and of the negative prompts.
+    """
+    from scipy.stats import mannwhitneyu
+
+    positive, negative = lengths
+    result = mannwhitneyu(positive, negative)
+    above = float(result.statistic) / (len(positive) * len(negative))
+    if max(above, 1 - above) >= _TOLD_APART and result.pvalue < _SURE:
+        warnings.warn(
+            f"{contrast!r}: a positive prompt is longer than a negative one in {above:.0%} of all pairs "
+            f"(Mann-Whitney p = {result.pvalue:.1g}), so a direction may be that of the length; match the prompts, "
+            "e.g. the same sentences with one word exchanged",
+            NuisanceWarning,
+            stacklevel=5,
+        )
 
 
 def _assign(

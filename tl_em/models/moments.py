@@ -19,7 +19,7 @@ from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from tl_em.models.capture import captured, encoded_prompts, spans_of, stream
-from tl_em.models.contrasts import ContrastSet, inseparable
+from tl_em.models.contrasts import ContrastSet, inseparable, warn_of_nuisance
 from tl_em.models.hooks import LensModel
 from tl_em.models.prompts import EncodedPrompt, Prompt
 from tl_em.models.sites import Position, Site
@@ -106,6 +106,8 @@ def class_moments(
     pair = (contrast.positive, contrast.negative) if isinstance(contrast, ContrastSet) else contrast
     encoded = [encoded_prompts(model, prompts) for prompts in pair]
     n = (len(encoded[0]), len(encoded[1]))
+    if isinstance(contrast, ContrastSet):
+        warn_of_nuisance(contrast, [[len(prompt) for prompt in each] for each in encoded])
     blocks = inseparable(contrast) if isinstance(contrast, ContrastSet) else _alone(*n)
     sums = _Sums(n, dealt(blocks, seed), _weights(blocks, n, by_block), onto, seed)
     everything = [*encoded[0], *encoded[1]]
