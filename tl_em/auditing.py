@@ -362,7 +362,8 @@ def _provenance(
             for q in asked
         },
         "directions": {
-            q.name: {"site": d.site.hook_name, "position": q.position, "norm": d.norm}
+            q.name: {"site": d.site.hook_name, "position": q.position, "norm": d.norm,
+                     "reliability": None if d.reliability is None else str(d.reliability)}
             for q, d in zip(asked, picked, strict=True)
         },
         "behaviours": {q.name: {"metric": q.judged.metric.name, "unit": q.judged.metric.unit} for q in asked},

@@ -194,7 +194,13 @@ def make_report(names: list[str] | None = None, domains: list[str] | None = None
                 for name in names
             },
             "directions": {
-                name: {"site": "blocks.2.hook_resid_post", "position": "prompt_end", "norm": 3.2} for name in names
+                name: {
+                    "site": "blocks.2.hook_resid_post",
+                    "position": "prompt_end",
+                    "norm": 3.2,
+                    "reliability": "0.93 [0.90, 0.95] n=96",
+                }
+                for name in names
             },
             "behaviours": {name: {"metric": "bad", "unit": "probability"} for name in names},
             "controls": 999,

@@ -17,9 +17,8 @@ from tl_em.comparison.causes import cause
 from tl_em.comparison.changes import Measured, Reading, changes, layer_rows
 from tl_em.comparison.entanglement import answer_to_own_prompts, entanglement
 from tl_em.comparison.verdicts import Finding, Row, judge
-from tl_em.directions.direction import Direction
+from tl_em.directions.direction import Direction, check_fits
 from tl_em.errors import UsageError
-from tl_em.interventions.edits import check_fits
 from tl_em.metrics import Behaviour, Metric
 from tl_em.models.capture import capture
 from tl_em.models.contrasts import ContrastSet

@@ -15,7 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_em.errors import NonFiniteError, WidthError, ZeroDirectionError
-from tl_em.models.sites import Position, Provenance, Site
+from tl_em.models.hooks import LensModel
+from tl_em.models.sites import Position, Provenance, Site, check_belongs
 from tl_em.stats import Estimate
 
 
@@ -134,3 +135,16 @@ class Direction:
             + (f", reliability={self.reliability}" if self.reliability else "")
             + ")"
         )
+
+
+def check_fits(direction: Direction, model: LensModel) -> None:
+    """Raise unless a direction belongs on this model: same width, tokenizer, shape and weight processing.
+
+    A direction of the base on its fine-tune fits: that is the point.  Without provenance only the width is checked.
+
+    Raises:
+        WidthError: the direction has another width than the model.
+        ProvenanceError: the provenance disagrees with the model.
+    """
+    label = direction.name or "the direction"
+    check_belongs(label, len(direction.vector), direction.provenance, model)

@@ -18,9 +18,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_em.directions.direction import Direction
+from tl_em.directions.direction import Direction, check_fits
 from tl_em.errors import UsageError
-from tl_em.interventions.edits import Hook, Intervention, check_fits, component
+from tl_em.interventions.edits import Hook, Intervention, component
 from tl_em.interventions.scopes import running_batch
 from tl_em.models.hooks import LensModel, ReadPoint, probing
 from tl_em.models.prompts import Batch

@@ -25,11 +25,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_em.directions.direction import Direction
-from tl_em.errors import NonFiniteError, ProvenanceError, UsageError, WidthError
+from tl_em.directions.direction import Direction, check_fits
+from tl_em.errors import NonFiniteError, UsageError, WidthError
 from tl_em.interventions.hidden import warn_of_hidden_steer
 from tl_em.models.hooks import LensModel, hook_name, write_points
-from tl_em.models.sites import Provenance, Site
+from tl_em.models.sites import Site
 
 Activation = Float[Tensor, "*axes d_model"]
 Hook = tuple[str, Callable[..., Tensor]]
@@ -274,34 +274,6 @@ class Clamp(AtItsSite):
         """Move components that lie outside the bounds onto the nearer bound."""
         target = component(x, self.direction.unit).clamp(min=self.low, max=self.high)
         return masked(set_component(x, self.direction.unit, target), x, mask)
-
-
-def check_fits(direction: Direction, model: LensModel) -> None:
-    """Raise unless a direction belongs on this model: same width, tokenizer, shape and weight processing.
-
-    A direction of the base on its fine-tune fits: that is the point.  Without provenance only the width is checked.
-
-    Raises:
-        WidthError: the direction has another width than the model.
-        ProvenanceError: the provenance disagrees with the model.
-    """
-    label = direction.name or "the direction"
-    check_belongs(label, len(direction.vector), direction.provenance, model)
-
-
-def check_belongs(label: str, width: int, provenance: Provenance | None, model: LensModel) -> None:
-    """Raise unless something of this width and provenance belongs on this model."""
-    if width != model.cfg.d_model:
-        raise WidthError(
-            f"{label} is {width} wide and the model's d_model is {model.cfg.d_model}; it was made on another model: "
-            "extract it on this one with em.difference_in_means"
-        )
-    found = provenance.differences(model) if provenance is not None else []
-    if found:
-        raise ProvenanceError(
-            f"{label} was not made on a model like this one: {'; '.join(found)}. Its axes mean something else here. "
-            "Extract it again on this model, or, if you know better, pass direction.unchecked()"
-        )
 
 
 def check_writable(site: Site) -> None:

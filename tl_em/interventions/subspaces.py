@@ -22,13 +22,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_em.directions.direction import Direction
+from tl_em.directions.direction import Direction, check_fits
 from tl_em.errors import NonFiniteError, UsageError, WidthError, ZeroDirectionError
-from tl_em.interventions.edits import AtItsSite, Removal, check_belongs, check_fits, masked
+from tl_em.interventions.edits import AtItsSite, Removal, masked
 from tl_em.models.capture import capture
 from tl_em.models.hooks import LensModel
 from tl_em.models.prompts import ContrastSet
-from tl_em.models.sites import Position, Provenance, Site
+from tl_em.models.sites import Position, Provenance, Site, check_belongs
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,9 +25,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tl_em.directions.direction import Direction
+from tl_em.directions.direction import Direction, check_fits
 from tl_em.errors import NotAdditiveError, WeightEditError
-from tl_em.interventions.edits import check_fits
 from tl_em.interventions.hidden import warn_of_hidden_steer
 from tl_em.models.hooks import LensModel, hook_points, tiny_forward, write_points
 

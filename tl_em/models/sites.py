@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal, get_args
 from weakref import WeakKeyDictionary
 
-from tl_em.errors import CorruptFileError, PositionError, UnknownHookError
+from tl_em.errors import CorruptFileError, PositionError, ProvenanceError, UnknownHookError, WidthError
 
 Stream = Literal["resid_pre", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post"]
 Position = Literal["instruction_end", "prompt_end", "response_mean", "all"] | int
@@ -171,6 +171,21 @@ class Provenance:
                 f"This is no provenance record ({error}), so it cannot be checked on which model the result was made. "
                 f"Save the result again with this version of tl_em."
             ) from error
+
+
+def check_belongs(label: str, width: int, provenance: Provenance | None, model: Any) -> None:
+    """Raise unless something of this width and provenance belongs on this model."""
+    if width != model.cfg.d_model:
+        raise WidthError(
+            f"{label} is {width} wide and the model's d_model is {model.cfg.d_model}; it was made on another model: "
+            "extract it on this one with em.difference_in_means"
+        )
+    found = provenance.differences(model) if provenance is not None else []
+    if found:
+        raise ProvenanceError(
+            f"{label} was not made on a model like this one: {'; '.join(found)}. Its axes mean something else here. "
+            "Extract it again on this model, or, if you know better, pass direction.unchecked()"
+        )
 
 
 _HASHES: WeakKeyDictionary[Any, tuple[int, str]] = WeakKeyDictionary()

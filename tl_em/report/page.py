@@ -289,10 +289,11 @@ def _asked(provenance: Mapping[str, Any]) -> Table:
         sets, behaviour = (_mapping(_mapping(provenance.get(key)).get(name)) for key in ("contrasts", "behaviours"))
         sizes = [_mapping(sets.get(part)) for part in parts]
         counted = [f"{size['positive']} + {size['negative']}" if size else "–" for size in sizes]
-        rows.append([str(name), str(read.get("site", "–")), str(read.get("position", "–")), *counted])
+        reliability = str(read.get("reliability") or "–")
+        rows.append([str(name), str(read.get("site", "–")), str(read.get("position", "–")), reliability, *counted])
         rows[-1].append(" in ".join(str(behaviour[key]) for key in ("metric", "unit") if key in behaviour) or "–")
-    columns = ["direction", "read at", "token", "prompts: extract", "choose layer", "judge", "behaviour"]
-    return Table(columns, rows, [False] * 3 + [True] * 3 + [False])
+    columns = ["direction", "read at", "token", "split-half cosine", "prompts: extract", "choose layer", "judge"]
+    return Table([*columns, "behaviour"], rows, [False] * 4 + [True] * 3 + [False])
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
