@@ -14,12 +14,27 @@ if TYPE_CHECKING:
     from tl_em.comparison.compare import Comparison as Comparison
     from tl_em.comparison.compare import compare as compare
     from tl_em.comparison.verdicts import Row as Row
+    from tl_em.directions.angles import cosines_between as cosines_between
+    from tl_em.directions.angles import principal_angles as principal_angles
     from tl_em.directions.direction import Direction as Direction
     from tl_em.directions.extract import difference_in_means as difference_in_means
     from tl_em.directions.extract import extract_directions as extract_directions
+    from tl_em.directions.interchange import import_mean_diffs as import_mean_diffs
+    from tl_em.directions.interchange import import_persona_vectors as import_persona_vectors
+    from tl_em.directions.interchange import import_refusal_direction as import_refusal_direction
+    from tl_em.directions.interchange import import_steering_vector as import_steering_vector
+    from tl_em.directions.lens import logit_lens as logit_lens
+    from tl_em.directions.screening import finetuning_shift as finetuning_shift
+    from tl_em.directions.screening import projection_difference as projection_difference
+    from tl_em.directions.similarity import cosine_matrix as cosine_matrix
     from tl_em.errors import HiddenSteerWarning as HiddenSteerWarning
     from tl_em.errors import NuisanceWarning as NuisanceWarning
     from tl_em.errors import TlEmError as TlEmError
+    from tl_em.harmfulness.latent_guard import LatentGuard as LatentGuard
+    from tl_em.harmfulness.presets import harmfulness_direction as harmfulness_direction
+    from tl_em.harmfulness.presets import place_cells as place_cells
+    from tl_em.harmfulness.presets import refusal_direction as refusal_direction
+    from tl_em.harmfulness.reply_inversion import reply_inversion as reply_inversion
     from tl_em.interventions.conditions import Conditional as Conditional
     from tl_em.interventions.edits import Ablate as Ablate
     from tl_em.interventions.edits import Add as Add
@@ -46,10 +61,14 @@ if TYPE_CHECKING:
     from tl_em.models.sites import Provenance as Provenance
     from tl_em.models.sites import Site as Site
     from tl_em.organisms.rates import behaviour_rates as behaviour_rates
+    from tl_em.organisms.studies import run_study as run_study
+    from tl_em.organisms.studies import summarise_study as summarise_study
     from tl_em.organisms.zoo import Organism as Organism
     from tl_em.organisms.zoo import load_pair as load_pair
     from tl_em.organisms.zoo import train_organism as train_organism
     from tl_em.selection.candidates import candidate_directions as candidate_directions
+    from tl_em.selection.curve import effect_curve as effect_curve
+    from tl_em.selection.instructions import TextLogprob as TextLogprob
     from tl_em.selection.rule import select_candidate as select_candidate
     from tl_em.selection.select import Selection as Selection
     from tl_em.selection.select import select_direction as select_direction
@@ -69,8 +88,9 @@ _HOME = {
     "Direction": "directions.direction",
     "Erase": "interventions.subspaces",
     "Estimate": "stats",
-    "Leace": "interventions.subspaces",
     "HiddenSteerWarning": "errors",
+    "LatentGuard": "harmfulness.latent_guard",
+    "Leace": "interventions.subspaces",
     "LensModel": "models.hooks",
     "Metric": "metrics",
     "ModelPair": "models.loading",
@@ -81,6 +101,7 @@ _HOME = {
     "Row": "comparison.verdicts",
     "Selection": "selection.select",
     "Site": "models.sites",
+    "TextLogprob": "selection.instructions",
     "TlEmError": "errors",
     "audit": "auditing",
     "behaviour_rates": "organisms.rates",
@@ -88,21 +109,38 @@ _HOME = {
     "candidate_directions": "selection.candidates",
     "capture": "models.capture",
     "compare": "comparison.compare",
+    "cosine_matrix": "directions.similarity",
+    "cosines_between": "directions.angles",
     "difference_in_means": "directions.extract",
+    "effect_curve": "selection.curve",
     "extract_directions": "directions.extract",
+    "finetuning_shift": "directions.screening",
     "generate": "models.generate",
+    "harmfulness_direction": "harmfulness.presets",
+    "import_mean_diffs": "directions.interchange",
+    "import_persona_vectors": "directions.interchange",
+    "import_refusal_direction": "directions.interchange",
+    "import_steering_vector": "directions.interchange",
     "intervene": "interventions.intervene",
     "leace": "interventions.subspaces",
     "load_model": "models.loading",
     "load_pair": "organisms.zoo",
     "logit_difference": "metrics",
+    "logit_lens": "directions.lens",
     "mean_activation": "models.moments",
     "orthogonalize_": "interventions.weights",
     "orthogonalized": "interventions.weights",
+    "place_cells": "harmfulness.presets",
+    "principal_angles": "directions.angles",
+    "projection_difference": "directions.screening",
+    "refusal_direction": "harmfulness.presets",
     "refusal_log_odds": "metrics",
     "removed_mean": "interventions.hidden",
+    "reply_inversion": "harmfulness.reply_inversion",
+    "run_study": "organisms.studies",
     "select_candidate": "selection.rule",
     "select_direction": "selection.select",
+    "summarise_study": "organisms.studies",
     "train_organism": "organisms.zoo",
     "untie_embeddings_": "interventions.weights",
 }

@@ -25,6 +25,7 @@
     ├── FileError
     │   ├── CorruptFileError            a file that is truncated, or not what it says
     │   └── OutputError                 a path that cannot be written
+    ├── StudyError                      cells of a study failed; the finished ones are kept
     └── UsageError                      arguments that contradict each other
 
 And two warnings, both UserWarnings:
@@ -32,6 +33,11 @@ And two warnings, both UserWarnings:
     HiddenSteerWarning                  an ablation to zero that removes a mean far from zero
     NuisanceWarning                     classes of a contrast set that differ in length, and so in more than the concept
 """
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 
 class TlEmError(Exception):
@@ -132,6 +138,14 @@ class CorruptFileError(FileError):
 
 class OutputError(FileError):
     """A path that cannot be written."""
+
+
+class StudyError(TlEmError, RuntimeError):
+    """Cells of a study failed; the finished ones are kept. ``failed`` holds the others, with their tracebacks."""
+
+    def __init__(self, message: str, failed: Sequence[Any] = ()) -> None:
+        super().__init__(message)
+        self.failed = tuple(failed)
 
 
 class UsageError(TlEmError, ValueError):

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from tl_em.comparison.causes import cause
 from tl_em.comparison.changes import Measured, Reading, changes, layer_rows
-from tl_em.comparison.entanglement import answer_to_own_prompts, entanglement
+from tl_em.comparison.entanglement import entanglement
 from tl_em.comparison.verdicts import Finding, Row, judge
 from tl_em.directions.direction import Direction, check_fits
 from tl_em.errors import UsageError

@@ -1,8 +1,7 @@
 """Whether the fine-tuning data push along a direction, and whether the fine-tune went there.
 
     prospective     base model, mean over the answer's tokens: training answer - the base's own answer to the same
-                    prompt; cosine of the mean difference with the direction (persona vectors, arXiv:2507.21509,
-                    section 5)
+                    prompt; cosine of the mean difference with the direction (persona vectors, arXiv:2507.21509)
     retrospective   tuned - base on the training rows; cosine of the mean shift with the direction
 
 Both are judged, by the weaker one.  Control: the cosine with random directions of the base's within-class covariance.
@@ -11,23 +10,15 @@ Both are judged, by the weaker one.  Control: the cosine with random directions 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 
 from tl_em.comparison.changes import RANDOM, Measured
 from tl_em.comparison.verdicts import SMALLEST_EFFECT, Finding
 from tl_em.directions.geometry import cosine
-from tl_em.errors import EmptyContrastError
-from tl_em.models.capture import capture
-from tl_em.models.generate import generate
+from tl_em.directions.screening import Row, answers, replied
 from tl_em.models.hooks import LensModel
-from tl_em.models.prompts import encode
-from tl_em.models.sites import Site
 from tl_em.stats import Resampled, bootstrap
-
-Row = Sequence[Any]
 
 
 def entanglement(
@@ -63,32 +54,6 @@ def entanglement(
         cosine(random, shifts[weaker].mean(0)[None]), RANDOM, SMALLEST_EFFECT["entanglement"], f"of cosine ({weaker})",
         beyond, {name: f.estimate for name, f in found.items()},
     )  # fmt: skip
-
-
-def answer_to_own_prompts(base: LensModel, rows: Sequence[Row], *, seed: int) -> list[str]:
-    """The base model's own answers to the prompts of the training rows, as long as the longest of a sample of theirs.
-
-    Raises:
-        EmptyContrastError: there are no rows, or a row has no answer.
-    """
-    if not rows or any(row[-1]["role"] != "assistant" for row in rows):
-        raise EmptyContrastError(
-            f"tuning_data has {len(rows)} rows, each of which must be chat messages that end with the assistant's "
-            f"answer; "
-            "pass the rows that the model was trained on, as [{'role': 'user', ...}, {'role': 'assistant', ...}]"
-        )
-    lengths = [end - start for start, end in (e.response for e in encode(base, rows) if e.response is not None)]
-    return generate(base, [row[:-1] for row in rows], max_new_tokens=int(np.median(lengths)), seed=seed)
-
-
-def replied(row: Row, answer: str) -> list[Any]:
-    """The row with another answer; an empty answer keeps the row's own, which then counts as no difference."""
-    return [*row[:-1], {"role": "assistant", "content": answer}] if answer.strip() else list(row)
-
-
-def answers(model: LensModel, rows: Sequence[Row], site: Site) -> Float[np.ndarray, "prompt d_model"]:
-    """Mean activation over the answer's tokens, for each row."""
-    return capture(model, rows, [site], position="response_mean")[:, 0].double().cpu().numpy()
 
 
 def _cosine(shift: np.ndarray, measured: Measured) -> Resampled:

@@ -1,0 +1,181 @@
+"""Where the cells of a study run: in this process, in processes (joblib's loky), or on Ray. Scheduling is theirs.
+
+    outcomes(work) = { metric(**setting, seed=seed) for each cell }, in the order in which they finish
+
+Every cell runs on one thread of torch, and every worker of joblib and Ray with one thread of OpenMP and MKL too, since
+the number of threads changes the order of float sums. **Control**: the backends agree cell for cell.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import traceback
+from collections.abc import Callable, Generator, Mapping
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, Literal, NamedTuple
+
+from tl_em.errors import StudyError, UsageError
+from tl_em.organisms.study_cells import Cell, Row, Scalar, first_line, plain_rows
+from tl_em.organisms.training import single_thread
+
+Backend = Literal["serial", "loky", "ray"]
+IDLE = 60
+"""Seconds after which an idle worker process ends, also when the study was killed and left it behind."""
+
+
+class FailedCell(NamedTuple):
+    """A cell whose metric raised: the first line of the error, and where it came from."""
+
+    setting: Mapping[str, Scalar]
+    seed: int
+    error: str
+    trace: str
+
+
+class Work(NamedTuple):
+    """What a backend is given: the metric, the numbered cells, and what `run_study` was told about resources."""
+
+    metric: Callable[..., Any]
+    cells: Mapping[int, Cell]
+    workers: int | None = None
+    gpus: float | int = 0
+    address: str | None = None
+
+
+class Outcome(NamedTuple):
+    """What became of a cell: its rows, or None and the error."""
+
+    number: int
+    rows: list[Row] | None
+    error: str = ""
+    trace: str = ""
+
+
+Outcomes = Generator[Outcome, None, None]
+
+
+def outcomes(work: Work, backend: str) -> Outcomes:
+    """What becomes of each cell, as it finishes.
+
+    Raises:
+        UsageError: the metric cannot be sent to a worker.
+        StudyError: a worker process died.
+    """
+    try:
+        if work.cells:
+            yield from _BACKENDS[backend](work)
+    except pickle.PicklingError as error:
+        raise UsageError(
+            f"{work.metric!r} cannot be sent to a worker process: {first_line(error)}; define it in a module, or pass "
+            "backend='serial'"
+        ) from error
+    except BrokenProcessPool as error:
+        raise StudyError(
+            f"a worker process died ({first_line(error)}), so cells are missing; the finished ones are kept. Pass "
+            "fewer workers= if memory ran out, and define the metric where a new process can import it"
+        ) from error
+
+
+def check_backend(name: str, gpus: float | int) -> None:
+    """Raise now, before the first cell, if this backend cannot run or the table could not be written at the end.
+
+    Raises:
+        UsageError: an unknown backend, a missing package, or GPUs on a backend that cannot reserve them.
+
+    Example:
+        >>> check_backend("serial", gpus=0)
+    """
+    if name not in _BACKENDS:
+        raise UsageError(f"there is no backend {name!r}; there are {', '.join(_BACKENDS)}")
+    if gpus and name != "ray":
+        raise UsageError(f"backend {name!r} cannot reserve GPUs, so its cells would share them; pass backend='ray'")
+    try:
+        import pyarrow  # noqa: F401
+
+        if name == "loky":
+            import joblib  # noqa: F401
+        elif name == "ray":
+            import ray  # noqa: F401  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise UsageError(
+            f"{error.name} is not installed, and a study on {name!r} needs it: pip install {error.name}"
+        ) from error
+
+
+def _measure(metric: Callable[..., Any], number: int, cell: Cell) -> Outcome:
+    """One cell, in whichever process; no exception leaves it, so none has to be picklable."""
+    try:
+        with single_thread():
+            return Outcome(number, plain_rows(metric(**cell.setting, seed=cell.seed), cell.setting))
+    except Exception as error:
+        return Outcome(number, None, first_line(error), traceback.format_exc())
+
+
+def _serial(work: Work) -> Outcomes:
+    for number, cell in work.cells.items():
+        yield _measure(work.metric, number, cell)
+
+
+def _loky(work: Work) -> Outcomes:
+    """A task a cell and unordered results, so that each cell is saved as soon as it is finished."""
+    import joblib
+
+    count = min(work.workers or joblib.cpu_count(), max(2, len(work.cells)))  # one worker would be this process
+    with joblib.parallel_config("loky", n_jobs=count, inner_max_num_threads=1):
+        unordered: dict[str, Any] = {"return_as": "generator_unordered", "batch_size": 1, "max_nbytes": None}
+        pool: Any = joblib.Parallel(**unordered, idle_worker_timeout=IDLE)
+    yield from pool(joblib.delayed(_measure)(work.metric, number, cell) for number, cell in work.cells.items())
+
+
+def _ray(work: Work) -> Outcomes:
+    """A task a cell, on the Ray that is connected, else on one that ends with the study."""
+    import ray  # pyright: ignore[reportMissingImports]
+
+    own = not ray.is_initialized()
+    if own:
+        _connect(work)
+    pending: dict[Any, int] = {}
+    try:
+        task = ray.remote(_measure).options(num_cpus=1, num_gpus=work.gpus)
+        try:
+            pending = {task.remote(work.metric, number, cell): number for number, cell in work.cells.items()}
+        except TypeError as error:  # what Ray raises for what it cannot pickle
+            raise pickle.PicklingError(first_line(error)) from error
+        while pending:
+            (ready,), _ = ray.wait(list(pending), num_returns=1)
+            number = pending.pop(ready)
+            try:
+                outcome = ray.get(ready)
+            except ray.exceptions.RayError as error:  # the worker died or could not import: the last line says why
+                said = str(error).strip()
+                outcome = Outcome(number, None, f"{type(error).__name__}: {said.splitlines()[-1]}", said)
+            yield outcome
+    finally:
+        for reference in pending:
+            ray.cancel(reference)
+        if own:
+            ray.shutdown()
+
+
+def _connect(work: Work) -> None:
+    """Join the cluster that is named, else start a Ray on this machine."""
+    import ray  # pyright: ignore[reportMissingImports]
+
+    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    address = work.address or os.environ.get("RAY_ADDRESS")
+    if address:
+        ray.init(address=address, **quiet)
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a Ray that we start reports to nobody unless told to
+    ray.init(address="local", num_cpus=work.workers, include_dashboard=False, **quiet)
+    there = ray.cluster_resources().get("GPU", 0)
+    if work.gpus > there:
+        ray.shutdown()
+        raise UsageError(
+            f"each cell reserves {work.gpus} GPUs and this machine has {there:g}, so none would ever start; pass fewer "
+            "gpus=, or address= of a cluster that has them"
+        )
+
+
+_BACKENDS: dict[str, Callable[[Work], Outcomes]] = {"serial": _serial, "loky": _loky, "ray": _ray}

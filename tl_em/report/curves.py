@@ -1,0 +1,192 @@
+"""The figure of an effect curve: the effect of a treatment against what it costs, one panel a measure of cost.
+
+Right is always worse: more nats of KL, less of the coherence metric.  Random directions at the same push are a band and
+points, instructions are marks with their names, the untreated model is a dashed line, so the reader sees at once what
+any push does and what asking does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from tl_em.errors import UsageError
+from tl_em.report import marks
+from tl_em.report.marks import CONDITIONS, Look
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+STEERED, RANDOM = CONDITIONS["treated"], CONDITIONS["random"]
+TURNED = Look("#0072b2", "#00629b", "v", filled=False)
+TOLD = Look("#d55e00", "#a84300", "*", filled=False)
+_LETTERS, _SIZE = 30, 7.5
+
+
+class _Axis(NamedTuple):
+    """A measure of cost: its column in the table and its label."""
+
+    column: str
+    label: str
+
+
+def effect(curve: Any, *, width: float | int = 7.0) -> Figure:
+    """Effect against cost: the intervention over strengths, random directions at the same push, instructions.
+
+    Args:
+        curve: an ``EffectCurve``.
+        width: inches; below 5 the panels stand one above the other.
+
+    Raises:
+        UsageError: not one point of the intervention could be measured.
+    """
+    table = curve.to_pandas()
+    if not np.isfinite(table.loc[table["arm"] == "intervention", "effect"]).any():
+        raise UsageError("no point of the intervention could be measured, so there is no curve; use smaller strengths")
+    axes = [_Axis("kl", "KL from untreated at the last token, nats")]
+    if curve.coherence is not None:
+        axes.append(_Axis("coherence", f"{curve.coherence} (less to the right)"))
+    lines, columns = (1, len(axes)) if width >= 5 else (len(axes), 1)
+    with marks.styled():
+        figure, grid = marks.panels(float(width), lines, columns, 2.5, len(axes), sharey=True)
+        for ax, axis in zip(grid, axes, strict=True):
+            _panel(ax, table, axis)
+        for ax in grid[:: columns if lines == 1 else 1]:
+            ax.set_ylabel(curve.metric)
+        _key(figure, table)
+        marks.settle(figure)
+        for ax, axis in zip(grid, axes, strict=True):  # where there is room is known once the panels lie where they lie
+            _names(ax, table, axis.column)
+        return figure
+
+
+def _panel(ax: Axes, table: pd.DataFrame, axis: _Axis) -> None:
+    known = table[np.isfinite(table["effect"])]
+    _random(ax, known[known["arm"] == "random"], axis.column)
+    ax.axhline(float(known.loc[known["arm"] == "untreated", "effect"].iloc[0]), **_DASHES)
+    for look, part in _signs(known):
+        _curve(ax, part.sort_values("kl"), axis.column, look)
+    _marks(ax, known[known["arm"] == "instruction"], axis.column, TOLD, line="none", size=8.0)
+    ax.set_xlabel(axis.label)
+    ax.grid(axis="y")
+    if axis.column == "kl":
+        _logarithmic(ax)
+    else:
+        ax.invert_xaxis()
+    ends = known[["effect", "effect_low", "effect_high"]].to_numpy(dtype=float)
+    if np.nanmin(ends) >= -marks.SLACK and np.nanmax(ends) <= 1 + marks.SLACK:
+        ax.set_ylim(-0.03, 1.03)
+
+
+_DASHES: dict[str, Any] = {"color": marks.MUTED, "linewidth": 0.8, "linestyle": (0, (3, 2)), "zorder": 0.6}
+
+
+def _signs(known: pd.DataFrame) -> Iterator[tuple[Look, pd.DataFrame]]:
+    """The intervention, and the intervention turned round, where there is one."""
+    own = known[known["arm"] == "intervention"]
+    for look, part in ((STEERED, own[own["strength"] > 0]), (TURNED, own[own["strength"] < 0])):
+        if len(part):
+            yield look, part
+
+
+def _curve(ax: Axes, part: pd.DataFrame, column: str, look: Look) -> None:
+    _marks(ax, part, column, look, line="-", size=4.5)
+
+
+def _marks(ax: Axes, part: pd.DataFrame, column: str, look: Look, *, line: str, size: float) -> None:
+    """Marks with the intervals of both axes."""
+    x, y = part[column].to_numpy(dtype=float), part["effect"].to_numpy(dtype=float)
+    ax.vlines(x, part["effect_low"], part["effect_high"], color=look.colour, linewidth=1.0, zorder=2)
+    ax.hlines(y, part[f"{column}_low"], part[f"{column}_high"], color=look.colour, linewidth=1.0, zorder=2)
+    face = look.colour if look.filled else "white"
+    style: dict[str, Any] = {"marker": look.marker, "markersize": size, "markerfacecolor": face, "linestyle": line}
+    ax.plot(x, y, color=look.colour, linewidth=1.2, markeredgewidth=1.0, zorder=2.5, **style)
+
+
+def _random(ax: Axes, part: pd.DataFrame, column: str) -> None:
+    """Each random direction as a point, and 95 % of them at each push as a band."""
+    if part.empty:
+        return
+    part = part.assign(push=part.groupby("name").cumcount())
+    for _, side in part.groupby(part["strength"] < 0):
+        by = side.groupby("push")
+        low, high = by["effect"].quantile(0.025), by["effect"].quantile(0.975)
+        order = by[column].mean().sort_values()
+        x = order.to_numpy(dtype=float)
+        if len(x) > 1:
+            ends = (low[order.index].to_numpy(dtype=float), high[order.index].to_numpy(dtype=float))
+            ax.fill_between(x, *ends, color=marks.BAND, linewidth=0, zorder=0.2)
+    style: dict[str, Any] = {"linestyle": "none", "marker": RANDOM.marker, "markerfacecolor": "none", "zorder": 1}
+    ax.plot(part[column], part["effect"], markersize=2.0, markeredgewidth=0.5, color=RANDOM.colour, alpha=0.6, **style)
+
+
+def _logarithmic(ax: Axes) -> None:
+    ax.set_xscale("log")
+    low, high = ax.get_xlim()
+    ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0) if high < 1000 * low else (1.0,)))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _names(ax: Axes, table: pd.DataFrame, column: str) -> None:
+    """Each instruction's name beside its mark, where it covers least of what is drawn."""
+    known = table[np.isfinite(table["effect"])]
+    drawn = ax.transData.transform(known[[column, "effect"]].to_numpy(dtype=float))
+    for _, part in _signs(known):
+        ends = ax.transData.transform(part.sort_values("kl")[[column, "effect"]].to_numpy(dtype=float))
+        drawn = np.concatenate([drawn, *np.linspace(ends[:-1], ends[1:], 20)])
+    assert ax.figure is not None
+    dot = ax.figure.get_figure(root=True).dpi / 72  # pixels a point
+    for row in known[known["arm"] == "instruction"].to_dict("records"):
+        name = marks.broken(str(row["name"]), _LETTERS)
+        at = ax.transData.transform((row[column], row["effect"]))
+        size = np.array([0.58 * max(map(len, name.split("\n"))), 1.3 * (1 + name.count("\n"))]) * _SIZE * dot
+        corners = [at + _middle(place, size, dot) - size / 2 for place in _PLACES]
+        inside = [ax.bbox.contains(*c) and ax.bbox.contains(*(c + size)) for c in corners]
+        hidden = [int(((drawn > c) & (drawn < c + size)).all(1).sum()) for c in corners]
+        covered = [n if fits else n + len(drawn) for n, fits in zip(hidden, inside, strict=True)]
+        place = _PLACES[int(np.argmin(covered))]
+        leader = {"arrowstyle": "-", "color": TOLD.text, "linewidth": 0.4, "shrinkB": 4} if abs(place[1]) > 2 else None
+        ax.annotate(
+            name, (row[column], row["effect"]), tuple(_middle(place, size, dot) / dot), textcoords="offset points",
+            ha="center", va="center", color=TOLD.text, fontsize=_SIZE, zorder=3, arrowprops=leader,
+        )  # fmt: skip
+
+
+_PLACES = tuple((x, y) for y in (0, 1, -1, 2, -2, 4, -4, 6, -6) for x in ((-1, 1) if y == 0 else (-1, 1, 0)))
+
+
+def _middle(place: tuple[int, int], size: np.ndarray, dot: float) -> np.ndarray:
+    """Middle of a text beside a mark, in pixels from it: so many half texts and a gap to that side."""
+    return np.array(place) * (size / 2 + np.array([6.0, 3.0]) * dot)
+
+
+def _key(figure: Figure, table: pd.DataFrame) -> None:
+    """What each mark is, above the panels."""
+    looks = {STEERED: "intervention", TURNED: "its negative"}
+    handles: list[Any] = []
+    for look, _ in _signs(table):
+        face = look.colour if look.filled else "white"
+        style: dict[str, Any] = {"marker": look.marker, "markersize": 4.5, "markerfacecolor": face, "linewidth": 1.2}
+        handles.append(Line2D([], [], color=look.colour, label=looks[look], **style))
+    arms = set(table["arm"])
+    if "instruction" in arms:
+        style = {"marker": TOLD.marker, "markersize": 8.0, "markerfacecolor": "white", "linestyle": "none"}
+        handles.append(Line2D([], [], color=TOLD.colour, label="instruction", **style))
+    if "random" in arms:
+        label = "random, same push (95 %)"
+        handles.append(Patch(facecolor=marks.BAND, edgecolor=RANDOM.colour, linewidth=0.5, label=label))
+    handles.append(Line2D([], [], label="untreated", **_DASHES))
+    columns = len(handles) if figure.get_figwidth() >= 5 else 2
+    figure.legend(handles=handles, loc="upper left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.1)
+    room, side = 0.2 * math.ceil(len(handles) / columns), marks.MARGIN / figure.get_figwidth()
+    figure.set_figheight(height := figure.get_figheight() + room)
+    figure.set_layout_engine("constrained", rect=(side, 0, 1 - 2 * side, 1 - room / height), w_pad=0.04, h_pad=0.04)
