@@ -18,6 +18,7 @@ from tl_em.comparison.changes import Measured, Reading, changes, layer_rows
 from tl_em.comparison.entanglement import entanglement
 from tl_em.comparison.verdicts import Finding, Row, judge
 from tl_em.directions.direction import Direction, check_fits
+from tl_em.directions.screening import answer_to_own_prompts
 from tl_em.errors import UsageError
 from tl_em.metrics import Behaviour, Metric
 from tl_em.models.capture import capture

@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from typing import Literal, get_args
 
 import numpy as np
@@ -140,8 +141,8 @@ def streamed(
     size = moments.means.norm(dim=-1).amax(0)
     equal = moments.difference.norm(dim=-1) <= _ROUNDING * size
     origin = Provenance.of(model, data=contrast.hash, seed=seed)
-    pairs = list(halves(moments.weight))
     for p, position in enumerate(positions):
+        reliability, neutral = _halved_means(moments, p, seed), _neutral(moments, p)
         for s, site in enumerate(sites):
             if bool(equal[p, s]):
                 yield None, position, site
@@ -154,34 +155,38 @@ def streamed(
                     name=contrast.label,
                     provenance=origin,
                     method=method,
-                    reliability=_halved_means(moments, p, s, pairs, seed),
-                    neutral=_neutral_of(moments, p, s),
+                    reliability=reliability[s],
+                    neutral=neutral[s],
                 ),
                 position,
                 site,
             )
 
 
-def _halved_means(
-    moments: ClassMoments, p: int, s: int, pairs: Sequence[tuple[list[int], list[int]]], seed: int
-) -> Estimate | None:
-    total = moments.total[:, :, p, s].numpy()
-    weight = moments.weight.numpy()
+def _halved_means(moments: ClassMoments, p: int, seed: int) -> list[Estimate | None]:
+    """The reliability of the difference in means at each site, at one position."""
+    sites = moments.total.shape[3]
+    pairs = list(halves(moments.weight))
+    if not pairs:
+        return [None] * sites
+    total, weight = moments.total[:, :, p].numpy(), moments.weight.numpy()
 
-    def of(parts: list[int]) -> Float[np.ndarray, " d_model"]:
-        means = total[:, parts].sum(1) / weight[:, parts].sum(1, keepdims=True)
-        return means[0] - means[1]
+    def of(parts: list[list[int]]) -> Float[np.ndarray, "half site d_model"]:
+        chosen = np.zeros((len(parts), PARTS))
+        for row, held in zip(chosen, parts, strict=True):
+            row[held] = 1
+        sums = np.tensordot(chosen, total, axes=(1, 1))  # [half label site d_model]
+        means = sums / (chosen @ weight.T)[:, :, None, None]
+        return means[:, 0] - means[:, 1]
 
-    return _agreement([(of(first), of(second)) for first, second in pairs], moments.n, moments.blocks, seed)
+    values = cosine(of([first for first, _ in pairs]), of([second for _, second in pairs]))
+    return [_agreement(values[:, s], moments.n, moments.blocks, seed) for s in range(sites)]
 
 
 def _agreement(
-    pairs: Sequence[tuple[np.ndarray, np.ndarray]], n: tuple[int, int], blocks: int, seed: int
+    values: Float[np.ndarray, " half"], n: tuple[int, int], blocks: int, seed: int
 ) -> Estimate | None:
-    """Mean and spread of the cosines between the directions of two halves."""
-    if not pairs:
-        return None
-    values = cosine(np.stack([first for first, _ in pairs]), np.stack([second for _, second in pairs]))
+    """Mean and range of the cosines between the directions of two halves."""
     values = values[np.isfinite(values)]
     if not len(values):
         return None
@@ -193,11 +198,13 @@ def _agreement(
 # --- Where the negative class lies ------------------------------------------------------------------------------------
 
 
-def _neutral_of(moments: ClassMoments, p: int, s: int) -> Estimate | None:
-    unit = moments.difference[p, s].double()
-    unit = unit / unit.norm()
-    along = [(each[:, p, s].double() @ unit).numpy() for each in moments.sample]
-    return neutral_z(along[0], along[1], n=moments.n[1], mean=float(moments.means[1, p, s] @ unit))
+def _neutral(moments: ClassMoments, p: int) -> list[Estimate | None]:
+    """Where the negative class lies along the difference in means at each site, at one position."""
+    difference = moments.means[0, p] - moments.means[1, p]
+    units = difference / difference.norm(dim=-1, keepdim=True)
+    along = [torch.einsum("nsd,sd->sn", each[:, p].double(), units).numpy() for each in moments.sample]
+    means = (moments.means[1, p] * units).sum(-1).tolist()
+    return [neutral_z(x, y, n=moments.n[1], mean=m) for x, y, m in zip(*along, means, strict=True)]
 
 
 def neutral_z(
@@ -220,18 +227,23 @@ def neutral_z(
     """
     if min(len(positive), len(negative)) < 3:
         return None
-    from scipy import stats
-
     n, centre = n or len(negative), float(negative.mean()) if mean is None else mean
     within = (positive.var(ddof=1) + negative.var(ddof=1)) / 2
     total = math.sqrt(within + (positive.mean() - negative.mean()) ** 2 / 4)
-    if not total > 0:
+    if not total > 0 or not math.isfinite(centre):
         return None
     z, m = centre / total, len(positive) + len(negative)
     # Delta method: the mean's own error, and the relative error of a standard deviation of m - 2 degrees of freedom.
     error = math.sqrt(float(negative.var(ddof=1)) / n / total**2 + z**2 / (2 * (m - 2)))
-    half = float(stats.t.ppf(0.975, m - 2)) * error
+    half = _quantile(m - 2) * error
     return Estimate(z, z - half, z + half, n, float(n), f"delta method, standard deviation from {m} prompts")
+
+
+@cache
+def _quantile(freedom: int) -> float:
+    from scipy import stats
+
+    return float(stats.t.ppf(0.975, freedom))
 
 
 # --- Fitted -----------------------------------------------------------------------------------------------------------
@@ -304,7 +316,8 @@ def _fit(
         found = [(of(first), of(second)) for first, second in pairs]
     except ZeroDirectionError:
         found = []
-    return vector, _agreement(found, (len(classes[0]), len(classes[1])), blocks, seed)
+    values = np.array([float(cosine(first, second)) for first, second in found])
+    return vector, _agreement(values, (len(classes[0]), len(classes[1])), blocks, seed)
 
 
 def _by_block(

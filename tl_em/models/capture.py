@@ -24,6 +24,8 @@ from tl_em.models.prompts import Batch, EncodedPrompt, Prompt, batches, encode, 
 from tl_em.models.sites import Position, Site
 
 _MAX_TOKENS = 8192
+_READ_TOKENS = 2048
+"""Tokens a batch of a capture: as many as 64 prompts have, so that more prompts take no more memory."""
 _MAX_LOGITS = 2**25
 """Logits held at once: 128 MiB in float32."""
 
@@ -155,6 +157,10 @@ class _EverythingRead(Exception):
     """Raised by the last reader of a batch: later blocks, and the unembedding, would be work for nothing."""
 
 
+def _read_tokens(model: LensModel) -> int:
+    return _READ_TOKENS if torch.device(model.cfg.device).type == "cpu" else 8 * _READ_TOKENS
+
+
 Keep = Callable[[int, Tensor, Tensor], None]
 
 
@@ -180,7 +186,7 @@ def stream(
 
     reads = [(point.name, partial(read, site)) for site, point in enumerate(points)]
     with torch.no_grad(), hooked(model, reads, check=False):
-        for batch in batches(encoded, max_tokens=_MAX_TOKENS):
+        for batch in batches(encoded, max_tokens=_read_tokens(model)):
             waiting.update(range(len(sites)))
             current.update(rows=torch.tensor(batch.rows), spans=spans[list(batch.rows)])
             try:

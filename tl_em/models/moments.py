@@ -13,6 +13,7 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Float, Float64, Int
@@ -191,6 +192,15 @@ class _Sums:
         self.kept = torch.full((len(of),), -1)
         self.kept[kept] = torch.arange(len(kept))
 
+    def of(self, rows: Int[Tensor, " prompt"], device: Any) -> dict[str, Tensor]:
+        """For the prompts of a batch: their weights by part and by class, and which of them are kept."""
+        slots, weights, kept = self.slots[rows], self.weights[rows], self.kept[rows]
+        parts = torch.zeros(2 * PARTS, len(rows), dtype=torch.float64)
+        parts[slots, torch.arange(len(rows))] = weights
+        labels = parts.view(2, PARTS, -1).sum(1)
+        chosen = (kept >= 0).nonzero()[:, 0]
+        return {"parts": parts.to(device), "labels": labels.to(device), "kept": kept[chosen], "from": chosen.to(device)}
+
 
 def _run(
     model: LensModel,
@@ -208,15 +218,17 @@ def _run(
     onto = None if sums.onto is None else sums.onto.to(device, torch.float32)
     along = None if onto is None else torch.empty(len(encoded), *shape[:2], len(onto))
 
+    batch: dict[str, Any] = {}
+
     def add(site: int, rows: Int[Tensor, " prompt"], x: Float[Tensor, "prompt position d_model"]) -> None:
-        slots, weights = sums.slots[rows], sums.weights[rows]
+        if batch.get("rows") is not rows:  # the same for every site of a batch
+            batch.update(rows=rows, **sums.of(rows, device))
         wide = x.double()
-        weighted = wide * weights.to(device)[:, None, None]
-        total[:, :, site].index_add_(0, slots.to(device), weighted)
-        square[:, :, site].index_add_(0, (slots // PARTS).to(device), weighted * wide)
-        kept = sums.kept[rows]
-        if bool((kept >= 0).any()):
-            sample[kept[kept >= 0], :, site] = x[(kept >= 0).to(device)].float().cpu()
+        # sums over prompts as one product: [slot prompt] @ [prompt position * d_model]
+        total[:, :, site] += (batch["parts"] @ wide.flatten(1)).view(2 * PARTS, *wide.shape[1:])
+        square[:, :, site] += (batch["labels"] @ wide.square_().flatten(1)).view(2, *wide.shape[1:])
+        if len(batch["kept"]):
+            sample[batch["kept"], :, site] = x[batch["from"]].float().cpu()
         if along is not None and onto is not None:
             along[rows, :, site] = (x.float() @ onto.T).cpu()
 
