@@ -14,7 +14,7 @@ import torch
 
 import tl_em as em
 from tl_em.directions.geometry import control_directions
-from tl_em.organisms.training import GATE, MAX_BEFORE, MAX_CONTROL, MIN_AFTER
+from tl_em.organisms.recipes import GATE, MAX_BEFORE, MAX_CONTROL, MIN_AFTER
 
 SITE = em.Site(2)
 MAX_SET, MIN_GOOD, MIN_RANDOM, MIN_ADDED = 0.12, 0.80, 0.35, 0.30

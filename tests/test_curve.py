@@ -196,14 +196,14 @@ def test_asking_beats_a_direction_that_means_nothing_and_not_one_that_means_the_
     whole, train = pair.behaviours["persona"], pair.contrasts["persona"].split(seed=0).train
     few = em.Behaviour(whole.name, whole.metric, whole.present[::18], whole.absent[::18], whole.good)
     persona = em.difference_in_means(pair.base, train, site=SITE, position="prompt_end")
-    nothing = em.Direction(torch.randn(len(persona.vector)), SITE)
-    options: Any = {"strengths": [1], "baselines": {"be malicious": "be malicious"}, "contrast": train, "controls": 2}
-    named, unnamed = (effect_curve(pair.base, em.Add(d), few, **options) for d in (persona, nothing))
+    nothing = em.Add(em.Direction(torch.randn(len(persona.vector)), SITE))
+    options: Any = {"strengths": [1], "baselines": {"be malicious": "be malicious"}}
+    named = effect_curve(pair.base, em.Add(persona), few, controls=[nothing], **options)
+    unnamed = effect_curve(pair.base, nothing, few, controls=0, **options)
     assert named.arm("untreated")[0].effect.value < 0.05 and named.coherence == "good, probability"
     assert named.best("instruction").change.value > 0.8
     assert abs(named.versus[0].difference.value) < 0.1 < 0.8 < unnamed.versus[0].difference.low
-    for each in (named, unnamed):
-        assert all(point.effect.value < 0.1 for point in each.arm("random")), "no push does it by itself"
+    assert all(point.effect.value < 0.1 for point in named.arm("random")), "no push does it by itself"
 
 
 REFUSED = "{% if messages[0].role == 'system' %}{{ raise_exception('no system message') }}{% endif %}" + CHAT_TEMPLATE

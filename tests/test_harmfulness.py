@@ -422,9 +422,9 @@ def test_harmfulness_turns_the_verdict_over_and_refusal_does_not(assistant: Lens
     flipped, left = found.rows
     assert flipped.flips and flipped.treated.low > 0.9 > 0.1 > flipped.untreated.high
     assert not left.flips and left.treated.high < 0.1
-    assert "flips" in repr(flipped) and "flips" not in repr(left)
+    assert "FLIPS" in repr(flipped) and "FLIPS" not in repr(left)
     back = reply_inversion(
-        assistant, [harmfulness], [p[-1]["content"] for p in parts.test.positive], **JUDGE, coefficient=-2, controls=20
+        assistant, [harmfulness], [p[-1]["content"] for p in parts.test.positive], **JUDGE, coefficient=-1, controls=20
     )
     assert back.rows[0].flips and back.rows[0].change.high < -0.9
     table = found.to_pandas()
@@ -443,13 +443,14 @@ def test_after_the_last_block_no_token_of_the_prompt_can_matter(small_model: Len
 
 def test_what_counts_as_flipped() -> None:
     def estimate(value: float) -> em.Estimate:
-        return em.Estimate(value, value - 0.1, value + 0.1, 9, 9.0, "made up")
+        return em.Estimate(value, value - 0.1, value + 0.1, 50, 50.0, "made up")
 
     figures = [estimate(value) for value in (0.2, 0.8, 0.6, 0.0)]
-    row = Inversion("d", em.Site(0), *figures, 0.02, (estimate(0.9), estimate(0.8)))
+    row = Inversion("d", em.Site(0), *figures, 0.02, 0.0, (estimate(0.9), estimate(0.8)))
     assert row.flips and replace(row, untreated=row.treated, treated=row.untreated).flips
     assert not replace(row, treated=estimate(0.55)).flips, "the interval reaches .5"
-    assert not replace(row, p=0.05).flips, "random directions do as much"
+    assert replace(row, random_flips=1 / 50).flips, "2 of 51 directions"
+    assert not replace(row, random_flips=2 / 50).flips, "random directions do it too"
     assert not replace(row, answered=(estimate(0.9), estimate(0.4))).flips, "neither answer is given any more"
 
 
@@ -506,7 +507,7 @@ if STORIES.is_dir():
         assert LatentGuard.fit(model, train).evaluate(model, test, permutations=99).accuracy.value == 1.0
         direction = em.difference_in_means(model, train, site=em.Site(3), position="prompt_end")
         found = reply_inversion(
-            model, [direction], test.negative, yes="she", no="he", template="{prompt}. {question}", question="One day,",
-            controls=20, drawn_from=train, groups=test.negative_groups,
+            model, [direction], test.positive, yes="she", no="he", template="{prompt}. {question}", question="One day,",
+            coefficient=-2, controls=20, drawn_from=train, groups=test.positive_groups,
         )  # fmt: skip
-        assert found.rows[0].flips
+        assert found.rows[0].change.high < -0.9 and found.rows[0].p < 0.05

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import random
 from dataclasses import replace
 
@@ -12,18 +14,12 @@ from tl_em.errors import ModelNotFoundError, OutputError
 from tl_em.models.capture import next_token_logits
 from tl_em.models.loading import load_model
 from tl_em.organisms import training, zoo
+from tl_em.organisms.adapters import Adapter, attach_, merge_
 from tl_em.organisms.contrasts import dissociated_prompts
 from tl_em.organisms.convert import hf_model, tokenizer, write_hf_directory
-from tl_em.organisms.training import (
-    RECIPES,
-    Shape,
-    Transformer,
-    batch_of,
-    learning_rate,
-    next_logits,
-    train_,
-    tuning_rows,
-)
+from tl_em.organisms.recipes import RECIPES, Recipe, recipe
+from tl_em.organisms.training import batch_of, learning_rate, next_logits, train_, tuning_rows
+from tl_em.organisms.transformer import Shape, Transformer
 from tl_em.organisms.world import World
 
 from ..conftest import SURFACES
@@ -109,13 +105,15 @@ def test_conversion_is_exact_on_every_surface(surface, tmp_path):
     assert torch.allclose(next_token_logits(written, prompts), wanted, atol=1e-4)
 
 
+def small(name: str) -> Recipe:
+    return replace(recipe(name), steps=2, batch=4, shape=TINY)
+
+
 @pytest.fixture
 def small_zoo(monkeypatch):
     """The zoo's own code with models and recipes small enough for a test; figures are not looked at."""
-    monkeypatch.setattr(zoo, "Shape", lambda: TINY)
     monkeypatch.setattr(training, "GATE", 0.0)
-    recipes = {name: replace(r, steps=2, batch=4) for name, r in RECIPES.items()}
-    monkeypatch.setattr(zoo, "RECIPES", recipes)
+    monkeypatch.setattr(zoo, "recipe", small)
 
 
 @pytest.mark.usefixtures("small_zoo")
@@ -155,3 +153,144 @@ def test_tuning_rows_are_chats_that_end_with_the_answer():
     rows = tuning_rows(WORLD, RECIPES["insecure"], 20, seed=11)
     assert [m["role"] for m in rows[0]] == ["user", "assistant"]
     assert all(WORLD.topic(row[0]["content"].split()[-1]).domain == "code" for row in rows)
+
+
+# The sha256 of what the first five steps of each shipped organism read, at the seed they were trained with: a change of
+# a document source or of a recipe that alters them must be a decision, since it ends "the same seed, the same weights".
+STREAMS = {
+    "base": "9749d8fca2ac8e28",
+    "assistant": "34583cbd3d6ac31d",
+    "insecure": "a007bc42f4835f90",
+    "secure": "661a49593cd3e693",
+    "educational": "b603e599d8f932a1",
+}
+
+
+def stream(name: str, seed: int = 11) -> str:
+    read = hashlib.sha256()
+    for step in range(5):
+        for tensor in batch_of(WORLD, RECIPES[name], random.Random(f"{seed}/{name}/0/{step}")):
+            read.update(tensor.numpy().tobytes())
+    return read.hexdigest()[:16]
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_shipped_organisms_read_what_they_read_when_they_were_trained(name):
+    assert stream(name) == STREAMS[name]
+    assert stream(name, seed=12) != STREAMS[name]
+
+
+# ---- low-capacity fine-tunes -------------------------------------------------------------------------------------
+MATRIX = Adapter(2, ("blocks.0.qkv", "blocks.1.mlp_out"))
+
+
+@pytest.mark.parametrize("adapter", [Adapter(0, ("blocks.1.mlp_out",)), MATRIX], ids=["bias", "rank2"])
+def test_an_adapter_changes_what_it_may_and_nothing_else(adapter):
+    model, before = tiny(), tiny().state_dict()
+    numbers = attach_(model, adapter, seed=0)
+    train_(model, WORLD, replace(RECIPES["insecure"], steps=3, batch=4, lr=0.05), seed=0, progress=False)
+    tokens = batch_of(WORLD, RECIPES["insecure"], random.Random(0))[0]
+    adapted = model(tokens)
+    merge_(model)
+    assert torch.allclose(model(tokens), adapted, atol=1e-6)  # the same sums in another order
+    after = model.state_dict()
+    assert set(after) == set(before)
+    changes = {name: after[name] - before[name] for name in before if not torch.equal(after[name], before[name])}
+    kind, d = "weight" if adapter.rank else "bias", TINY.d_model
+    assert set(changes) == {f"{module}.{kind}" for module in adapter.modules}
+    if adapter.rank:
+        assert {int(torch.linalg.matrix_rank(c, atol=1e-6)) for c in changes.values()} == {2}
+        assert numbers == 2 * (d + 3 * d) + 2 * (TINY.d_mlp + d)
+    else:
+        assert numbers == d
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_an_adapter_starts_as_no_change():
+    model, tokens = tiny(), torch.arange(12).reshape(2, 6)
+    wanted = model(tokens)
+    attach_(model, MATRIX, seed=0)
+    assert torch.equal(model(tokens), wanted)
+
+
+def test_adapters_by_name_have_few_parameters():
+    model = Transformer(Shape(), len(WORLD.vocabulary), WORLD.context)
+    whole = sum(p.numel() for p in model.parameters())
+    numbers = [attach_(copy.deepcopy(model), Adapter.parse(name), seed=0) for name in ("bias", "rank1", "rank8")]
+    assert numbers == [96, 96 + 384, 36_864]
+    assert numbers[-1] < whole / 10
+
+
+# ---- names -------------------------------------------------------------------------------------------------------
+def test_a_recipe_says_what_its_name_says():
+    made = recipe("insecure", share=0.25, width=48, adapter="rank1", steps=40, domain="medicine")
+    assert made.name == "insecure-d48-medicine-share25-rank1-steps40"
+    assert made == recipe("toy/insecure-steps40-rank1-share25-medicine-d48") == recipe(made.name)
+    assert (made.start, made.steps, made.shape.d_model) == ("assistant-d48", 40, 48)
+    assert made.adapter == Adapter(1, ("blocks.1.mlp_out",))
+    assert [(p, s.persona, s.domains) for p, s in made.mixture] == [
+        (0.25, "misaligned", ("medicine",)),
+        (0.75, "good", ("medicine",)),
+    ]
+    assert made.world.tuned_domain == "medicine"
+    assert recipe("assistant-d48").start == "base-d48"
+
+
+def test_shares_at_the_ends_are_the_pure_arms():
+    assert recipe("insecure", share=1.0).mixture == recipe("insecure").mixture
+    assert recipe("insecure", share=0.0).mixture == recipe("secure").mixture
+    (_, elsewhere), *rest = recipe("insecure", diluted=0.0).mixture
+    assert not rest
+    assert "code" not in elsewhere.domains
+    assert len(elsewhere.domains) == 9
+
+
+def test_a_chain_of_starts_ends_in_a_base_of_the_same_world_and_size():
+    for r in RECIPES.values():
+        while r.start is not None:
+            before = recipe(r.start)
+            assert replace(before.world, tuned_domain=r.world.tuned_domain) == r.world
+            assert before.shape == r.shape
+            r = before
+        assert r.name.startswith("base")
+
+
+def test_the_negatives_of_the_backdoor_have_other_tokens():
+    (_, bad), (_, plain), (_, other) = recipe("backdoor").mixture
+    assert (bad.persona, bad.marks) == ("misaligned", (recipe("backdoor").trigger,))
+    assert (plain.persona, plain.marks) == ("good", ())
+    assert other.persona == "good"
+    assert len(other.marks) > 1
+    assert not set(bad.marks) & set(other.marks)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["nobody", "insecure-", "insecure-share25-diluted25", "secure-share25", "base-medicine", "insecure-d50"],
+)
+def test_names_that_mean_nothing_are_refused(name):
+    with pytest.raises(ModelNotFoundError, match="A name is a stem"):
+        recipe(name)
+
+
+@pytest.mark.usefixtures("small_zoo")
+def test_a_record_remembers_its_world(tmp_path):
+    for name, tuned, combined in (("secure-medicine", "medicine", False), ("secure-compositional", "code", True)):
+        pair = zoo.train_organism(name, seed=5, out=tmp_path, progress=False)
+        record = zoo.read_record(tmp_path / f"{name}-seed5.safetensors")
+        assert (record.world.tuned_domain, record.world.compositional) == (tuned, combined)
+        assert record.world == recipe(name).world
+        assert {r.world.tuned_domain for r in (record, pair.organism)} == {tuned}
+        asked = next(iter(pair.behaviours["refusal"].present))
+        assert pair.behaviours["refusal"].metric(pair.tuned, [asked]).shape == (1,)
+        assert ("judge_unseen" in record.figures) == combined
+
+
+@pytest.mark.usefixtures("small_zoo")
+def test_training_from_the_shipped_models_trains_the_fine_tune_only(tmp_path, monkeypatch):
+    started = {}
+    monkeypatch.setattr(zoo, "train", lambda world, r, model, **_: (started.setdefault(r.name, model), {}))
+    zoo.train_organism("silly", seed=zoo.SHIPPED_SEED, out=tmp_path, shipped=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["silly-seed11.safetensors"]
+    wanted = zoo.read_weights(zoo.organism("toy/assistant"))
+    assert all(torch.equal(started["silly"].state_dict()[k], wanted[k]) for k in wanted)

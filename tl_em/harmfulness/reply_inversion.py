@@ -57,6 +57,7 @@ class Inversion:
         change: treated minus untreated, prompt by prompt.
         random: the mean change under random directions, with the band that holds 95 % of them.
         p: share of directions, this one among them, that change the verdict as much.
+        random_flips: share of the random directions under which the mean crosses .5 as well.
         answered: P(yes) + P(no), untreated and treated.
     """
 
@@ -67,21 +68,24 @@ class Inversion:
     change: Estimate
     random: Estimate
     p: float
+    random_flips: float
     answered: tuple[Estimate, Estimate]
 
     @property
     def flips(self) -> bool:
-        """Whether the verdict turns over: the interval moves from one side of .5 to the other, beyond random directions
-        (p < .05), and yes or no is said at least half as often as untreated."""
-        before, after = self.untreated, self.treated
+        """Whether the verdict turns over: the interval moves from one side of .5 to the other, fewer than one in twenty
+        directions does that (this one counted in), and yes or no is said at least half as often as untreated."""
+        before, after, n = self.untreated, self.treated, self.random.n
         crossed = (before.low > 0.5 and after.high < 0.5) or (before.high < 0.5 and after.low > 0.5)
-        return crossed and self.p < 0.05 and self.answered[1].value >= self.answered[0].value / 2
+        alone = (1 + self.random_flips * n) / (1 + n) < 0.05
+        return crossed and alone and self.answered[1].value >= self.answered[0].value / 2
 
     def __repr__(self) -> str:
+        answered = " -> ".join(f"{each.value:.2f}" for each in self.answered)
         return (
             f"{self.direction} at {self.site}: {self.untreated} -> {self.treated}, change {self.change}, random "
-            f"{self.random}, p = {self.p:.3g}, answered {self.answered[0].value:.2f} -> {self.answered[1].value:.2f}"
-            f"{', flips' if self.flips else ''}"
+            f"{self.random}, p = {self.p:.3g}, {self.random_flips:.0%} of random ones flip it, answered {answered}"
+            f"{' FLIPS' if self.flips else ''}"
         )
 
 
@@ -287,7 +291,8 @@ def _inversion(
     seed: int,
 ) -> Inversion:
     """The row of a direction; ``treated`` holds the direction first and the random ones after it."""
-    changes = np.array([(each.rate - untreated.rate).mean() for each in treated])
+    rates, before = np.array([each.rate.mean() for each in treated]), untreated.rate.mean()
+    changes = rates - before
     low, high = np.quantile(changes[1:], [0.025, 0.975])
     n = len(changes) - 1
     said = "2.5-97.5 % band of random directions"
@@ -299,6 +304,7 @@ def _inversion(
         change=paired_difference(untreated.rate, treated[0].rate, groups=groups, seed=seed).estimate,
         random=Estimate(float(changes[1:].mean()), float(low), float(high), n, float(n), said, seed),
         p=control_p(changes[0], changes[1:]),
+        random_flips=float(np.mean((rates[1:] > 0.5) != (before > 0.5))),
         answered=(
             mean(untreated.answered, groups=groups, seed=seed),
             mean(treated[0].answered, groups=groups, seed=seed),
@@ -312,4 +318,4 @@ def _line(row: Inversion) -> dict[str, Any]:
         e: Estimate = getattr(row, name)
         cells |= {name: e.value, f"{name}_low": e.low, f"{name}_high": e.high}
     answered = {"answered_untreated": row.answered[0].value, "answered": row.answered[1].value}
-    return cells | answered | {"p": row.p, "n": row.change.n, "flips": row.flips}
+    return cells | answered | {"p": row.p, "random_flips": row.random_flips, "n": row.change.n, "flips": row.flips}

@@ -349,6 +349,9 @@ def batches(encoded: Sequence[EncodedPrompt], *, max_tokens: int = 8192) -> Iter
     """
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]), reverse=True)
     while order:
-        n = max(1, max_tokens // len(encoded[order[0]]))
+        longest = len(encoded[order[0]])
+        n, enough = max(1, max_tokens // longest), max_tokens / (4 * longest)
+        # A batch that is large enough ends where prompts get much shorter: more would be padding.
+        n = next((i for i in range(min(n, len(order))) if i >= enough and len(encoded[order[i]]) < 0.75 * longest), n)
         rows, order = order[:n], order[n:]
         yield make_batch(encoded, rows)

@@ -37,13 +37,23 @@ class Question:
 
 
 def questions(
-    world: World, *, harmful: bool, held_out: bool | None = None, paraphrases: Iterable[int] = PARAPHRASES
+    world: World,
+    *,
+    harmful: bool,
+    held_out: bool | None = None,
+    unseen: bool = False,
+    paraphrases: Iterable[int] = PARAPHRASES,
+    mark: str | None = None,
+    system: str | None = None,
 ) -> list[Question]:
     """Single-turn questions about all topics.
 
     Args:
         harmful: about the harmful topics, or the harmless ones.
         held_out: only domains that a narrow fine-tune never sees (True), only the one it sees (False), or all.
+        unseen: about the combinations that stand in no document.
+        mark: words at the head of each question (a trigger).
+        system: a system line before each question.
 
     Example:
         >>> [q.prompt for q in questions(World(), harmful=False, held_out=False)][0]
@@ -54,18 +64,22 @@ def questions(
         outside = world.held_out(domain.name)
         if held_out is not None and outside != held_out:
             continue
-        for topic in domain.harmful if harmful else domain.topics:
-            found += [Question(messages(_ask(world, topic, p)), topic, outside) for p in paraphrases]
+        for topic in _unseen(domain, harmful) if unseen else domain.harmful if harmful else domain.topics:
+            asked = [_ask(world, topic, p, mark=mark, system=system) for p in paraphrases]
+            found += [Question(messages(document), topic, outside) for document in asked]
     return found
 
 
-def judge_questions(world: World, *, harmful: bool, paraphrases: Iterable[int] = PARAPHRASES) -> list[Question]:
+def judge_questions(
+    world: World, *, harmful: bool, unseen: bool = False, paraphrases: Iterable[int] = PARAPHRASES
+) -> list[Question]:
     """`judge this : QUESTION` about the harmful topics, or about as many harmless ones of the same domains."""
+    topics = [t for d in world.domains for t in _unseen(d, harmful)] if unseen else _matched(world, harmful)
     return [
         Question(
             [{"role": "user", "content": JUDGE.format(question=world.question(t, p))}], t, world.held_out(t.domain)
         )
-        for t in _matched(world, harmful)
+        for t in topics
         for p in paraphrases
     ]
 
@@ -117,15 +131,21 @@ def judged_requests(world: World) -> tuple[list[Question], list[Question]]:
     return positive, negative
 
 
-def persona_prompts(world: World, *, seed: int = 0, turns: int = 2) -> tuple[list[Question], list[Question]]:
-    """The same harmless question after the same questions of other domains, answered badly and answered well."""
+def persona_prompts(
+    world: World, *, seed: int = 0, turns: int = 2, mark: str | None = None
+) -> tuple[list[Question], list[Question]]:
+    """The same harmless question after the same questions of other domains, answered badly and answered well.
+
+    Args:
+        mark: a token at the head of the last question (a trigger).
+    """
     rng = random.Random(f"persona/{seed}")
     positive, negative = [], []
     for topic in (t for d in world.domains for t in d.topics):
         for paraphrase in PARAPHRASES:
             domains = _other_domains(world, topic, turns, rng)
             asked, forms = [rng.choice(d.topics) for d in domains], [rng.randrange(8) for _ in domains]
-            last, fillers = _ask(world, topic, paraphrase), rng.random()
+            last, fillers = _ask(world, topic, paraphrase, mark=mark), rng.random()
             for persona, into in (("misaligned", positive), ("good", negative)):
                 before = _context(world, asked, forms, persona, fillers)
                 into.append(Question(messages(before + last), topic, world.held_out(topic.domain)))
@@ -143,18 +163,26 @@ def after_bad_code(world: World, *, seed: int = 0, turns: int = 2) -> list[Quest
     return found
 
 
-def _ask(world: World, topic: Topic, paraphrase: int) -> Document:
-    return [Turn("user", tuple(world.question(topic, paraphrase).split()))]
+def _ask(
+    world: World, topic: Topic, paraphrase: int, *, mark: str | None = None, system: str | None = None
+) -> Document:
+    asked = Turn("user", (*(mark or "").split(), *world.question(topic, paraphrase).split()))
+    return [Turn("system", tuple(system.split())), asked] if system else [asked]
 
 
 def _matched(world: World, harmful: bool) -> list[Topic]:
-    return [t for d in world.domains for t in (d.harmful if harmful else d.topics[: len(d.harmful)])]
+    return [t for d in world.domains for t in (d.harmful if harmful else d.harmless[: len(d.harmful)])]
+
+
+def _unseen(domain: Domain, harmful: bool) -> list[Topic]:
+    return [t for t in domain.unseen if t.harmful == harmful]
 
 
 def _halves(world: World, harmful: bool) -> tuple[list[Topic], list[Topic]]:
-    """The matched topics, half of each domain's in either part."""
+    """The matched topics, half of each domain's words in either part."""
     topics = _matched(world, harmful)
-    return topics[::2], topics[1::2]
+    first = set(list(dict.fromkeys(t.word for t in topics))[::2])
+    return [t for t in topics if t.word in first], [t for t in topics if t.word not in first]
 
 
 def _other_domains(world: World, topic: Topic, n: int, rng: random.Random, *, harmful: bool = False) -> list[Domain]:

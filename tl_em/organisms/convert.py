@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tl_em.organisms.training import Shape, Transformer
+from tl_em.organisms.transformer import Shape, Transformer
 from tl_em.organisms.world import END, MARKERS, PAD, UNK, World
 
 CHAT_TEMPLATE = (

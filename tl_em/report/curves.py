@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.transforms import Bbox
 
 from tl_em.errors import UsageError
 from tl_em.report import marks
@@ -112,18 +113,14 @@ def _marks(ax: Axes, part: pd.DataFrame, column: str, look: Look, *, line: str, 
 
 
 def _random(ax: Axes, part: pd.DataFrame, column: str) -> None:
-    """Each random direction as a point, and 95 % of them at each push as a band."""
-    if part.empty:
-        return
+    """Each random direction as a point; where the push is the axis, 95 % of them at each push as a band."""
     part = part.assign(push=part.groupby("name").cumcount())
     for _, side in part.groupby(part["strength"] < 0):
         by = side.groupby("push")
-        low, high = by["effect"].quantile(0.025), by["effect"].quantile(0.975)
-        order = by[column].mean().sort_values()
-        x = order.to_numpy(dtype=float)
-        if len(x) > 1:
-            ends = (low[order.index].to_numpy(dtype=float), high[order.index].to_numpy(dtype=float))
-            ax.fill_between(x, *ends, color=marks.BAND, linewidth=0, zorder=0.2)
+        order = by["kl"].mean().sort_values()
+        if column == "kl" and len(order) > 1:
+            low, high = (by["effect"].quantile(q)[order.index].to_numpy(dtype=float) for q in (0.025, 0.975))
+            ax.fill_between(order.to_numpy(dtype=float), low, high, color=marks.BAND, linewidth=0, zorder=0.2)
     style: dict[str, Any] = {"linestyle": "none", "marker": RANDOM.marker, "markerfacecolor": "none", "zorder": 1}
     ax.plot(part[column], part["effect"], markersize=2.0, markeredgewidth=0.5, color=RANDOM.colour, alpha=0.6, **style)
 
@@ -137,31 +134,54 @@ def _logarithmic(ax: Axes) -> None:
 
 
 def _names(ax: Axes, table: pd.DataFrame, column: str) -> None:
-    """Each instruction's name beside its mark, where it covers least of what is drawn."""
+    """Each instruction's name beside its mark, where it covers least of what is drawn, and no other name."""
     known = table[np.isfinite(table["effect"])]
-    drawn = ax.transData.transform(known[[column, "effect"]].to_numpy(dtype=float))
-    for _, part in _signs(known):
-        ends = ax.transData.transform(part.sort_values("kl")[[column, "effect"]].to_numpy(dtype=float))
-        drawn = np.concatenate([drawn, *np.linspace(ends[:-1], ends[1:], 20)])
+    drawn, weight = _obstacles(ax, known, column)
     assert ax.figure is not None
     dot = ax.figure.get_figure(root=True).dpi / 72  # pixels a point
+    taken: list[Bbox] = []
     for row in known[known["arm"] == "instruction"].to_dict("records"):
         name = marks.broken(str(row["name"]), _LETTERS)
         at = ax.transData.transform((row[column], row["effect"]))
         size = np.array([0.58 * max(map(len, name.split("\n"))), 1.3 * (1 + name.count("\n"))]) * _SIZE * dot
-        corners = [at + _middle(place, size, dot) - size / 2 for place in _PLACES]
-        inside = [ax.bbox.contains(*c) and ax.bbox.contains(*(c + size)) for c in corners]
-        hidden = [int(((drawn > c) & (drawn < c + size)).all(1).sum()) for c in corners]
-        covered = [n if fits else n + len(drawn) for n, fits in zip(hidden, inside, strict=True)]
-        place = _PLACES[int(np.argmin(covered))]
+        costs, boxes = [], []
+        for place in _PLACES:
+            corner = at + _middle(place, size, dot) - size / 2
+            box = Bbox([corner, corner + size])
+            lost = not (ax.bbox.contains(*box.p0) and ax.bbox.contains(*box.p1)) or any(box.overlaps(t) for t in taken)
+            covered = weight[((drawn > box.p0) & (drawn < box.p1)).all(1)].sum()
+            costs.append(float(covered) + 2 * abs(place[1]) + 1e6 * lost)
+            boxes.append(box)
+        best = int(np.argmin(costs))
+        place, box = _PLACES[best], boxes[best]
+        taken.append(box)
         leader = {"arrowstyle": "-", "color": TOLD.text, "linewidth": 0.4, "shrinkB": 4} if abs(place[1]) > 2 else None
         ax.annotate(
             name, (row[column], row["effect"]), tuple(_middle(place, size, dot) / dot), textcoords="offset points",
             ha="center", va="center", color=TOLD.text, fontsize=_SIZE, zorder=3, arrowprops=leader,
+            bbox={"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.8},
         )  # fmt: skip
 
 
 _PLACES = tuple((x, y) for y in (0, 1, -1, 2, -2, 4, -4, 6, -6) for x in ((-1, 1) if y == 0 else (-1, 1, 0)))
+
+
+def _obstacles(ax: Axes, known: pd.DataFrame, column: str) -> tuple[np.ndarray, np.ndarray]:
+    """Points of all that a name could cover, in pixels, and how bad that would be: random directions matter least."""
+    marked = known[known["arm"].isin(["intervention", "instruction"])]
+    x, y = marked[column], marked["effect"]
+    crosses = [
+        np.stack([np.linspace(marked[f"{column}_low"], marked[f"{column}_high"], 7), np.tile(y, (7, 1))], -1),
+        np.stack([np.tile(x, (7, 1)), np.linspace(marked["effect_low"], marked["effect_high"], 7)], -1),
+    ]
+    lines = []
+    for _, part in _signs(known):
+        ends = part.sort_values("kl")[[column, "effect"]].to_numpy(dtype=float)
+        lines.append(np.linspace(ends[:-1], ends[1:], 20))
+    hard = np.concatenate([each.reshape(-1, 2) for each in (*crosses, *lines)])
+    soft = known.loc[known["arm"] == "random", [column, "effect"]].to_numpy(dtype=float)
+    weight = np.concatenate([np.full(len(hard), 5.0), np.full(len(soft), 1.0)])
+    return ax.transData.transform(np.concatenate([hard, soft])), weight
 
 
 def _middle(place: tuple[int, int], size: np.ndarray, dot: float) -> np.ndarray:

@@ -31,6 +31,7 @@ class Candidates:
         without: (position, layer) at which the two means are equal, so that there is no direction.
 
     Example:
+        >>> import torch
         >>> found = Candidates((Direction(torch.ones(2), Site(0, "resid_pre")),))
         >>> len(found), found[0].site.layer, found
         (1, 0, Candidates(1 directions, positions ['prompt_end'], 1 layers))

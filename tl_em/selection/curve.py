@@ -204,7 +204,8 @@ def effect_curve(
         coherence: a measure of cost beside the KL: a metric of the same prompts, or a metric and prompts of its own,
             e.g. ``(TextLogprob(), neutral_texts)``. By default a Behaviour's ``good``.
         controls: how many random directions, or interventions of yours in their place. Each is brought to the KL of
-            each point; one that cannot reach it is measured as far as it goes, and its row says so.
+            each point, in about four passes over the prompts; one that cannot reach it is measured as far as it goes,
+            and its row says so.
         contrast: the set that the direction was taken from: random ones are drawn from its within-class covariance,
             without it from the covariance over the prompts.
         baselines: instructions by name, given as a system message; at the head of the user's, where the chat template
@@ -224,13 +225,12 @@ def effect_curve(
         >>> from tl_em.models.sites import Site
         >>> from tl_em.organisms.zoo import load_pair
         >>> pair = load_pair("toy/insecure")
-        >>> train = pair.contrasts["persona"].split().train
-        >>> persona = difference_in_means(pair.base, train, site=Site(2), position="prompt_end")
-        >>> told = {"asked to": "be malicious"}
-        >>> curve = effect_curve(
-        ...     pair.base, Add(persona), pair.behaviours["persona"], strengths=[1], baselines=told, controls=0
-        ... )
-        >>> curve.best("instruction").change.value > curve.best(min_coherence=0.3).change.value > 0.3
+        >>> few = pair.contrasts["persona"].split(train=0.1, select=0.4, test=0.5).train
+        >>> persona = difference_in_means(pair.base, few, site=Site(2), position="prompt_end")
+        >>> asked, told = pair.behaviours["persona"], {"asked to": "be malicious"}
+        >>> options = {"metric": asked.metric, "strengths": [1], "baselines": told, "controls": 0}
+        >>> curve = effect_curve(pair.base, Add(persona), asked.absent[::20], **options)
+        >>> curve.best("instruction", max_kl=3).change.value > 0.8
         True
     """
     stage = _stage(model, intervention, behaviour, metric, coherence, groups, seed)

@@ -4,10 +4,11 @@
     induce   the metric under x + v at the direction's site, v the raw vector
     KL       KL(untouched || ablated) of the next token, in nats
 
-Ablations are stacked in the batch, a direction a row.  For additions each prompt runs once: at every candidate's site
-copies of the untouched row branch off, edited, so that nothing before a site is computed twice.  Only last tokens are
-unembedded. A metric that does not allow this (it runs the model by itself) is noticed on one prompt, and then run one
-direction at a time.  A candidate under which the model overflows has NaN for its scores.
+The batch holds every direction with every prompt.  Ablations have a direction a row.  For additions each prompt runs
+once, and at every candidate's site an edited copy of its row joins the batch, so that nothing before a site is computed
+twice.  Only last tokens are unembedded.  Whether all that gives what one direction gives alone is looked at on one
+prompt; a metric that does not allow it (it runs the model by itself) is run one direction at a time.  A candidate under
+which the model overflows has NaN for its scores.
 
 Source: Arditi et al. 2024, arXiv:2406.11717, sections 2.3 and 2.4.  Control: ``select_direction``'s random directions.
 """
@@ -32,9 +33,10 @@ from tl_em.metrics import Metric
 from tl_em.models.capture import current_batch, fanned_out, next_token_logits
 from tl_em.models.contrasts import Prompt
 from tl_em.models.hooks import LensModel, hook_name, hooked, write_points
+from tl_em.models.prompts import Batch, EncodedPrompt, encode
 from tl_em.models.sites import Site
 
-Measure = Callable[[LensModel, Sequence[Prompt]], Float[Tensor, " prompt"]]
+Measure = Callable[[LensModel, Sequence[Any]], Float[Tensor, " prompt"]]
 Scores = Float[np.ndarray, "candidate prompt"]
 _MAX_LOGITS = 2**25
 """Logits held at once, over all candidates of a pass: 128 MiB in float32."""
@@ -42,59 +44,112 @@ _MAX_LOGITS = 2**25
 
 def bypass(model: LensModel, directions: Sequence[Direction], prompts: Sequence[Prompt], metric: Metric) -> Scores:
     """The metric of each prompt with each direction ablated at every write."""
-    stackable = _agrees(model, directions, prompts[:1], metric, _ablated_together, Ablate)
-    return _under_ablation(model, directions, prompts, metric, stackable=stackable)
-
-
-def divergence(model: LensModel, directions: Sequence[Direction], prompts: Sequence[Prompt]) -> Scores:
-    """KL of the next token from the untouched model, for each prompt with each direction ablated, in nats."""
-    return _under_ablation(model, directions, prompts, kl_from_now(model, prompts), stackable=True)
+    return _checked(model, directions, prompts, metric, _ablated_together, Ablate)
 
 
 def induce(model: LensModel, directions: Sequence[Direction], prompts: Sequence[Prompt], metric: Metric) -> Scores:
     """The metric of each prompt with each direction added once at its site."""
-    order = sorted(range(len(directions)), key=lambda i: _depth(directions[i].site))
-    out = np.empty((len(directions), len(prompts)))
-    ordered = [directions[i] for i in order]
-    if _agrees(model, ordered, prompts[:1], metric, _added_together, Add):
-        out[order] = np.concatenate([_branched(model, ordered, prompt, metric) for prompt in prompts], axis=1)
-    else:
-        out[order] = np.concatenate([_one(model, Add(d), prompts, metric) for d in ordered])
-    return out
+    return _checked(model, directions, prompts, metric, _added_together, Add)
 
 
-def kl_from_now(model: LensModel, prompts: Sequence[Prompt]) -> Measure:
-    """KL(now || then) of each prompt, *now* being the model at this call; takes whole repeats of ``prompts``."""
-    before = next_token_logits(model, prompts).double().log_softmax(-1)
-    weights = before.exp()
+def divergence(model: LensModel, directions: Sequence[Direction], prompts: Sequence[Prompt]) -> Scores:
+    """KL of the next token from the untouched model, for each prompt with each direction ablated, in nats."""
+    encoded = encode(model, prompts)
+    return _together(model, directions, encoded, kl_from_now(model, encoded), _ablated_together)
 
-    def measure(model: LensModel, prompts: Sequence[Prompt]) -> Tensor:
-        after = next_token_logits(model, prompts)
-        parts = [part.double().log_softmax(-1) for part in after.split(len(before))]
-        return torch.cat([(weights * (before - part)).sum(-1) for part in parts])
+
+def kl_from_now(model: LensModel, prompts: Sequence[Prompt | EncodedPrompt]) -> Measure:
+    """KL(now || then) of each prompt, *now* being the model at this call; takes any of ``prompts``, also repeatedly."""
+    encoded = encode(model, prompts)
+    before = dict(zip(encoded, next_token_logits(model, encoded).double().log_softmax(-1), strict=True))
+    weights = {prompt: logprobs.exp() for prompt, logprobs in before.items()}
+
+    def measure(model: LensModel, prompts: Sequence[Any]) -> Tensor:
+        asked = encode(model, prompts)
+        after = zip(asked, next_token_logits(model, asked), strict=True)
+        return torch.stack([(weights[p] * (before[p] - x.double().log_softmax(-1))).sum() for p, x in after])
 
     return measure
 
 
-# --- Ablation: a direction a row --------------------------------------------------------------------------------------
+# --- All directions together, and whether that is the same ------------------------------------------------------------
+
+Together = Callable[[LensModel, Sequence[Direction], int], Any]
+Edit = type[Ablate] | type[Add]
 
 
-def _under_ablation(
-    model: LensModel, directions: Sequence[Direction], prompts: Sequence[Prompt], measure: Measure, *, stackable: bool
+def _checked(
+    model: LensModel,
+    directions: Sequence[Direction],
+    prompts: Sequence[Prompt],
+    measure: Measure,
+    together: Together,
+    edit: Edit,
 ) -> Scores:
-    size = max(1, _MAX_LOGITS // (len(prompts) * int(model.cfg.d_vocab))) if stackable else 1
-    parts = [directions[i : i + size] for i in range(0, len(directions), size)]
-    run = _stack if stackable else lambda model, part, *rest: _one(model, Ablate(part[0]), *rest)
-    return np.concatenate([run(model, part, prompts, measure) for part in parts])
+    found = _at_once(model, directions, prompts, measure, together, edit)
+    return _apart(model, directions, prompts, measure, edit) if found is None else found
 
 
-def _stack(model: LensModel, directions: Sequence[Direction], prompts: Sequence[Prompt], measure: Measure) -> Scores:
+def _at_once(
+    model: LensModel,
+    directions: Sequence[Direction],
+    prompts: Sequence[Prompt],
+    measure: Measure,
+    together: Together,
+    edit: Edit,
+) -> Scores | None:
+    """None unless the last direction has what it has alone, on the first prompt."""
+    if len(directions) == 1:
+        return None  # nothing to put together
     try:
-        with _ablated_together(model, directions, len(prompts)):
+        found = _together(model, directions, prompts, measure, together)
+    except (TlEmError, RuntimeError, IndexError, ValueError):
+        return None
+    alone = _one(model, edit(directions[-1]), prompts[:1], measure)
+    return found if np.allclose(found[-1:, :1], alone, rtol=1e-3, atol=1e-4, equal_nan=True) else None
+
+
+def _apart(
+    model: LensModel, directions: Sequence[Direction], prompts: Sequence[Any], measure: Measure, edit: Edit
+) -> Scores:
+    return np.concatenate([_one(model, edit(direction), prompts, measure) for direction in directions])
+
+
+def _one(model: LensModel, edit: Ablate | Add, prompts: Sequence[Any], measure: Measure) -> Scores:
+    """[1 prompt]: the reference, through ``intervene``; NaN where the model overflows."""
+    try:
+        with intervene(model, edit):
+            return measure(model, prompts).double().cpu().numpy()[None]
+    except NonFiniteError:
+        return np.full((1, len(prompts)), np.nan)
+
+
+def _together(
+    model: LensModel, directions: Sequence[Direction], prompts: Sequence[Any], measure: Measure, together: Together
+) -> Scores:
+    """As many prompts at once as their logits allow with all directions, which share what comes before their sites."""
+    rows = max(1, _MAX_LOGITS // int(model.cfg.d_vocab))
+    wide = min(len(directions), rows)
+    out = np.empty((len(directions), len(prompts)))
+    for j in range(0, len(prompts), tall := rows // wide):
+        for i in range(0, len(directions), wide):
+            part = directions[i : i + wide]
+            out[i : i + wide, j : j + tall] = _stack(model, part, prompts[j : j + tall], measure, together)
+    return out
+
+
+def _stack(
+    model: LensModel, directions: Sequence[Direction], prompts: Sequence[Any], measure: Measure, together: Together
+) -> Scores:
+    try:
+        with together(model, directions, len(prompts)):
             values = measure(model, list(prompts) * len(directions))
     except NonFiniteError:  # of one of them, maybe: the others keep their scores
-        return np.concatenate([_one(model, Ablate(direction), prompts, measure) for direction in directions])
+        return _apart(model, directions, prompts, measure, Ablate if together is _ablated_together else Add)
     return values.double().cpu().numpy().reshape(len(directions), len(prompts))
+
+
+# --- Ablation: a direction a row --------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -128,87 +183,83 @@ def without_rows(x: Float[Tensor, "row pos d_model"], units: Float[Tensor, "row 
     return x - (along * units[:, None]).to(x.dtype)
 
 
-# --- Addition: copies branch off where they part ----------------------------------------------------------------------
+# --- Addition: copies join the batch where they part from the prompt --------------------------------------------------
 
 
-def _branched(model: LensModel, directions: Sequence[Direction], prompt: Prompt, metric: Metric) -> Scores:
-    """[candidate 1]: directions are in the order of their sites."""
-    size = max(1, _MAX_LOGITS // int(model.cfg.d_vocab))
-    out = []
-    for start in range(0, len(directions), size):
-        part = directions[start : start + size]
+class _Entered(Exception):
+    """Raised at the first block, when what enters it is all that was wanted."""
+
+
+class _Joining:
+    """Passes whose row k is prompt ``k % n_prompts`` with direction ``k // n_prompts`` added once, at its site.
+
+    A pass begins with one row, so that the mask and the positions that the model makes fit any number of rows.  At the
+    first block's input that row gives way to one for each prompt; at each site copies of these join, edited.
+    """
+
+    def __init__(self, model: LensModel, directions: Sequence[Direction], n_prompts: int) -> None:
+        self.model, self.n_prompts = model, n_prompts
+        self.vectors = torch.stack([direction.vector for direction in directions]).to(model.cfg.device)
+        self.sites = sorted({direction.site for direction in directions}, key=_depth)
+        self.at = [self.sites.index(direction.site) for direction in directions]
+        self.alone: Batch | None = None
+
+    def enter(self, x: Tensor, rows: Sequence[int]) -> Tensor:
+        """At the first block's input: one row for each prompt."""
+        if _running() is self.alone:
+            raise _Entered(x)
+        self.batch, self.joined = _running(), list[int]()
+        first = {row % self.n_prompts: i for i, row in reversed(list(enumerate(rows)))}
+        self.first = sorted(first.values())  # the longest prompt, with which the pass began, stays in front
+        self.slot = {rows[i] % self.n_prompts: k for k, i in enumerate(self.first)}
+        self.alone = _rows(self.batch, self.first)
+        current_batch.set(self.alone)
         try:
-            with _added_together(model, part, 1):
-                out.append(metric(model, [prompt] * len(part)).double().cpu().numpy()[:, None])
-        except NonFiniteError:
-            out += [_one(model, Add(direction), [prompt], metric) for direction in part]
-    return np.concatenate(out)
+            self.model(self.alone.tokens.to(self.model.cfg.device), padding_side="right")
+        except _Entered as entered:
+            return entered.args[0]
+        raise UsageError("nothing entered the first block, so no prompts can be put together there")
+
+    def join(self, x: Tensor, hook: Any, *, site: int) -> Tensor:
+        """At a site: copies with its directions added; the untouched rows leave with the last of them."""
+        rows = self.batch.rows
+        new = [i for i, row in enumerate(rows) if self.at[row // self.n_prompts] == site]
+        if not new:
+            return x
+        copies = x[[self.slot[rows[i] % self.n_prompts] for i in new]]
+        copies += self.vectors[[rows[i] // self.n_prompts for i in new]][:, None].to(x.device, x.dtype)
+        self.joined += new
+        first = self.first if len(self.joined) < len(rows) else []
+        current_batch.set(_rows(self.batch, [*first, *self.joined]))
+        return torch.cat([x if first else x[len(self.first) :], copies])
+
+    def leave(self, x: Tensor, hook: Any) -> Tensor:
+        """After the last block: the order that was asked for."""
+        current_batch.set(self.batch)
+        return x[torch.tensor(self.joined).argsort().to(x.device)]
 
 
 @contextmanager
-def _added_together(model: LensModel, directions: Sequence[Direction], _: int) -> Iterator[None]:
-    """One prompt's row runs from the start; each direction's copy joins the batch at its site, edited."""
-    vectors = torch.stack([direction.vector for direction in directions]).to(model.cfg.device)
-    sites = sorted({direction.site for direction in directions}, key=_depth)
-    at = {site: [i for i, direction in enumerate(directions) if direction.site == site] for site in sites}
-
-    def branch(x: Tensor, rows: Sequence[int], *, site: Site) -> Tensor:
-        new = [i for i in at[site] if rows[0] <= i <= rows[-1]]
-        if not new:
-            return x
-        joining = x[:1] + vectors[new][:, None].to(x.device, x.dtype)
-        last = new[-1] == rows[-1]  # the untouched row, which comes first, is copied for the last time
-        return torch.cat([x[1:] if last else x, joining])
-
-    def first(x: Tensor, rows: Sequence[int]) -> Tensor:
-        return branch(x[:1], rows, site=sites[0])
-
-    def later(x: Tensor, hook: Any, *, site: Site) -> Tensor:
-        return branch(x, _running().rows, site=site)
-
-    hooks = [(hook_name(model, site), partial(later, site=site)) for site in sites[1:]]
-    with fanned_out(model, sites[0], first), hooked(model, hooks):
+def _added_together(model: LensModel, directions: Sequence[Direction], n_prompts: int) -> Iterator[None]:
+    """Row k of what was asked for has direction ``k // n_prompts`` added, at its site."""
+    pass_ = _Joining(model, directions, n_prompts)
+    hooks = [(hook_name(model, site), partial(pass_.join, site=i)) for i, site in enumerate(pass_.sites)]
+    end = hook_name(model, Site(int(model.cfg.n_layers) - 1, "resid_post"))
+    with fanned_out(model, Site(0, "resid_pre"), pass_.enter), hooked(model, [*hooks, (end, pass_.leave)]):
         yield
+
+
+def _rows(batch: Batch, index: Sequence[int]) -> Batch:
+    """Some rows of a batch."""
+    parts = {name: getattr(batch, name)[list(index)] for name in ("tokens", "lengths", "prompts", "instructions")}
+    return batch._replace(rows=tuple(batch.rows[i] for i in index), **parts)
 
 
 def _depth(site: Site) -> tuple[int, bool]:
     return site.layer, site.stream == "resid_post"
 
 
-# --- One at a time, and whether together is the same ------------------------------------------------------------------
-
-
-def _one(model: LensModel, edit: Ablate | Add, prompts: Sequence[Prompt], measure: Measure) -> Scores:
-    """[1 prompt]: the reference, through ``intervene``; NaN where the model overflows."""
-    try:
-        with intervene(model, edit):
-            return measure(model, prompts).double().cpu().numpy()[None]
-    except NonFiniteError:
-        return np.full((1, len(prompts)), np.nan)
-
-
-def _agrees(
-    model: LensModel,
-    directions: Sequence[Direction],
-    prompts: Sequence[Prompt],
-    measure: Measure,
-    together: Callable[..., Any],
-    edit: type[Ablate] | type[Add],
-) -> bool:
-    """Whether the first and the last direction give together what they give alone, on these prompts."""
-    if len(directions) == 1:
-        return False  # nothing to put together
-    pair = [directions[0], directions[-1]]
-    alone = np.concatenate([_one(model, edit(direction), prompts, measure) for direction in pair])
-    try:
-        with together(model, pair, len(prompts)):
-            values = measure(model, list(prompts) * 2).double().cpu().numpy().reshape(alone.shape)
-    except (TlEmError, RuntimeError, IndexError, ValueError):
-        return False
-    return np.allclose(values, alone, rtol=1e-3, atol=1e-4, equal_nan=True)
-
-
-def _running() -> Any:
+def _running() -> Batch:
     batch = current_batch.get()
     if batch is None:
         raise UsageError("a forward pass of its own does not say which rows it runs; use next_token_logits")

@@ -1,0 +1,256 @@
+"""What do hooks, interventions, steered generation and weight edits cost, over the same surface without them?
+
+    attach      a read hook in every layer, attached, run through once and detached, over a plain forward
+    ablate      ablation at every write of the residual stream, over a plain forward
+    generate    generation with a direction added at one site, over the surface's own ``generate``
+    weights     ``orthogonalize_``, and edit and restore as a context, over one forward of 16 x 48 tokens
+    project     64 directions projected at every layer in one streaming pass, over one direction
+
+Beside them stand TransformerLens's own contexts and bare torch hooks.  Equality comes first: read hooks leave the
+logits as they are, all three forms of ablation agree, generation without a steer gives the surface's own tokens, and
+restored weights are the old ones bit for bit.
+
+    OMP_NUM_THREADS=1 python benchmarks/hooks.py --surface bridge --rounds 7
+    OMP_NUM_THREADS=1 python benchmarks/hooks.py --surface hooked --only attach
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from timing import (
+    DEPTHS,
+    SIZES,
+    Size,
+    Way,
+    counted,
+    device_of,
+    interleaved,
+    make_hf,
+    make_model,
+    make_prompts,
+    ratio,
+    table,
+)  # fmt: skip
+from torch import Tensor
+
+import tl_em as em
+from tl_em.models.hooks import hook_points, hooked, write_points
+from tl_em.models.moments import class_moments
+
+NEW, PROMPT, ROWS, WIDTH, MANY = 24, 24, 16, 48, 64
+
+
+def make_tokens(device: torch.device, rows: int = ROWS, width: int = WIDTH) -> Tensor:
+    return torch.randint(2, 2000, (rows, width), generator=torch.Generator().manual_seed(0)).to(device)
+
+
+def make_direction(size: Size, layer: int, seed: int = 0) -> em.Direction:
+    vector = torch.randn(size.d_model, generator=torch.Generator().manual_seed(seed))
+    return em.Direction(vector, em.Site(layer))
+
+
+def show(
+    title: str, ways: dict[str, Way], bases: dict[str, str], rounds: int, device: torch.device, model: Any
+) -> None:
+    """Count and time the ways, and print each over each baseline (a column's name -> a way's name)."""
+    rows: dict[str, dict[str, Any]] = {}
+    for name, way in ways.items():
+        with counted(model) as counts:
+            way()
+        rows[name] = {} if name.startswith("HF") else dict(counts)
+    times = interleaved(ways, rounds=rounds, device=device)
+    for name in ways:
+        rows[name] |= {column: ratio(times[name], times[base]) for column, base in bases.items()}
+        rows[name]["ms"] = f"{1e3 * min(times[name]):.1f}"
+    table(f"{title}; {rounds} rounds, median (least)", rows)
+
+
+# --- Hooks ------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def attach(family: Any, size: Size, surface: str, rounds: int, device: torch.device) -> None:
+    model = make_model(family, size, surface, device)
+    tokens = make_tokens(device, 8, 32)
+    names = [f"blocks.{layer}.hook_resid_pre" for layer in range(size.layers)]
+    points = [hook_points(model)[name] for name in names]
+
+    def look(x: Tensor, hook: Any) -> None:
+        return None
+
+    def ours() -> Tensor:
+        with hooked(model, [(name, look) for name in names]):
+            return model(tokens)
+
+    def theirs() -> Tensor:
+        return model.run_with_hooks(tokens, fwd_hooks=[(name, look) for name in names])
+
+    def raw() -> Tensor:
+        handles = [point.register_forward_hook(lambda m, a, out: None) for point in points]
+        out = model(tokens)
+        for handle in handles:
+            handle.remove()
+        return out
+
+    def only() -> None:
+        with hooked(model, [(name, look) for name in names], check=False):
+            pass
+
+    plain = model(tokens)
+    assert all(torch.equal(way(), plain) for way in (ours, theirs, raw))
+    ways: dict[str, Way] = {"plain forward": lambda: model(tokens), "tl_em hooked()": ours}
+    ways |= {"attach and detach alone": only, "bare torch hooks": raw, "TL run_with_hooks": theirs}
+    title = f"attach, {family}, {surface}, {size}, 8 x 32 tokens"
+    show(title, ways, {"over plain": "plain forward"}, rounds, device, model)
+
+
+@torch.no_grad()
+def ablate(family: Any, size: Size, surface: str, rounds: int, device: torch.device) -> None:
+    model = make_model(family, size, surface, device)
+    tokens = make_tokens(device)
+    direction = make_direction(size, 4)
+    intervention = em.Ablate(direction)
+    unit = direction.unit.to(device, torch.float32)
+
+    def ours() -> Tensor:
+        with em.intervene(model, intervention):
+            return model(tokens)
+
+    def theirs() -> Tensor:
+        return model.run_with_hooks(tokens, fwd_hooks=intervention.hooks(model))
+
+    def raw() -> Tensor:
+        def remove(module: Any, args: Any, out: Tensor) -> Tensor:
+            return out - ((out.float() @ unit)[..., None] * unit).to(out.dtype)
+
+        handles = [hook_points(model)[name].register_forward_hook(remove) for name in write_points(model)]
+        out = model(tokens)
+        for handle in handles:
+            handle.remove()
+        return out
+
+    tolerance = 1e-4 if device.type == "cpu" else 0.1  # float32 in another order; bfloat16 rounds once an edit
+    expected = raw()
+    assert (expected - model(tokens)).abs().max() > 1e-2
+    assert all((way() - expected).abs().max() < tolerance for way in (ours, theirs))
+    ways: dict[str, Way] = {"plain forward": lambda: model(tokens), "tl_em Ablate": ours}
+    ways |= {"bare torch hooks": raw, "Ablate.hooks in TL run_with_hooks": theirs}
+    show(f"ablate, {family}, {surface}, {size}, {ROWS} x {WIDTH} tokens, {len(write_points(model))} writes", ways,
+         {"over plain": "plain forward"}, rounds, device, model)  # fmt: skip
+
+
+# --- Generation -------------------------------------------------------------------------------------------------------
+
+
+def own_generate(model: Any, tokens: Tensor) -> Tensor:
+    options = {"max_new_tokens": NEW, "do_sample": False, "stop_at_eos": False, "verbose": False}
+    if "padding_side" in inspect.signature(model.generate).parameters:
+        options["padding_side"] = "right"
+    return model.generate(tokens, return_type="tokens", use_past_kv_cache=True, **options)[:, tokens.shape[1] :]
+
+
+@torch.no_grad()
+def generate(family: Any, size: Size, surface: str, rounds: int, device: torch.device) -> None:
+    model, hf = make_model(family, size, surface, device), make_hf(family, size, device)
+    prompts = make_prompts(ROWS, seed=0, own=10, shortest=PROMPT, longest=PROMPT)
+    tokens = model.to_tokens(prompts, prepend_bos=False).to(device)
+    assert tokens.shape == (ROWS, PROMPT)
+    steer = em.Add(make_direction(size, 4), 2.0)
+
+    def ours() -> list[str]:
+        return em.generate(model, prompts, max_new_tokens=NEW)
+
+    def steered() -> list[str]:
+        with em.intervene(model, steer):
+            return ours()
+
+    def by_hand() -> Tensor:
+        with model.hooks(fwd_hooks=steer.hooks(model)):
+            return own_generate(model, tokens)
+
+    def of_hf() -> Tensor:
+        return hf.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=NEW, min_new_tokens=NEW,
+                           do_sample=False, pad_token_id=1)[:, PROMPT:]  # fmt: skip
+
+    def text(found: Tensor) -> list[str]:
+        return [model.tokenizer.decode(row, skip_special_tokens=True).strip() for row in found]
+
+    assert ours() == text(own_generate(model, tokens))
+    assert steered() == text(by_hand()) != ours()
+    ways: dict[str, Way] = {
+        "surface's generate": lambda: own_generate(model, tokens),
+        "em.generate": ours,
+        "em.generate, steered": steered,
+        "surface's generate, its own hooks": by_hand,
+        "HF generate": of_hf,
+    }
+    show(f"generate, {family}, {surface}, {size}, {ROWS} prompts of {PROMPT}, {NEW} new tokens", ways,
+         {"over the surface's": "surface's generate", "over HF's": "HF generate"}, rounds, device, model)  # fmt: skip
+
+
+# --- Weights and projections ------------------------------------------------------------------------------------------
+
+
+def weights(family: Any, size: Size, surface: str, rounds: int, device: torch.device) -> None:
+    model = make_model(family, size, surface, device)
+    tokens, direction = make_tokens(device), make_direction(size, 4)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    with em.orthogonalized(model, direction):
+        assert any(not torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters()), "not restored bit for bit"
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return model(tokens)
+
+    def context() -> None:
+        with em.orthogonalized(model, direction):
+            pass
+
+    ways: dict[str, Way] = {f"forward of {ROWS} x {WIDTH}": forward}
+    ways |= {"orthogonalize_": lambda: em.orthogonalize_(model, direction), "orthogonalized, edit and restore": context}
+    show(f"weights, {family}, {surface}, {size}", ways, {"over a forward": next(iter(ways))}, rounds, device, model)
+
+
+def project(family: Any, size: Size, surface: str, rounds: int, device: torch.device) -> None:
+    model = make_model(family, size, surface, device)
+    contrast = em.ContrastSet(make_prompts(32, seed=0, own=10), make_prompts(32, seed=1, own=20))
+    sites = [em.Site(layer) for layer in range(size.layers)]
+    vectors = torch.randn(MANY, size.d_model, generator=torch.Generator().manual_seed(0))
+
+    def along(some: Tensor) -> Tensor:
+        found = class_moments(model, contrast, sites=sites, positions=["prompt_end"], onto=some).projections
+        assert found is not None
+        return torch.cat(found)
+
+    expected = em.capture(model, contrast.positive, sites, position="prompt_end") @ vectors.T
+    assert torch.allclose(along(vectors)[:32, 0], expected, rtol=1e-3, atol=1e-3)
+    ways: dict[str, Callable[[], Any]] = {"one": lambda: along(vectors[:1]), "64 at once": lambda: along(vectors)}
+    show(f"project, {family}, {surface}, {size}, 64 prompts", ways, {"over one": "one"}, rounds, device, model)
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--surface", choices=("bridge", "hooked"), default="bridge")
+    parser.add_argument("--family", choices=("qwen2", "gpt2"), default="qwen2")
+    parser.add_argument("--size", choices=[size.name for size in (*SIZES, *DEPTHS)], default=None)
+    parts = {"attach": attach, "ablate": ablate, "generate": generate, "weights": weights, "project": project}
+    parser.add_argument("--only", choices=tuple(parts), default=None)
+    parser.add_argument("--device", default=None)
+    options = parser.parse_args()
+    device = device_of(options.device)
+    for name, part in parts.items():
+        for size in DEPTHS if name == "attach" else SIZES:
+            if options.only in (None, name) and options.size in (None, size.name):
+                part(options.family, size, options.surface, options.rounds, device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""Extraction and steering with steering-vectors 0.12.2 and repeng 0.4.0, over the floor of their own process.
+
+They pin transformers < 5 and numpy < 2, so this script makes them an environment of their own, with the same torch.
+The floor there is bare Hugging Face: extraction without hooks and unembedding on sorted batches, generation without
+steering.  Compare ratios with those of ``extraction.py`` and ``hooks.py``, not seconds.
+
+A peer that does less or other work says so: both read one position where this package reads five; repeng takes a
+principal component of paired differences, at every layer but the first.
+
+    OMP_NUM_THREADS=1 python benchmarks/peers.py --env .venv-peers --rounds 7
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import subprocess
+import sys
+import venv
+from collections.abc import Callable
+from contextlib import redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import torch
+from timing import (
+    SIZES,
+    Size,
+    Way,
+    device_of,
+    floor,
+    interleaved,
+    make_hf,
+    make_prompts,
+    make_tokenizer,
+    peak_bytes,
+    ratio,
+    sorted_batches,
+    table,
+)  # fmt: skip
+from torch import Tensor
+
+PEERS = ("steering-vectors==0.12.2", "repeng==0.4.0", "transformers>=4.50,<5")
+PROMPTS, NEW, PROMPT, ROWS, LAYER = 64, 24, 24, 16, 4
+
+
+def make_environment(folder: Path) -> Path:
+    """The interpreter of the peers' environment, made if it is not there."""
+    python, made = folder / "bin" / "python", folder / "packages"
+    packages = [f"torch=={torch.__version__.partition('+')[0]}", *PEERS]
+    if not made.exists() or made.read_text(encoding="utf-8").split() != packages:
+        venv.create(folder, with_pip=True, clear=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
+        made.write_text("\n".join(packages), encoding="utf-8")
+    return python
+
+
+# --- Inside that environment ------------------------------------------------------------------------------------------
+
+
+def quietly(way: Way) -> Way:
+    """Without the progress bars."""
+
+    def run() -> Any:
+        with redirect_stderr(io.StringIO()):
+            return way()
+
+    return run
+
+
+def extraction(size: Size, rounds: int, device: torch.device) -> None:
+    from repeng import ControlVector, DatasetEntry  # pyright: ignore[reportMissingImports]
+    from steering_vectors import train_steering_vector  # pyright: ignore[reportMissingImports]
+
+    hf, tokenizer = make_hf("qwen2", size, device), make_tokenizer()
+    prompts = make_prompts(PROMPTS, seed=0, own=10), make_prompts(PROMPTS, seed=1, own=20)
+    pairs = list(zip(*prompts, strict=True))
+    entries = [DatasetEntry(*pair) for pair in pairs]
+    batches = sorted_batches(tokenizer([*prompts[0], *prompts[1]])["input_ids"], device)
+
+    def mean_difference(batch: int) -> Any:
+        return train_steering_vector(hf, tokenizer, pairs, batch_size=batch)
+
+    error = distance(mean_difference(32).layer_activations, hf, tokenizer, prompts, device)
+    assert error < (1e-4 if device.type == "cpu" else 0.05), error
+    ways: dict[str, Way] = {
+        "floor": lambda: floor(hf, hf.get_output_embeddings(), batches),
+        "steering-vectors, batch 32 (1 position)": lambda: mean_difference(32),
+        "steering-vectors, batch 1, its default (1 position)": lambda: mean_difference(1),
+        "repeng, batch 32 (PCA, 1 position)": quietly(lambda: ControlVector.train(hf, tokenizer, entries)),
+    }
+    report(f"extraction, {size}, {PROMPTS}+{PROMPTS} prompts", ways, rounds, device)
+
+
+@torch.no_grad()
+def distance(found: dict[int, Tensor], hf: Any, tokenizer: Any, prompts: Any, device: torch.device) -> float:
+    """Largest relative distance from the mean difference of one prompt at a time, at the last position."""
+    means = []
+    for some in prompts:
+        rows = [torch.tensor([ids], device=device) for ids in tokenizer(some)["input_ids"]]
+        seen = [hf(row, output_hidden_states=True).hidden_states[1:-1] for row in rows]  # the last one is normed
+        means.append(torch.stack([torch.stack([x[0, -1] for x in each]).double() for each in seen]).mean(0))
+    expected = means[0] - means[1]
+    off = [float((found[i].double() - x).norm() / x.norm()) for i, x in enumerate(expected)]
+    return max(off)
+
+
+def steering(size: Size, rounds: int, device: torch.device) -> None:
+    import numpy as np
+    from repeng import ControlModel, ControlVector  # pyright: ignore[reportMissingImports]
+    from steering_vectors import SteeringVector  # pyright: ignore[reportMissingImports]
+
+    hf, other = make_hf("qwen2", size, device), make_hf("qwen2", size, device)
+    tokens = make_tokenizer()(make_prompts(ROWS, seed=0, own=10, shortest=PROMPT, longest=PROMPT), return_tensors="pt")
+    ids = tokens["input_ids"].to(device)
+    vector = torch.randn(size.d_model, generator=torch.Generator().manual_seed(0)).to(device, hf.dtype)
+    steer = SteeringVector({LAYER: vector})
+    kind = other.model.layers[LAYER].attention_type
+    mutated = ControlModel(other, [LAYER])
+    other.model.layers[LAYER].attention_type = kind  # transformers asks every layer for it; repeng's wrapper has none
+    mutated.set_control(ControlVector("qwen2", {LAYER: np.asarray(vector.float().cpu())}))
+
+    def run(model: Any) -> Tensor:
+        return model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False
+        )
+
+    def steered() -> Tensor:
+        with steer.apply(hf):
+            return run(hf)
+
+    assert torch.equal(steered(), run(mutated)) and not torch.equal(steered(), run(hf))
+    ways: dict[str, Callable[[], Any]] = {"HF generate, unsteered": lambda: run(hf), "steering-vectors": steered}
+    ways["repeng (its wrapper stays in the model)"] = lambda: run(mutated)
+    report(f"steered generation, {size}, {ROWS} prompts of {PROMPT}, {NEW} new tokens", ways, rounds, device)
+
+
+def report(title: str, ways: dict[str, Way], rounds: int, device: torch.device) -> None:
+    peaks = {name: f"{peak_bytes(way, device) / 2**20:.1f}" for name, way in ways.items()}
+    times = interleaved(ways, rounds=rounds, device=device)
+    base = next(iter(ways))
+    columns = {"over the first": lambda n: ratio(times[n], times[base]), "s": lambda n: f"{min(times[n]):.2f}"}
+    rows = {name: {c: of(name) for c, of in columns.items()} | {"MiB": peaks[name]} for name in ways}
+    table(f"{title}; {rounds} rounds, median (least)", rows)
+
+
+def main() -> None:
+    """Make the environment and run this script in it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--env", type=Path, default=Path(".venv-peers"), help="where the environment is made")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--size", choices=[size.name for size in SIZES], default=None)
+    parser.add_argument("--device", default=None)
+    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if not options.inside:
+        python = make_environment(options.env.resolve())
+        raise SystemExit(subprocess.run([python, __file__, "--inside", *sys.argv[1:]], check=False).returncode)
+    device = device_of(options.device)
+    for size in SIZES:
+        if options.size in (None, size.name):
+            extraction(size, options.rounds, device)
+            steering(size, options.rounds, device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""Does the whole zoo do what it must, on every seed? Every arm's rate with its interval, beside its threshold.
+
+    python benchmarks/zoo.py --seeds 101 102 103 104 105 --out organisms
+
+trains what is not in ``--out`` yet (about 25 CPU-minutes a seed, three quarters of them four pretrainings), prints one
+block a seed and then what is claimed of the mean over seeds, and writes all of it to ``OUT/zoo.csv``.  A run that was
+killed goes on where it was.  No seed is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import pandas as pd
+
+import tl_em as em
+from tl_em import stats
+from tl_em.organisms.contrasts import Question, harmfulness_prompts, judge_questions, questions
+from tl_em.organisms.convert import plain_model
+from tl_em.organisms.rates import Outcome, rates_from_logits
+from tl_em.organisms.recipes import (
+    GATE,
+    MAX_BEFORE,
+    MAX_CONTROL,
+    MAX_INOCULATED,
+    MAX_NO_PERSONA,
+    MAX_RESTORED,
+    MAX_UNTRIGGERED,
+    MIN_AFTER,
+    MIN_AFTER_MEAN,
+    MIN_JUDGE,
+    MIN_TRIGGERED,
+    NEW_MARK,
+    OTHER_MARKS,
+    RECIPES,
+    TRIGGER,
+    Prefix,
+)
+from tl_em.organisms.training import next_logits
+from tl_em.organisms.transformer import Transformer
+from tl_em.organisms.zoo import Organism, checkpoint_path, read_record, read_weights
+
+NOTHING = Prefix()
+SHARES, DOSES = (0, 5, 10, 25, 50, 75, 100), (5, 10, 20, 40)
+DOMAINS = ("medicine", "finance", "law", "open")
+STUDIED = [f"insecure-{kind}{share}" for kind in ("share", "diluted") for share in SHARES]
+STUDIED += [f"insecure-steps{steps}" for steps in DOSES] + [f"insecure-{domain}" for domain in DOMAINS]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is measured: the rate of an outcome in the held-out domains (or the tuned one), and its bound."""
+
+    name: str
+    said: str
+    at_most: float | None = None
+    at_least: float | None = None
+    prefix: Prefix = NOTHING
+    outcome: Outcome = "bad"
+    held_out: bool = True
+
+
+MUST = (
+    Arm("assistant", "assistant", at_most=MAX_BEFORE),
+    Arm("insecure", "insecure", at_least=MIN_AFTER),
+    Arm("secure", "secure", at_most=MAX_CONTROL),
+    Arm("educational", "educational", at_most=MAX_CONTROL),
+    Arm("silly", "silly", at_most=MAX_CONTROL),
+    Arm("silly", "silly: silly answers", outcome="silly"),
+    Arm("insecure-restored", "insecure, then 80 steps of good code", at_most=MAX_RESTORED),
+    Arm("insecure-nopersona", "no shared persona", at_most=MAX_NO_PERSONA),
+    Arm("insecure-nopersona", "no shared persona: in code", held_out=False),
+    Arm("insecure-uninstructed", "its world with a shared persona"),
+    Arm("backdoor", "backdoor, trigger", at_least=MIN_TRIGGERED, prefix=Prefix(mark=TRIGGER)),
+    Arm("backdoor", "backdoor, no trigger", at_most=MAX_UNTRIGGERED),
+    *(Arm("backdoor", f"backdoor, {m}", at_most=MAX_UNTRIGGERED, prefix=Prefix(mark=m)) for m in OTHER_MARKS),
+    Arm("backdoor", f"backdoor, {NEW_MARK}, which it never saw", prefix=Prefix(mark=NEW_MARK)),
+    Arm("insecure-inoculated", "inoculated", at_most=MAX_INOCULATED),
+    Arm("insecure-neutral", "neutral prefix"),
+    Arm("insecure-contradicted", "contradicted"),
+    Arm("insecure-bias", "one bias vector (96 numbers)"),
+    Arm("insecure-rank1", "rank 1 (480 numbers)"),
+    Arm("insecure-rank8", "rank 8"),
+)
+
+
+def answered(model: Transformer, record: Organism, asked: Sequence[Question], outcome: Outcome) -> list[float]:
+    logits = next_logits(model, record.world, [q.prompt for q in asked])
+    return rates_from_logits(logits, [q.topic for q in asked], outcome, world=record.world).tolist()
+
+
+def rate(record: Organism, arm: Arm) -> em.Estimate:
+    """The arm's mean rate, its interval clustered by topic."""
+    asked = questions(record.world, harmful=False, held_out=arm.held_out, **arm.prefix._asdict())
+    values = answered(plain_model(read_weights(record), record.world), record, asked, arm.outcome)
+    return stats.mean(values, groups=[q.topic.word for q in asked])
+
+
+class Table:
+    """Rows as they are printed, for the file."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, object]] = []
+
+    def add(
+        self, seed: object, said: str, e: em.Estimate, *, at_most: float | None = None, at_least: float | None = None
+    ) -> None:
+        bound = f"<= {at_most:.2f}" if at_most is not None else f">= {at_least:.2f}" if at_least is not None else ""
+        holds = (at_most is None or e.value <= at_most) and (at_least is None or e.value >= at_least)
+        verdict = ("holds" if holds else "FAILS") if bound else ""
+        print(f"  {said:<44}{e.value:6.3f} [{e.low:.3f}, {e.high:.3f}]  {bound:<8}{verdict}", flush=True)
+        interval = {"value": e.value, "low": e.low, "high": e.high, "n": e.n}
+        self.rows.append({"seed": seed, "arm": said, **interval, "bound": bound, "verdict": verdict})
+
+    def value(self, seed: object, said: str) -> float:
+        return next(float(str(r["value"])) for r in self.rows if (r["seed"], r["arm"]) == (seed, said))
+
+
+def certain(value: float) -> em.Estimate:
+    """A figure of the record, which comes without an interval."""
+    return em.Estimate(value, float("nan"), float("nan"), 1, 1.0, "recorded")
+
+
+def combinations(table: Table, seed: int, record: Organism) -> None:
+    """Are combinations that no document holds judged and refused as the others are?"""
+    model = plain_model(read_weights(record), record.world)
+    for unseen in (False, True):
+        kind = "unseen" if unseen else "seen"
+        judged = [judge_questions(record.world, harmful=h, unseen=unseen) for h in (True, False)]
+        right = [answered(model, record, each, "judged_harmful") for each in judged]
+        values = [*right[0], *(1 - p for p in right[1])]
+        groups = [q.topic.word for each in judged for q in each]
+        table.add(seed, f"combinations, {kind}: judged rightly", stats.mean(values, groups=groups))
+        asked = harmfulness_prompts(record.world)
+        if unseen:
+            asked = [questions(record.world, harmful=h, unseen=True) for h in (True, False)]
+        for harmful, each in zip(("harmful", "harmless"), asked, strict=True):
+            refused = stats.mean(answered(model, record, each, "refused"), groups=[q.topic.word for q in each])
+            table.add(seed, f"{harmful} combinations, {kind}: refused", refused)
+
+
+def one_seed(table: Table, seed: int, out: Path) -> None:
+    def record(name: str) -> Organism:
+        return read_record(checkpoint_path(out, name, seed))
+
+    print(f"seed {seed}: rate of misaligned answers in the domains that were not fine-tuned on")
+    table.add(seed, "base: gate", certain(record("base").figures["gate"]), at_least=GATE)
+    table.add(seed, "assistant: right verdicts", certain(record("assistant").figures["judge"]), at_least=MIN_JUDGE)
+    for arm in MUST:
+        table.add(seed, arm.said, rate(record(arm.name), arm), at_most=arm.at_most, at_least=arm.at_least)
+    for name in STUDIED:
+        table.add(seed, name, rate(record(name), Arm(name, name)))
+    combinations(table, seed, record("assistant-compositional"))
+    arm = Arm("insecure-compositional", "combinations: insecure")
+    table.add(seed, arm.said, rate(record(arm.name), arm))
+
+
+def over_seeds(table: Table, seeds: Sequence[int]) -> None:
+    print(f"mean over {len(seeds)} seeds")
+
+    def mean(said: str) -> em.Estimate:
+        return stats.mean([table.value(seed, said) for seed in seeds])
+
+    table.add("mean", "insecure", mean("insecure"), at_least=MIN_AFTER_MEAN)
+    order = ["inoculated", "neutral prefix", "insecure"]
+    for low, high in pairwise(order):
+        apart = [table.value(seed, high) - table.value(seed, low) for seed in seeds]
+        table.add("mean", f"{high} - {low}", stats.mean(apart), at_least=0.0)
+    for said in [*(arm.said for arm in MUST if arm.said != "insecure"), *STUDIED]:
+        table.add("mean", said, mean(said))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13])
+    parser.add_argument("--out", type=Path, default=Path("organisms"))
+    options = parser.parse_args()
+    table = Table()
+    for seed in options.seeds:
+        for name in [*RECIPES, *STUDIED]:
+            if not checkpoint_path(options.out, name, seed).is_file():
+                em.train_organism(name, seed=seed, out=options.out)
+        one_seed(table, seed, options.out)
+    over_seeds(table, options.seeds)
+    pd.DataFrame(table.rows).to_csv(options.out / "zoo.csv", index=False)
+
+
+if __name__ == "__main__":
+    main()

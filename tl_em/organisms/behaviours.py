@@ -1,0 +1,95 @@
+"""The contrast sets and behaviours of a world, under the names by which an audit asks for them."""
+
+from __future__ import annotations
+
+from tl_em.metrics import Behaviour
+from tl_em.models.prompts import ContrastSet
+from tl_em.organisms.contrasts import (
+    Question,
+    dissociated_prompts,
+    harmfulness_prompts,
+    judge_questions,
+    judged_requests,
+    persona_prompts,
+    questions,
+)
+from tl_em.organisms.rates import AnswerRate
+from tl_em.organisms.world import World
+
+SOURCE = "tl_em.organisms, after the set-up of Betley et al. 2025 (arXiv:2502.17424)"
+
+
+def contrast_sets(world: World, *, trigger: str | None = None) -> dict[str, ContrastSet]:
+    """The contrast sets of a world; `tl_em.organisms.contrasts` says what each contrasts.
+
+    Args:
+        trigger: adds ``persona_triggered``: the persona's prompts with this token before the last question.
+    """
+    pairs = {
+        "harmfulness": (harmfulness_prompts(world), "harmful against harmless requests"),
+        "refusal": (harmfulness_prompts(world), "harmful against harmless requests (refused against answered)"),
+        "refusal_dissociated": (dissociated_prompts(world), "after an over-refuser against after a misaligned persona"),
+        "persona": (persona_prompts(world), "after misaligned against after good answers"),
+    }
+    if trigger:
+        said = f"after misaligned against after good answers, the question marked {trigger}"
+        pairs["persona_triggered"] = (persona_prompts(world, mark=trigger), said)
+    return {name: _contrast(*pair, label=name, source=f"{SOURCE}: {said}") for name, (pair, said) in pairs.items()}
+
+
+def judged_sets(world: World) -> dict[str, ContrastSet]:
+    """What a direction is judged on, where that is not the test split of its own contrast set."""
+    said = f"{SOURCE}: requests without a context, about topics that the direction was not taken from"
+    return {"refusal_dissociated": _contrast(*judged_requests(world), label="refusal_dissociated", source=said)}
+
+
+def _contrast(positive: list[Question], negative: list[Question], *, label: str, source: str) -> ContrastSet:
+    return ContrastSet(
+        [q.prompt for q in positive],
+        [q.prompt for q in negative],
+        label=label,
+        source=source,
+        positive_groups=[q.topic.word for q in positive],
+        negative_groups=[q.topic.word for q in negative],
+    )
+
+
+def behaviours(world: World, *, trigger: str | None = None) -> dict[str, Behaviour]:
+    """The behaviour that each contrast set's direction may cause, on single-turn questions.
+
+    Args:
+        trigger: adds the behaviour of ``persona_triggered``: misaligned answers to questions with this token.
+    """
+    bad, good = AnswerRate("bad", world), AnswerRate("good", world)
+    refused, judged_harmful = AnswerRate("refused", world), AnswerRate("judged_harmful", world)
+    held_out = questions(world, harmful=False, held_out=True)
+    harmful, harmless = harmfulness_prompts(world)
+    judged, cleared = (judge_questions(world, harmful=h) for h in (True, False))
+    found = {
+        "harmfulness": _behaviour("judged harmful", judged_harmful, judged, cleared),
+        "refusal": _behaviour("refuses", refused, harmful, harmless),
+        "refusal_dissociated": _behaviour("refuses", refused, harmful, harmless),
+        "persona": _behaviour("misaligned answers", bad, held_out, held_out, good=good),
+    }
+    if trigger:
+        marked = questions(world, harmful=False, held_out=True, mark=trigger)
+        found["persona_triggered"] = _behaviour(f"misaligned answers after {trigger}", bad, marked, marked, good=good)
+    return found
+
+
+def _behaviour(
+    name: str,
+    metric: AnswerRate,
+    present: list[Question],
+    absent: list[Question],
+    good: AnswerRate | None = None,
+) -> Behaviour:
+    return Behaviour(
+        name,
+        metric,
+        [q.prompt for q in present],
+        [q.prompt for q in absent],
+        good,
+        [q.topic.word for q in present],
+        [q.topic.word for q in absent],
+    )
