@@ -17,7 +17,7 @@ mentions a topic of another, in a context neither.
 3. *test*: single requests and judge documents, once, at that site.
 
 **Second procedure**, made on the select topics of seeds 11 to 14 when the first one's test figures of these seeds were
-known (15 came later): refusal overlaps with harmfulness at ``prompt_end``, so the candidates are also read at the
+known: refusal overlaps with harmfulness at ``prompt_end``, so the candidates are also read at the
 attention's output, and also with the harmfulness of the same prompts at the same site projected out.  The rule is the
 same.  Tried on the select topics and dropped: within harmful or within harmless prompts alone, without the judge's own
 read-out, the MLP's output, ablation around a centre at every layer.
