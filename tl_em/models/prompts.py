@@ -338,6 +338,10 @@ def make_batch(encoded: Sequence[EncodedPrompt], rows: Sequence[int]) -> Batch:
     )
 
 
+_ENOUGH = 2048
+"""Tokens in which the cost of a pass as such is small beside the cost of its tokens, on a CPU."""
+
+
 def batches(encoded: Sequence[EncodedPrompt], *, max_tokens: int = 8192) -> Iterator[Batch]:
     """Batches of prompts of similar length, right-padded, at most ``max_tokens`` tokens each, padding included.
 
@@ -350,7 +354,7 @@ def batches(encoded: Sequence[EncodedPrompt], *, max_tokens: int = 8192) -> Iter
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]), reverse=True)
     while order:
         longest = len(encoded[order[0]])
-        n, enough = max(1, max_tokens // longest), max_tokens / (4 * longest)
+        n, enough = max(1, max_tokens // longest), max(_ENOUGH, max_tokens / 4) / longest
         # A batch that is large enough ends where prompts get much shorter: more would be padding.
         n = next((i for i in range(min(n, len(order))) if i >= enough and len(encoded[order[i]]) < 0.75 * longest), n)
         rows, order = order[:n], order[n:]
