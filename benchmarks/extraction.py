@@ -1,10 +1,11 @@
 """What does extraction cost?  Mean differences at the last 5 positions of all layers, over the least a surface can do.
 
-The floor runs the same prompts on the same surface: sorted by length, in batches of 32, tokenized beforehand, without
-hooks and without the unembedding.  Beside this package's two calls (before every block, as published, which needs no
-last block; after every block, which needs all) stand the procedure of refusal_direction, written anew from its
-description (Arditi et al., arXiv:2406.11717: batches of 32 in the order given, padded on the left, logits of all
-positions, a pass for each class, float64 means of every block's input), and TransformerLens's ``run_with_cache``.
+The floor runs the same prompts on the same surface: tokenized in one call, sorted by length, in batches of 32, without
+hooks and without the unembedding; what it costs when the tokens are there beforehand is in a row of its own.  Every
+other way tokenizes too, each batch as it comes.  Beside this package's two calls (before every block, as published,
+which needs no last block; after every block, which needs all) stand the procedure of refusal_direction, written anew
+from its description (Arditi et al., arXiv:2406.11717: batches of 32 in the order given, padded on the left, logits of
+all positions, a pass for each class, float64 means of every block's input), and TransformerLens's ``run_with_cache``.
 
 That all give what one prompt at a time gives (1e-4 relative) is asserted before the clock starts.  Only on a bare
 GPT-2, whose learned positions left padding shifts, the published procedure gives another thing: see its row's error.
@@ -24,7 +25,6 @@ import torch
 from timing import (
     DEPTHS,
     SIZES,
-    Rows,
     Size,
     Way,
     batched,
@@ -56,23 +56,32 @@ def make_contrast(count: int) -> em.ContrastSet:
     return em.ContrastSet(make_prompts(count, seed=0, own=10), make_prompts(count, seed=1, own=20))
 
 
-def token_rows(model: Any, contrast: em.ContrastSet) -> tuple[Rows, Rows]:
-    """The tokens that this package reads, so that all ways read the same."""
-    positive, negative = (encode(model, prompts) for prompts in (contrast.positive, contrast.negative))
-    return [prompt.ids for prompt in positive], [prompt.ids for prompt in negative]
+Texts = tuple[Sequence[str], Sequence[str]]
+
+
+def token_rows(model: Any, texts: Sequence[str]) -> list[list[int]]:
+    """One call of the tokenizer."""
+    return model.tokenizer(list(texts))["input_ids"]
+
+
+def check_rows(model: Any, classes: Texts) -> None:
+    """Raise unless all ways read the tokens that this package reads."""
+    for texts in classes:
+        assert token_rows(model, texts) == [list(prompt.ids) for prompt in encode(model, texts)]
 
 
 # --- The ways ---------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def slow(model: Any, classes: tuple[Rows, Rows], stream: str, device: torch.device) -> Tensor:
+def slow(model: Any, classes: Texts, stream: str, device: torch.device) -> Tensor:
     """[position layer d_model]: one prompt at a time, nothing padded, everything kept."""
     points = [hook_points(model)[f"blocks.{i}.hook_{stream}"] for i in range(model.cfg.n_layers)]
     seen: list[Tensor] = []
     handles = [point.register_forward_hook(lambda m, a, out: seen.append(out[0, -K:].double())) for point in points]
     means = []
-    for rows in classes:
+    for texts in classes:
+        rows = token_rows(model, texts)
         seen.clear()
         for row in rows:
             model(torch.tensor([row], device=device))
@@ -84,23 +93,24 @@ def slow(model: Any, classes: tuple[Rows, Rows], stream: str, device: torch.devi
 
 @torch.no_grad()
 def published(
+    model: Any,
     run: Callable[[Tensor, Tensor], Any],
     blocks: Sequence[torch.nn.Module],
-    classes: tuple[Rows, Rows],
+    classes: Texts,
     width: int,
     device: torch.device,
 ) -> Tensor:
     """refusal_direction's procedure; ``blocks`` are modules whose first input is a block's input."""
     means = []
-    for rows in classes:
+    for texts in classes:
         total = torch.zeros(K, len(blocks), width, dtype=torch.float64, device=device)
 
-        def add(layer: int, module: Any, args: tuple[Tensor, ...], total: Tensor = total, n: int = len(rows)) -> None:
+        def add(layer: int, module: Any, args: tuple[Tensor, ...], total: Tensor = total, n: int = len(texts)) -> None:
             total[:, layer] += args[0][:, -K:].to(torch.float64).sum(0) / n
 
         handles = [block.register_forward_pre_hook(partial(add, i)) for i, block in enumerate(blocks)]
-        for some in batched(rows):
-            run(*padded(some, "left", device))
+        for some in batched(texts):
+            run(*padded(token_rows(model, some), "left", device))
         for handle in handles:
             handle.remove()
         means.append(total)
@@ -108,19 +118,19 @@ def published(
 
 
 @torch.no_grad()
-def cached(model: Any, classes: tuple[Rows, Rows], device: torch.device, **options: Any) -> Tensor:
+def cached(model: Any, classes: Texts, device: torch.device, **options: Any) -> Tensor:
     """TransformerLens's own way: the cache of a batch, then the wanted positions of it."""
     means = []
-    for rows in classes:
+    for texts in classes:
         total: Tensor | float = 0.0
-        for some in batched(rows):
-            tokens, mask = padded(some, "right", device)
+        for some in batched(texts):
+            tokens, mask = padded(token_rows(model, some), "right", device)
             _, cache = model.run_with_cache(tokens, **options)
             last = mask.sum(1, keepdim=True) + torch.tensor(POSITIONS, device=device)
             each = torch.arange(len(some), device=device)[:, None]
             kept = [cache[f"blocks.{i}.hook_resid_pre"][each, last] for i in range(model.cfg.n_layers)]
             total = total + torch.stack(kept, 2).double().sum(0)
-        means.append(total / len(rows))
+        means.append(total / len(texts))
     return (means[0] - means[1]).cpu()
 
 
@@ -141,14 +151,17 @@ def make_ways(
     hf = make_hf(family, size, device)
     inner: Any = hf.model.layers if family == "qwen2" else hf.transformer.h
     own = [hook_points(model)[f"blocks.{i}.hook_resid_pre"] for i in range(size.layers)]
-    classes = token_rows(model, contrast)
-    batches = sorted_batches([*classes[0], *classes[1]], device)
+    classes: Texts = ([str(p) for p in contrast.positive], [str(p) for p in contrast.negative])
+    check_rows(model, classes)
+    everything = [*classes[0], *classes[1]]
+    batches = sorted_batches(token_rows(model, everything), device)
     ways: dict[str, Way] = {
-        "floor": lambda: floor(model, model.unembed, batches),
+        "floor": lambda: floor(model, model.unembed, sorted_batches(token_rows(model, everything), device)),
+        "floor, tokens given": lambda: floor(model, model.unembed, batches),
         "tl_em, after every block": lambda: after_every_block(model, contrast),
         "tl_em, before every block": lambda: before_every_block(model, contrast),
         "refusal_direction's": lambda: published(
-            lambda tokens, mask: model(tokens, attention_mask=mask), own, classes, size.d_model, device
+            model, lambda tokens, mask: model(tokens, attention_mask=mask), own, classes, size.d_model, device
         ),
         "run_with_cache, filtered": lambda: cached(
             model, classes, device, names_filter=lambda name: name.endswith("hook_resid_pre")
@@ -156,7 +169,7 @@ def make_ways(
         "run_with_cache, all": lambda: cached(model, classes, device),
         "bare HF: floor": lambda: floor(hf, hf.get_output_embeddings(), batches),
         "bare HF: refusal_direction's": lambda: published(
-            lambda tokens, mask: hf(tokens, attention_mask=mask), inner, classes, size.d_model, device
+            model, lambda tokens, mask: hf(tokens, attention_mask=mask), inner, classes, size.d_model, device
         ),
     }
     return model, ways
@@ -169,7 +182,7 @@ def measure(family: Any, size: Size, surface: str, rounds: int, prompts: int, de
     """A table of one model: counters, errors, peak memory, time over the floor."""
     contrast = make_contrast(prompts)
     model, ways = make_ways(family, size, surface, contrast, device)
-    classes = token_rows(model, contrast)
+    classes: Texts = ([str(p) for p in contrast.positive], [str(p) for p in contrast.negative])
     expected = {stream: slow(model, classes, stream, device) for stream in ("resid_pre", "resid_post")}
     rows: dict[str, dict[str, Any]] = {}
     for name, way in ways.items():

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -32,6 +32,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFa
 Family = Literal["qwen2", "gpt2"]
 Way = Callable[[], Any]
 Rows = Sequence[Sequence[int]]
+T = TypeVar("T")
 WORDS, BATCH = 2000, 32
 
 
@@ -127,7 +128,7 @@ def padded(rows: Rows, side: str, device: torch.device) -> tuple[Tensor, Tensor]
     return torch.tensor(tokens, device=device), torch.tensor(mask, device=device)
 
 
-def batched(rows: Rows) -> Iterator[Rows]:
+def batched(rows: Sequence[T]) -> Iterator[Sequence[T]]:
     """Batches of 32, in the order given."""
     for i in range(0, len(rows), BATCH):
         yield rows[i : i + BATCH]

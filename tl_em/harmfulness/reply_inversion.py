@@ -33,8 +33,7 @@ from tl_em.metrics import single_token
 from tl_em.models.capture import capture, next_token_logits
 from tl_em.models.contrasts import ContrastSet, Prompt, as_prompts
 from tl_em.models.hooks import LensModel
-from tl_em.models.prompts import EncodedPrompt, encode
-from tl_em.models.prompts import _tokens_and_spans as tokens_and_spans
+from tl_em.models.prompts import EncodedPrompt, encode, tokens_and_spans
 from tl_em.models.sites import Site
 from tl_em.stats import Estimate, control_p, mean, paired_difference
 

@@ -179,7 +179,7 @@ def stream(
     current: dict[str, Any] = {}
 
     def read(site: int, x: Tensor, hook: Any) -> None:
-        keep(site, current["rows"], points[site](_pool(x.detach(), current["spans"])))
+        keep(site, current["rows"], points[site](current["pool"](x.detach())))
         waiting.discard(site)
         if not waiting:
             raise _EverythingRead
@@ -188,7 +188,7 @@ def stream(
     with torch.no_grad(), hooked(model, reads, check=False):
         for batch in batches(encoded, max_tokens=_read_tokens(model)):
             waiting.update(range(len(sites)))
-            current.update(rows=torch.tensor(batch.rows), spans=spans[list(batch.rows)])
+            current.update(rows=torch.tensor(batch.rows), pool=_pooling(spans[list(batch.rows)], batch.tokens.shape[1]))
             try:
                 _forward(model, batch)
             except _EverythingRead:
@@ -271,17 +271,27 @@ def _forward(model: LensModel, batch: Batch) -> Any:
         current_batch.reset(running)
 
 
-def _pool(x: Tensor, spans: Int[Tensor, "prompt position 2"]) -> Float[Tensor, "prompt position d_model"]:
-    """Mean over each span; a gather where every span is one token."""
-    single = bool((spans[..., 1] - spans[..., 0] == 1).all())  # asked on the CPU: no wait for a device
-    spans = spans.to(x.device)
-    if single:
-        return x[torch.arange(len(x), device=x.device)[:, None], spans[..., 0]]
-    columns = torch.arange(x.shape[1], device=x.device)
+def _pooling(
+    spans: Int[Tensor, "prompt position 2"], width: int
+) -> Callable[[Tensor], Float[Tensor, "prompt position d_model"]]:
+    """A function that takes a batch's activations to the mean over each span: a gather where all are single tokens."""
+    if bool((spans[..., 1] - spans[..., 0] == 1).all()):
+        rows, at = torch.arange(len(spans))[:, None], spans[..., 0]
+
+        def gather(x: Tensor) -> Tensor:
+            return x[rows.to(x.device), at.to(x.device)]
+
+        return gather
+    columns = torch.arange(width)
     inside = ((columns >= spans[..., :1]) & (columns < spans[..., 1:])).to(torch.float32)
-    # Padding may hold infinities under an intervention; 0 * inf would be NaN.
-    clean = torch.where(inside.any(1)[..., None], x.float(), 0.0)
-    return inside @ clean / inside.sum(-1, keepdim=True)
+
+    def average(x: Tensor) -> Tensor:
+        within = inside.to(x.device)
+        # Padding may hold infinities under an intervention; 0 * inf would be NaN.
+        clean = torch.where(within.any(1)[..., None], x.float(), 0.0)
+        return within @ clean / within.sum(-1, keepdim=True)
+
+    return average
 
 
 def check_finite(

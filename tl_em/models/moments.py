@@ -13,6 +13,7 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -212,8 +213,9 @@ def _run(
 ) -> ClassMoments:
     device, width = model.cfg.device, int(model.cfg.d_model)
     shape = (len(positions), len(sites), width)
-    total = torch.zeros(2 * PARTS, *shape, dtype=torch.float64, device=device)
-    square = torch.zeros(2, *shape, dtype=torch.float64, device=device)
+    # [site, slot or label, position * d_model]: the sums over a batch's prompts are one product a site
+    total = torch.zeros(len(sites), 2 * PARTS, len(positions) * width, dtype=torch.float64, device=device)
+    square = torch.zeros(len(sites), 2, len(positions) * width, dtype=torch.float64, device=device)
     sample = torch.empty(int(sums.kept.max()) + 1, *shape)
     onto = None if sums.onto is None else sums.onto.to(device, torch.float32)
     along = None if onto is None else torch.empty(len(encoded), *shape[:2], len(onto))
@@ -223,10 +225,9 @@ def _run(
     def add(site: int, rows: Int[Tensor, " prompt"], x: Float[Tensor, "prompt position d_model"]) -> None:
         if batch.get("rows") is not rows:  # the same for every site of a batch
             batch.update(rows=rows, **sums.of(rows, device))
-        wide = x.double()
-        # sums over prompts as one product: [slot prompt] @ [prompt position * d_model]
-        total[:, :, site] += (batch["parts"] @ wide.flatten(1)).view(2 * PARTS, *wide.shape[1:])
-        square[:, :, site] += (batch["labels"] @ wide.square_().flatten(1)).view(2, *wide.shape[1:])
+        wide = x.double().flatten(1)
+        total[site].addmm_(batch["parts"], wide)
+        square[site].addmm_(batch["labels"], wide.square_())
         if len(batch["kept"]):
             sample[batch["kept"], :, site] = x[batch["from"]].float().cpu()
         if along is not None and onto is not None:
@@ -237,10 +238,11 @@ def _run(
         captured(model, encoded, sites, positions)  # names the prompt and the site
     weight = torch.zeros(2 * PARTS, dtype=torch.float64).index_add_(0, sums.slots, sums.weights)
     first = min(SAMPLE, sums.n[0])
+    apart = (len(sites), -1, len(positions), width)
     return ClassMoments(
         weight=weight.reshape(2, PARTS),
-        total=total.cpu().reshape(2, PARTS, *shape),
-        square=square.cpu(),
+        total=total.cpu().view(apart).permute(1, 2, 0, 3).unflatten(0, (2, PARTS)),
+        square=square.cpu().view(apart).permute(1, 2, 0, 3),
         sample=(sample[:first], sample[first:]),
         projections=None if along is None else (along[: sums.n[0]], along[sums.n[0] :]),
         n=sums.n,
@@ -255,13 +257,12 @@ def halves(weight: Float64[Tensor, "label part"]) -> Iterable[tuple[list[int], l
         >>> sum(1 for _ in halves(torch.ones(2, 8, dtype=torch.float64)))
         35
     """
-    from itertools import combinations
-
-    held = [part for part in range(weight.shape[1]) if bool(weight[:, part].sum() > 0)]
+    filled = (weight > 0).tolist()  # plain lists: indexing tensors would take longer than the pass over the prompts
+    held = [part for part in range(weight.shape[1]) if filled[0][part] or filled[1][part]]
     size = len(held) // 2
     for first in combinations(held, size) if size else ():
         second = [part for part in held if part not in first]
         if 2 * size == len(held) and first[0] != held[0]:
             continue  # the same two halves, the other way round
-        if bool((weight[:, list(first)].sum(1) > 0).all() and (weight[:, second].sum(1) > 0).all()):
+        if all(any(each[part] for part in half) for half in (first, second) for each in filled):
             yield list(first), second

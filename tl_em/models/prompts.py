@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -33,6 +34,7 @@ __all__ = [
     "encode",
     "make_batch",
     "token_index",
+    "tokens_and_spans",
 ]
 
 Span = tuple[int, int]
@@ -99,26 +101,31 @@ def encode(
         or chat messages for a tokenizer that cannot render them.
     """
     prompts = as_prompts(prompts)
-    once: dict[int, EncodedPrompt] = {}  # a prompt that is repeated (a row a direction) is rendered once
-    for prompt in prompts:
-        if id(prompt) not in once:
-            once[id(prompt)] = prompt if isinstance(prompt, EncodedPrompt) else _encode_one(model, prompt, chat)
-    encoded = [once[id(prompt)] for prompt in prompts]
-    _check_lengths(encoded, int(model.cfg.n_ctx))
-    return encoded
-
-
-def _encode_one(model: LensModel, prompt: Prompt, chat: bool | None) -> EncodedPrompt:
     tokenizer = getattr(model, "tokenizer", None)
-    if tokenizer is None:
+    # A prompt that is repeated (a row a direction) is encoded once.
+    once: dict[int, Prompt | EncodedPrompt] = {id(prompt): prompt for prompt in prompts}
+    plain = [key for key, prompt in once.items() if _is_plain(tokenizer, prompt, chat)]
+    encoded = dict(zip(plain, _encode_plain(model, tokenizer, [str(once[key]) for key in plain]), strict=True))
+    for key, prompt in once.items():
+        if key not in encoded:
+            encoded[key] = prompt if isinstance(prompt, EncodedPrompt) else _encode_turns(tokenizer, prompt)
+    found = [encoded[id(prompt)] for prompt in prompts]
+    _check_lengths(found, int(model.cfg.n_ctx))
+    return found
+
+
+def _is_plain(tokenizer: Any, prompt: Prompt | EncodedPrompt, chat: bool | None) -> bool:
+    """Whether a prompt is read without a chat template."""
+    if tokenizer is None and not isinstance(prompt, EncodedPrompt):
         raise PromptError(
             "The model has no tokenizer, so text means nothing to it. Load it with load_model(source, tokenizer=…), or "
             "pass tokens: EncodedPrompt.from_ids([…])."
         )
-    template = getattr(tokenizer, "chat_template", None)
-    if isinstance(prompt, str) and (template is None or chat is False):
-        return _encode_plain(model, tokenizer, prompt)
-    if template is None:
+    return isinstance(prompt, str) and (getattr(tokenizer, "chat_template", None) is None or chat is False)
+
+
+def _encode_turns(tokenizer: Any, prompt: Prompt) -> EncodedPrompt:
+    if getattr(tokenizer, "chat_template", None) is None:
         raise PromptError(
             "Chat messages were given, but the tokenizer has no chat template, so it is unknown how the model was "
             "shown turns. Pass plain strings, or set model.tokenizer.chat_template."
@@ -127,17 +134,38 @@ def _encode_one(model: LensModel, prompt: Prompt, chat: bool | None) -> EncodedP
     return _encode_chat(tokenizer, messages)
 
 
-def _encode_plain(model: LensModel, tokenizer: Any, text: str) -> EncodedPrompt:
-    if not text.strip():
-        raise PromptError(f"The prompt {text!r} is empty, so there is no token to read at. Drop it.")
+def _encode_plain(model: LensModel, tokenizer: Any, texts: Sequence[str]) -> list[EncodedPrompt]:
+    if not texts:
+        return []
+    empty = [text for text in texts if not text.strip()]
+    if empty:
+        raise PromptError(f"The prompt {empty[0]!r} is empty, so there is no token to read at. Drop it.")
     bos = tokenizer.bos_token_id
     # Some loaders invent a BOS token that the model has no embedding for.
     has_bos = bos is not None and bos < int(model.cfg.d_vocab)
-    options: dict[str, Any] = {} if has_bos else {"prepend_bos": False}
-    ids = tuple(model.to_tokens(text, truncate=False, move_to_device=False, **options)[0].tolist())
-    _check_known(tokenizer, text, ids)
-    start = int(has_bos and len(ids) > 1 and ids[0] == bos and not text.startswith(str(tokenizer.bos_token)))
-    return EncodedPrompt(ids, (start, len(ids)), len(ids) - 1, None, text)
+    encoded = []
+    for text, ids in zip(texts, _plain_ids(model, tokenizer, texts, has_bos), strict=True):
+        _check_known(tokenizer, text, ids)
+        start = int(has_bos and len(ids) > 1 and ids[0] == bos and not text.startswith(str(tokenizer.bos_token)))
+        encoded.append(EncodedPrompt(ids, (start, len(ids)), len(ids) - 1, None, text))
+    return encoded
+
+
+def _plain_ids(model: LensModel, tokenizer: Any, texts: Sequence[str], has_bos: bool) -> list[tuple[int, ...]]:
+    """What ``to_tokens`` makes of each text: in one call of the tokenizer where that gives the first of them as well.
+
+    ``to_tokens`` takes one text at a time, at ten times the cost: a list it pads, and padding may look like text.
+    """
+
+    def one(text: str) -> list[int]:
+        options: dict[str, Any] = {} if has_bos else {"prepend_bos": False}
+        return model.to_tokens(text, truncate=False, move_to_device=False, **options)[0].tolist()
+
+    first = one(texts[0])
+    for prefix in ("", str(tokenizer.bos_token)):
+        if tokenizer(prefix + texts[0])["input_ids"] == first:
+            return [tuple(ids) for ids in tokenizer([prefix + text for text in texts])["input_ids"]]
+    return [tuple(first), *(tuple(one(text)) for text in texts[1:])]
 
 
 def _encode_chat(tokenizer: Any, messages: list[dict[str, str]]) -> EncodedPrompt:
@@ -149,7 +177,7 @@ def _encode_chat(tokenizer: Any, messages: list[dict[str, str]]) -> EncodedPromp
     _check_rendered(text, messages)
     instruction = _content_span(tokenizer, messages, users[-1], text, not answered)
     response = _content_span(tokenizer, messages, len(messages) - 1, text, False) if answered else None
-    ids, span_of = _tokens_and_spans(tokenizer, text)
+    ids, span_of = tokens_and_spans(tokenizer, text)
     _check_known(tokenizer, text, ids)
     if response is None:
         return EncodedPrompt(ids, span_of(*instruction), len(ids) - 1, None, text)
@@ -210,7 +238,7 @@ def _content_span(
     return start + len(text[start:end]) - len(text[start:end].lstrip()), start + len(text[start:end].rstrip())
 
 
-def _tokens_and_spans(tokenizer: Any, text: str) -> tuple[tuple[int, ...], Callable[[int, int], Span]]:
+def tokens_and_spans(tokenizer: Any, text: str) -> tuple[tuple[int, ...], Callable[[int, int], Span]]:
     """Tokens of rendered text, and a function from a span of characters to the span of tokens that overlap it."""
     if getattr(tokenizer, "is_fast", False):
         batch = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -338,24 +366,30 @@ def make_batch(encoded: Sequence[EncodedPrompt], rows: Sequence[int]) -> Batch:
     )
 
 
-_ENOUGH = 2048
-"""Tokens in which the cost of a pass as such is small beside the cost of its tokens, on a CPU."""
+_A_PASS = 8
+"""What a pass costs beside its tokens: as much as this part of ``max_tokens``."""
 
 
 def batches(encoded: Sequence[EncodedPrompt], *, max_tokens: int = 8192) -> Iterator[Batch]:
     """Batches of prompts of similar length, right-padded, at most ``max_tokens`` tokens each, padding included.
 
-    Right padding is exact on every surface, left padding without a mask is not.
+    Cut where padding and passes together cost least. Right padding is exact on every surface, left padding without a
+    mask is not.
 
     Example:
         >>> [b.rows for b in batches([EncodedPrompt.from_ids(range(n)) for n in (5, 2, 4)], max_tokens=10)]
         [(0, 2), (1,)]
     """
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]), reverse=True)
-    while order:
-        longest = len(encoded[order[0]])
-        n, enough = max(1, max_tokens // longest), max(_ENOUGH, max_tokens / 4) / longest
-        # A batch that is large enough ends where prompts get much shorter: more would be padding.
-        n = next((i for i in range(min(n, len(order))) if i >= enough and len(encoded[order[i]]) < 0.75 * longest), n)
-        rows, order = order[:n], order[n:]
-        yield make_batch(encoded, rows)
+    least = np.zeros(len(order) + 1)  # tokens, passes counted as tokens, of the prompts from here on
+    ends = [0] * len(order)
+    for i in reversed(range(len(order))):
+        longest = len(encoded[order[i]])
+        n = min(max(1, max_tokens // longest), len(order) - i)
+        costs = longest * np.arange(1, n + 1) + max_tokens / _A_PASS + least[i + 1 : i + n + 1]
+        best = int(costs.argmin())
+        least[i], ends[i] = costs[best], i + best + 1
+    start = 0
+    while start < len(order):
+        yield make_batch(encoded, order[start : ends[start]])
+        start = ends[start]

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal, get_args
 from weakref import WeakKeyDictionary
@@ -138,7 +139,7 @@ class Provenance:
             tokenizer=vocabulary_hash(getattr(model, "tokenizer", None)),
             data=data,
             seed=seed,
-            versions=_versions(),
+            versions=dict(_versions()),
         )
 
     def differences(self, model: Any) -> list[str]:
@@ -233,6 +234,7 @@ def _weight_processing(model: Any) -> str:
     return "+".join([word for word, holds in (("folded", folded), ("centred", centred)) if holds]) or "raw"
 
 
+@cache
 def _versions() -> dict[str, str]:
     found = {}
     for package in ("tl-em", "transformer-lens", "transformers", "torch"):
