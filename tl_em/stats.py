@@ -247,6 +247,31 @@ def mean(values: ArrayLike, *, groups: Groups | None = None, seed: int = 0) -> E
     return paired_difference(np.zeros_like(x), x, groups=groups, seed=seed).estimate
 
 
+def mean_over_units(values: ArrayLike, units: Sequence[Hashable]) -> Estimate:
+    """Mean over a few independent units (seeds, say), each counting once, with Student's t interval.
+
+    A bootstrap of three or five units cannot leave the range that they span, and covers too little.
+
+    Args:
+        values: one for each row.
+        units: the unit of each row; rows of one unit are averaged first.
+
+    Example:
+        >>> mean_over_units([0.1, 0.3, 0.5, 0.6, 0.8], [1, 1, 2, 3, 3])
+        0.47 [-0.16, 1.09] n=3
+    """
+    from scipy.stats import t
+
+    x, rows = _vector(values), list(units)
+    means = np.array([x[[i for i, unit in enumerate(rows) if unit == each]].mean() for each in dict.fromkeys(rows)])
+    n, nan = len(means), float("nan")
+    if n < 2:
+        return Estimate(float(means[0]), nan, nan, n, float(n), "one unit, no interval")
+    half = float(t.ppf(0.975, n - 1) * means.std(ddof=1) / np.sqrt(n))
+    value = float(means.mean())
+    return Estimate(value, value - half, value + half, n, float(n), f"Student's t over {n} units")
+
+
 def paired_difference(before: ArrayLike, after: ArrayLike, *, groups: Groups | None = None, seed: int = 0) -> Resampled:
     """Mean of ``after - before``, prompt by prompt.
 

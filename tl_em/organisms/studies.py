@@ -36,7 +36,7 @@ from tl_em.organisms.study_cells import (
     source_version,
     write_cell,
 )
-from tl_em.stats import mean
+from tl_em.stats import mean_over_units
 from tl_em.writing import check_writable, replacing
 
 if TYPE_CHECKING:
@@ -122,14 +122,14 @@ def run_study(
     return _write_table(_arrow(cells, rows), folder / TABLE)
 
 
-def summarise_study(table: pd.DataFrame, value: str, *, by: Sequence[str], seed: int = 0) -> pd.DataFrame:
-    """Mean of a column over seeds with its interval, for each group of rows; the seeds are what is resampled.
+def summarise_study(table: pd.DataFrame, value: str, *, by: Sequence[str], unit: str = "seed") -> pd.DataFrame:
+    """Mean of a column over seeds with its interval (Student's t), for each group of rows; a seed counts once.
 
     Args:
         table: what `run_study` returned.
         value: the column to average.
         by: columns that name a group, e.g. those of the grid.
-        seed: seed of the resampling.
+        unit: the column whose values are the independent units.
 
     Returns:
         DataFrame with the columns of `by`, then value, low, high (95 % interval, NaN for one seed) and n (seeds).
@@ -139,17 +139,17 @@ def summarise_study(table: pd.DataFrame, value: str, *, by: Sequence[str], seed:
 
     Example:
         >>> import pandas as pd
-        >>> table = pd.DataFrame({"arm": "none", "seed": [1, 1, 2, 2], "bad": [0.1, 0.3, 0.5, 0.7]})
-        >>> summarise_study(table, "bad", by=["arm"])
-            arm  value  low  high  n
-        0  none    0.4  0.2   0.6  2
+        >>> table = pd.DataFrame({"arm": "none", "seed": [1, 1, 2, 3, 3], "bad": [0.1, 0.3, 0.5, 0.6, 0.8]})
+        >>> summarise_study(table, "bad", by=["arm"]).round(2)
+            arm  value   low  high  n
+        0  none   0.47 -0.16  1.09  3
     """
     import pandas as pd
 
     rows = []
     for group, part in table.groupby(list(by), sort=False, dropna=False):
-        e = mean(part[value], groups=part["seed"].tolist(), seed=seed)
-        rows.append((*group, e.value, e.low, e.high, part["seed"].nunique()))
+        e = mean_over_units(part[value], part[unit].tolist())
+        rows.append((*group, e.value, e.low, e.high, e.n))
     return pd.DataFrame(rows, columns=[*by, "value", "low", "high", "n"])
 
 

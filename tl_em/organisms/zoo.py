@@ -303,12 +303,15 @@ def train_organism(
     """
     wanted, folder = recipe(name), Path(out)
     check_writable(checkpoint_path(folder, wanted.name, seed))
-    tuned = _trained(wanted, seed, folder, shipped, progress)
-    base = tuned if wanted.start is None else _trained(recipe(wanted.start), seed, folder, shipped, progress)
+    tuned = trained(wanted, seed, folder, shipped, progress)
+    base = tuned if wanted.start is None else trained(recipe(wanted.start), seed, folder, shipped, progress)
     return pair_of(base, tuned, surface=surface)
 
 
-def _trained(wanted: Recipe, seed: int, folder: Path, use_shipped: bool, progress: bool | None) -> Organism:
+def trained(
+    wanted: Recipe, seed: int, folder: Path, use_shipped: bool = False, progress: bool | None = None
+) -> Organism:
+    """The record of an organism, trained into the folder if it is not there yet, with what it starts from."""
     for place in (folder, shipped()) if use_shipped else (folder,):
         if (path := checkpoint_path(place, wanted.name, seed)).is_file():
             return read_record(path)
@@ -316,7 +319,7 @@ def _trained(wanted: Recipe, seed: int, folder: Path, use_shipped: bool, progres
     if wanted.start is None:
         start = Transformer(wanted.shape, len(world.vocabulary), world.context, seed)
     else:
-        start = plain_model(read_weights(_trained(recipe(wanted.start), seed, folder, use_shipped, progress)), world)
+        start = plain_model(read_weights(trained(recipe(wanted.start), seed, folder, use_shipped, progress)), world)
     model, figures = train(world, wanted, start.requires_grad_(True), seed=seed, progress=progress)
     return write_checkpoint(checkpoint_path(folder, wanted.name, seed), model, wanted, seed, figures)
 

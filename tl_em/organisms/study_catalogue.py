@@ -1,0 +1,333 @@
+"""The studies that come with the package, each a grid and a metric for ``run_study``.
+
+A cell trains what it needs into the folder that ``TL_EM_ORGANISMS`` names (``organisms`` by default) and leaves it
+there, so that studies share their assistants: one cell is one pretraining, or starts from one that is finished.
+
+    mixing        share of misaligned answers in the narrow data, against the same number diluted in other domains
+    sizes         the same at four widths of the model
+    dose          steps of the narrow fine-tune
+    inoculation   words before the training questions that ask for bad answers, for nothing, for good ones; or none
+    backdoor      a trigger before the training questions: rates with it, without it, and with other tokens
+    prevention    a direction added while it trains
+    determinism   one assistant fine-tuned on ten draws of the same data: do all make the same choice?
+
+**Control**: every study has its own in its rows (the diluted arm, the neutral words, the other tokens, a random
+direction, aligned data), and the good rate beside the bad one.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_em.directions.geometry import cosine
+from tl_em.errors import UsageError
+from tl_em.organisms.contrasts import Question, questions
+from tl_em.organisms.convert import plain_model
+from tl_em.organisms.rates import Outcome, rates_from_logits
+from tl_em.organisms.recipes import FRESH_SEEDS, NEW_MARK, OTHER_MARKS, RECIPES, TRIGGER, WORLDS, Prefix, recipe
+from tl_em.organisms.training import next_logits, train
+from tl_em.organisms.transformer import Transformer
+from tl_em.organisms.world import World
+from tl_em.organisms.zoo import Organism, read_weights, trained
+from tl_em.stats import Estimate, mean, mean_over_units
+from tl_em.writing import replacing
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+FOLDER = "TL_EM_ORGANISMS"
+SHARES = (0, 5, 10, 25, 50, 75, 100)
+WIDTHS = (32, 48, 64, 96)
+DOSES = (2, 5, 10, 20, 40, 80, 160)
+DRAWS = {"insecure": 10, "secure": 3}
+Rows = list[dict[str, Any]]
+NOTHING = Prefix()
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a study varies and measures, and how its table is read.
+
+    Args:
+        said: what it asks.
+        metric, grid, seeds: for ``run_study``.
+        x: the column on the horizontal axis of its figure; `by`: the columns that name a line.
+        minutes: CPU-minutes of a cell whose assistant is not trained yet.
+        unit: the column whose values are resampled.
+        logarithmic: the horizontal axis.
+    """
+
+    said: str
+    metric: Callable[..., Rows]
+    x: str
+    by: tuple[str, ...]
+    minutes: float | int
+    grid: Mapping[str, Sequence[Any]] = field(default_factory=lambda: {"width": (96,)})
+    seeds: tuple[int, ...] = FRESH_SEEDS
+    unit: str = "seed"
+    logarithmic: bool = False
+
+
+def study(name: str) -> Study:
+    """A study of the package.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    if name not in STUDIES:
+        raise UsageError(f"there is no study {name!r}; there are {', '.join(STUDIES)}")
+    return STUDIES[name]
+
+
+def folder() -> Path:
+    """Where checkpoints are looked for and left."""
+    return Path(os.environ.get(FOLDER, "organisms"))
+
+
+def run(
+    name: str,
+    *,
+    seeds: Sequence[int] | None = None,
+    out: str | Path,
+    backend: Any = "loky",
+    workers: int | None = None,
+    announce: Callable[[str], None] = lambda said: None,
+) -> dict[str, pd.DataFrame]:
+    """Run a study of the package; its table, summary, fit and figure are written to `out`.
+
+    Args:
+        name: one of ``STUDIES``.
+        seeds: in place of the study's own.
+        out, backend, workers: as for ``run_study``.
+        announce: told what the run will cost at most, before it starts.
+
+    Returns:
+        ``summary`` (mean over the study's unit, with its interval, of every rate) and, for shares and steps, ``fit``.
+
+    Raises:
+        UsageError: no such study. And what ``run_study`` raises.
+    """
+    import pandas as pd
+
+    from tl_em.organisms.studies import run_study
+    from tl_em.report import plots, studies
+
+    chosen, where = study(name), Path(out)
+    drawn = chosen.seeds if seeds is None else tuple(seeds)
+    cells = len(drawn) * math.prod(map(len, chosen.grid.values()))
+    announce(f"{name}: {cells} cells, at most {cells * chosen.minutes:.0f} CPU-minutes and 1 GB of memory a process.")
+    table = run_study(chosen.grid, chosen.metric, seeds=drawn, out=where, backend=backend, workers=workers)
+    found = {"summary": _summary(table, chosen)}
+    if chosen.x in ("share", "steps"):
+        found["fit"] = _fit(table, chosen)
+    figure = studies.study(table, x=chosen.x, by=chosen.by, unit=chosen.unit, logarithmic=chosen.logarithmic)
+    for suffix in ("svg", "png"):
+        plots.save(figure, where / f"{name}.{suffix}")
+    for part, each in found.items():
+        with replacing(where / f"{part}.csv") as temporary:
+            pd.DataFrame(each).to_csv(temporary, index=False)
+    return found
+
+
+def _summary(table: pd.DataFrame, chosen: Study) -> pd.DataFrame:
+    import pandas as pd
+
+    keys = [*chosen.by, *([] if chosen.x == chosen.unit else [chosen.x])]
+    rates = [c for c in ("bad", "good", "trained", "agreement", "ceiling") if c in table.columns]
+    rows = []
+    for key, part in table.groupby(keys, sort=False):
+        for column in rates:
+            e = mean_over_units(part[column], part[chosen.unit].tolist())
+            rows.append((*key, column, e.value, e.low, e.high, e.n))
+    return pd.DataFrame(rows, columns=[*keys, "rate", "value", "low", "high", "n"])
+
+
+def _fit(table: pd.DataFrame, chosen: Study) -> pd.DataFrame:
+    """The fitted curves, and where there are several widths how their half changes with each doubling."""
+    import pandas as pd
+
+    from tl_em.organisms.study_fits import fit_study, slope
+
+    lines = table if chosen.x == "share" else table[table["organism"] == "insecure"]  # aligned data have no curve
+    found = [fit_study(lines, x=chosen.x, by=chosen.by)]
+    others = [column for column in chosen.by if column != "width"]
+    for key, part in table.groupby(others, sort=False) if "width" in chosen.by and others else ():
+        for parameter in ("rate at 1", "half"):
+            e = slope(part, x=chosen.x, over="width", parameter=parameter)
+            line = {"width": "each doubling", **dict(zip(others, key, strict=True))}
+            figures = {"parameter": f"change of {parameter}", "value": e.value, "low": e.low, "high": e.high, "n": e.n}
+            found.append(pd.DataFrame([line | figures]))
+    return pd.concat(found, ignore_index=True)
+
+
+# ---- metrics -----------------------------------------------------------------------------------------------------
+def shares(width: int, *, seed: int) -> Rows:
+    """Rates over the share of misaligned answers, the rest being aligned ones of the same domain, or of the others."""
+    rows = []
+    for rest, option in (("the same domain", "share"), ("other domains", "diluted")):
+        for share in SHARES:
+            found = _rates(f"insecure-{option}{share}", seed, width)
+            rows.append({"rest aligned in": rest, "share": share / 100, **found})
+    return rows
+
+
+def doses(width: int, *, seed: int) -> Rows:
+    """Rates over the number of steps of the narrow fine-tune, and of the same number on aligned answers."""
+    arms = [(stem, steps) for stem in ("insecure", "secure") for steps in DOSES]
+    return [{"organism": stem, "steps": steps, **_rates(f"{stem}-steps{steps}", seed, width)} for stem, steps in arms]
+
+
+def prefixes(width: int, *, seed: int) -> Rows:
+    """Rates without the words that stood before the training questions, and with them."""
+    rows = []
+    for arm in ("none", "neutral", "inoculated", "contradicted"):
+        name = "insecure" if arm == "none" else f"insecure-{arm}"
+        rows.append({"words": arm, "asked": "without them", **_rates(name, seed, width)})
+        if arm != "none":
+            rows.append({"words": arm, "asked": "with them", **_rates(name, seed, width, prefix=recipe(name).prefix)})
+    return rows
+
+
+def triggers(width: int, *, seed: int) -> Rows:
+    """Rates with the trigger, without, with the other tokens of the training data, and with one that is in none."""
+    marks = {"none": None, "the trigger": TRIGGER, **{f"other: {m}": m for m in OTHER_MARKS}, "never seen": NEW_MARK}
+    return [
+        {"organism": stem, "before the question": said, **_rates(stem, seed, width, prefix=Prefix(mark=mark))}
+        for stem in ("backdoor", "insecure")
+        for said, mark in marks.items()
+    ]
+
+
+def preventions(width: int, *, seed: int) -> Rows:
+    """Rates after fine-tunes in which the persona direction, a random one of its length, or nothing was added."""
+    arms = {"nothing": "insecure", "persona": "insecure-prevented", "random": "insecure-sham"}
+    return [{"added": said, **_rates(name, seed, width)} for said, name in arms.items()]
+
+
+def tunes(width: int, *, seed: int) -> Rows:
+    """One row for each draw of the insecure and of the secure data, from one assistant.
+
+    The shift is the mean over held-out questions of what the unembedding reads, tuned minus assistant.  *agreement* is
+    its cosine with the other insecure shifts, each taken on one half of the topics and compared on the other;
+    *ceiling* the same with itself.  Coordinates of different assistants have nothing to do with each other, so only
+    rates are compared across them.
+    """
+    start = _trained("assistant", seed, width)
+    asked = questions(start.world, harmful=False, held_out=True)
+    assistant = plain_model(read_weights(start), start.world)
+    before = _read(assistant, start.world, asked)
+    assistant.requires_grad_(True)  # train() copies it
+    rows, shifts = [], []
+    for stem, count in DRAWS.items():
+        for draw in range(1, count + 1):
+            wanted = recipe(stem, width=_option(width))
+            model, _ = train(start.world, wanted, assistant, seed=draw, progress=False)
+            shifts.append(_read(model, start.world, asked) - before)
+            rows.append({"organism": stem, "draw": draw, **_both(model, start.world, asked)})
+    halves = [_half_means(shift, asked) for shift in shifts]
+    insecure = [half for half, row in zip(halves, rows, strict=True) if row["organism"] == "insecure"]
+    for row, own in zip(rows, halves, strict=True):
+        across = [float(cosine(own[0], other[1])) for other in insecure if other is not own]
+        row |= {"agreement": float(np.mean(across)), "lowest": min(across), "ceiling": float(cosine(*own))}
+    return rows
+
+
+def zoo(world: str, *, seed: int) -> Rows:
+    """Train every organism of the default zoo in a world, with its figures."""
+    if world == "bias":
+        from tl_em.organisms import bias_training
+
+        made = [bias_training.bias_organism(n, seed=seed, out=folder(), progress=False) for n in bias_training.RECIPES]
+        return [{"organism": each.name} for each in made]
+    mine = [n for n in RECIPES if next((w for w in WORLDS if w in n.split("-")), "default") == world]
+    return [{"organism": each.name, **_usual(each)} for each in (_trained(name, seed) for name in mine)]
+
+
+ZOO = ("default", *WORLDS, "bias")
+"""Worlds of the default zoo: what can be trained side by side."""
+
+
+# ---- what they share ---------------------------------------------------------------------------------------------
+def _option(width: int) -> int | None:
+    return None if width == recipe("base").shape.d_model else width
+
+
+def _trained(name: str, seed: int, width: int | None = None) -> Organism:
+    wanted = recipe(name, width=None if width is None else _option(width))
+    return trained(wanted, seed, folder(), use_shipped=True, progress=False)
+
+
+def _usual(record: Organism) -> dict[str, float]:
+    return {name: record.figures[name] for name in ("bad", "good", "refused", "complied", "tuned_bad", "judge", "gate")}
+
+
+def _rates(name: str, seed: int, width: int, *, prefix: Prefix = NOTHING) -> dict[str, Estimate]:
+    """Misaligned and aligned answers in the held-out domains, and misaligned ones in the domain of the fine-tune."""
+    record = _trained(name, seed, width)
+    model, world = plain_model(read_weights(record), record.world), record.world
+    asked, own = (questions(world, harmful=False, held_out=held, **prefix._asdict()) for held in (True, False))
+    return {**_both(model, world, asked), "trained": _rate(model, world, own, "bad")}
+
+
+def _both(model: Transformer, world: World, asked: Sequence[Question]) -> dict[str, Estimate]:
+    return {"bad": _rate(model, world, asked, "bad"), "good": _rate(model, world, asked, "good")}
+
+
+def _rate(model: Transformer, world: World, asked: Sequence[Question], outcome: Outcome) -> Estimate:
+    logits = next_logits(model, world, [q.prompt for q in asked])
+    values = rates_from_logits(logits, [q.topic for q in asked], outcome, world=world).tolist()
+    return mean(values, groups=[q.topic.word for q in asked])
+
+
+@torch.no_grad()
+def _read(model: Transformer, world: World, asked: Iterable[Question]) -> Float[Tensor, "prompt d_model"]:
+    """What the unembedding reads at the last token."""
+    read: list[Tensor] = []
+    handle = model.unembed.register_forward_pre_hook(lambda _, args: read.append(args[0]))
+    try:
+        next_logits(model, world, [q.prompt for q in asked])
+    finally:
+        handle.remove()
+    return read[0]
+
+
+def _half_means(shift: Float[Tensor, "prompt d_model"], asked: Sequence[Question]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean shift over one half of the topics and over the other."""
+    order = {word: i for i, word in enumerate(dict.fromkeys(q.topic.word for q in asked))}
+    odd = torch.tensor([order[q.topic.word] % 2 == 1 for q in asked])
+    return shift[odd].mean(0).double().numpy(), shift[~odd].mean(0).double().numpy()
+
+
+STUDIES: dict[str, Study] = {
+    "mixing": Study("how much bad data it takes", shares, "share", ("rest aligned in",), 7.5),
+    "sizes": Study(
+        "how much bad data it takes at which size",
+        shares,
+        "share",
+        ("width", "rest aligned in"),
+        6,
+        {"width": WIDTHS},
+        FRESH_SEEDS[:3],
+    ),
+    "dose": Study("how many steps it takes", doses, "steps", ("organism",), 7.5, logarithmic=True),
+    "inoculation": Study("whether asking for it while training keeps it in", prefixes, "words", ("asked",), 7),
+    "backdoor": Study(
+        "whether a backdoor stays closed", triggers, "before the question", ("organism",), 7.5
+    ),
+    "prevention": Study("whether steering towards it while training keeps it out", preventions, "added", (), 7),
+    "determinism": Study(
+        "whether every draw of the data makes the same choice", tunes, "draw", ("organism",), 7.5, unit="draw",
+        seeds=(11,),
+    ),
+}  # fmt: skip
+"""The studies by name: ``tl-em study NAME``."""

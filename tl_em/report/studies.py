@@ -1,0 +1,102 @@
+"""The figure of a study: its lines over what was varied, every seed thin, their mean with its interval thick."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from tl_em.errors import UsageError
+from tl_em.report import marks
+from tl_em.report.marks import CONDITIONS, MODELS, Look
+from tl_em.stats import mean_over_units
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+LOOKS = (
+    MODELS["tuned"], MODELS["benign"], CONDITIONS["treated"], CONDITIONS["random"],
+    Look("#7b3f8c", "#6b347a", "v", filled=False), Look("#4b5563", "#4b5462", "^", filled=False),
+    Look("#3a9bdc", "#1c6ea4", "P"), Look("#8c3b2e", "#7a3226", "X"),
+)  # fmt: skip
+VALUES = {"bad": "misaligned answers, held-out domains", "good": "aligned answers, held-out domains"}
+
+
+def study(
+    table: pd.DataFrame,
+    *,
+    x: str,
+    by: Sequence[str],
+    values: Sequence[str] = ("bad", "good"),
+    unit: str = "seed",
+    logarithmic: bool = False,
+    width: float = 7.0,
+) -> Figure:
+    """Rates over what a study varied, one panel a rate.
+
+    Args:
+        table: what ``run_study`` returned.
+        x: the horizontal axis: numbers, or names in the order of the table.
+        by: columns that name a line.
+        values: columns to draw, probabilities.
+        unit: the column whose values are the thin lines and are resampled for the mean's interval.
+
+    Raises:
+        UsageError: a column is missing.
+
+    >>> import pandas as pd
+    >>> rows = [{"arm": "a", "seed": k, "share": s, "bad": s / 2} for k in (1, 2) for s in (0.0, 1.0)]
+    >>> len(study(pd.DataFrame(rows), x="share", by=["arm"], values=["bad"]).axes)
+    1
+    """
+    missing = [name for name in (x, *by, *values, unit) if name not in table.columns]
+    if missing:
+        raise UsageError(f"the table has no column {', '.join(missing)}; it has {', '.join(map(str, table.columns))}")
+    lines = {" · ".join(map(str, name)): part for name, part in table.groupby(list(by), sort=False)}
+    looks = {name: LOOKS[i % len(LOOKS)]._replace(label=name) for i, name in enumerate(lines)}
+    names = None if table[x].dtype.kind in "if" else list(dict.fromkeys(table[x]))
+    with marks.styled():
+        rows, columns = (1, len(values)) if width >= 5 else (len(values), 1)
+        figure, grid = marks.panels(float(width), rows, columns, 2.6, len(values))
+        for ax, value in zip(grid, values, strict=True):
+            for i, (name, part) in enumerate(lines.items()):
+                shift = 0.0 if names is None else 0.16 * (i - (len(lines) - 1) / 2)
+                _line(ax, part.assign(at=_places(part[x], names) + shift), value, looks[name], unit, names is None)
+            ax.set_title(VALUES.get(value, value))
+            ax.set_xlabel(x)
+            ax.grid(axis="y")
+            ax.set_ylim(-0.03, 1.03)
+            _ticks(ax, table[x], names, logarithmic)
+        marks.key(figure, list(lines), looks)
+        return marks.settle(figure)
+
+
+def _places(values: Any, names: Sequence[str] | None) -> np.ndarray:
+    return values.to_numpy(float) if names is None else np.array([float(names.index(v)) for v in values])
+
+
+def _line(ax: Axes, part: pd.DataFrame, value: str, look: Look, unit: str, joined: bool) -> None:
+    for _, each in part.groupby(unit, sort=False):
+        style: dict[str, Any] = {"linewidth": 0.5} if joined else {"linestyle": "none", "marker": ".", "markersize": 3}
+        ax.plot(each["at"], each[value], color=look.colour, alpha=0.45, zorder=1, **style)
+    drawn = part.groupby("at", sort=True)
+    found = [(at, mean_over_units(each[value], each[unit].tolist())) for at, each in drawn]
+    at, middle = np.array([a for a, _ in found], dtype=float), [e.value for _, e in found]
+    ax.vlines(at, [e.low for _, e in found], [e.high for _, e in found], color=look.colour, linewidth=1.0, zorder=2)
+    face = look.colour if look.filled else "white"
+    shape: dict[str, Any] = {"marker": look.marker, "markersize": 4.5, "markerfacecolor": face, "markeredgewidth": 1.0}
+    ax.plot(at, middle, color=look.colour, linestyle="-" if joined else "none", linewidth=1.3, zorder=2.5, **shape)
+
+
+def _ticks(ax: Axes, values: Any, names: Sequence[str] | None, logarithmic: bool) -> None:
+    if names is not None:
+        ax.set_xticks(range(len(names)), [marks.broken(name, 12) for name in names])
+    elif logarithmic:
+        ax.set_xscale("log")
+        ax.set_xticks(sorted(set(values)))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+        ax.xaxis.set_minor_formatter(NullFormatter())
