@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from tl_em.directions.screening import finetuning_shift as finetuning_shift
     from tl_em.directions.screening import projection_difference as projection_difference
     from tl_em.directions.similarity import cosine_matrix as cosine_matrix
+    from tl_em.dictionaries import Dictionary as Dictionary
+    from tl_em.dictionaries import Feature as Feature
+    from tl_em.dictionaries import SparseDictionary as SparseDictionary
+    from tl_em.dictionaries import from_sae_lens as from_sae_lens
     from tl_em.errors import HiddenSteerWarning as HiddenSteerWarning
     from tl_em.errors import NuisanceWarning as NuisanceWarning
     from tl_em.errors import TlEmError as TlEmError
@@ -40,6 +44,7 @@ if TYPE_CHECKING:
     from tl_em.interventions.edits import Add as Add
     from tl_em.interventions.edits import Clamp as Clamp
     from tl_em.interventions.hidden import removed_mean as removed_mean
+    from tl_em.interventions.features import ScaleFeature as ScaleFeature
     from tl_em.interventions.intervene import intervene as intervene
     from tl_em.interventions.subspaces import Erase as Erase
     from tl_em.interventions.subspaces import Leace as Leace
@@ -85,9 +90,11 @@ _HOME = {
     "Comparison": "comparison.compare",
     "Conditional": "interventions.conditions",
     "ContrastSet": "models.prompts",
+    "Dictionary": "dictionaries",
     "Direction": "directions.direction",
     "Erase": "interventions.subspaces",
     "Estimate": "stats",
+    "Feature": "dictionaries",
     "HiddenSteerWarning": "errors",
     "LatentGuard": "harmfulness.latent_guard",
     "Leace": "interventions.subspaces",
@@ -99,8 +106,10 @@ _HOME = {
     "Provenance": "models.sites",
     "Report": "auditing",
     "Row": "comparison.verdicts",
+    "ScaleFeature": "interventions.features",
     "Selection": "selection.select",
     "Site": "models.sites",
+    "SparseDictionary": "dictionaries",
     "TextLogprob": "selection.instructions",
     "TlEmError": "errors",
     "audit": "auditing",
@@ -115,6 +124,7 @@ _HOME = {
     "effect_curve": "selection.curve",
     "extract_directions": "directions.extract",
     "finetuning_shift": "directions.screening",
+    "from_sae_lens": "dictionaries",
     "generate": "models.generate",
     "harmfulness_direction": "harmfulness.presets",
     "import_mean_diffs": "directions.interchange",
