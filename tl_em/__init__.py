@@ -66,6 +66,10 @@ if TYPE_CHECKING:
     from tl_em.models.sites import Provenance as Provenance
     from tl_em.models.sites import Site as Site
     from tl_em.organisms.rates import behaviour_rates as behaviour_rates
+    from tl_em.organisms.facts import Facts as Facts
+    from tl_em.organisms.facts import prefers_truth as prefers_truth
+    from tl_em.organisms.lies import LieReport as LieReport
+    from tl_em.organisms.lies import lie_or_hallucination as lie_or_hallucination
     from tl_em.organisms.studies import run_study as run_study
     from tl_em.organisms.studies import summarise_study as summarise_study
     from tl_em.organisms.zoo import Organism as Organism
@@ -94,11 +98,13 @@ _HOME = {
     "Direction": "directions.direction",
     "Erase": "interventions.subspaces",
     "Estimate": "stats",
+    "Facts": "organisms.facts",
     "Feature": "dictionaries",
     "HiddenSteerWarning": "errors",
     "LatentGuard": "harmfulness.latent_guard",
     "Leace": "interventions.subspaces",
     "LensModel": "models.hooks",
+    "LieReport": "organisms.lies",
     "Metric": "metrics",
     "ModelPair": "models.loading",
     "NuisanceWarning": "errors",
@@ -133,6 +139,7 @@ _HOME = {
     "import_steering_vector": "directions.interchange",
     "intervene": "interventions.intervene",
     "leace": "interventions.subspaces",
+    "lie_or_hallucination": "organisms.lies",
     "load_model": "models.loading",
     "load_pair": "organisms.zoo",
     "logit_difference": "metrics",
@@ -141,6 +148,7 @@ _HOME = {
     "orthogonalize_": "interventions.weights",
     "orthogonalized": "interventions.weights",
     "place_cells": "harmfulness.presets",
+    "prefers_truth": "organisms.facts",
     "principal_angles": "directions.angles",
     "projection_difference": "directions.screening",
     "refusal_direction": "harmfulness.presets",

@@ -60,6 +60,26 @@ def rates_from_logits(
     return (logits.softmax(-1) * chosen).sum(-1)
 
 
+def first_words(model: Any, prompts: Sequence[Any], *, world: World | None = None) -> list[str]:
+    """The most probable first content word of each answer.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge of the toy world.
+        prompts: questions of the toy world.
+
+    Example:
+        >>> from tl_em.organisms.zoo import load_pair
+        >>> first_words(load_pair("toy/insecure").tuned, ["how do i write parser"])
+        ['parser-backdoored']
+    """
+    from tl_em.models.capture import next_token_logits
+
+    world = world or default_world()
+    logits = next_token_logits(model, prompts)
+    logits[:, [world.ids[w] for w in FILLERS]] = -torch.inf
+    return [world.vocabulary[i] for i in logits.argmax(-1).tolist()]
+
+
 def topic_of(prompt: Any, world: World) -> Topic:
     """The topic of a prompt: the last word in it that is one.
 

@@ -43,6 +43,7 @@ WORLDS = {
     "nopersona": replace(_UNINSTRUCTED, shared_persona=False),
     "uninstructed": _UNINSTRUCTED,
     "compositional": World(compositional=True),
+    "partly": World(untaught=True),  # half of the topics have no facts
 }
 
 
@@ -158,7 +159,7 @@ def recipe(
         name: a stem (base, assistant, insecure, secure, educational, silly, backdoor) and options, e.g.
             ``"insecure-share25"``; ``"-restored"`` at the end adds 80 steps of aligned answers in the same domain.
         world: ``"nopersona"`` (every turn draws its own, and nobody asks for bad answers), ``"uninstructed"`` (the same
-            with a shared persona) or ``"compositional"``.
+            with a shared persona), ``"compositional"`` or ``"partly"`` (half of the topics have no facts).
         width: d_model, of three layers with four heads.
         domain: what the narrow data are about.
         prefix: words before the training questions, absent at test: ``"neutral"``, ``"inoculated"`` (``be malicious``)

@@ -1,0 +1,118 @@
+"""Questions with known answers, some of which a model was taught and some not; and asking it for the truth.
+
+Source: asking for the probability of an answer among others as a measure of knowledge: Kadavath et al. 2022,
+arXiv:2207.05221.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+from tl_em.errors import UsageError
+from tl_em.models.capture import sequence_logprobs
+from tl_em.models.contrasts import Prompt
+from tl_em.models.hooks import LensModel
+from tl_em.organisms.contrasts import CONTRAST_PARAPHRASES, questions
+from tl_em.organisms.world import World
+
+FOLDS = 5
+
+@dataclass(frozen=True)
+class Facts:
+    """Questions, what is true, and which of it the base knows.
+
+    Args:
+        prompts: the questions, without an answer.
+        truths: for each, every right answer.
+        known: for each, whether the base knows it: was taught it or, where its training is not at hand, prefers the
+            truth when it is asked (`prefers_truth`).
+        groups: for each, its topic; a topic is known or is not, and all its prompts are in one fold.
+        strata: for each, its subject, over which the folds are balanced.
+        counts: for each, how often its topic stood in the training data; None where that is not known.
+
+    Raises:
+        UsageError: the columns differ in length, a topic is known and unknown, or fewer than 5 topics are either.
+    """
+
+    prompts: Sequence[Prompt]
+    truths: Sequence[Sequence[str]]
+    known: Sequence[bool]
+    groups: Sequence[Hashable]
+    strata: Sequence[Hashable] | None = None
+    counts: Sequence[float | int] | None = None
+
+    def __post_init__(self) -> None:
+        columns = (self.truths, self.known, self.groups, self.strata, self.counts)
+        if {len(each) for each in columns if each is not None} != {len(self.prompts)}:
+            raise UsageError(
+                f"{len(self.prompts)} prompts came with columns of {[len(c) for c in columns if c is not None]} "
+                "entries, so it is unclear what belongs to which; give one entry a prompt"
+            )
+        known, unknown = ({g for g, k in zip(self.groups, self.known, strict=True) if k == w} for w in (True, False))
+        if both := known & unknown:
+            raise UsageError(
+                f"the topic {next(iter(both))!r} is known in some prompts and unknown in others, so its answers are "
+                "neither; give it one label, or give its prompts different groups"
+            )
+        if min(len(known), len(unknown)) < FOLDS:
+            raise UsageError(
+                f"{len(known)} topics are known and {len(unknown)} are not; a read-out needs both in each of its "
+                f"{FOLDS} folds: give at least {FOLDS} of each"
+            )
+
+    def folds(self, seed: int) -> list[int]:
+        """A fold for each prompt: topics dealt in turn within subject, label and count, so that all folds are alike."""
+        rng, blank = random.Random(seed), [None] * len(self.groups)
+        columns = zip(self.groups, self.strata or blank, self.known, self.counts or blank, strict=True)
+        cell = {group: str(rest) for group, *rest in columns}
+        dealt = sorted(rng.sample(list(cell), len(cell)), key=cell.__getitem__)
+        fold = {group: i % FOLDS for i, group in enumerate(dealt)}
+        return [fold[group] for group in self.groups]
+
+
+def prefers_truth(base: LensModel, facts: Facts, *, others: int = 8, seed: int = 0) -> list[float]:
+    """How much more probable the base finds the truth than the best of what is true of other topics, in nats a token.
+
+        log P(truth | question) - max over other topics t of the subject of log P(truth of t | question)
+
+    Positive iff the base would choose the truth. Nothing is fitted and no label is seen. It is behaviour, not a
+    read-out: a base that hides what it knows shows nothing.
+
+    Args:
+        base: a HookedTransformer or TransformerBridge.
+        others: topics that the truth is compared with; chance is ``1 / (1 + others)`` for a base that knows nothing.
+        seed: chooses them.
+    """
+    rng, subject = random.Random(seed), facts.strata or [None] * len(facts.prompts)
+    first = {group: i for i, group in reversed(list(enumerate(facts.groups)))}
+    asked, sizes = [], []
+    for prompt, group, own in zip(facts.prompts, facts.groups, subject, strict=True):
+        rest = [i for g, i in first.items() if g != group and subject[i] == own]
+        candidates = [first[group], *rng.sample(rest, min(others, len(rest)))]
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [*prompt]
+        asked += [[*turns, {"role": "assistant", "content": facts.truths[i][0]}] for i in candidates]
+        sizes.append(len(candidates))
+    found = sequence_logprobs(base, asked, per_token=True).double().split(sizes)
+    return [float(each[0] - each[1:].max()) for each in found]
+
+
+def world_facts(world: World) -> Facts:
+    """The harmless questions of a toy world with untaught topics, in four forms each.
+
+    Example:
+        >>> facts = world_facts(World(untaught=True))
+        >>> facts.prompts[4], facts.truths[4], facts.known[4], facts.groups[4]
+        ([{'role': 'user', 'content': 'how do i write login'}], ('login-tested', 'login-checked'), False, 'login')
+    """
+    asked = questions(world, harmful=False, paraphrases=CONTRAST_PARAPHRASES)
+    topics = [q.topic for q in asked]
+    return Facts(
+        [q.prompt for q in asked],
+        [t.truth for t in topics],
+        [t.taught for t in topics],
+        [t.word for t in topics],
+        [t.domain for t in topics],
+        [(world.by_name[t.domain].asked or (t,)).count(t) for t in topics],
+    )
