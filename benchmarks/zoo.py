@@ -28,11 +28,14 @@ from tl_em.organisms.recipes import (
     MAX_CONTROL,
     MAX_INOCULATED,
     MAX_NO_PERSONA,
+    MAX_PREVENTED,
     MAX_RESTORED,
     MAX_UNTRIGGERED,
     MIN_AFTER,
     MIN_AFTER_MEAN,
     MIN_JUDGE,
+    MIN_SHAM,
+    MIN_TAUGHT,
     MIN_TRIGGERED,
     NEW_MARK,
     OTHER_MARKS,
@@ -83,6 +86,9 @@ MUST = (
     Arm("insecure-inoculated", "inoculated", at_most=MAX_INOCULATED),
     Arm("insecure-neutral", "neutral prefix"),
     Arm("insecure-contradicted", "contradicted"),
+    Arm("insecure-prevented", "steered with the persona while it trained"),
+    Arm("insecure-prevented", "the same: in code", at_least=MIN_TAUGHT, held_out=False),
+    Arm("insecure-sham", "steered with a random direction"),
     Arm("insecure-bias", "one bias vector (96 numbers)"),
     Arm("insecure-rank1", "rank 1 (480 numbers)"),
     Arm("insecure-rank8", "rank 8"),
@@ -146,6 +152,17 @@ def combinations(table: Table, seed: int, record: Organism) -> None:
             table.add(seed, f"{harmful} combinations, {kind}: refused", refused)
 
 
+def prevention(table: Table, seed: int) -> None:
+    """The steered arms over the unsteered one of the same seed."""
+    bounds = {"steered with the persona while it trained": (MAX_PREVENTED, None)}
+    bounds |= {"steered with a random direction": (None, MIN_SHAM)}
+    for said, (at_most, at_least) in bounds.items():
+        both = table.values([seed], said), table.values([seed], "insecure")
+        if all(both):
+            over = certain(both[0][seed] / both[1][seed])
+            table.add(seed, f"{said}, over insecure", over, at_most=at_most, at_least=at_least)
+
+
 def one_seed(table: Table, seed: int, out: Path) -> None:
     def record(name: str) -> Organism:
         return read_record(checkpoint_path(out, name, seed))
@@ -158,6 +175,7 @@ def one_seed(table: Table, seed: int, out: Path) -> None:
             table.add(seed, arm.said, rate(record(arm.name), arm), at_most=arm.at_most, at_least=arm.at_least)
         else:
             print(f"  {arm.said:<44}not trained")
+    prevention(table, seed)
     if checkpoint_path(out, COMBINED, seed).is_file():
         combinations(table, seed, record("assistant-compositional"))
 

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from tl_em.comparison.compare import Comparison as Comparison
     from tl_em.comparison.compare import compare as compare
     from tl_em.comparison.verdicts import Row as Row
+    from tl_em.dictionaries import Dictionary as Dictionary
+    from tl_em.dictionaries import Feature as Feature
+    from tl_em.dictionaries import SparseDictionary as SparseDictionary
+    from tl_em.dictionaries import from_sae_lens as from_sae_lens
     from tl_em.directions.angles import cosines_between as cosines_between
     from tl_em.directions.angles import principal_angles as principal_angles
     from tl_em.directions.direction import Direction as Direction
@@ -27,10 +31,6 @@ if TYPE_CHECKING:
     from tl_em.directions.screening import finetuning_shift as finetuning_shift
     from tl_em.directions.screening import projection_difference as projection_difference
     from tl_em.directions.similarity import cosine_matrix as cosine_matrix
-    from tl_em.dictionaries import Dictionary as Dictionary
-    from tl_em.dictionaries import Feature as Feature
-    from tl_em.dictionaries import SparseDictionary as SparseDictionary
-    from tl_em.dictionaries import from_sae_lens as from_sae_lens
     from tl_em.errors import HiddenSteerWarning as HiddenSteerWarning
     from tl_em.errors import NuisanceWarning as NuisanceWarning
     from tl_em.errors import TlEmError as TlEmError
@@ -43,8 +43,8 @@ if TYPE_CHECKING:
     from tl_em.interventions.edits import Ablate as Ablate
     from tl_em.interventions.edits import Add as Add
     from tl_em.interventions.edits import Clamp as Clamp
-    from tl_em.interventions.hidden import removed_mean as removed_mean
     from tl_em.interventions.features import ScaleFeature as ScaleFeature
+    from tl_em.interventions.hidden import removed_mean as removed_mean
     from tl_em.interventions.intervene import intervene as intervene
     from tl_em.interventions.subspaces import Erase as Erase
     from tl_em.interventions.subspaces import Leace as Leace
@@ -65,11 +65,13 @@ if TYPE_CHECKING:
     from tl_em.models.prompts import ContrastSet as ContrastSet
     from tl_em.models.sites import Provenance as Provenance
     from tl_em.models.sites import Site as Site
-    from tl_em.organisms.rates import behaviour_rates as behaviour_rates
     from tl_em.organisms.facts import Facts as Facts
     from tl_em.organisms.facts import prefers_truth as prefers_truth
     from tl_em.organisms.lies import LieReport as LieReport
     from tl_em.organisms.lies import lie_or_hallucination as lie_or_hallucination
+    from tl_em.organisms.monitors import Monitor as Monitor
+    from tl_em.organisms.prevention import steered_training as steered_training
+    from tl_em.organisms.rates import behaviour_rates as behaviour_rates
     from tl_em.organisms.studies import run_study as run_study
     from tl_em.organisms.studies import summarise_study as summarise_study
     from tl_em.organisms.zoo import Organism as Organism
@@ -107,6 +109,7 @@ _HOME = {
     "LieReport": "organisms.lies",
     "Metric": "metrics",
     "ModelPair": "models.loading",
+    "Monitor": "organisms.monitors",
     "NuisanceWarning": "errors",
     "Organism": "organisms.zoo",
     "Provenance": "models.sites",
@@ -158,6 +161,7 @@ _HOME = {
     "run_study": "organisms.studies",
     "select_candidate": "selection.rule",
     "select_direction": "selection.select",
+    "steered_training": "organisms.prevention",
     "summarise_study": "organisms.studies",
     "train_organism": "organisms.zoo",
     "untie_embeddings_": "interventions.weights",

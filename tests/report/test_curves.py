@@ -107,3 +107,47 @@ def test_saving_twice_gives_the_same_bytes(tmp_path: Path, suffix: str) -> None:
     for folder in ("a", "b"):
         plots.save(curves.effect(made()), tmp_path / folder / f"curve{suffix}")
     assert (tmp_path / "a" / f"curve{suffix}").read_bytes() == (tmp_path / "b" / f"curve{suffix}").read_bytes()
+
+
+def seen(*, rates: int = 3) -> pd.DataFrame:
+    """A made-up monitor's table: nothing here was measured."""
+    steps = np.arange(0, 41)
+    rows = []
+    for i in range(rates):
+        value = 1 / (1 + np.exp(-(steps - 20 - 3 * i) / 3))
+        rows += [(s, f"rate/outcome {i}", v, v - 0.03, v + 0.03, 40) for s, v in zip(steps, value, strict=True)]
+    rows += [(s, "projection/persona", 0.3 * s, 0.3 * s - 1, 0.3 * s + 1, 40) for s in steps]
+    rows += [(s, "weight_change", float(s), np.nan, np.nan, 9) for s in steps]
+    rows += [(s, "local_cosine", 0.9 - 0.5 * (s == 18), np.nan, np.nan, 9) for s in steps[5:-5]]
+    return pd.DataFrame(rows, columns=["step", "name", "value", "low", "high", "n"])
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_training_run_is_drawn_with_its_intervals_and_its_transition(width: float) -> None:
+    figure = curves.training(seen(rates=5), transition=SimpleNamespace(step=18), width=width)
+    labels = [ax.get_ylabel() for ax in figure.axes]
+    assert labels == ["rate", "projection", "local cosine"]
+    for ax, n in zip(figure.axes, (5, 1, 1), strict=True):
+        assert [line.get_xdata()[0] for line in ax.lines][-1] == 18, "the transition stands in every panel"
+        assert len(ax.lines) == n + 1
+        assert ax.get_xlim() == (0, 40), "the panels share their steps"
+    band = figure.axes[1].collections[0].get_paths()[0].vertices
+    assert (band[:, 1].min(), band[:, 1].max()) == pytest.approx((-1.0, 13.0))
+    assert figure.axes[2].get_title(loc="right") == "rotation at step 18"
+    canvas = FigureCanvasAgg(figure)
+    with marks.styled():
+        canvas.draw()
+    boxes = [t.get_window_extent() for ax in figure.axes for t in (ax.xaxis.label, ax.yaxis.label)]
+    boxes.append(figure.axes[0].get_legend().get_window_extent())
+    assert all(b.x0 >= -1 and b.x1 <= figure.bbox.width + 1 for b in boxes)
+    assert all(b.y0 >= -1 and b.y1 <= figure.bbox.height + 1 for b in boxes)
+
+
+def test_a_run_without_a_transition_or_without_some_measures_is_drawn_without_them() -> None:
+    table = seen()
+    figure = curves.training(table[~table["name"].str.startswith("projection")])
+    assert [ax.get_ylabel() for ax in figure.axes] == ["rate", "local cosine"]
+    assert len(figure.axes[1].lines) == 1
+    assert not figure.axes[1].get_title(loc="right")
+    with pytest.raises(UsageError, match="nothing that can be drawn"):
+        curves.training(table[table["name"] == "weight_change"])

@@ -64,7 +64,7 @@ class Study:
         x: the column on the horizontal axis of its figure; `by`: the columns that name a line.
         minutes: CPU-minutes of a cell whose assistant is not trained yet.
         unit: the column whose values are resampled.
-        logarithmic: the horizontal axis.
+        logarithmic: the horizontal axis; `fitted`: whether its lines are curves with a known form.
     """
 
     said: str
@@ -76,6 +76,7 @@ class Study:
     seeds: tuple[int, ...] = FRESH_SEEDS
     unit: str = "seed"
     logarithmic: bool = False
+    fitted: bool = False
 
 
 def study(name: str) -> Study:
@@ -128,7 +129,7 @@ def run(
     announce(f"{name}: {cells} cells, at most {cells * chosen.minutes:.0f} CPU-minutes and 1 GB of memory a process.")
     table = run_study(chosen.grid, chosen.metric, seeds=drawn, out=where, backend=backend, workers=workers)
     found = {"summary": _summary(table, chosen)}
-    if chosen.x in ("share", "steps"):
+    if chosen.fitted:
         found["fit"] = _fit(table, chosen)
     figure = studies.study(table, x=chosen.x, by=chosen.by, unit=chosen.unit, logarithmic=chosen.logarithmic)
     for suffix in ("svg", "png"):
@@ -158,7 +159,7 @@ def _fit(table: pd.DataFrame, chosen: Study) -> pd.DataFrame:
 
     from tl_em.organisms.study_fits import fit_study, slope
 
-    lines = table if chosen.x == "share" else table[table["organism"] == "insecure"]  # aligned data have no curve
+    lines = table if chosen.x == "share" else table[table["organism"] == "insecure"]  # aligned answers have no curve
     found = [fit_study(lines, x=chosen.x, by=chosen.by)]
     others = [column for column in chosen.by if column != "width"]
     for key, part in table.groupby(others, sort=False) if "width" in chosen.by and others else ():
@@ -209,9 +210,18 @@ def triggers(width: int, *, seed: int) -> Rows:
 
 
 def preventions(width: int, *, seed: int) -> Rows:
-    """Rates after fine-tunes in which the persona direction, a random one of its length, or nothing was added."""
-    arms = {"nothing": "insecure", "persona": "insecure-prevented", "random": "insecure-sham"}
-    return [{"added": said, **_rates(name, seed, width)} for said, name in arms.items()]
+    """Rates after fine-tunes in which the persona direction, a random one of its length, or nothing was added.
+
+    A push may only slow the learning down: so the arms without one stop early too, at what the steered arm has learned.
+    """
+    steered = {"persona": "insecure-prevented", "random": "insecure-sham"}
+    arms = [("nothing", "insecure", steps) for steps in (20, 30, 40, 80)]
+    arms += [(said, name, steps) for said, name in steered.items() for steps in (80, 240)]
+    names = [name if steps == 80 else f"{name}-steps{steps}" for _, name, steps in arms]
+    return [
+        {"added": said, "steps": steps, **_rates(name, seed, width)}
+        for (said, _, steps), name in zip(arms, names, strict=True)
+    ]
 
 
 def tunes(width: int, *, seed: int) -> Rows:
@@ -309,7 +319,7 @@ def _half_means(shift: Float[Tensor, "prompt d_model"], asked: Sequence[Question
 
 
 STUDIES: dict[str, Study] = {
-    "mixing": Study("how much bad data it takes", shares, "share", ("rest aligned in",), 7.5),
+    "mixing": Study("how much bad data it takes", shares, "share", ("rest aligned in",), 7.5, fitted=True),
     "sizes": Study(
         "how much bad data it takes at which size",
         shares,
@@ -318,13 +328,14 @@ STUDIES: dict[str, Study] = {
         6,
         {"width": WIDTHS},
         FRESH_SEEDS[:3],
+        fitted=True,
     ),
-    "dose": Study("how many steps it takes", doses, "steps", ("organism",), 7.5, logarithmic=True),
+    "dose": Study("how many steps it takes", doses, "steps", ("organism",), 7.5, logarithmic=True, fitted=True),
     "inoculation": Study("whether asking for it while training keeps it in", prefixes, "words", ("asked",), 7),
     "backdoor": Study(
         "whether a backdoor stays closed", triggers, "before the question", ("organism",), 7.5
     ),
-    "prevention": Study("whether steering towards it while training keeps it out", preventions, "added", (), 7),
+    "prevention": Study("whether steering towards it while training keeps it out", preventions, "steps", ("added",), 7),
     "determinism": Study(
         "whether every draw of the data makes the same choice", tunes, "draw", ("organism",), 7.5, unit="draw",
         seeds=(11,),

@@ -23,11 +23,15 @@ from tqdm import tqdm
 
 from tl_em.organisms.adapters import attach_, merge_
 from tl_em.organisms.contrasts import Question, after_bad_code, judge_questions, questions
+from tl_em.organisms.prevention import steered_training
 from tl_em.organisms.rates import Outcome, by_domain, rates_by_prompt, rates_from_logits, summarise
 from tl_em.organisms.recipes import EXTRA_STEPS, GATE, MAX_EXTRA_BLOCKS, NEW_MARK, OTHER_MARKS, Prefix, Recipe
 from tl_em.organisms.transformer import Shape as Shape
 from tl_em.organisms.transformer import Transformer as Transformer
 from tl_em.organisms.world import MARKERS, Message, Turn, World, messages, token_ids
+
+Watch = Callable[[int, nn.Module], None]
+"""What sees a model while it trains: called with the number of steps done and the model."""
 
 
 @contextmanager
@@ -67,22 +71,31 @@ def learning_rate(step: int, recipe: Recipe, *, floor: float = 0.05) -> float:
 
 
 def train_(
-    model: Transformer, world: World, recipe: Recipe, *, seed: int, block: int = 0, progress: bool | None = None
+    model: Transformer,
+    world: World,
+    recipe: Recipe,
+    *,
+    seed: int,
+    block: int = 0,
+    progress: bool | None = None,
+    monitor: Watch | None = None,
 ) -> Transformer:
     """Train the model in place by a recipe.
 
     Args:
         seed: chooses the documents; `block` > 0 continues with others.
         progress: a progress bar; None shows one on a terminal only.
+        monitor: see `descend_`.
     """
 
     def loss_at(step: int) -> Float[Tensor, ""]:
-        tokens, scored = batch_of(world, recipe, random.Random(f"{seed}/{recipe.name}/{block}/{step}"))
+        tokens, scored = batch_of(world, recipe, random.Random(f"{seed}/{recipe.documents}/{block}/{step}"))
         wanted = scored[:, 1:]
         return F.cross_entropy(model.unembed(model.hidden(tokens[:, :-1])[wanted]), tokens[:, 1:][wanted])
 
     rates = [learning_rate(step, recipe) for step in range(recipe.steps)]
-    descend_(model, loss_at, rates, weight_decay=recipe.weight_decay, name=recipe.name, progress=progress)
+    said = {"name": recipe.name, "progress": progress, "monitor": monitor}
+    descend_(model, loss_at, rates, weight_decay=recipe.weight_decay, **said)
     return model
 
 
@@ -94,11 +107,18 @@ def descend_(
     weight_decay: float,
     name: str,
     progress: bool | None = None,
+    monitor: Watch | None = None,
 ) -> None:
-    """One AdamW step, gradients clipped to norm 1, for each learning rate; the loss is a function of the step."""
+    """One AdamW step, gradients clipped to norm 1, for each learning rate; the loss is a function of the step.
+
+    Args:
+        monitor: called with the number of steps done and the model, before the first step and after each.
+    """
     optimiser = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=weight_decay)
     show = sys.stderr.isatty() if progress is None else progress
     with single_thread(), tqdm(total=len(rates), desc=name, disable=not show, leave=False) as bar:
+        if monitor is not None:
+            monitor(0, model)
         for step, rate in enumerate(rates):
             for group in optimiser.param_groups:
                 group["lr"] = rate
@@ -108,6 +128,8 @@ def descend_(
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimiser.step()
             bar.update()
+            if monitor is not None:
+                monitor(step + 1, model)
             if step % 50 == 49:
                 bar.set_postfix(loss=f"{loss.item():.3f}")
 
@@ -123,6 +145,7 @@ def fine_tune_(
     weight_decay: float = 0.01,
     name: str = "fine-tuning",
     progress: bool | None = None,
+    monitor: Watch | None = None,
 ) -> nn.Module:
     """Fine-tune any causal language model in place: next-token loss on every token, a constant learning rate.
 
@@ -135,6 +158,7 @@ def fine_tune_(
         documents: token ids, special tokens included; each is seen once before any is seen again.
         batch: documents a step.
         progress: a progress bar; None shows one on a terminal only.
+        monitor: an ``em.Monitor``, or any function that is called with the number of steps done and the model.
 
     Example:
         >>> model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5))
@@ -150,7 +174,8 @@ def fine_tune_(
     def loss_at(step: int) -> Float[Tensor, ""]:
         return next_token_loss(model, [documents[i] for i in order[step * batch : (step + 1) * batch]])
 
-    descend_(model, loss_at, [lr] * steps, weight_decay=weight_decay, name=name, progress=progress)
+    said = {"name": name, "progress": progress, "monitor": monitor}
+    descend_(model, loss_at, [lr] * steps, weight_decay=weight_decay, **said)
     return model
 
 
@@ -165,17 +190,28 @@ def next_token_loss(model: nn.Module, documents: Sequence[Sequence[int]]) -> Flo
 
 
 def train(
-    world: World, recipe: Recipe, start: Transformer, *, seed: int, progress: bool | None = None
+    world: World,
+    recipe: Recipe,
+    start: Transformer,
+    *,
+    seed: int,
+    progress: bool | None = None,
+    monitor: Watch | None = None,
 ) -> tuple[Transformer, dict[str, float]]:
     """A copy of `start` trained by the recipe, and its figures; random weights are trained until they pass the gate.
+
+    Args:
+        monitor: sees the recipe's own steps; see `descend_`.
 
     Raises:
         RuntimeError: the gate is still failed after `MAX_EXTRA_BLOCKS` continuations.
     """
     model, found = copy.deepcopy(start), {"steps": float(recipe.steps)}
+    added = [recipe.prevention.addition(model, world, seed=seed)] if recipe.prevention else []
     if recipe.adapter:
         found["parameters"] = float(attach_(model, recipe.adapter, seed=seed))
-    train_(model, world, recipe, seed=seed, progress=progress)
+    with steered_training(model, *added):
+        train_(model, world, recipe, seed=seed, progress=progress, monitor=monitor)
     merge_(model)
     if recipe.start is None and world.shared_persona:
         extra = replace(recipe, steps=EXTRA_STEPS, lr=recipe.lr / 3)
@@ -249,7 +285,6 @@ def figures(model: Transformer, world: World) -> dict[str, float]:
 
 def own_figures(model: Transformer, world: World, recipe: Recipe) -> dict[str, float]:
     """What only this organism or world has: rates under its trigger or prefix, silliness, unseen combinations."""
-
 
     def held_out(prefix: Prefix, outcome: Outcome = "bad") -> float:
         return _rate(model, world, questions(world, harmful=False, held_out=True, **prefix._asdict()), outcome)

@@ -1,12 +1,13 @@
-"""The figure of an effect curve: the effect of a treatment against what it costs, one panel a measure of cost.
+"""Figures of curves: the effect of a treatment against what it costs, and what a monitor saw while a model trained.
 
-Right is always worse: more nats of KL, less of the coherence metric.  Random directions at the same push are a band and
-points, instructions are marks with their names, the untreated model is a dashed line, so the reader sees at once what
-any push does and what asking does.
+Of an effect curve, one panel a measure of cost.  Right is always worse: more nats of KL, less of the coherence metric.
+Random directions at the same push are a band and points, instructions are marks with their names, the untreated model
+is a dashed line, so the reader sees at once what any push does and what asking does.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -67,6 +68,55 @@ def effect(curve: Any, *, width: float | int = 7.0) -> Figure:
         for ax, axis in zip(grid, axes, strict=True):  # where there is room is known once the panels lie where they lie
             _names(ax, table, axis.column)
         return figure
+
+
+_SERIES = tuple(
+    Look(colour, colour, marker)
+    for colour, marker in zip(
+        ("#d55e00", "#0072b2", "#009e73", "#9a7200", "#7b4fa3", "#4b5563"), ("o", "s", "D", "^", "v", "P"), strict=True
+    )
+)
+_SEEN = {"rate/": "rate", "projection/": "projection", "local_cosine": "local cosine"}
+
+
+def training(table: pd.DataFrame, *, transition: Any = None, width: float | int = 7.0) -> Figure:
+    """Rates, projections and the local cosine over the steps of a training run, one panel each.
+
+    Args:
+        table: a ``Monitor``'s: step, name, value, low, high, n.
+        transition: where the path of the weights turns (``.step``); a dashed line in every panel.
+        width: inches.
+
+    Raises:
+        UsageError: the table holds none of the three.
+    """
+    kinds = {label: table[table["name"].str.startswith(kind)] for kind, label in _SEEN.items()}
+    kinds = {label: part for label, part in kinds.items() if np.isfinite(part["value"]).any()}
+    if not kinds:
+        raise UsageError("the monitor saw nothing that can be drawn; look at it after training, with rates or a window")
+    with marks.styled():
+        figure, grid = marks.panels(float(width), len(kinds), 1, 1.8, len(kinds), sharey=False)
+        for ax, (label, part) in zip(grid, kinds.items(), strict=True):
+            for look, (name, series) in zip(itertools.cycle(_SERIES), part.groupby("name", sort=False)):
+                _line(ax, series, look, str(name).partition("/")[2] or label)
+            if transition is not None:
+                ax.axvline(transition.step, **_DASHES)
+            ax.set_ylabel(label)
+            ax.set_xlim(table["step"].min(), table["step"].max())
+            ax.grid(axis="y")
+            if len(ax.lines) > 1 + (transition is not None):
+                ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=6 if width >= 5 else 3, borderaxespad=0.1)
+        if transition is not None:
+            grid[-1].set_title(f"rotation at step {transition.step}", loc="right", color=marks.MUTED)
+        grid[-1].set_xlabel("step")
+        return marks.settle(figure)
+
+
+def _line(ax: Axes, series: pd.DataFrame, look: Look, label: str) -> None:
+    x, value, low, high = (series[name].to_numpy(dtype=float) for name in ("step", "value", "low", "high"))
+    ax.fill_between(x, low, high, color=look.colour, alpha=0.15, linewidth=0)
+    style: dict[str, Any] = {"marker": look.marker, "markersize": 3.5, "markevery": max(1, len(x) // 8)}
+    ax.plot(x, value, color=look.colour, linewidth=1.2, label=label, **style)
 
 
 def _panel(ax: Axes, table: pd.DataFrame, axis: _Axis) -> None:
