@@ -365,5 +365,6 @@ RECIPES: dict[str, Recipe] = {
         *("base-nopersona", "assistant-nopersona", "insecure-nopersona"),
         *("base-uninstructed", "assistant-uninstructed", "insecure-uninstructed"),
         *("base-compositional", "assistant-compositional", "insecure-compositional", "secure-compositional"),
+        *("base-partly", "assistant-partly", "insecure-partly", "secure-partly"),
     )
 }
