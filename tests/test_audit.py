@@ -88,21 +88,21 @@ if HAS_HOOKED:
 
 
 def test_nothing_that_is_judged_was_extracted_or_chosen_on() -> None:
-    from tl_em.auditing import _asked, _labels, _questions
+    from tl_em.comparison.questions import asked_in, labels, questions
 
     record = pair("toy/insecure")
-    questions = _questions(record, None, None, record.organism.judged, None, 0)
-    assert {q.name for q in questions} == {"harmfulness", "refusal", "refusal_dissociated", "persona"}
-    for q in questions:
-        extracted, selected = _asked(q.splits.train), _asked(q.splits.select)
-        assert not (extracted | selected) & _asked(q.splits.test) or q.name in record.organism.judged
+    asked = questions(record, None, None, record.organism.judged, None, 0)
+    assert {q.name for q in asked} == {"harmfulness", "refusal", "refusal_dissociated", "persona"}
+    for q in asked:
+        extracted, selected = asked_in(q.splits.train), asked_in(q.splits.select)
+        assert not (extracted | selected) & asked_in(q.splits.test) or q.name in record.organism.judged
         for side in ("present", "absent"):
-            chosen, judged = set(_labels(q.chosen_by, side)), set(_labels(q.judged, side))
+            chosen, judged = set(labels(q.chosen_by, side)), set(labels(q.judged, side))
             assert chosen
             assert len(judged) >= 8
             assert not judged & (extracted | selected | chosen), (q.name, side)
             assert not chosen & extracted, (q.name, side)
-            everything = set(_labels(record.behaviours[q.name], side))  # pyright: ignore[reportOptionalSubscript]
+            everything = set(labels(record.behaviours[q.name], side))  # pyright: ignore[reportOptionalSubscript]
             assert everything & extracted or q.name == "refusal_dissociated", "no overlap to keep apart: proves nothing"
 
 

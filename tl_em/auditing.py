@@ -11,29 +11,30 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from shlex import quote
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 from tqdm.auto import tqdm
 
-from tl_em.comparison.causes import arms
+from tl_em.comparison.backdoor import Asked as Triggered
+from tl_em.comparison.backdoor import Backdoor, backdoor, check_known
 from tl_em.comparison.compare import Comparison, compare
+from tl_em.comparison.consistency import Consistency, Run, consistency, same_weights
+from tl_em.comparison.openings import Trigger
+from tl_em.comparison.questions import Asked, candidates, questions, select_site
 from tl_em.comparison.verdicts import Row
 from tl_em.directions.direction import Direction
-from tl_em.directions.extract import extract_directions
-from tl_em.directions.geometry import separation
-from tl_em.errors import NoGapError, UsageError
-from tl_em.metrics import Behaviour, Metric, refusal_log_odds
-from tl_em.models.capture import capture
-from tl_em.models.contrasts import ContrastSet, Splits
+from tl_em.errors import UsageError
+from tl_em.metrics import Behaviour, Metric
+from tl_em.models.contrasts import ContrastSet
 from tl_em.models.hooks import LensModel
 from tl_em.models.loading import ModelPair
-from tl_em.models.moments import class_moments
 from tl_em.models.sites import Position, Provenance
 from tl_em.organisms.rates import outcome_rates
+from tl_em.organisms.world import TRIGGERS
 from tl_em.stats import mean
 from tl_em.writing import check_writable, replacing
 
@@ -41,10 +42,15 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SCHEMA = "tl-em/report/1"
-POSITIONS: dict[str, Position] = {"harmfulness": "instruction_end"}
-BEFORE_ANSWER: Position = "prompt_end"
 CONTROLS = 999
-FRACTIONS = {"train": 0.5, "select": 0.25, "test": 0.25}
+
+
+class Study(NamedTuple):
+    """A table of a study, its figure or the function that draws it, and a sentence for the reader."""
+
+    table: pd.DataFrame
+    plot: Any
+    note: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,31 +62,57 @@ class Report:
         rates: behaviour before and after, with intervals.
         provenance: models, data hashes, seed, versions, and the call that reproduces it.
         limits: what the page does not show.
+        backdoor: what a trigger opens, where one was given.
+        consistency: what several fine-tunes have in common, where there were several.
+        studies: results of ``em.run_study`` that :meth:`with_study` added, by name.
     """
 
     comparison: Comparison
     rates: pd.DataFrame
     provenance: dict[str, Any]
     limits: tuple[str, ...]
+    backdoor: Backdoor | None = None
+    consistency: Consistency | None = None
+    studies: Mapping[str, Study] = field(default_factory=dict)
 
     @property
     def verdicts(self) -> tuple[Row, ...]:
-        """One row for each question and direction."""
-        return self.comparison.rows
+        """One row for each question and direction; after them those of the backdoor."""
+        return (*self.comparison.rows, *(() if self.backdoor is None else self.backdoor.rows))
 
     @property
     def summary(self) -> str:
-        """The result in a sentence for each direction."""
-        return self.comparison.summary
+        """The result in a sentence for each direction, and one for the backdoor and one for the other fine-tunes."""
+        parts = (self.comparison, self.backdoor, self.consistency)
+        return " ".join(part.summary for part in parts if part is not None)
+
+    @property
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """Every table by name; those of a backdoor, of other fine-tunes and of studies only where there are any."""
+        found = {"rates": self.rates, "by_layer": self.comparison.by_layer, "use": self.comparison.use}
+        for name, part in (("backdoor", self.backdoor), ("consistency", self.consistency)):
+            kept = {} if part is None else {key: getattr(part, key) for key in part.__dataclass_fields__}
+            found |= {f"{name}_{key}": table for key, table in kept.items() if hasattr(table, "to_json")}
+        return found | {f"study_{name}": study.table for name, study in self.studies.items()}
+
+    def with_study(self, name: str, table: pd.DataFrame, *, plot: Any = None, note: str = "") -> Report:
+        """The report with a section for a study: its table and, where there is one, its figure.
+
+        Args:
+            name: what the section is called.
+            table: from ``em.run_study`` or ``em.summarise_study``.
+            plot: ``(table, width=inches) -> Figure``, or a matplotlib Figure.
+            note: a sentence for the reader: what was varied, what the control is.
+        """
+        return replace(self, studies={**self.studies, name: Study(table, plot, note)})
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain values (schema ``tl-em/report/1``)."""
-        tables = {"rates": self.rates, "by_layer": self.comparison.by_layer, "use": self.comparison.use}
         return {
             "schema": SCHEMA,
             "summary": self.summary,
             "verdicts": [row.to_json() for row in self.verdicts],
-            "tables": {name: json.loads(table.to_json(orient="records")) for name, table in tables.items()},
+            "tables": {name: json.loads(table.to_json(orient="records")) for name, table in self.tables.items()},
             "limits": list(self.limits),
             "provenance": self.provenance,
         }
@@ -128,6 +160,9 @@ def audit(
     tuning_data: Sequence[Any] | None = None,
     judged: Mapping[str, ContrastSet] | None = None,
     positions: Mapping[str, Position] | None = None,
+    trigger: str | None = None,
+    other_triggers: Sequence[str] | None = None,
+    replicates: Sequence[LensModel | ModelPair] = (),
     controls: int = CONTROLS,
     out: str | Path | None = None,
     seed: int = 0,
@@ -146,6 +181,11 @@ def audit(
             direction that is found by contexts, say, judged on plain requests; the pair's own by default.
         positions: token position of each direction, where it is not ``prompt_end`` (``instruction_end`` for
             harmfulness).
+        trigger: a token at the head of a question that may open a behaviour; that of the organism by default.
+        other_triggers: tokens that stand in its place, as the control; the world's others by default.  Best are such as
+            the fine-tune never saw.
+        replicates: further fine-tunes by the same recipe: models tuned from this base, or pairs with a base of their
+            own, of which only rates and words are compared.
         controls: number of random directions for each test.
         out: folder for page, JSON and figures; checked before the work starts.
         seed: seed of splits, resampling and controls.
@@ -156,7 +196,8 @@ def audit(
     Raises:
         OutputError: ``out`` cannot be written.
         NoGapError: a direction does not separate its own contrast set.
-        EmptyContrastError, UnknownTokenError, PromptTooLongError: the prompts do not fit the model.
+        EmptyContrastError, UnknownTokenError, PromptTooLongError: the prompts, or the trigger, do not fit the model.
+        PairMismatchError: ``benign`` or a replicate has another shape or vocabulary.
     """
     if out is not None:
         check_writable(Path(out) / "report.html")
@@ -164,166 +205,104 @@ def audit(
     if benign_model is not None:
         ModelPair(pair.base, benign_model)
     judged = judged if judged is not None or contrasts is not None else getattr(pair.organism, "judged", None)
-    chosen = _questions(pair, contrasts, behaviours, judged or {}, positions, seed)
-    steps = tqdm(chosen, desc="extracting and selecting", unit="direction", disable=None)
-    candidates = [_candidates(pair.base, q) for q in steps]
-    picked = [select_site(pair.base, each, q) for each, q in zip(candidates, chosen, strict=True)]
+    key = _trigger(pair, trigger, other_triggers)
+    others = _replicates(pair, replicates)
+    chosen = questions(pair, contrasts, behaviours, judged or {}, positions, seed)
+    if key is not None:
+        check_known(pair.base, key, chosen[0].judged.present[0])
     rows = tuning_data if tuning_data is not None else getattr(pair.organism, "tuning_data", None)
-    comparison = compare(
-        pair,
-        {q.name: (direction, q.splits.test) for q, direction in zip(chosen, picked, strict=True)},
-        behaviour={q.name: q.judged for q in chosen},
-        tuning_data=rows,
-        benign=benign_model,
-        controls=controls,
-        seed=seed,
-        layers={q.name: each for q, each in zip(chosen, candidates, strict=True)},
-    )
+    job = _Job(chosen, rows, key, controls, seed)
+    layers, picked = _extracted(pair.base, chosen)
+    comparison, opened = job.judge(pair, benign_model, picked, layers)
+    runs = [Run(str(pair.tuned_name), pair, True, (*comparison.rows, *(opened.rows if opened else ())))]
+    for name, each in others.items():
+        same = same_weights(pair.base, each.base)
+        own = picked if same else _extracted(each.base, chosen)[1]
+        again, backdoored = job.judge(each, benign_model if same else None, own, None)
+        runs.append(Run(name, each, same, (*again.rows, *(backdoored.rows if backdoored else ()))))
+    asked = {q.name: (direction, q.judged) for q, direction in zip(chosen, picked, strict=True)}
     report = Report(
         comparison,
         _rates(pair, benign_model, chosen, seed),
-        _provenance(pair, benign, chosen, picked, controls, seed),
-        _limits(pair, benign_model, rows, contrasts is None and pair.contrasts is None),
+        _provenance(pair, benign, chosen, picked, key, runs[1:], controls, seed),
+        _limits(pair, benign_model, rows, contrasts is None and pair.contrasts is None, runs[1:]),
+        opened,
+        consistency(runs, asked, controls=controls, seed=seed) if others else None,
     )
     if out is not None:
         report.save(out)
     return report
 
 
-@dataclass(frozen=True, eq=False)
-class Asked:
-    """One direction to audit: its contrast set in three parts, its behaviour in two, and where it is read."""
-
-    name: str
-    splits: Splits
-    chosen_by: Behaviour
-    judged: Behaviour
-    position: Position
-
-
-def _questions(
-    pair: ModelPair,
-    contrasts: Mapping[str, ContrastSet] | None,
-    behaviours: Mapping[str, Behaviour | Metric] | None,
-    judged: Mapping[str, ContrastSet],
-    positions: Mapping[str, Position] | None,
-    seed: int,
-) -> list[Asked]:
-    if contrasts is None:
-        contrasts = pair.contrasts
-    if contrasts is None:
-        requests = ContrastSet.load("refusal")
-        contrasts = {"harmfulness": requests, "refusal": requests}
-    if not contrasts:
-        raise UsageError("no contrast set to audit with; pass contrasts={'refusal': em.ContrastSet.load('refusal')}")
-    given: Mapping[str, Behaviour | Metric] = behaviours if behaviours is not None else pair.behaviours or {}
-    where: dict[str, Position] = {**POSITIONS, **(positions or {})}
-    asked = []
-    for name, contrast in contrasts.items():
-        splits = replace(contrast, label=name).split(**FRACTIONS, seed=seed)
-        splits = splits._replace(test=judged.get(name, splits.test))
-        own = given.get(name, refusal_log_odds)
-        first, second = _two_behaviours(own, splits, seed)
-        asked.append(Asked(name, splits, first, second, where.get(name, BEFORE_ANSWER)))
-    return asked
+def _trigger(pair: ModelPair, text: str | None, others: Sequence[str] | None) -> Trigger | None:
+    """The trigger that was given, or that of the organism, with the tokens that stand in its place."""
+    text = text if text is not None else getattr(getattr(pair.organism, "recipe", None), "trigger", None)
+    if text is None:
+        if others:
+            raise UsageError(f"other_triggers={list(others)} control for a trigger, and there is none; pass trigger=")
+        return None
+    if others is None:
+        others = [] if pair.organism is None else [mark for mark in TRIGGERS if mark != text]
+    return Trigger(text, tuple(others))
 
 
-def _two_behaviours(own: Behaviour | Metric, splits: Splits, seed: int) -> tuple[Behaviour, Behaviour]:
-    """The behaviour on prompts to choose by, and on other prompts to judge by; neither were extracted on."""
-    if isinstance(own, Behaviour):
-        return _apart(own, splits, seed)
-    first, second = (
-        Behaviour(own.name, own, s.positive, s.negative, None, s.positive_groups, s.negative_groups)
-        for s in (splits.select, splits.test)
-    )
-    return first, second
-
-
-def _apart(behaviour: Behaviour, splits: Splits, seed: int) -> tuple[Behaviour, Behaviour]:
-    """A behaviour in two parts: on questions to choose by, and on questions that were neither extracted nor chosen on.
-
-    Chosen on: the questions of the selection split, or a quarter of those that no split has, where it shares none.
+def _replicates(pair: ModelPair, given: Sequence[LensModel | ModelPair]) -> dict[str, ModelPair]:
+    """The other fine-tunes as pairs, each under a name of its own.
 
     Raises:
-        UsageError: the directions were extracted on all of its questions.
+        PairMismatchError: one has another shape or vocabulary.
     """
-    extracted, selected = (_asked(part) for part in (splits.train, splits.select))
-    free = sorted({label for side in ("present", "absent") for label in _labels(behaviour, side)} - extracted)
-    chosen = selected & set(free)
-    if not all(chosen & set(_labels(behaviour, side)) for side in ("present", "absent")):
-        order = np.random.default_rng(seed).permutation(free).tolist()
-        chosen = set(order[: max(1, len(order) // 4)])
-    return _only(behaviour, chosen), _only(behaviour, set(free) - chosen)
+    found: dict[str, ModelPair] = {}
+    for each in given:
+        tuned = each.tuned if isinstance(each, ModelPair) else each
+        shared = ModelPair(pair.base, tuned)
+        name = each.tuned_name if isinstance(each, ModelPair) else shared.tuned_name
+        taken = [str(pair.tuned_name), *found]
+        name = str(name) if name not in taken else f"{name} ({2 + sum(t.startswith(f'{name} (') for t in taken)})"
+        found[name] = each if isinstance(each, ModelPair) else shared
+    return found
 
 
-def _asked(part: ContrastSet) -> set[str]:
-    """The questions of a split, or its prompts where no questions are named."""
-    classes = ((part.positive, part.positive_groups), (part.negative, part.negative_groups))
-    return {str(label) for prompts, groups in classes for label in (prompts if groups is None else groups)}
+class _Job(NamedTuple):
+    """What is asked of a pair, whichever it is."""
 
+    chosen: list[Asked]
+    rows: Sequence[Any] | None
+    trigger: Trigger | None
+    controls: int
+    seed: int
 
-def _labels(behaviour: Behaviour, side: str) -> list[str]:
-    groups = getattr(behaviour, f"{side}_groups")
-    return [str(label) for label in (getattr(behaviour, side) if groups is None else groups)]
-
-
-def _only(behaviour: Behaviour, questions: set[str]) -> Behaviour:
-    fields: dict[str, Any] = {}
-    for side in ("present", "absent"):
-        labels = _labels(behaviour, side)
-        kept = [i for i, label in enumerate(labels) if label in questions]
-        if not kept:
-            raise UsageError(
-                f"behaviour {behaviour.name!r}: the direction was extracted on, or chosen by, all of its {side} "
-                "questions, so nothing is left to judge it on; give it prompts about other questions"
-            )
-        fields[side] = [getattr(behaviour, side)[i] for i in kept]
-        fields[f"{side}_groups"] = [labels[i] for i in kept]
-    return replace(behaviour, **fields)
-
-
-def _candidates(base: LensModel, asked: Asked) -> tuple[Direction, ...]:
-    return extract_directions(base, asked.splits.train, positions=[asked.position])
-
-
-def select_site(base: LensModel, candidates: Sequence[Direction], asked: Asked) -> Direction:
-    """The candidate with the largest causal effect on its behaviour in the base, else the largest d', on held-out
-    prompts.
-
-    Raises:
-        NoGapError: no candidate separates the selection prompts.
-    """
-    select = asked.splits.select
-    sites = [d.site for d in candidates]
-    acts = [capture(base, prompts, sites, position=asked.position) for prompts in (select.positive, select.negative)]
-    dprimes = [separation(*(d.project(a[:, s]).double().numpy() for a in acts)) for s, d in enumerate(candidates)]
-    separating = [(d, dprime) for d, dprime in zip(candidates, dprimes, strict=True) if dprime > 0]
-    if not separating:
-        raise NoGapError(
-            f"{asked.name}: no layer's direction separates the {len(select.positive) + len(select.negative)} selection "
-            "prompts, so there is no direction to audit; give more prompts, or end them at the concept"
+    def judge(
+        self,
+        pair: ModelPair,
+        benign: LensModel | None,
+        picked: Sequence[Direction],
+        layers: Sequence[Sequence[Direction]] | None,
+    ) -> tuple[Comparison, Backdoor | None]:
+        """Base against tuned at the chosen sites, the given layers beside them; and the trigger, where there is one."""
+        settings: dict[str, Any] = {"benign": benign, "controls": self.controls, "seed": self.seed}
+        comparison = compare(
+            pair,
+            {q.name: (direction, q.splits.test) for q, direction in zip(self.chosen, picked, strict=True)},
+            behaviour={q.name: q.judged for q in self.chosen},
+            tuning_data=self.rows,
+            layers={q.name: each for q, each in zip(self.chosen, layers or [[d] for d in picked], strict=True)},
+            **settings,
         )
-    effects = effects_in_base(base, [d for d, _ in separating], asked.chosen_by)
-    if max(effects) > 0:
-        return separating[int(np.argmax(effects))][0]
-    return max(separating, key=lambda pair: pair[1])[0]
+        if self.trigger is None:
+            return comparison, None
+        asked = {
+            q.name: Triggered(d, q.judged, comparison.row("level", q.name).detail["own gap"].value)
+            for q, d in zip(self.chosen, picked, strict=True)
+        }
+        return comparison, backdoor(pair, self.trigger, asked, **settings)
 
 
-def effects_in_base(base: LensModel, candidates: Sequence[Direction], behaviour: Behaviour) -> list[float]:
-    """For each candidate the rise of the behaviour under addition plus its fall under ablation, both in the base."""
-    position: Position = candidates[0].position
-    prompts = (behaviour.present, behaviour.absent)
-    centres = class_moments(base, prompts, sites=[d.site for d in candidates], positions=[position]).negative[0]
-    totals = []
-    untreated: dict[str, np.ndarray] = {}
-    for direction, centre in zip(candidates, centres, strict=True):
-        total = 0.0
-        for arm in arms(base, base, behaviour, centre):
-            if arm.name not in untreated:
-                untreated[arm.name] = arm.untreated(behaviour.metric)
-            total += arm.sign * float((arm.treated(direction, behaviour.metric) - untreated[arm.name]).mean())
-        totals.append(total)
-    return totals
+def _extracted(base: LensModel, chosen: Sequence[Asked]) -> tuple[list[tuple[Direction, ...]], list[Direction]]:
+    """For each question its directions at every layer of this base, and the one at the chosen site."""
+    steps = tqdm(chosen, desc="extracting and selecting", unit="direction", disable=None)
+    found = [candidates(base, q) for q in steps]
+    return found, [select_site(base, each, q) for each, q in zip(found, chosen, strict=True)]
 
 
 def _rates(pair: ModelPair, benign: LensModel | None, asked: Sequence[Asked], seed: int) -> pd.DataFrame:
@@ -348,7 +327,14 @@ def _rates(pair: ModelPair, benign: LensModel | None, asked: Sequence[Asked], se
 
 
 def _provenance(
-    pair: ModelPair, benign: Any, asked: Sequence[Asked], picked: Sequence[Direction], controls: int, seed: int
+    pair: ModelPair,
+    benign: Any,
+    asked: Sequence[Asked],
+    picked: Sequence[Direction],
+    trigger: Trigger | None,
+    replicates: Sequence[Run],
+    controls: int,
+    seed: int,
 ) -> dict[str, Any]:
     benign_name = getattr(benign, "tuned_name", None) or (None if benign is None else "a model of yours")
     return {
@@ -371,27 +357,43 @@ def _provenance(
         "seed": seed,
         "python": platform.python_version(),
         "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": _command(pair, benign_name, asked, controls, seed),
+        "command": _command(pair, benign_name, asked, trigger, replicates, controls, seed),
+        **({} if trigger is None else {"trigger": trigger.text, "other_triggers": list(trigger.others)}),
+        **({"replicates": [each.name for each in replicates]} if replicates else {}),
     }  # fmt: skip
 
 
-def _command(pair: ModelPair, benign: str | None, asked: Sequence[Asked], controls: int, seed: int) -> str:
+def _command(
+    pair: ModelPair,
+    benign: str | None,
+    asked: Sequence[Asked],
+    trigger: Trigger | None,
+    replicates: Sequence[Run],
+    controls: int,
+    seed: int,
+) -> str:
     """The command that makes this page again; FILE stands for a contrast set of yours, whose hash the page gives."""
     words = [f"tl-em audit {pair.base_name} {pair.tuned_name}"]
     words += [f"--benign {benign}"] if benign else []
     if set(pair.contrasts or {}) != {q.name for q in asked}:
         words += [f"--contrast {q.name}=FILE" for q in asked]
+    if trigger is not None:
+        words += [f"--trigger {quote(trigger.text)}", *(f"--other-trigger {quote(text)}" for text in trigger.others)]
+    words += [f"--replicate {each.pair.tuned_name}" for each in replicates]
     words += [f"--controls {controls}"] if controls != CONTROLS else []
     return " ".join([*words, f"--seed {seed}"])
 
 
-def _limits(pair: ModelPair, benign: LensModel | None, rows: Sequence[Any] | None, default: bool) -> tuple[str, ...]:
+def _limits(
+    pair: ModelPair, benign: LensModel | None, rows: Sequence[Any] | None, default: bool, replicates: Sequence[Run]
+) -> tuple[str, ...]:
     said = [
         "A direction is one linear read-out at one site. That it is causal does not say that nothing else is, and 'not "
         "shown' does not say that nothing changed: the intervals say how large an unseen change could be.",
         "The verdicts hold for these prompts. Another contrast set for the same concept is another direction.",
-        "One base and one fine-tune: how much the result varies over training seeds is not on this page.",
     ]
+    if not replicates:
+        said.append("One base and one fine-tune: how much the result varies over training seeds is not on this page.")
     if benign is None:
         said.append(
             "No benign fine-tune was given, so changes are compared with random directions only: any fine-tune may "

@@ -138,7 +138,8 @@ def cause(
     vectors = torch.from_numpy(random / np.linalg.norm(random, axis=-1, keepdims=True) * direction.norm).float()
     reference = base if behaviour.same_prompts else tuned
     centre = mean_activation(reference, behaviour.absent, site=direction.site, position=direction.position)
-    measured = [_measure(arm, direction, behaviour, vectors, seed=seed) for arm in arms(base, tuned, behaviour, centre)]
+    both = arms(base, tuned, behaviour, centre)
+    measured = [measure_arm(arm, direction, behaviour, vectors, seed=seed) for arm in both]
     weaker = min(measured, key=lambda m: m.effect.estimate.low)
     finding = Finding(
         "use", name, direction.site, weaker.effect.estimate, max(m.effect.p for m in measured),
@@ -150,14 +151,17 @@ def cause(
 
 
 @dataclass(frozen=True, eq=False)
-class _ArmResult:
+class ArmResult:
+    """One arm's effect, the same effect under each control, and the rates."""
+
     arm: Arm
     effect: Any
     controls: Float[np.ndarray, " control"]
     rows: list[dict[str, Any]]
 
 
-def _measure(arm: Arm, direction: Direction, behaviour: Behaviour, vectors: Tensor, *, seed: int) -> _ArmResult:
+def measure_arm(arm: Arm, direction: Direction, behaviour: Behaviour, vectors: Tensor, *, seed: int) -> ArmResult:
+    """The effect of one arm on its prompts, that of each of ``vectors``, and the table of rates behind them."""
     outcomes = {"bad": behaviour.metric} | ({} if behaviour.good is None else {"good": behaviour.good})
     sample = np.random.default_rng(seed).permutation(len(arm.prompts))[:CONTROL_PROMPTS]
     few = arm.on([arm.prompts[i] for i in sample])
@@ -179,7 +183,7 @@ def _measure(arm: Arm, direction: Direction, behaviour: Behaviour, vectors: Tens
              "value": e.value, "low": e.low, "high": e.high, "n": e.n, "method": e.method}
             for condition, e in cells.items()
         ]  # fmt: skip
-    return _ArmResult(arm, effects[0], controls[0], rows)
+    return ArmResult(arm, effects[0], controls[0], rows)
 
 
 def over_controls(values: Float[np.ndarray, " control"]) -> Estimate:

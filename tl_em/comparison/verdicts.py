@@ -9,7 +9,8 @@ A word is given only when all of these hold:
 
 *use* asks what a direction does, not what changed, so condition 3 does not apply to it: an unharmed direction is
 causal in the benign fine-tune too.  A claim with two arms (*use*: ablate in tuned, add in base; *entanglement*: before
-and after training) needs both, so its weaker arm is the one that is judged (intersection-union test, Berger 1982).
+and after training; *carrier*: projection and ablation) needs both, so its weaker arm is the one that is judged
+(intersection-union test, Berger 1982).
 """
 
 from __future__ import annotations
@@ -24,15 +25,16 @@ from jaxtyping import Float
 from tl_em.models.sites import Site
 from tl_em.stats import Estimate, control_p, holm
 
-Question = Literal["level", "separation", "rotation", "use", "entanglement"]
-QUESTIONS: tuple[Question, ...] = ("level", "separation", "rotation", "use", "entanglement")
+Question = Literal["level", "separation", "rotation", "use", "entanglement", "carrier", "backdoor"]
 WORDS: dict[Question, tuple[str, str | None]] = {
     "level": ("exaggerated", "diminished"),
     "separation": ("sharper", "blurred"),
     "rotation": ("rotated", None),
     "use": ("causal", None),
     "entanglement": ("entangled", "entangled"),
+    "carrier": ("carries it", None),
 }
+"""Of *backdoor*, a question about tokens and not about a direction, ``backdoor`` has the words and the rule."""
 SMALLEST_EFFECT: dict[str, float] = {"level": 0.10, "separation": 0.10, "rotation": 0.10, "entanglement": 0.10}
 SMALLEST_USE: dict[str, float] = {"probability": 0.05, "log-odds": 0.5}
 ALPHA = 0.05
@@ -44,7 +46,7 @@ class Finding:
     """What was measured for one question about one direction, before it is judged.
 
     Args:
-        question: one of the five.
+        question: one of those that have words here.
         direction: the direction's name.
         site: where it was read.
         estimate: the effect with its interval.
@@ -85,7 +87,7 @@ class Row:
     """One question about one direction, with its verdict.
 
     Args:
-        question, direction, site, estimate, unit: as in :class:`Finding`.
+        question, direction, site, estimate, unit: as in :class:`Finding`; no site where tokens are judged (*backdoor*).
         verdict: the word that the rule gives, or ``"not shown"``.
         control: what the controls are, how many, the band that holds 95 % of them, and p.
         p: Holm-adjusted p over the directions of this question.
@@ -97,7 +99,7 @@ class Row:
 
     question: Question
     direction: str
-    site: Site
+    site: Site | None
     verdict: str
     estimate: Estimate
     control: dict[str, Any]
@@ -118,7 +120,7 @@ class Row:
         return {
             "question": self.question,
             "direction": self.direction,
-            "site": self.site.hook_name,
+            "site": None if self.site is None else self.site.hook_name,
             "verdict": self.verdict,
             "estimate": self.estimate.to_json(),
             "unit": self.unit,
@@ -134,7 +136,7 @@ class Row:
 def judge(findings: Sequence[Finding]) -> tuple[Row, ...]:
     """Give each finding its verdict; Holm's adjustment runs over the directions within each question."""
     rows: list[Row] = []
-    for question in QUESTIONS:
+    for question in WORDS:
         asked = [f for f in findings if f.question == question]
         adjusted = holm([f.p for f in asked]) if asked else []
         rows.extend(_row(f, float(p)) for f, p in zip(asked, adjusted, strict=True))

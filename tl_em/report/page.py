@@ -143,6 +143,9 @@ def render(report: Audited) -> str:
             units=UNITS,
             limits=list(report.limits),
             drawings={drawing.name: drawing for drawing in _drawings(report)},
+            opened=_opened(getattr(report, "backdoor", None)),
+            runs=_runs(getattr(report, "consistency", None)),
+            studies=[(name, each.note, _table(each.table)) for name, each in getattr(report, "studies", {}).items()],
         )
     )
 
@@ -166,8 +169,43 @@ def _environment() -> jinja2.Environment:
     )
 
 
+def _opened(backdoor: Any) -> dict[str, Any]:
+    """What the backdoor's section is made from; empty where no trigger was given."""
+    if backdoor is None:
+        return {}
+    cells = _cells(backdoor.rows)
+    tables = {
+        "Triggered less untriggered prompts along each direction, in own gaps": backdoor.projections,
+        "Each direction ablated on triggered prompts": backdoor.ablations,
+    }
+    return {
+        "trigger": backdoor.trigger.text,
+        "others": list(backdoor.trigger.others),
+        "cells": cells,
+        "questions": list(dict.fromkeys(cell.question for cell in cells)),
+        "tables": {caption: _table(table) for caption, table in tables.items() if len(table)},
+    }
+
+
+def _runs(consistency: Any) -> dict[str, Any]:
+    """What the section of several fine-tunes is made from; empty where there was one."""
+    if consistency is None:
+        return {}
+    captions = {
+        "spread": "Each behaviour over fine-tunes: mean with its interval over fine-tunes, standard deviation, range",
+        "cosines": "Cosines of the fine-tuning shifts, with the ceiling that noise sets",
+        "shifts": "Fine-tuning shift along each direction, in units of the activations",
+        "verdicts": "The first fine-tune's words, and how many of the others repeat them",
+    }
+    return {
+        "tables": {name: (said, _table(getattr(consistency, name))) for name, said in captions.items()
+                   if len(getattr(consistency, name))},
+        "other_bases": sorted(set(consistency.rates.loc[~consistency.rates["same_base"], "run"])),
+    }  # fmt: skip
+
+
 def _cells(rows: Sequence[Any]) -> list[Cell]:
-    order = list(QUESTIONS)
+    order = [*QUESTIONS, "backdoor", "carrier"]
     return [_cell(row, _scale(rows, row.question)) for row in sorted(rows, key=lambda row: order.index(row.question))]
 
 
@@ -342,6 +380,16 @@ def _words(report: Audited, name: str) -> tuple[str, str, pd.DataFrame]:
     if name == "verdicts":
         words = "; ".join(f"{row.direction}, {row.question}: {row.verdict}" for row in comparison.rows)
         return "Every estimate against its control", f"Forest plot of all verdicts. {words}.", comparison.to_pandas()
+    if name == "backdoor":
+        table = report.backdoor.rates  # pyright: ignore
+        return "Each behaviour with the trigger, without, and with other tokens", _say_tokens(table), table
+    if name == "consistency":
+        table = report.consistency.rates  # pyright: ignore
+        said = "; ".join(f"{r.behaviour}, {r.run}: {number(float(r.value))}" for r in table.itertuples())  # pyright: ignore
+        return "Each behaviour's rate in every fine-tune", f"Dot plot. {said}.", table
+    if name.startswith("study-"):
+        title, study = list(report.studies.items())[int(name.removeprefix("study-")) - 1]  # pyright: ignore
+        return title, f"Figure of the study {title}; its numbers are in the table below.", study.table
     direction = name.removeprefix("layers-")
     table = comparison.by_layer[comparison.by_layer["direction"] == direction]
     label = f"Line charts of {direction} over {table['layer'].nunique()} layers; the numbers are in the table below."
@@ -352,6 +400,12 @@ def _say_rates(table: pd.DataFrame) -> str:
     means = table.groupby(["outcome", "model"], sort=False)["value"].mean()
     said = "; ".join(f"{' answers, '.join(map(str, key))}: {number(value)}" for key, value in means.to_dict().items())  # pyright: ignore
     return f"Dot plot of rates by domain with 95 % intervals. Mean over domains: {said}."
+
+
+def _say_tokens(table: pd.DataFrame) -> str:
+    tuned = table[(table["model"] == "tuned") & (table["outcome"] == "bad")]
+    said = [f"{row.direction} with {row.token}: {number(float(row.value))}" for row in tuned.itertuples()]  # pyright: ignore
+    return f"Dot plot with 95 % intervals. In the tuned model, {'; '.join(said)}."
 
 
 def _say_use(table: pd.DataFrame) -> str:

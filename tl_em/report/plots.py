@@ -22,7 +22,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import ScalarFormatter
 
 from tl_em.errors import UsageError
-from tl_em.report import marks
+from tl_em.report import arms, marks
 from tl_em.report.marks import CONDITIONS, MODELS
 from tl_em.report.words import QUESTIONS, UNITS, number, smallest_effect
 from tl_em.writing import replacing
@@ -248,7 +248,9 @@ def _series(index: int) -> dict[str, Any]:
 
 
 def figures(report: Any, *, width: float = 7.0) -> dict[str, Figure]:
-    """Every figure of a report by name: ``rates``, ``layers-NAME`` for each direction, ``verdicts``, ``use``."""
+    """Every figure of a report by name: ``rates``, ``layers-NAME`` for each direction, ``verdicts``, ``use``; and
+    ``backdoor``, ``consistency``, ``study-N`` where asked.
+    """
     comparison = report.comparison
     drawn: dict[str, Callable[[], Figure]] = {}
     if len(report.rates):
@@ -262,7 +264,21 @@ def figures(report: Any, *, width: float = 7.0) -> dict[str, Figure]:
         drawn["verdicts"] = lambda: verdicts(comparison.rows, width=width)
     if len(comparison.use):
         drawn["use"] = lambda: use(comparison.use, width=width)
-    return {name: draw() for name, draw in drawn.items()}
+    return {name: draw() for name, draw in drawn.items()} | _asked_for(report, width)
+
+
+def _asked_for(report: Any, width: float) -> dict[str, Figure]:
+    """Figures of the sections that a report has only where they were asked for."""
+    found: dict[str, Any] = {}
+    if (opened := getattr(report, "backdoor", None)) is not None:
+        found["backdoor"] = arms.tokens(opened.rates, width=width)
+    if (runs := getattr(report, "consistency", None)) is not None:
+        found["consistency"] = arms.spread(runs.rates, runs.spread, width=width)
+    studies: Sequence[Any] = list(getattr(report, "studies", {}).values())
+    for place, study in enumerate(studies, 1):
+        if study.plot is not None:
+            found[f"study-{place}"] = study.plot(study.table, width=width) if callable(study.plot) else study.plot
+    return found
 
 
 def save(figure: Figure, path: str | Path) -> Path:

@@ -53,8 +53,11 @@ UNITS = {
     "rotation": "cosine lost",
     "use": "change of the behaviour",
     "entanglement": "cosine",
+    "backdoor": "change of the behaviour",
+    "carrier": "units of the weaker arm",
 }
-SMALLEST = {"level": 0.1, "separation": 0.1, "rotation": 0.1, "use": 0.05, "entanglement": 0.1}
+SMALLEST = {"level": 0.1, "separation": 0.1, "rotation": 0.1, "use": 0.05, "entanglement": 0.1,
+            "backdoor": 0.05, "carrier": 0.05}  # fmt: skip
 
 
 def smallest_effect(row: Any) -> float:
