@@ -264,8 +264,9 @@ def measure(seed: int) -> dict[str, Any]:
 
 def _line(row: Row) -> str:
     benign = "" if row.benign is None else f"; beyond benign {row.benign}"
+    site = row.site.hook_name if row.site else ""
     return (
-        f"{row.question:<11}{row.site.hook_name if row.site else "":<27}{row.verdict:<12}{row.estimate}  "
+        f"{row.question:<11}{site:<27}{row.verdict:<12}{row.estimate}  "
         f"band [{row.control['low']:.2f}, {row.control['high']:.2f}] p={row.p:.2g}{benign}  ({row.reason})"
     )
 
