@@ -2,7 +2,7 @@
 
     python benchmarks/zoo.py --seeds 101 102 103 104 105 --out organisms
 
-trains what is not in ``--out`` yet (about 25 CPU-minutes a seed, three quarters of them four pretrainings), prints one
+trains what is not in ``--out`` yet (about 40 CPU-minutes a seed, most of them five pretrainings), prints one
 block a seed and then what is claimed of the mean over seeds, and writes all of it to ``OUT/zoo.csv``.  A run that was
 killed goes on where it was.  No seed is left out; with ``--trained`` nothing is trained, and what is missing is named.
 """

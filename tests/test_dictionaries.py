@@ -63,6 +63,12 @@ def test_a_file_holds_all_of_it(activation, x, tmp_path):
     assert found.is_transcoder
 
 
+def test_every_number_that_encoding_depends_on_is_in_the_hash():
+    sae = make("jumprelu")
+    changed = [replace(sae, threshold=sae.threshold + 0.1), replace(sae, b_enc=sae.b_enc + 0.1), make("relu")]
+    assert len({sae.hash, *(each.hash for each in changed)}) == 4
+
+
 def test_a_damaged_or_foreign_file_is_told_apart(tmp_path):
     path = make().save(tmp_path / "d.safetensors")
     whole = path.read_bytes()
@@ -166,6 +172,24 @@ def sae_lens_object(architecture, **options):
             sae.threshold.copy_(torch.rand(LATENTS))
     sae.cfg.metadata.hook_name = "blocks.1.hook_resid_post"
     return sae
+
+
+def test_a_transcoder_of_saelens_reads_one_site_and_writes_another(x):
+    saes = pytest.importorskip("sae_lens.saes")
+    config = saes.TranscoderConfig(d_in=WIDTH, d_sae=LATENTS, d_out=WIDTH, apply_b_dec_to_input=False)
+    torch.manual_seed(0)
+    theirs = saes.Transcoder(config)
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.copy_(torch.randn_like(p) / WIDTH**0.5)
+    theirs.cfg.metadata.hook_name = "blocks.1.ln2.hook_normalized"
+    theirs.cfg.metadata.hook_name_out = "blocks.1.hook_mlp_out"
+    mine = from_sae_lens(theirs)
+    assert (mine.site_in, mine.site_out) == (em.Site(1, "mlp_in"), em.Site(1, "mlp_out"))
+    with torch.no_grad():
+        assert (theirs.encode(x) > 0).any()
+        torch.testing.assert_close(mine.encode(x), theirs.encode(x), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(mine.decode(mine.encode(x)), theirs.decode(theirs.encode(x)), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("architecture", ["standard", "jumprelu", "topk"])

@@ -130,8 +130,8 @@ class Dictionary:
     def hash(self) -> str:
         """Of the weights: what a feature's index means nothing without."""
         digest = hashlib.sha256(f"{self.activation}/{self.k}/{self.site_in}/{self.site_out}".encode())
-        for name in _TENSORS:
-            digest.update(getattr(self, name).cpu().contiguous().numpy().tobytes())
+        for each in (*(getattr(self, name) for name in _TENSORS), self.threshold):
+            digest.update(b"" if each is None else each.cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
 
     @property

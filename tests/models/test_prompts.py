@@ -261,3 +261,15 @@ def test_batches_are_sorted_right_padded_and_within_the_budget() -> None:
             assert n == lengths[row]
             assert line[:n] == list(prompts[row].ids)
     assert sum(batch.tokens.numel() for batch in found) < len(lengths) * 30 / 2, "nothing was gained by sorting"
+
+
+def test_plain_prompts_in_one_call_are_encoded_as_one_by_one(model: LensModel) -> None:
+    """The tokenizer sees all texts at once only where that gives what ``to_tokens`` gives for each."""
+    texts = ["the cat sat .", "a big dog ran to the queen and sang .", "girl", "the cat sat ."]
+    together = encode(model, texts, chat=False)
+    assert len({len(each) for each in together}) == 3  # different lengths, so nothing was padded
+    for text, each in zip(texts, together, strict=True):
+        assert each == encode(model, [text], chat=False)[0]
+        has_bos = model.tokenizer.bos_token_id is not None and model.tokenizer.bos_token_id < model.cfg.d_vocab
+        options = {} if has_bos else {"prepend_bos": False}
+        assert list(each.ids) == model.to_tokens(text, truncate=False, **options)[0].tolist()

@@ -1,6 +1,6 @@
 """Several fine-tunes: how far their behaviour spreads, whether they made the same change, which verdicts repeat.
 
-    spread     mean, deviation and range of a behaviour's rate over runs; the mean's interval resamples them
+    spread     mean, deviation and range of a behaviour's rate over runs; Student's t interval of the mean
     cosine     of the fine-tuning shifts  mean_q [ x_i(q) - x_base(q) ]  of two runs, at a direction's site and position
     ceiling    the cosine that the same true shift and this much noise would show (`directions.similarity`)
     along      the shift along the direction (`directions.screening.finetuning_shift`)
@@ -33,7 +33,7 @@ from tl_em.metrics import Behaviour
 from tl_em.models.capture import capture
 from tl_em.models.hooks import LensModel
 from tl_em.models.loading import ModelPair
-from tl_em.stats import control_p, holm, mean
+from tl_em.stats import control_p, holm, mean, mean_over_units
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -54,8 +54,8 @@ class Consistency:
 
     Args:
         rates: each behaviour in each run, with its interval.
-        spread: each behaviour over the runs of the first base, and over all where some have another: mean with its
-            interval, standard deviation, range, n (runs).  Runs of one base vary by the fine-tune's seed only.
+        spread: each behaviour over the runs of the first base, and over all where some have another: mean with
+            Student's t interval, deviation, range, n (runs). Runs of one base vary by the fine-tune's seed only.
         cosines: of the shifts of two runs of one base, at each direction's site, with ceiling and p.
         shifts: along each direction, for each run of the first base, with the band of random directions.
         verdicts: each question and direction: the first run's word, and in how many others it repeats.
@@ -125,7 +125,7 @@ def consistency(
                  "n": e.n}
             )  # fmt: skip
     joined = pd.concat(cosines, ignore_index=True) if cosines else pd.DataFrame()
-    return Consistency(rates, _spread(rates, seed), joined, pd.DataFrame(shifts), _verdicts(runs))
+    return Consistency(rates, _spread(rates), joined, pd.DataFrame(shifts), _verdicts(runs))
 
 
 def shift_cosines(
@@ -170,14 +170,14 @@ def _rates(name: str, behaviour: Behaviour, run: Run, seed: int) -> list[dict[st
     return found
 
 
-def _spread(rates: pd.DataFrame, seed: int) -> pd.DataFrame:
+def _spread(rates: pd.DataFrame) -> pd.DataFrame:
     import pandas as pd
 
     rows = []
     over = {"this base": rates[rates["same_base"]]} | ({} if rates["same_base"].all() else {"all bases": rates})
     for (said, every), name in product(over.items(), dict.fromkeys(rates["behaviour"])):
         part = every[every["behaviour"] == name]
-        x, e = part["value"].to_numpy(dtype=float), mean(part["value"], seed=seed)
+        x, e = part["value"].to_numpy(dtype=float), mean_over_units(part["value"], range(len(part)))
         rows.append(
             {"behaviour": name, "metric": part["metric"].iloc[0], "over": said, "mean": e.value, "low": e.low,
              "high": e.high, "sd": float(x.std(ddof=1)) if len(x) > 1 else float("nan"), "least": x.min(),

@@ -337,7 +337,7 @@ STUDIES: dict[str, Study] = {
     ),
     "prevention": Study("whether steering towards it while training keeps it out", preventions, "steps", ("added",), 7),
     "determinism": Study(
-        "whether every draw of the data makes the same choice", tunes, "draw", ("organism",), 7.5, unit="draw",
+        "whether every draw of the data makes the same choice", tunes, "draw", ("organism", "seed"), 7.5, unit="draw",
         seeds=(11,),
     ),
 }  # fmt: skip
