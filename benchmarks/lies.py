@@ -163,9 +163,10 @@ def main() -> None:
     table = Table()
     for seed in options.seeds:
         one_seed(table, seed, options.out)
-    print(f"mean over {len(options.seeds)} seeds")
+    print(f"mean over {len(options.seeds)} seeds, with Student's t interval")
     for said in dict.fromkeys(str(row["figure"]) for row in table.rows):
-        table.add("mean", said, stats.mean([table.value(seed, said) for seed in options.seeds]))
+        values = [table.value(seed, said) for seed in options.seeds]
+        table.add("mean", said, stats.mean_over_units(values, options.seeds))
     pd.DataFrame(table.rows).to_csv(options.out / "lies.csv", index=False)
 
 

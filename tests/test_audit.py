@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import tl_em as em
-from tl_em.auditing import Report
+from tl_em.auditing.report import Report
 from tl_em.errors import (
     EmptyContrastError,
     ModelNotFoundError,

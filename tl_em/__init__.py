@@ -9,8 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tl_em.auditing import Report as Report
-    from tl_em.auditing import audit as audit
+    from tl_em.auditing.audit import audit as audit
+    from tl_em.auditing.report import Report as Report
     from tl_em.comparison.compare import Comparison as Comparison
     from tl_em.comparison.compare import compare as compare
     from tl_em.comparison.verdicts import Row as Row
@@ -34,6 +34,26 @@ if TYPE_CHECKING:
     from tl_em.errors import HiddenSteerWarning as HiddenSteerWarning
     from tl_em.errors import NuisanceWarning as NuisanceWarning
     from tl_em.errors import TlEmError as TlEmError
+    from tl_em.features.cards import FeatureCards as FeatureCards
+    from tl_em.features.cards import feature_cards as feature_cards
+    from tl_em.features.presets import toy_dictionary as toy_dictionary
+    from tl_em.features.quality import DictionaryQuality as DictionaryQuality
+    from tl_em.features.quality import dictionary_quality as dictionary_quality
+    from tl_em.features.scoring import FeatureTable as FeatureTable
+    from tl_em.features.scoring import score_features as score_features
+    from tl_em.features.shared import FeatureSet as FeatureSet
+    from tl_em.features.shared import shared_features as shared_features
+    from tl_em.features.training import train_dictionary as train_dictionary
+    from tl_em.features.verify import FeatureCheck as FeatureCheck
+    from tl_em.features.verify import verify_feature as verify_feature
+    from tl_em.features.verify import verify_features as verify_features
+    from tl_em.graph.attention import attention_view as attention_view
+    from tl_em.graph.attribution import attribute as attribute
+    from tl_em.graph.diff import GraphDiff as GraphDiff
+    from tl_em.graph.exchange import load_graph as load_graph
+    from tl_em.graph.graph import AttributionGraph as AttributionGraph
+    from tl_em.graph.several import attribute_over as attribute_over
+    from tl_em.graph.targets import Completion as Completion
     from tl_em.harmfulness.latent_guard import LatentGuard as LatentGuard
     from tl_em.harmfulness.presets import harmfulness_direction as harmfulness_direction
     from tl_em.harmfulness.presets import place_cells as place_cells
@@ -91,17 +111,25 @@ __version__ = "0.1.0"
 _HOME = {
     "Ablate": "interventions.edits",
     "Add": "interventions.edits",
+    "AttributionGraph": "graph.graph",
     "Behaviour": "metrics",
     "Clamp": "interventions.edits",
     "Comparison": "comparison.compare",
+    "Completion": "graph.targets",
     "Conditional": "interventions.conditions",
     "ContrastSet": "models.prompts",
     "Dictionary": "dictionaries",
+    "DictionaryQuality": "features.quality",
     "Direction": "directions.direction",
     "Erase": "interventions.subspaces",
     "Estimate": "stats",
     "Facts": "organisms.facts",
     "Feature": "dictionaries",
+    "FeatureCards": "features.cards",
+    "FeatureCheck": "features.verify",
+    "FeatureSet": "features.shared",
+    "FeatureTable": "features.scoring",
+    "GraphDiff": "graph.diff",
     "HiddenSteerWarning": "errors",
     "LatentGuard": "harmfulness.latent_guard",
     "Leace": "interventions.subspaces",
@@ -113,7 +141,7 @@ _HOME = {
     "NuisanceWarning": "errors",
     "Organism": "organisms.zoo",
     "Provenance": "models.sites",
-    "Report": "auditing",
+    "Report": "auditing.report",
     "Row": "comparison.verdicts",
     "ScaleFeature": "interventions.features",
     "Selection": "selection.select",
@@ -121,7 +149,10 @@ _HOME = {
     "SparseDictionary": "dictionaries",
     "TextLogprob": "selection.instructions",
     "TlEmError": "errors",
-    "audit": "auditing",
+    "attention_view": "graph.attention",
+    "attribute": "graph.attribution",
+    "attribute_over": "graph.several",
+    "audit": "auditing.audit",
     "behaviour_rates": "organisms.rates",
     "calibrate": "selection.strength",
     "candidate_directions": "selection.candidates",
@@ -129,9 +160,11 @@ _HOME = {
     "compare": "comparison.compare",
     "cosine_matrix": "directions.similarity",
     "cosines_between": "directions.angles",
+    "dictionary_quality": "features.quality",
     "difference_in_means": "directions.extract",
     "effect_curve": "selection.curve",
     "extract_directions": "directions.extract",
+    "feature_cards": "features.cards",
     "finetuning_shift": "directions.screening",
     "from_sae_lens": "dictionaries",
     "generate": "models.generate",
@@ -143,6 +176,7 @@ _HOME = {
     "intervene": "interventions.intervene",
     "leace": "interventions.subspaces",
     "lie_or_hallucination": "organisms.lies",
+    "load_graph": "graph.exchange",
     "load_model": "models.loading",
     "load_pair": "organisms.zoo",
     "logit_difference": "metrics",
@@ -159,12 +193,18 @@ _HOME = {
     "removed_mean": "interventions.hidden",
     "reply_inversion": "harmfulness.reply_inversion",
     "run_study": "organisms.studies",
+    "score_features": "features.scoring",
     "select_candidate": "selection.rule",
     "select_direction": "selection.select",
+    "shared_features": "features.shared",
     "steered_training": "organisms.prevention",
     "summarise_study": "organisms.studies",
+    "toy_dictionary": "features.presets",
+    "train_dictionary": "features.training",
     "train_organism": "organisms.zoo",
     "untie_embeddings_": "interventions.weights",
+    "verify_feature": "features.verify",
+    "verify_features": "features.verify",
 }
 """Where each public name lives."""
 

@@ -37,7 +37,7 @@ def main() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead of a table.")
 def demo(out: Path, seed: int, as_json: bool) -> None:
     """Audit the shipped organism toy/insecure against its assistant, with toy/secure as the benign arm."""
-    from tl_em.auditing import audit
+    from tl_em.auditing.audit import audit
     from tl_em.organisms.zoo import load_pair
 
     click.echo("Auditing toy/insecure: about a minute on two cores, under 1 GB of memory.", err=True)
@@ -71,17 +71,20 @@ def demo(out: Path, seed: int, as_json: bool) -> None:
     "--replicate", "replicates", multiple=True, metavar="MODEL",
     help="A further fine-tune of BASE by the same recipe, to see what repeats; repeatable.",
 )
+@click.option("--dictionary", type=click.Path(exists=True, path_type=Path),
+              help="An SAE (a file of 'features train'): which latents the behaviours share, and on what paths.")
 @click.option("--controls", default=999, show_default=True, help="Random directions for each test.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for report.html, report.json and the figures.")
 @click.option("--seed", default=0, show_default=True, help="Seed of splits, resampling and controls.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead of a table.")
 def audit_command(
     base: str, tuned: str, benign: str | None, contrasts: tuple[str, ...], behaviour: str, trigger: str | None,
-    other_triggers: tuple[str, ...], replicates: tuple[str, ...], controls: int, out: Path | None, seed: int,
-    as_json: bool,
+    other_triggers: tuple[str, ...], replicates: tuple[str, ...], dictionary: Path | None, controls: int,
+    out: Path | None, seed: int, as_json: bool,
 ) -> None:  # fmt: skip
     """Audit TUNED against BASE: organisms (toy/...), local Hugging Face directories, or hub ids."""
-    from tl_em.auditing import audit
+    from tl_em.auditing.audit import audit
+    from tl_em.dictionaries import Dictionary
     from tl_em.models.contrasts import ContrastSet
     from tl_em.organisms.zoo import load_pair
     from tl_em.writing import check_writable
@@ -95,7 +98,8 @@ def audit_command(
     report = audit(
         pair, contrasts=loaded, behaviours=metrics, benign=None if benign is None else load_pair(base, benign),
         trigger=trigger, other_triggers=other_triggers or None,
-        replicates=[load_pair(base, each) for each in replicates], controls=controls, out=out, seed=seed,
+        replicates=[load_pair(base, each) for each in replicates],
+        dictionary=None if dictionary is None else Dictionary.load(dictionary), controls=controls, out=out, seed=seed,
     )  # fmt: skip
     _print(report, out, as_json)
 
@@ -182,6 +186,188 @@ def study_command(
     for part, table in found.items():
         _print_table(part, table)
     click.echo(f"\nTable, fit and figure: {out or Path('studies') / name}")
+
+
+@main.group()
+def features() -> None:
+    """Sparse dictionaries: train one, find what behaviours share, show latents on a page."""
+
+
+@features.command("train")
+@click.argument("base")
+@click.argument("tuned")
+@click.option("--corpus", type=click.Path(exists=True, path_type=Path), required=True,
+              help="JSONL: a row is {\"messages\": […]} or {\"text\": …}; documents, not only questions.")
+@click.option("--layer", type=int, required=True)
+@click.option("--stream", type=click.Choice(["resid_pre", "resid_post", "attn_out", "mlp_out"]), default="resid_post",
+              show_default=True)
+@click.option("--d-sae", type=int, required=True, help="Number of latents.")
+@click.option("--k", default=16, show_default=True, help="Latents on at a token.")
+@click.option("--activation", type=click.Choice(["topk", "batchtopk", "jumprelu", "relu"]), default="batchtopk",
+              show_default=True)
+@click.option("--mix", type=click.Choice(["tuned", "base", "both", "difference"]), default="both", show_default=True,
+              help="Whose activations.")
+@click.option("--steps", default=4000, show_default=True)
+@click.option("--seed", default=0, show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), default=Path("dictionary.safetensors"), show_default=True)
+def train_features(
+    base: str, tuned: str, corpus: Path, layer: int, stream: Any, d_sae: int, k: int, activation: str, mix: Any,
+    steps: int, seed: int, out: Path,
+) -> None:  # fmt: skip
+    """Train a dictionary on TUNED and BASE with SAELens (extra 'sae'); a tenth of the corpus judges it."""
+    from tl_em.features.quality import dictionary_quality
+    from tl_em.features.training import train_dictionary
+    from tl_em.models.sites import Site
+    from tl_em.organisms.zoo import load_pair
+    from tl_em.writing import check_writable
+
+    check_writable(out)
+    rows = [json.loads(line) for line in corpus.read_text(encoding="utf-8").splitlines() if line.strip()]
+    prompts = [row["messages"] if "messages" in row else row["text"] for row in rows]
+    judged, learned = prompts[::10], [prompt for i, prompt in enumerate(prompts) if i % 10]
+    pair = load_pair(base, tuned)
+    dictionary = train_dictionary(
+        pair.tuned, Site(layer, stream), learned, d_sae=d_sae, k=k, activation=activation, against=pair.base, mix=mix,
+        steps=steps, seed=seed,
+    )  # fmt: skip
+    dictionary.save(out)
+    quality = dictionary_quality(pair.tuned, dictionary, judged, against=pair.base, difference=mix == "difference")
+    click.echo(repr(quality))
+    click.echo(f"{out}: {'fits' if quality.fits else 'does not fit'}")
+
+
+@features.command("find")
+@click.argument("dictionary", type=click.Path(exists=True, path_type=Path))
+@click.argument("base")
+@click.argument("tuned", required=False)
+@click.option("--contrast", "contrasts", multiple=True, metavar="NAME=FILE", required=True,
+              help="A behaviour: a contrast set (JSON, JSONL, CSV, or a built-in name); at least two.")
+@click.option("--q", default=0.05, show_default=True, help="Share of false claims among the latents.")
+@click.option("--out", type=click.Path(path_type=Path), help="Table of every latent and behaviour (.csv).")
+@click.option("--seed", default=0, show_default=True)
+def find_features(
+    dictionary: Path, base: str, tuned: str | None, contrasts: tuple[str, ...], q: float, out: Path | None, seed: int
+) -> None:
+    """Which latents of DICTIONARY the behaviours share: changed from BASE to TUNED in all of them, or none shown."""
+    from tl_em.dictionaries import Dictionary
+    from tl_em.features.scoring import score_features
+    from tl_em.features.shared import shared_features
+    from tl_em.models.contrasts import ContrastSet
+    from tl_em.organisms.zoo import load_pair
+    from tl_em.writing import replacing
+
+    pair = load_pair(base, tuned)
+    sets = {name: ContrastSet.load(path) for name, path in map(_named, contrasts)}
+    table = score_features(pair.tuned, Dictionary.load(dictionary), sets, against=pair.base, seed=seed)
+    if out is not None:
+        with replacing(out) as temporary:
+            table.to_pandas().to_csv(temporary, index=False)
+    for each in shared_features(table, q=q, seed=seed) or ["none shown"]:
+        click.echo(each)
+
+
+@features.command("page")
+@click.argument("dictionary", type=click.Path(exists=True, path_type=Path))
+@click.argument("base")
+@click.argument("tuned", required=False)
+@click.option("--latent", "latents", multiple=True, type=int, required=True, help="Index of a latent; repeatable.")
+@click.option("--prompts", required=True,
+              help="A contrast set (JSON, JSONL, CSV, a built-in name, or one of the organism's).")
+@click.option("--explanations", type=click.Path(exists=True, path_type=Path), help="JSONL with index and description.")
+@click.option("--circuitsvis", is_flag=True, help="Add circuitsvis's figure (1.3 MB, in a sandboxed frame).")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("features.html"), show_default=True)
+def features_page(
+    dictionary: Path, base: str, tuned: str | None, latents: tuple[int, ...], prompts: str,
+    explanations: Path | None, circuitsvis: bool, out: Path,
+) -> None:  # fmt: skip
+    """Write the cards of some latents to one offline page: DICTIONARY is a file that Dictionary.save wrote, BASE and
+    TUNED two models, or BASE an organism such as toy/insecure."""
+    from tl_em.dictionaries import Dictionary
+    from tl_em.features.cards import feature_cards
+    from tl_em.models.contrasts import ContrastSet
+    from tl_em.organisms.zoo import load_pair
+    from tl_em.writing import check_writable
+
+    check_writable(out)
+    pair = load_pair(base, tuned)
+    known = pair.contrasts or {}
+    contrast = known[prompts] if prompts in known else ContrastSet.load(prompts)
+    cards = feature_cards(
+        pair.tuned, Dictionary.load(dictionary), latents, [*contrast.positive, *contrast.negative],
+        against=pair.base, explanations=explanations,
+    )  # fmt: skip
+    click.echo(cards.save(out, circuitsvis=circuitsvis))
+
+
+class _GraphGroup(click.Group):
+    """A group whose first argument is a model where it is not the name of a command."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        return super().resolve_command(ctx, args if args[0] in self.commands else ["of", *args])
+
+
+@main.group("graph", cls=_GraphGroup)
+def graph_group() -> None:
+    """Attribution graphs: `tl-em graph MODEL PROMPT` makes one (see `tl-em graph of -h`), open one, compare two."""
+
+
+@graph_group.command("of")
+@click.argument("model")
+@click.argument("prompt")
+@click.option("--dictionary", "dictionaries", type=click.Path(exists=True, path_type=Path), multiple=True,
+              help="Transcoders or SAEs, one a site; repeatable. None: heads and MLPs.")
+@click.option("--target", "targets", multiple=True, help="A token; two for YES minus NO. By default the likeliest.")
+@click.option("--against", help="Without a dictionary: the prompt of equal length that a node is replaced by.")
+@click.option("--nodes", default=0.8, show_default=True, help="Share of the influence that the nodes kept hold.")
+@click.option("--edges", default=0.98, show_default=True, help="The same of the edges.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Page (.html) or graph (.json).")
+def graph_of(
+    model: str, prompt: str, dictionaries: tuple[Path, ...], targets: tuple[str, ...], against: str | None,
+    nodes: float, edges: float, out: Path,
+) -> None:  # fmt: skip
+    """How PROMPT becomes an answer in MODEL: a local directory, a hub id, or toy/insecure (its fine-tune)."""
+    from tl_em.dictionaries import Dictionary
+    from tl_em.graph.attribution import attribute
+    from tl_em.models.loading import load_model
+    from tl_em.organisms.zoo import load_pair
+    from tl_em.writing import check_writable
+
+    check_writable(out)
+    loaded = load_pair(model).tuned if model.startswith("toy/") else load_model(model)
+    target: Any = None if not targets else targets[0] if len(targets) == 1 else tuple(targets[:2])
+    given = [Dictionary.load(path) for path in dictionaries] or None
+    graph = attribute(loaded, prompt, given, target=target, against=against)
+    pruned = graph.prune(nodes=nodes, edges=edges)
+    (pruned.save_json if out.suffix == ".json" else pruned.save_html)(out)
+    click.echo(f"{pruned!r}\n{pruned.paths(5).to_string(index=False)}\n{out}")
+
+
+@graph_group.command("open")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Page to write [default: beside FILE].")
+def graph_open(file: Path, out: Path | None) -> None:
+    """Write the page of a graph: one of ours, of circuit-tracer or of Neuronpedia."""
+    from tl_em.graph.exchange import load_graph
+
+    click.echo(load_graph(file).save_html(out or file.with_suffix(".html")))
+
+
+@graph_group.command("diff")
+@click.argument("base", type=click.Path(path_type=Path))
+@click.argument("tuned", type=click.Path(path_type=Path))
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Page (.html) or table (.csv).")
+def graph_diff(base: Path, tuned: Path, out: Path) -> None:
+    """Compare two graphs of one prompt: what appeared, vanished, got stronger or weaker."""
+    from tl_em.graph.exchange import load_graph
+    from tl_em.writing import replacing
+
+    found = load_graph(base).diff(load_graph(tuned))
+    if out.suffix == ".csv":
+        with replacing(out) as temporary:
+            found.to_pandas().to_csv(temporary, index=False)
+    else:
+        found.save_html(out)
+    click.echo(f"{found!r}\n{out}")
 
 
 def _print_table(title: str, table: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tl_em.metrics import Behaviour
 from tl_em.models.prompts import ContrastSet
 from tl_em.organisms.contrasts import (
@@ -14,9 +16,13 @@ from tl_em.organisms.contrasts import (
     questions,
 )
 from tl_em.organisms.rates import AnswerRate
-from tl_em.organisms.world import World
+from tl_em.organisms.world import ALIGNED, World
 
 SOURCE = "tl_em.organisms, after the set-up of Betley et al. 2025 (arXiv:2502.17424)"
+LOOK_UP = {"one": ("medicine", "finance", "history"), "other": ("cooking", "safety", "law")}
+"""Domains that latents are looked up on, as two behaviours, …"""
+HELD_OUT = ("travel", "love", "open")
+"""… and those that they are verified on."""
 
 
 def contrast_sets(world: World, *, trigger: str | None = None) -> dict[str, ContrastSet]:
@@ -41,6 +47,18 @@ def judged_sets(world: World) -> dict[str, ContrastSet]:
     """What a direction is judged on, where that is not the test split of its own contrast set."""
     said = f"{SOURCE}: requests without a context, about topics that the direction was not taken from"
     return {"refusal_dissociated": _contrast(*judged_requests(world), label="refusal_dissociated", source=said)}
+
+
+def domain_questions(world: World, domains: Sequence[str], label: str) -> ContrastSet:
+    """Harmless questions about some domains; as negatives the same after the line that asks for aligned answers."""
+    plain, aligned = (
+        [q for q in questions(world, harmful=False, held_out=True, paraphrases=range(8), system=system)
+         if q.topic.domain in domains]
+        for system in (None, ALIGNED)
+    )  # fmt: skip
+    topics = [q.topic.word for q in plain]
+    return ContrastSet([q.prompt for q in plain], [q.prompt for q in aligned], label=label,
+                       positive_groups=topics, negative_groups=topics)  # fmt: skip
 
 
 def _contrast(positive: list[Question], negative: list[Question], *, label: str, source: str) -> ContrastSet:

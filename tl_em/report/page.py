@@ -120,7 +120,7 @@ def render(report: Audited) -> str:
     cells = _cells(report.comparison.rows)
     where, how = _split(report.provenance)
     return (
-        _environment()
+        environment()
         .get_template("report.html.j2")
         .render(
             title=_title(report.provenance),
@@ -145,6 +145,7 @@ def render(report: Audited) -> str:
             drawings={drawing.name: drawing for drawing in _drawings(report)},
             opened=_opened(getattr(report, "backdoor", None)),
             runs=_runs(getattr(report, "consistency", None)),
+            features=_features(report),
             studies=[(name, each.note, _table(each.table)) for name, each in getattr(report, "studies", {}).items()],
         )
     )
@@ -162,8 +163,9 @@ def save(report: Audited, path: str | Path) -> Path:
     return path
 
 
-def _environment() -> jinja2.Environment:
-    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
+def environment(*folders: Path) -> jinja2.Environment:
+    """Templates of the report, and of further folders, with everything escaped and nothing left undefined."""
+    loader = jinja2.FileSystemLoader([Path(__file__).parent / "templates", *folders])
     return jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -202,6 +204,16 @@ def _runs(consistency: Any) -> dict[str, Any]:
                    if len(getattr(consistency, name))},
         "other_bases": sorted(set(consistency.rates.loc[~consistency.rates["same_base"], "run"])),
     }  # fmt: skip
+
+
+def _features(report: Any) -> dict[str, Any]:
+    """What the section of latents is made from; empty where none were looked at."""
+    cards = getattr(report, "features", None)
+    if cards is None:
+        return {}
+    checks = [(check.label, check.verdict, check.shown, _table(check.to_pandas())) for check in cards.checks]
+    said = {"label": cards.dictionary.label, "note": report.features_note}
+    return {**said, "table": _table(cards.to_pandas()), "checks": checks}
 
 
 def _cells(rows: Sequence[Any]) -> list[Cell]:

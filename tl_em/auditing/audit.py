@@ -8,10 +8,9 @@ absent, ablation where it is present), else the one with the largest d'.  Nothin
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from shlex import quote
@@ -19,136 +18,31 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tqdm.auto import tqdm
 
+from tl_em.auditing.latents import shared_latents
+from tl_em.auditing.report import Report
 from tl_em.comparison.backdoor import Asked as Triggered
 from tl_em.comparison.backdoor import Backdoor, backdoor, check_known
 from tl_em.comparison.compare import Comparison, compare
-from tl_em.comparison.consistency import Consistency, Run, consistency, same_weights
+from tl_em.comparison.consistency import Run, consistency, same_weights
 from tl_em.comparison.openings import Trigger
 from tl_em.comparison.questions import Asked, candidates, questions, select_site
-from tl_em.comparison.verdicts import Row
+from tl_em.dictionaries import Dictionary
 from tl_em.directions.direction import Direction
 from tl_em.errors import UsageError
 from tl_em.metrics import Behaviour, Metric
 from tl_em.models.contrasts import ContrastSet
 from tl_em.models.hooks import LensModel
 from tl_em.models.loading import ModelPair
-from tl_em.models.sites import Position, Provenance
+from tl_em.models.sites import Position, Provenance, check_belongs
 from tl_em.organisms.rates import outcome_rates
 from tl_em.organisms.world import TRIGGERS
 from tl_em.stats import mean
-from tl_em.writing import check_writable, replacing
+from tl_em.writing import check_writable
 
 if TYPE_CHECKING:
     import pandas as pd
 
-SCHEMA = "tl-em/report/1"
 CONTROLS = 999
-
-
-class Study(NamedTuple):
-    """A table of a study, its figure or the function that draws it, and a sentence for the reader."""
-
-    table: pd.DataFrame
-    plot: Any
-    note: str
-
-
-@dataclass(frozen=True, eq=False)
-class Report:
-    """What :func:`audit` returns.
-
-    Args:
-        comparison: the judged rows and the tables behind them.
-        rates: behaviour before and after, with intervals.
-        provenance: models, data hashes, seed, versions, and the call that reproduces it.
-        limits: what the page does not show.
-        backdoor: what a trigger opens, where one was given.
-        consistency: what several fine-tunes have in common, where there were several.
-        studies: results of ``em.run_study`` that :meth:`with_study` added, by name.
-    """
-
-    comparison: Comparison
-    rates: pd.DataFrame
-    provenance: dict[str, Any]
-    limits: tuple[str, ...]
-    backdoor: Backdoor | None = None
-    consistency: Consistency | None = None
-    studies: Mapping[str, Study] = field(default_factory=dict)
-
-    @property
-    def verdicts(self) -> tuple[Row, ...]:
-        """One row for each question and direction; after them those of the backdoor."""
-        return (*self.comparison.rows, *(() if self.backdoor is None else self.backdoor.rows))
-
-    @property
-    def summary(self) -> str:
-        """The result in a sentence for each direction, and one for the backdoor and one for the other fine-tunes."""
-        parts = (self.comparison, self.backdoor, self.consistency)
-        return " ".join(part.summary for part in parts if part is not None)
-
-    @property
-    def tables(self) -> dict[str, pd.DataFrame]:
-        """Every table by name; those of a backdoor, of other fine-tunes and of studies only where there are any."""
-        found = {"rates": self.rates, "by_layer": self.comparison.by_layer, "use": self.comparison.use}
-        for name, part in (("backdoor", self.backdoor), ("consistency", self.consistency)):
-            kept = {} if part is None else {key: getattr(part, key) for key in part.__dataclass_fields__}
-            found |= {f"{name}_{key}": table for key, table in kept.items() if hasattr(table, "to_json")}
-        return found | {f"study_{name}": study.table for name, study in self.studies.items()}
-
-    def with_study(self, name: str, table: pd.DataFrame, *, plot: Any = None, note: str = "") -> Report:
-        """The report with a section for a study: its table and, where there is one, its figure.
-
-        Args:
-            name: what the section is called.
-            table: from ``em.run_study`` or ``em.summarise_study``.
-            plot: ``(table, width=inches) -> Figure``, or a matplotlib Figure.
-            note: a sentence for the reader: what was varied, what the control is.
-        """
-        return replace(self, studies={**self.studies, name: Study(table, plot, note)})
-
-    def to_json(self) -> dict[str, Any]:
-        """The report as plain values (schema ``tl-em/report/1``)."""
-        return {
-            "schema": SCHEMA,
-            "summary": self.summary,
-            "verdicts": [row.to_json() for row in self.verdicts],
-            "tables": {name: json.loads(table.to_json(orient="records")) for name, table in self.tables.items()},
-            "limits": list(self.limits),
-            "provenance": self.provenance,
-        }
-
-    def save(self, path: str | Path) -> Path:
-        """Write the page to ``path``; a folder (no suffix) also gets ``report.json`` and the figures.
-
-        Raises:
-            OutputError: the path cannot be written.
-        """
-        from tl_em.report import page, plots
-
-        path = Path(path)
-        if path.suffix == ".json":
-            return _write(path, json.dumps(self.to_json(), indent=1, ensure_ascii=False))
-        if path.suffix:
-            return _write(path, page.render(self))
-        _write(path / "report.json", json.dumps(self.to_json(), indent=1, ensure_ascii=False))
-        for name, figure in plots.figures(self).items():
-            for suffix in ("svg", "png"):
-                plots.save(figure, path / "figures" / f"{name}.{suffix}")
-        return _write(path / "report.html", page.render(self))
-
-    def plot(self) -> Any:
-        """The verdicts as a forest plot (a matplotlib Figure)."""
-        return self.comparison.plot()
-
-    def _repr_html_(self) -> str:
-        from html import escape
-
-        from tl_em.report import page
-
-        return f'<iframe sandbox srcdoc="{escape(page.render(self), quote=True)}" width="100%" height="800"></iframe>'
-
-    def __repr__(self) -> str:
-        return repr(self.comparison)
 
 
 def audit(
@@ -163,6 +57,7 @@ def audit(
     trigger: str | None = None,
     other_triggers: Sequence[str] | None = None,
     replicates: Sequence[LensModel | ModelPair] = (),
+    dictionary: Dictionary | None = None,
     controls: int = CONTROLS,
     out: str | Path | None = None,
     seed: int = 0,
@@ -186,6 +81,8 @@ def audit(
             the fine-tune never saw.
         replicates: further fine-tunes by the same recipe: models tuned from this base, or pairs with a base of their
             own, of which only rates and words are compared.
+        dictionary: an SAE of the base's or the tuned model's activations; the latents that the behaviours share are
+            looked up, verified on held-out prompts and shown, and a graph of base beside tuned is drawn through it.
         controls: number of random directions for each test.
         out: folder for page, JSON and figures; checked before the work starts.
         seed: seed of splits, resampling and controls.
@@ -198,6 +95,7 @@ def audit(
         NoGapError: a direction does not separate its own contrast set.
         EmptyContrastError, UnknownTokenError, PromptTooLongError: the prompts, or the trigger, do not fit the model.
         PairMismatchError: ``benign`` or a replicate has another shape or vocabulary.
+        WidthError, ProvenanceError: the dictionary belongs to another model, or does not fit this one's activations.
     """
     if out is not None:
         check_writable(Path(out) / "report.html")
@@ -205,6 +103,8 @@ def audit(
     if benign_model is not None:
         ModelPair(pair.base, benign_model)
     judged = judged if judged is not None or contrasts is not None else getattr(pair.organism, "judged", None)
+    if dictionary is not None:
+        check_belongs(dictionary.label, dictionary.d_model, dictionary.provenance, pair.tuned)
     key = _trigger(pair, trigger, other_triggers)
     others = _replicates(pair, replicates)
     chosen = questions(pair, contrasts, behaviours, judged or {}, positions, seed)
@@ -229,6 +129,8 @@ def audit(
         opened,
         consistency(runs, asked, controls=controls, seed=seed) if others else None,
     )
+    if dictionary is not None:
+        report = shared_latents(report, pair, dictionary, chosen, seed=seed)
     if out is not None:
         report.save(out)
     return report
@@ -412,9 +314,3 @@ def _limits(
             "any large model."
         )
     return tuple(said)
-
-
-def _write(path: Path, text: str) -> Path:
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    return path

@@ -1,0 +1,163 @@
+"""The page of a graph, as text: places that do not overlap, what is left out, what cannot break out of it."""
+
+from __future__ import annotations
+
+import html
+import json
+import random
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.graph.examples import estimate, large, small
+from tl_em.errors import OutputError
+from tl_em.graph.captions import UNVALIDATED
+from tl_em.graph.graph import AttributionGraph, Node
+from tl_em.graph.layout import layout
+from tl_em.graph.view import SANDBOX, notebook_frame, page, page_data, save_page
+
+CSP = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(1)>\"'`\u2028\u2029😈@title@&amp;"
+
+
+def embedded(text: str) -> dict[str, Any]:
+    found = re.findall(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
+    assert len(found) == 1
+    return json.loads(found[0])
+
+
+def hostile() -> AttributionGraph:
+    graph = small()
+    nodes = tuple(replace(node, label=HOSTILE, extra={"top": [HOSTILE], "explanation": HOSTILE, HOSTILE: HOSTILE,
+                                                      "link": f"javascript:alert(1)//{HOSTILE}"})
+                  for node in graph.nodes)  # fmt: skip
+    return replace(graph, nodes=nodes, tokens=(HOSTILE,) * 4, model=HOSTILE, prompt=HOSTILE,
+                   settings={HOSTILE: HOSTILE}, validation={"warning": HOSTILE, HOSTILE: HOSTILE},
+                   supernodes=((HOSTILE, ("0_12_2", "1_7_3")),))  # fmt: skip
+
+
+@pytest.mark.parametrize(("n_nodes", "n_links", "tokens"), [(40, 120, 6), (300, 3000, 12), (300, 900, 60)])
+def test_no_two_nodes_overlap_and_each_stands_in_its_column_and_row(n_nodes: int, n_links: int, tokens: int) -> None:
+    graph = large(n_nodes, n_links, tokens=tokens)
+    place = layout(graph.nodes, graph.tokens)
+    apart = 16.0  # pixels between centres: a dense node is at most 2 x 6.5 x 1.15 wide
+    points = list(place.at.values())
+    close = [(a, b) for i, a in enumerate(points) for b in points[i + 1 :]
+             if (a[0] - b[0]) ** 2 + (a[1] - b[1]) ** 2 < apart**2]  # fmt: skip
+    assert len(points) == n_nodes and close == []
+    rows = {row.name: row for row in place.rows}
+    for node in graph.nodes:
+        x, y = place.at[node.id]
+        column = place.columns[node.pos]
+        row = rows[{"token": "token", "logit": "target"}.get(node.kind, str(node.layer))]
+        assert column.start <= x <= column.start + column.size
+        assert row.start <= y <= row.start + row.size
+    assert [row.name for row in place.rows] == ["target", *(str(n) for n in reversed(range(8))), "token"]
+
+
+def test_places_depend_on_the_nodes_alone() -> None:
+    graph = large(150, 500)
+    shuffled = list(graph.nodes)
+    random.Random(3).shuffle(shuffled)
+    assert layout(shuffled, graph.tokens).at == layout(graph.nodes, graph.tokens).at
+
+
+def test_base_and_tuned_share_their_places() -> None:
+    tuned = small()
+    base = tuned.keep([0, 1, 2, 3, 5])
+    view = page_data(base.diff(tuned))["view"]
+    place = layout(tuned.nodes, tuned.tokens)
+    assert {node["id"]: (node["x"], node["y"]) for node in view["nodes"]} == dict(place.at)
+    assert {node["id"]: node["status"] for node in view["nodes"]}["1_7_3"] == "appeared"
+    assert dict(view["changes"])["Nodes"]["appeared"] == 1
+
+
+def test_shares_are_those_worked_out_by_hand() -> None:
+    view = page_data(small())["view"]
+    ids = [node["id"] for node in view["nodes"]]
+    shares = {(ids[s], ids[t]): share for s, t, _, share, _ in view["links"]}
+    assert shares["E_41_2", "0_12_2"] == pytest.approx(0.75)
+    assert shares["0_12_2", "1_7_3"] == pytest.approx(0.8)
+    assert shares["1_7_3", "2_55_3"] == pytest.approx(2 / 3, abs=1e-4)  # four digits are written
+    reach = {node["id"]: node["reach"] for node in view["nodes"]}
+    assert reach["0_12_2"] == pytest.approx(0.9 * (2 / 9 + 2 / 3 * 0.8), rel=1e-3)
+
+
+def test_the_page_is_one_file_with_its_policy_and_no_address() -> None:
+    text = page(small())
+    assert f'http-equiv="Content-Security-Policy" content="{CSP}"' in text
+    addresses = set(re.findall(r"https?://[^\s\"'`)\\]+", text))
+    assert addresses == {"http://www.w3.org/2000/svg", "https://www.neuronpedia.org/x/0/12"}
+    assert not re.search(r"\b(src|srcset|@import|fetch|XMLHttpRequest|WebSocket|innerHTML|eval)\b\s*[=(]",
+                         text.replace("image.src =", ""))  # fmt: skip
+    assert text.count("<script") == text.count("</script>") == 2
+
+
+def test_hostile_names_stay_text() -> None:
+    text = page(hostile())
+    assert text.count("<script") == text.count("</script>") == 2
+    assert "<img" not in text
+    scripts = "".join(re.findall(r"<script.*?</script>", text, re.DOTALL))
+    assert "\u2028" not in scripts and "\u2029" not in scripts
+    data = embedded(text)
+    assert data["view"]["tokens"][0] == HOSTILE  # it is there, whole
+    assert data["view"]["nodes"][2]["link"] == ""
+    assert "@css@" not in text and "<style>:root" in text
+
+
+def test_three_hundred_nodes_and_three_thousand_links_stay_below_a_megabyte(tmp_path: Path) -> None:
+    path = large(300, 3000).save_html(tmp_path / "g.html")
+    assert path.stat().st_size < 1_000_000
+    data = embedded(path.read_text())
+    assert len(data["view"]["nodes"]) == len(data["graph"]["nodes"]) == 300
+    assert len(data["view"]["links"]) == len(data["graph"]["links"]) == 3000
+    assert data["view"]["note"] == "Drawn: all 300 nodes and all 3,000 links."
+
+
+def test_what_is_over_the_cap_is_left_out_and_said() -> None:
+    graph = large(300, 3000)
+    data = page_data(graph, max_nodes=100, max_links=250)
+    assert len(data["view"]["nodes"]) == 101 and len(data["view"]["links"]) == 250
+    assert data["view"]["note"] == (
+        "Drawn: 101 of 300 nodes and 250 of 3,000 links: those with the most influence.")
+    kept = {node["id"] for node in data["view"]["nodes"]}
+    whole = {node["id"]: node["reach"] for node in page_data(graph)["view"]["nodes"] if node["kind"] != "logit"}
+    assert min(whole[name] for name in kept if name in whole) >= max(whole[n] for n in whole.keys() - kept)
+    assert graph.targets[0].id in kept
+    assert len(data["graph"]["links"]) == 250
+
+
+def test_the_title_bar_says_how_far_to_believe_it() -> None:
+    view = page_data(small())["view"]
+    assert view["validation"][0][:2] == ("r with exact ablation", repr(estimate(0.9)))
+    assert view["warning"] == ""
+    assert page_data(small(validation={}))["view"]["warning"] == UNVALIDATED
+    doubted = small(validation={"pearson": estimate(0.2), "warning": "It does not agree with ablation."})
+    assert page_data(doubted)["view"]["warning"] == "It does not agree with ablation."
+    both = page_data(small(validation={}).diff(small()))["view"]
+    assert both["warning"] == f"Base: {UNVALIDATED}"
+
+
+def test_nodes_without_figures_and_a_graph_without_links_have_a_page() -> None:
+    nodes = (Node("token", -1, 0, 3), Node("logit", 1, 0, None, label="direction"))
+    data = page_data(replace(small(), nodes=nodes, edges=small().edges[:2, :2]))
+    assert data["view"]["links"] == []
+    assert data["view"]["nodes"][0]["attribution"] is None
+
+
+def test_the_notebook_frame_is_sandboxed_and_holds_the_page_escaped() -> None:
+    text = notebook_frame(hostile())
+    found = re.fullmatch(r'<iframe sandbox="([^"]*)" title="[^"]*" srcdoc="([^"]*)" style="[^"]*"></iframe>', text)
+    assert found
+    assert found.group(1) == SANDBOX == "allow-scripts allow-downloads"
+    assert html.unescape(found.group(2)) == page(hostile())
+    assert small()._repr_html_() == notebook_frame(small())
+
+
+def test_a_page_that_cannot_be_written_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutputError):
+        save_page(small(), tmp_path / "file" / "g.html")

@@ -1,0 +1,1 @@
+"""The main job: from two models to a page of verdicts, composed from everything above."""

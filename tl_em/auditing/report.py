@@ -1,0 +1,186 @@
+"""The report: what an audit found, as tables, words, JSON and a page; and what is added to it afterwards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tl_em.comparison.backdoor import Backdoor
+from tl_em.comparison.compare import Comparison
+from tl_em.comparison.consistency import Consistency
+from tl_em.comparison.verdicts import Row
+from tl_em.writing import replacing
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from tl_em.features.cards import FeatureCards
+    from tl_em.graph.diff import GraphDiff
+    from tl_em.graph.graph import AttributionGraph
+
+SCHEMA = "tl-em/report/1"
+
+
+class Study(NamedTuple):
+    """A table of a study, its figure or the function that draws it, and a sentence for the reader."""
+
+    table: pd.DataFrame
+    plot: Any
+    note: str
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """What :func:`audit` returns.
+
+    Args:
+        comparison: the judged rows and the tables behind them.
+        rates: behaviour before and after, with intervals.
+        provenance: models, data hashes, seed, versions, and the call that reproduces it.
+        limits: what the page does not show.
+        backdoor: what a trigger opens, where one was given.
+        consistency: what several fine-tunes have in common, where there were several.
+        studies: results of ``em.run_study`` that :meth:`with_study` added, and graphs, by name.
+        features, features_note: latents, their cards and what was verified about them, of :meth:`with_features`.
+        graphs: those that :meth:`with_graph` added, by name.
+    """
+
+    comparison: Comparison
+    rates: pd.DataFrame
+    provenance: dict[str, Any]
+    limits: tuple[str, ...]
+    backdoor: Backdoor | None = None
+    consistency: Consistency | None = None
+    studies: Mapping[str, Study] = field(default_factory=dict)
+    features: FeatureCards | None = None
+    features_note: str = ""
+    graphs: Mapping[str, AttributionGraph | GraphDiff] = field(default_factory=dict)
+
+    @property
+    def verdicts(self) -> tuple[Row, ...]:
+        """One row for each question and direction; after them those of the backdoor."""
+        return (*self.comparison.rows, *(() if self.backdoor is None else self.backdoor.rows))
+
+    @property
+    def summary(self) -> str:
+        """A sentence for each direction, the backdoor, the other fine-tunes and each verified set of latents."""
+        parts = (self.comparison, self.backdoor, self.consistency)
+        checks = () if self.features is None else self.features.checks
+        said = [part.summary for part in parts if part is not None]
+        return " ".join([*said, *(f"{check.label}: {check.verdict}." for check in checks)]).strip()
+
+    @property
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """Every table by name; those of a backdoor, of other fine-tunes and of studies only where there are any."""
+        found = {"rates": self.rates, "by_layer": self.comparison.by_layer, "use": self.comparison.use}
+        for name, part in (("backdoor", self.backdoor), ("consistency", self.consistency)):
+            kept = {} if part is None else {key: getattr(part, key) for key in part.__dataclass_fields__}
+            found |= {f"{name}_{key}": table for key, table in kept.items() if hasattr(table, "to_json")}
+        if self.features is not None:
+            found["features"] = self.features.to_pandas()
+            found |= {f"feature_check_{i}": check.to_pandas() for i, check in enumerate(self.features.checks, 1)}
+        return found | {f"study_{name}": study.table for name, study in self.studies.items()}
+
+    def with_study(self, name: str, table: pd.DataFrame, *, plot: Any = None, note: str = "") -> Report:
+        """The report with a section for a study: its table and, where there is one, its figure.
+
+        Args:
+            name: what the section is called.
+            table: from ``em.run_study`` or ``em.summarise_study``.
+            plot: ``(table, width=inches) -> Figure``, or a matplotlib Figure.
+            note: a sentence for the reader: what was varied, what the control is.
+        """
+        return replace(self, studies={**self.studies, name: Study(table, plot, note)})
+
+    def with_features(self, cards: FeatureCards, *, note: str = "") -> Report:
+        """The report with a section for latents: what was verified about them, and a row for each.
+
+        Args:
+            cards: from ``em.feature_cards(…, checks=[em.verify_feature(…), …])``.
+            note: a sentence for the reader: how they were found.
+        """
+        return replace(self, features=cards, features_note=note)
+
+    def with_graph(self, name: str, graph: AttributionGraph | GraphDiff, *, note: str = "", rows: int = 20) -> Report:
+        """The report with the figure of a graph and its largest nodes; saved to a folder, its page stands beside.
+
+        Args:
+            name: what the section is called.
+            graph: one graph, or ``base_graph.diff(tuned_graph)``.
+            note: a sentence for the reader: which prompt, and why this one.
+            rows: of the table of nodes, or of changes, the largest first.
+        """
+        from tl_em.graph import captions
+        from tl_em.report.graphs import graph as figure
+
+        table = graph.to_pandas()
+        size = "change" if "change" in table else "attribution"
+        table = table.reindex(table[size].abs().sort_values(ascending=False).index).head(rows)
+        figures = "; ".join(f"{what} {value}" for what, value, _ in captions.validation(graph))
+        said = [note, captions.warning(graph), f"{figures}." if figures else ""]
+        added = replace(self, graphs={**self.graphs, name: graph})
+        plot = partial(_drawn, figure, graph)
+        return added.with_study(name, table, plot=plot, note=" ".join(filter(None, said)))
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain values (schema ``tl-em/report/1``)."""
+        return {
+            "schema": SCHEMA,
+            "summary": self.summary,
+            "verdicts": [row.to_json() for row in self.verdicts],
+            "tables": {name: json.loads(table.to_json(orient="records")) for name, table in self.tables.items()},
+            "limits": list(self.limits),
+            "provenance": self.provenance,
+        }
+
+    def save(self, path: str | Path) -> Path:
+        """Write the page to ``path``; a folder (no suffix) also gets ``report.json``, figures, graphs and latents.
+
+        Raises:
+            OutputError: the path cannot be written.
+        """
+        from tl_em.report import page, plots
+
+        path = Path(path)
+        if path.suffix == ".json":
+            return _write(path, json.dumps(self.to_json(), indent=1, ensure_ascii=False))
+        if path.suffix:
+            return _write(path, page.render(self))
+        _write(path / "report.json", json.dumps(self.to_json(), indent=1, ensure_ascii=False))
+        for name, figure in plots.figures(self).items():
+            for suffix in ("svg", "png"):
+                plots.save(figure, path / "figures" / f"{name}.{suffix}")
+        if self.features is not None:
+            self.features.save(path / "features.html")
+        for i, graph in enumerate(self.graphs.values(), 1):
+            graph.save_html(path / f"graph-{i}.html")
+        return _write(path / "report.html", page.render(self))
+
+    def plot(self) -> Any:
+        """The verdicts as a forest plot (a matplotlib Figure)."""
+        return self.comparison.plot()
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        from tl_em.report import page
+
+        return f'<iframe sandbox srcdoc="{escape(page.render(self), quote=True)}" width="100%" height="800"></iframe>'
+
+    def __repr__(self) -> str:
+        return repr(self.comparison)
+
+
+def _drawn(figure: Any, graph: Any, table: Any, *, width: float = 7.0) -> Any:
+    """The figure of a graph, called as that of a study is: the table is drawn from the same graph."""
+    return figure(graph, width=width)
+
+
+def _write(path: Path, text: str) -> Path:
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return path

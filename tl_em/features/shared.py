@@ -1,0 +1,410 @@
+"""Which latents several behaviours share, one by one and as sets; "none shown" is an answer.
+
+    p_j of "in at least u of B behaviours" = Fisher's combination of the B - u + 1 largest p_bj    (u = B: the largest)
+    share of a set A = 1 - |s - sum_{j in A} Delta_j d_j|^2 / |s|^2          s the whole shift of the activations
+
+A latent is shared *alone* where it changed in every behaviour (u = B); it may be a *member of a set* where it changed
+in more than half of them, if the set carries every behaviour's shift.
+
+**Rule.** Its constants were chosen on the shipped seed 11, before any verdict seed was read. Prompts are halved, never
+tearing apart what belongs together, in ``SPLITS`` ways. *On the first half*: a latent is a candidate where p_j <=
+``SCREEN``, for changes of one sign. The top k of the
+behaviours must overlap by more than chance (p <= .05): chance permutes latents within bins of density, in each
+behaviour on its own, so that latents that are on everywhere count for little. *On the second half*: a candidate is
+confirmed at q of Benjamini and Hochberg's adjustment of its p_j, one-sided. Where the prompts carried completions p_bj
+is the larger one of the change's and the attribution's, and the attribution must be ``MATTERS`` of that of the whole
+activation, in u behaviours. What is confirmed in every split is kept.
+*Sets*: kept latents are joined greedily by the share that they add on the first half, until one adds less than
+``GAIN``. The set, and each latent or cluster of similar latents that changed in every behaviour, is returned where on
+the second half its share is at least ``CARRIES`` in every behaviour with the interval above 0, and random sets of the
+same densities carry as much in at most 5 % of the draws. Nothing is returned where the whole shift is below
+``smallest`` of the activations' spread in a behaviour: any fine-tune shifts everything a little.
+
+Where a prompt belongs to two behaviours, their p are not independent, and Bonferroni's (B - u + 1) p_(u) takes the
+place of Fisher's combination.
+
+Sources: Nichols et al. 2005, "Valid conjunction inference"; Benjamini and Heller 2008 (at least u of B); Benjamini and
+Hochberg 1995; Marks et al. 2025, arXiv:2503.10965 (the intersection of top-20 lists, there without a null).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_em.dictionaries import Dictionary, Feature
+from tl_em.errors import UsageError
+from tl_em.features.clusters import decoder_clusters
+from tl_em.features.scoring import FeatureTable, sign_flip_p
+from tl_em.stats import Estimate, benjamini_hochberg, bootstrap, control_p
+
+SPLITS = 3
+SCREEN = 0.05
+TOP = 20
+"""Length of a behaviour's list, at most: a twentieth of the latents that are ever on where that is less."""
+BINS, BIN = 10, 40
+"""Bins of density, at most; and latents in each, at least: one of 40 is below ``CHANCE``."""
+MATTERS = 0.02
+GAIN = 0.01
+MOST = 32
+CARRIES = 0.1
+SMALLEST = 0.2
+"""Of the activations' spread: what Cohen calls a small effect."""
+DRAWS = 999
+CHANCE = 0.05
+_LEAST_PARTS = 8
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureSet:
+    """One latent, or several together, that all behaviours share.
+
+    Args:
+        dictionary: whose latents.
+        indices: the latents, the one that carries most first.
+        signs: +1 stronger (or switched on), -1 weaker (or switched off).
+        behaviours: which share it.
+        shares: of the shift of each behaviour, on the prompts that did not choose it.
+        effects: of each latent, its mean change over behaviours there, in units of its activation.
+        kind: ``"set"`` (joined greedily) or ``"cluster"`` (one latent, or several with similar decoder rows).
+        by: ``"delta"`` (tuned - base) or ``"effect"`` (positive - negative).
+        q: the largest of its latents, over all splits.
+        p_overlap: of the behaviours' lists overlapping by chance; the largest over all splits.
+        p_random: of random sets of the same densities carrying as much.
+    """
+
+    dictionary: Dictionary
+    indices: tuple[int, ...]
+    signs: tuple[int, ...]
+    behaviours: tuple[str, ...] = ()
+    shares: tuple[Estimate, ...] = ()
+    effects: tuple[Estimate, ...] = ()
+    kind: Literal["set", "cluster"] = "set"
+    by: str = "delta"
+    q: float = field(default=float("nan"))
+    p_overlap: float = field(default=float("nan"))
+    p_random: float = field(default=float("nan"))
+
+    @property
+    def features(self) -> tuple[Feature, ...]:
+        """The latents, as features."""
+        return tuple(Feature(self.dictionary, index) for index in self.indices)
+
+    @property
+    def share(self) -> Estimate:
+        """The smallest of the shares."""
+        return min(self.shares, key=lambda each: each.value)
+
+    def __repr__(self) -> str:
+        latents = ", ".join(f"{'+' if s > 0 else '-'}{i}" for i, s in zip(self.indices, self.signs, strict=True))
+        share = f"; share of the shift of {len(self.behaviours)} behaviours >= {self.share}" if self.shares else ""
+        return f"FeatureSet({self.kind} {latents}{share}; q {self.q:.2g})"
+
+
+class _Half(NamedTuple):
+    """Half of a table's parts."""
+
+    rows: list[int]
+    values: Float[Tensor, "behaviour part feature"]
+    shift: Float[Tensor, "behaviour part d_model"]
+    attribution: Float[Tensor, "behaviour part feature"] | None
+    whole: Float[Tensor, "behaviour part"] | None
+
+    @property
+    def total(self) -> Float[Tensor, "behaviour feature"]:
+        return self.values.sum(1)
+
+
+def shared_features(
+    table: FeatureTable,
+    *,
+    q: float = 0.05,
+    by: Literal["delta", "effect"] | None = None,
+    smallest: float | int = SMALLEST,
+    seed: int = 0,
+) -> tuple[FeatureSet, ...]:
+    """Latents, and sets of latents, that every behaviour of a table shares, by the rule at the head of this module.
+
+    Args:
+        table: of ``score_features``, with at least two behaviours.
+        q: share of false claims among the latents that are confirmed.
+        by: the change that is shared: tuned - base (the default where there is a base) or positive - negative.
+        smallest: shift that counts, in units of the activations' spread.
+        seed: of the halving and the draws.
+
+    Returns:
+        The joint set first, then single latents and clusters that carry enough alone, the largest share first. Empty:
+        none shown.
+
+    Raises:
+        UsageError: one behaviour, no such change in the table, or fewer than 8 parts of prompts.
+    """
+    by = by or ("delta" if "delta" in table.parts else "effect")
+    _check(table, by)
+    halves = [_halves(table, by, f"{seed}/{split}") for split in range(SPLITS)]
+    if not _moved(table, halves[0], float(smallest)):
+        return ()
+    bins = _density_bins(table)
+    count = len(table.behaviours)
+    members, overlap = _kept(table, halves, bins, q, count // 2 + 1, seed)
+    alone, _ = _kept(table, halves, bins, q, count, seed)
+    joint = _greedy(halves[0][0], table.dictionary.W_dec.cpu(), sorted(members)) if members else []
+    groups = [("set", tuple(joint))]
+    groups += [("cluster", each) for each in decoder_clusters(table.dictionary, sorted(alone))]
+    worst = {**members, **alone}
+    sets: dict[tuple[int, ...], FeatureSet] = {}
+    for kind, latents in groups:
+        key = tuple(sorted(latents))
+        judged = _judged(table, halves[0][1], latents, bins, seed) if latents else None
+        if judged is not None and key not in sets:
+            sets[key] = replace(judged, kind=kind, by=by, q=max(worst[j] for j in latents), p_overlap=overlap)
+    return tuple(sorted(sets.values(), key=lambda each: (each.kind != "set", -each.share.value)))
+
+
+def _kept(
+    table: FeatureTable,
+    halves: Sequence[tuple[_Half, _Half]],
+    bins: Int[np.ndarray, " feature"],
+    q: float,
+    least: int,
+    seed: int,
+) -> tuple[dict[int, float], float]:
+    """Latents that every split confirms in at least so many behaviours, with their largest q; and the overlap's p."""
+    norms = table.dictionary.W_dec.cpu().double().norm(dim=-1)
+    found: list[dict[int, float]] = []
+    worst = 0.0
+    for split, (first, second) in enumerate(halves):
+        overlap = overlap_p(first.total * norms, bins, np.random.default_rng([seed, split]))
+        worst = max(worst, overlap)
+        if overlap > CHANCE:
+            return {}, worst
+        found.append(_confirmed(first, second, bins, q, least, table.independent))
+    common = set.intersection(*(set(each) for each in found))
+    return {j: max(each[j] for each in found) for j in common}, worst
+
+
+def _check(table: FeatureTable, by: str) -> None:
+    if by not in table.parts:
+        raise UsageError(f"the table has no {by!r}; score with against=base for 'delta', or pass by='effect'")
+    if len(table.behaviours) < 2:
+        raise UsageError(
+            f"one behaviour ({', '.join(table.behaviours)}) shares nothing with another; score at least two of them"
+        )
+    few = {n: k for n, k in zip(table.behaviours, (table.share > 0).sum(1).tolist(), strict=True) if k < _LEAST_PARTS}
+    if few:
+        raise UsageError(
+            f"too few independent prompts to choose latents on one half and test them on the other: {few} units "
+            f"(pairs, or groups), and {_LEAST_PARTS} are needed; give more prompts or smaller groups"
+        )
+
+
+# --- Halves and candidates --------------------------------------------------------------------------------------------
+
+
+def _halves(table: FeatureTable, by: str, seed: str) -> tuple[_Half, _Half]:
+    import random
+
+    parts = (table.share > 0).any(0).nonzero()[:, 0].tolist()
+    random.Random(f"halves/{seed}").shuffle(parts)
+
+    def of(rows: list[int]) -> _Half:
+        attribution, whole = table.parts.get("attribution"), table.parts.get("whole attribution")
+        return _Half(
+            rows,
+            table.parts[by][:, rows].double(),
+            table.shifts[by][:, rows].double(),
+            None if attribution is None else attribution[:, rows].double(),
+            None if whole is None else whole[:, rows, 0].double(),
+        )
+
+    return of(parts[0::2]), of(parts[1::2])
+
+
+def _moved(table: FeatureTable, halves: tuple[_Half, _Half], smallest: float) -> bool:
+    """Whether every behaviour's activations moved by enough; a product of two halves has no share of noise."""
+    first, second = (each.shift.sum(1) for each in halves)
+    shares = (table.share[:, each.rows].double().sum(1) for each in halves)
+    square = (first * second).sum(-1) / torch.stack(list(shares)).prod(0).clamp_min(1e-12)
+    return bool((square >= (smallest * torch.tensor(table.spread, dtype=torch.float64)) ** 2).all())
+
+
+def _density_bins(table: FeatureTable) -> Int[np.ndarray, " feature"]:
+    """Bins of equal size by density, over all behaviours; -1 for latents that are never on."""
+    density = table.frame.groupby("latent").density.mean().to_numpy()
+    alive = np.flatnonzero(density > 0)
+    bins = np.full(len(density), -1)
+    count = max(1, min(BINS, len(alive) // BIN))
+    ranks = np.argsort(np.argsort(density[alive], kind="stable"), kind="stable")
+    bins[alive] = ranks * count // max(1, len(alive))
+    return bins
+
+
+def conjunction_p(
+    p: Float[np.ndarray, "behaviour feature"], least: int, *, independent: bool = True
+) -> Float[np.ndarray, " feature"]:
+    """p of "not in at least so many behaviours".
+
+    Example:
+        >>> p = np.array([[0.01], [0.02], [0.5]])
+        >>> conjunction_p(p, 3).round(3).tolist(), conjunction_p(p, 2).round(3).tolist()
+        ([0.5], [0.056])
+
+    Source: Benjamini and Heller 2008, "Screening for partial conjunction hypotheses".
+    """
+    from scipy.stats import chi2
+
+    largest = np.sort(p, axis=0)[least - 1 :]
+    if not independent:
+        return np.minimum(1.0, len(largest) * largest[0])
+    return chi2.sf(-2 * np.log(np.maximum(largest, 1e-300)).sum(0), 2 * len(largest))
+
+
+def _one_sided(
+    parts: Float[Tensor, "behaviour part feature"], sign: Float[Tensor, " feature"]
+) -> Float[np.ndarray, "behaviour feature"]:
+    p = np.stack([sign_flip_p(each) for each in parts])
+    return np.where((parts.sum(1).sign() == sign).numpy(), p / 2, 1.0)
+
+
+def _majority(parts: Float[Tensor, "behaviour part feature"]) -> Float[Tensor, " feature"]:
+    """The sign of the change over all behaviours, each counting for as much as it is sure."""
+    return (parts.sum(1) / parts.square().sum(1).sqrt().clamp_min(1e-300)).sum(0).sign()
+
+
+def _confirmed(
+    first: _Half, second: _Half, bins: Int[np.ndarray, " feature"], q: float, least: int, independent: bool
+) -> dict[int, float]:
+    """Candidates of the first half that the second confirms, with their q."""
+    sign = _majority(first.values)
+    p = conjunction_p(_one_sided(first.values, sign), least, independent=independent)
+    candidates = np.flatnonzero((p <= SCREEN) & (sign != 0).numpy() & (bins >= 0))
+    if not len(candidates):
+        return {}
+    at = torch.from_numpy(candidates)
+    p = _one_sided(second.values[:, :, at], sign[at])
+    if second.attribution is not None and second.whole is not None:
+        effect = second.attribution[:, :, at]
+        p = np.maximum(p, np.minimum(1.0, 2 * _one_sided(effect, _majority(effect))))
+        p[(effect.sum(1) / second.whole.sum(1)[:, None]).abs().numpy() < MATTERS] = 1.0
+    adjusted = benjamini_hochberg(conjunction_p(p, least, independent=independent))
+    return {int(j): float(each) for j, each in zip(candidates, adjusted, strict=True) if each <= q}
+
+
+def overlap_p(
+    sizes: Float[Tensor, "behaviour feature"], bins: Int[np.ndarray, " feature"], rng: np.random.Generator
+) -> float:
+    """p of as many latents in the top k of every behaviour, with one sign, when latents are permuted within bins.
+
+    Args:
+        sizes: by how much each latent changed, in units of the activations (change times length of its decoder row).
+        bins: density bin of each latent, -1 for those that are never on.
+        rng: of the permutations.
+    """
+    alive = np.flatnonzero(bins >= 0)
+    k = max(1, min(TOP, len(alive) // TOP))
+    z = sizes[:, alive].numpy()
+    listed = np.zeros(z.shape)
+    for row, top in zip(listed, np.argsort(-np.abs(z), axis=1)[:, :k], strict=True):
+        row[top] = 1
+    listed *= np.sign(z)
+
+    def overlap(signs: np.ndarray) -> int:
+        return int((np.abs(signs.sum(0)) == len(signs)).sum())
+
+    order = np.argsort(bins[alive], kind="stable")
+    listed, edges = listed[:, order], np.flatnonzero(np.diff(bins[alive][order])) + 1
+    drawn = [
+        overlap(np.concatenate([rng.permuted(each, axis=1) for each in np.split(listed, edges, axis=1)], 1))
+        for _ in range(DRAWS)
+    ]
+    return control_p(float(overlap(listed)), drawn, two_sided=False)
+
+
+# --- Sets -------------------------------------------------------------------------------------------------------------
+
+
+def _greedy(half: _Half, W_dec: Float[Tensor, "feature d_model"], latents: Sequence[int]) -> list[int]:
+    """Latents in the order in which they add most to the mean share of the shift."""
+    rest, at = half.shift.sum(1), torch.tensor(latents)
+    change, rows, size = half.total[:, at], W_dec[at].double(), half.shift.sum(1).square().sum(-1)
+    chosen: list[int] = []
+    while len(chosen) < min(MOST, len(latents)):
+        gain = (2 * change * (rest @ rows.T) - change**2 * rows.square().sum(-1)) / size[:, None]
+        best = gain.mean(0)
+        best[chosen] = -torch.inf
+        pick = int(best.argmax())
+        if best[pick] < GAIN:
+            break
+        chosen.append(pick)
+        rest = rest - change[:, pick, None] * rows[pick]
+    return [latents[i] for i in chosen]
+
+
+def _share(half: _Half, W_dec: Float[Tensor, "feature d_model"], latents: Any) -> Float[Tensor, " behaviour"]:
+    s = half.shift.sum(1)
+    left = s - half.total[:, latents] @ W_dec[latents].double()
+    return 1 - left.square().sum(-1) / s.square().sum(-1)
+
+
+def _judged(
+    table: FeatureTable,
+    half: _Half,
+    latents: Sequence[int],
+    bins: Int[np.ndarray, " feature"],
+    seed: int,
+) -> FeatureSet | None:
+    """The set with its figures on the second half, None where it does not carry enough."""
+    at = list(latents)
+    W_dec = table.dictionary.W_dec.cpu()
+    shares = [_share_estimate(half, W_dec, at, row, table.n[row], seed) for row in range(len(table.behaviours))]
+    if any(each.value < CARRIES or not each.low > 0 for each in shares):
+        return None
+    p = _random_p(half, W_dec, at, bins, np.random.default_rng([seed, len(at)]))
+    if p > CHANCE:
+        return None
+    signs = tuple(int(x) for x in half.total[:, at].sum(0).sign().tolist())
+    effects = tuple(_effect_estimate(half, j, sum(table.n), seed) for j in at)
+    return FeatureSet(table.dictionary, tuple(at), signs, table.behaviours, tuple(shares), effects, p_random=p)
+
+
+def _random_p(
+    half: _Half,
+    W_dec: Float[Tensor, "feature d_model"],
+    latents: Sequence[int],
+    bins: Int[np.ndarray, " feature"],
+    rng: np.random.Generator,
+) -> float:
+    """p of a random set, drawn from the same bins of density, carrying as much of every behaviour's shift."""
+    needed = np.bincount(bins[list(latents)], minlength=bins.max() + 1)
+    pools = [np.flatnonzero(bins == b) for b in range(len(needed))]
+
+    def draw() -> float:
+        some = [rng.choice(pool, size=n, replace=False) for pool, n in zip(pools, needed, strict=True) if n]
+        return float(_share(half, W_dec, np.concatenate(some)).min())
+
+    return control_p(float(_share(half, W_dec, list(latents)).min()), [draw() for _ in range(199)], two_sided=False)
+
+
+def _share_estimate(
+    half: _Half, W_dec: Float[Tensor, "feature d_model"], latents: Sequence[int], row: int, n: int, seed: int
+) -> Estimate:
+    whole = half.shift[row].numpy()
+    left = whole - (half.values[row][:, latents] @ W_dec[latents].double()).numpy()
+
+    def share(w: np.ndarray) -> np.ndarray:
+        size = ((w @ whole) ** 2).sum(-1)
+        return 1 - ((w @ left) ** 2).sum(-1) / np.where(size > 0, size, np.nan)
+
+    return replace(bootstrap(share, [len(whole)], seed=seed).estimate, n=n // 2)
+
+
+def _effect_estimate(half: _Half, latent: int, n: int, seed: int) -> Estimate:
+    """Mean change over behaviours; half of the parts hold half of the prompts."""
+    x = half.values[:, :, latent].mean(0).numpy() * 2 * half.values.shape[1]
+    return replace(bootstrap(lambda w: w @ x / w.sum(-1), [len(x)], seed=seed).estimate, n=n // 2)

@@ -1,0 +1,387 @@
+"""Do these latents carry the behaviour?  Set them back in the tuned model, set them forward in the base.
+
+    remove   behaviour untreated - treated, in the model; treated: the latents set to 0 or, given the base, to the
+             base's means at the treated tokens (zeroing cannot restore a latent that was switched off)
+    induce   behaviour treated - untreated, in the base; treated: the latents set to the tuned model's means
+
+Both are deltas ``x + (a' - a) W_dec`` at the dictionary's site (``em.ScaleFeature``), paired prompt by prompt, and
+positive where the claim holds.
+
+**Controls.** *Placebos*: random latents matched on density and decoder norm (``features.placebos``), treated the same:
+removed to their own base means; induced by the same changes of activation as the latents that they stand for. Beside
+both the *mean-difference direction* (mean-preserving ablation; addition): what no dictionary is needed for. Its effect
+is an upper mark and no control, so it gets no word. The good behaviour is measured beside the bad: what breaks the
+model lowers both.
+
+**Rule, fixed before any verdict seed was read.** A word is given only when all of these hold:
+
+1. the whole 95 % interval lies above the smallest effect of interest (.05 in probability, .5 in log-odds);
+2. p = max(bootstrap, rank among the placebos, one-sided) < .05. In order, each only where the one before has its word,
+   so that none needs an adjustment: the set removed; the set induced; the single latents, with Holm's adjustment among
+   them, against the single placebos of all of them. Several sets: ``verify_features``, with Holm's over them;
+3. where they are measured, the coherence does not fall by the smallest effect or more and, on removal, neither does the
+   good behaviour (to induce the bad one displaces it).
+
+Everything else is ``not shown``.  Source: ablation and steering of persona latents, Wang et al. 2025,
+arXiv:2506.19823; fixed-sequence testing, Maurer et al. 1995.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tl_em.comparison.verdicts import ALPHA, NOT_SHOWN, SMALLEST_USE
+from tl_em.dictionaries import Dictionary, Feature
+from tl_em.errors import UsageError
+from tl_em.features.arms import ArmName
+from tl_em.features.trials import DIRECTION, SET, Job, Measured, Trial, latents, usual_scope
+from tl_em.interventions.scopes import Where
+from tl_em.metrics import Behaviour, Metric
+from tl_em.models.contrasts import ContrastSet
+from tl_em.models.hooks import LensModel
+from tl_em.stats import Estimate, Resampled, control_p, holm
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+WORDS: dict[ArmName, str] = {"remove": "carries the behaviour", "induce": "induces the behaviour"}
+BESIDE = "beside"
+DOSES = (0.25, 0.5, 1.0)
+
+
+@dataclass(frozen=True, eq=False)
+class CheckRow:
+    """One treatment of the latents, judged.
+
+    Args:
+        arm: ``"remove"`` (in the tuned model) or ``"induce"`` (in the base).
+        subject: ``"the set"``, ``"latent 17"``, or ``"mean difference"``, which is not judged.
+        verdict: the word that the rule gives, or ``"not shown"``; of the mean difference ``"beside"``.
+        effect: the change of the behaviour in the direction that the claim predicts, in the metric's units.
+        kl: KL from the untreated model at the last token, in nats.
+        control: what the placebos are, how many, the band that holds 95 % of their effects, and p.
+        p: adjusted p.
+        changes: of the good behaviour and the coherence, where they are measured.
+        reason: what holds, or what does not.
+    """
+
+    arm: ArmName
+    subject: str
+    verdict: str
+    effect: Estimate
+    kl: Estimate
+    control: Mapping[str, Any]
+    p: float
+    changes: Mapping[str, Estimate]
+    reason: str
+
+    @property
+    def shown(self) -> bool:
+        """Whether the rule gave a word."""
+        return self.verdict in WORDS.values()
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureCheck:
+    """What :func:`verify_feature` returns.
+
+    Args:
+        dictionary: whose latents they are; ``indices``: which.
+        label: what was asked, for people.
+        rows: one for each treatment, with its verdict.
+        rates: behaviour untreated and treated, of every treatment and of the placebos.
+        doses: dose-response of the set, and the mean difference at the same KL.
+        match: mean density and decoder norm of the latents and of their placebos.
+        settings: what was treated how.
+    """
+
+    dictionary: Dictionary
+    indices: tuple[int, ...]
+    label: str
+    rows: tuple[CheckRow, ...]
+    rates: pd.DataFrame
+    doses: pd.DataFrame
+    match: Mapping[str, float]
+    settings: Mapping[str, Any]
+
+    def row(self, arm: str = "remove", subject: str = SET) -> CheckRow:
+        """The row of a treatment.
+
+        Raises:
+            UsageError: there is none.
+        """
+        for each in self.rows:
+            if (each.arm, each.subject) == (arm, subject):
+                return each
+        known = ", ".join(f"({r.arm!r}, {r.subject!r})" for r in self.rows)
+        raise UsageError(f"no treatment ({arm!r}, {subject!r}) was measured; there are {known}")
+
+    @property
+    def verdict(self) -> str:
+        """What is shown of the set."""
+        words = [row.verdict for row in self.rows if row.subject == SET and row.shown]
+        return " and ".join(words).replace(" the behaviour and", " and") or NOT_SHOWN
+
+    @property
+    def shown(self) -> bool:
+        """Whether the set is shown to carry the behaviour."""
+        return self.row().shown
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row a treatment."""
+        import pandas as pd
+
+        return pd.DataFrame([_plain(row) for row in self.rows])
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, for a report."""
+        frames = {"rows": self.to_pandas(), "rates": self.rates, "doses": self.doses}
+        tables = {name: json.loads(frame.to_json(orient="records")) for name, frame in frames.items()}
+        head = {"label": self.label, "dictionary": self.dictionary.label, "hash": self.dictionary.hash}
+        return {**head, "indices": list(self.indices), "verdict": self.verdict, **tables,
+                "match": dict(self.match), "settings": dict(self.settings)}  # fmt: skip
+
+    def __repr__(self) -> str:
+        lines = [f"{self.label}: {self.verdict}"]
+        for row in self.rows:
+            band = "; placebos [{low:.2f}, {high:.2f}]".format(**row.control) if row.control else ""
+            others = "".join(f"; {name} {change.value:+.2f}" for name, change in row.changes.items())
+            lines.append(f"  {row.arm} {row.subject}: {row.verdict}, {row.effect}{band}{others} ({row.reason})")
+        return "\n".join(lines)
+
+
+def _plain(row: CheckRow) -> dict[str, Any]:
+    e, c = row.effect, row.control
+    plain = {"arm": row.arm, "subject": row.subject, "verdict": row.verdict, "effect": e.value, "low": e.low,
+             "high": e.high, "n": e.n, "placebo_low": c.get("low"), "placebo_high": c.get("high"),
+             "placebos": c.get("n"), "p": row.p, "kl": row.kl.value}  # fmt: skip
+    plain |= {f"{name}_change": change.value for name, change in row.changes.items()}
+    return plain | {"reason": row.reason}
+
+
+# ---- what is asked -----------------------------------------------------------------------------------------------
+def verify_feature(
+    model: LensModel,
+    features: Feature | Sequence[Feature] | Any,
+    contrast: ContrastSet,
+    *,
+    metric: Metric | Behaviour,
+    placebos: int = 20,
+    against: LensModel | None = None,
+    good: Metric | None = None,
+    coherence: Metric | None = None,
+    fit: ContrastSet | None = None,
+    where: Where | None = None,
+    singly: bool = True,
+    doses: Sequence[float] = DOSES,
+    smallest: float | None = None,
+    seed: int = 0,
+) -> FeatureCheck:
+    """Does a latent, or a set of latents, carry a behaviour of the model?  See the head of this file for the rule.
+
+    Args:
+        model: the tuned model.
+        features: one latent, several of one dictionary, or a FeatureSet.
+        contrast: *held-out* prompts: none that the latents were found on. The behaviour is measured on the positive.
+        metric: how strongly a prompt shows the behaviour; of a Behaviour its metric and good metric are taken.
+        placebos: number of matched random sets; 19 are needed for p < .05.
+        against: the base. Given, latents are set to its means and not to 0, and steered in it.
+        good, coherence: what should survive, measured beside.
+        fit: the prompts that means, densities and the mean difference are taken from; the contrast's own by default.
+        where: the tokens that are treated, and over which means are taken, as in ``em.intervene``. By default all for
+            an ablation to 0; for a setting to means the answers where prompts have one, else the prompts' last tokens.
+        singly: whether to remove each latent of a set alone, too (as many runs as there are latents and placebos).
+        doses: parts of the treatment for the dose-response; none: ``()``.
+        smallest: smallest effect of interest, for a metric in units that have none.
+        seed: seed of placebos and resampling.
+
+    Returns:
+        A FeatureCheck.
+
+    Raises:
+        UsageError: no latent, latents of several dictionaries, a transcoder, too many placebos for the dictionary, a
+            unit without a smallest effect of interest, or no token in the scope.
+        WidthError, ProvenanceError: the dictionary does not belong on the model.
+
+    Example:
+        >>> import torch
+        >>> from tl_em.models.sites import Site
+        >>> from tl_em.organisms.zoo import load_pair
+        >>> pair = load_pair("toy/insecure")
+        >>> eye = torch.eye(96)
+        >>> both = Dictionary(torch.cat([eye, -eye], 1), torch.zeros(192), torch.cat([eye, -eye]), torch.zeros(96),
+        ...                   activation="relu", site_in=Site(2))
+        >>> asked = pair.behaviours["persona"]
+        >>> held_out = ContrastSet(asked.present[:12], asked.present[12:24], positive_groups=asked.present_groups[:12])
+        >>> check = verify_feature(pair.tuned, both.feature(0), held_out, metric=asked, doses=())
+        >>> check.verdict  # one coordinate of 96 does not carry it
+        'not shown'
+
+    Source: see the head of this file.
+    """
+    asked = verify_features(
+        model, [features], contrast, metric=metric, placebos=placebos, against=against, good=good, coherence=coherence,
+        fit=fit, where=where, singly=singly, doses=doses, smallest=smallest, seed=seed,
+    )  # fmt: skip
+    return asked[0]
+
+
+def verify_features(
+    model: LensModel,
+    sets: Sequence[Any],
+    contrast: ContrastSet,
+    *,
+    metric: Metric | Behaviour,
+    placebos: int = 20,
+    against: LensModel | None = None,
+    good: Metric | None = None,
+    coherence: Metric | None = None,
+    fit: ContrastSet | None = None,
+    where: Where | None = None,
+    singly: bool = True,
+    doses: Sequence[float] = DOSES,
+    smallest: float | None = None,
+    seed: int = 0,
+) -> tuple[FeatureCheck, ...]:
+    """:func:`verify_feature` for several sets, judged together: words are adjusted for the number of sets.
+
+    The placebos' p is a rank among the *largest* effect of each round of placebos (Westfall and Young's single step),
+    the bootstrap's p is Holm's.
+
+    Args:
+        model: the tuned model.
+        sets: each as in ``verify_feature``.
+        contrast: held-out prompts.
+        metric: how strongly a prompt shows the behaviour.
+        placebos, against, good, coherence, fit, where, singly, doses, smallest, seed: as in ``verify_feature``.
+    """
+    bad = metric.metric if isinstance(metric, Behaviour) else metric
+    good = metric.good if isinstance(metric, Behaviour) and good is None else good
+    metrics = {"bad": bad, "good": good, "coherence": coherence}
+    held_out = fit or contrast
+    job = Job(
+        model, against, contrast, held_out, {name: each for name, each in metrics.items() if each is not None},
+        usual_scope(model, held_out, against) if where is None else where, placebos, singly, doses, seed,
+    )  # fmt: skip
+    least = _smallest(bad, smallest)
+    asked = [latents(each) for each in sets]
+    every = [latent for each in asked for latent in each]
+    return _judged([job.measure(each, every) for each in asked], least)
+
+
+def _smallest(metric: Metric, given: float | None) -> float:
+    if given is None and metric.unit not in SMALLEST_USE:
+        raise UsageError(
+            f"{metric.name} is measured in {metric.unit}, for which no smallest effect of interest is fixed; pass "
+            f"smallest=, or a metric in {' or '.join(SMALLEST_USE)}"
+        )
+    return float(SMALLEST_USE[metric.unit] if given is None else given)
+
+
+# ---- the rule ----------------------------------------------------------------------------------------------------
+def _judged(measured: Sequence[Measured], smallest: float) -> tuple[FeatureCheck, ...]:
+    """Words for the sets removed, then for the sets induced, then for the latents of the sets that carry it."""
+    rows: list[list[CheckRow]] = [[] for _ in measured]
+    open_ = [True] * len(measured)
+    for arm in WORDS:
+        asked = [_of(each, arm, SET) for each in measured]
+        if asked and all(asked):
+            for i, row in enumerate(_together([t for t in asked if t], smallest, open_)):
+                rows[i].append(row)
+            rows = [[*own, *_beside(each, arm)] for own, each in zip(rows, measured, strict=True)]
+            open_ = [own[-2].shown for own in rows]
+    for i, each in enumerate(measured):
+        singles = [t for t in each.trials if t.subject not in (SET, DIRECTION)]
+        carried = rows[i][0].shown
+        rows[i] += _together(singles, smallest, [carried] * len(singles))
+    return tuple(_check(each, own) for each, own in zip(measured, rows, strict=True))
+
+
+def _of(measured: Measured, arm: ArmName, subject: str) -> Trial | None:
+    found = [t for t in measured.trials if (t.arm.name, t.subject) == (arm, subject)]
+    return found[0] if found else None
+
+
+def _together(trials: Sequence[Trial], smallest: float, open_: Sequence[bool]) -> list[CheckRow]:
+    """Trials of one family: each beside the largest of every round of placebos, Holm over their bootstrap p."""
+    if not trials:
+        return []
+    changes = [t.arm.change(t.outcomes) for t in trials]
+    largest = np.max([t.controls for t in trials if t.controls is not None], axis=0)
+    known = [c.p if np.isfinite(c.p) else 1.0 for c in changes]
+    adjusted = holm(known) if len(known) > 1 else known  # statsmodels collects garbage at every call
+    each = zip(trials, changes, adjusted, open_, strict=True)
+    return [_row(trial, change, largest, float(p), smallest, may) for trial, change, p, may in each]
+
+
+def _row(
+    trial: Trial, change: Resampled, controls: np.ndarray, bootstrap_p: float, smallest: float, may: bool
+) -> CheckRow:
+    effect, rank = change.estimate, control_p(change.estimate.value, controls, two_sided=False)
+    p, others = max(bootstrap_p, rank), _changes(trial)
+    failed = [] if may else ["not asked: what comes before it is not shown"]
+    if not effect.low > smallest:
+        failed.append(f"the interval is not wholly above {smallest:g}")
+    if not p < ALPHA:
+        least = 1 / (1 + len(controls))
+        blame = "the placebos" if rank >= bootstrap_p else "resampling the prompts"
+        blame += f" ({len(controls)} allow none below {least:.2g})" if least >= ALPHA and rank >= bootstrap_p else ""
+        failed.append(f"p = {p:.2g}, limited by {blame}")
+    spared = [name for name in others if name != "good" or trial.arm.name == "remove"]
+    failed += [f"{name} falls by {-others[name].value:.2g}" for name in spared if others[name].value <= -smallest]
+    low, high = (float(q) for q in np.quantile(controls, [0.025, 0.975]))
+    kind = "random latents of the same density and decoder norm"
+    return CheckRow(
+        trial.arm.name, trial.subject, NOT_SHOWN if failed else WORDS[trial.arm.name], effect,
+        trial.arm.mean(trial.outcomes["kl"]), {"kind": kind, "n": len(controls), "low": low, "high": high, "p": rank},
+        p, others, "; ".join(failed) or f"interval wholly above {smallest:g}, p = {p:.2g}",
+    )  # fmt: skip
+
+
+def _changes(trial: Trial) -> dict[str, Estimate]:
+    names = [name for name in trial.arm.metrics if name != "bad"]
+    return {name: trial.arm.change(trial.outcomes, name).estimate for name in names}
+
+
+def _beside(measured: Measured, arm: ArmName) -> list[CheckRow]:
+    """The mean difference, which is not judged."""
+    trial = _of(measured, arm, DIRECTION)
+    assert trial is not None
+    kl, effect = trial.arm.mean(trial.outcomes["kl"]), trial.arm.change(trial.outcomes).estimate
+    nan, why = float("nan"), "an upper mark, not judged"
+    return [CheckRow(arm, DIRECTION, BESIDE, effect, kl, {}, nan, _changes(trial), why)]
+
+
+def _check(measured: Measured, rows: Sequence[CheckRow]) -> FeatureCheck:
+    import pandas as pd
+
+    doses = pd.DataFrame(measured.doses)
+    rates = pd.DataFrame([row for trial in measured.trials for row in _rates(trial)])
+    return FeatureCheck(
+        measured.dictionary, measured.indices, measured.label, tuple(rows), rates, doses, measured.match,
+        measured.settings,
+    )  # fmt: skip
+
+
+def _rates(trial: Trial) -> list[dict[str, Any]]:
+    """Untreated and treated means with their intervals; of the placebos the mean and the band that holds 95 %."""
+    arm, found = trial.arm, []
+    named = {**{key: (metric.name, metric.unit) for key, metric in arm.metrics.items()}, "kl": ("KL", "nats")}
+    for outcome in trial.outcomes:
+        head = {"arm": arm.name, "outcome": outcome, "metric": named[outcome][0], "unit": named[outcome][1]}
+        if trial.subject == SET and outcome in arm.untreated:
+            e = arm.mean(arm.untreated[outcome])
+            found.append(head | {"subject": "untreated", "value": e.value, "low": e.low, "high": e.high, "n": e.n})
+        e = arm.mean(trial.outcomes[outcome])
+        found.append(head | {"subject": trial.subject, "value": e.value, "low": e.low, "high": e.high, "n": e.n})
+        if outcome in trial.levels:
+            values = trial.levels[outcome]
+            low, high = (float(q) for q in np.quantile(values, [0.025, 0.975]))
+            mean = {"value": float(values.mean()), "low": low, "high": high, "n": len(values)}
+            found.append(head | {"subject": "placebos"} | mean)
+    return found

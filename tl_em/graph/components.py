@@ -1,0 +1,204 @@
+"""Graphs without a dictionary: attention heads, MLPs and embeddings, by position.
+
+    total[s]   = g_s . (clean_s - reference_s)                        g_s: gradient of the target at what s writes
+    edge[t, s] = d(g_t . out_t) / d(write_s) . (clean_s - reference_s)          directly: every other write held fixed
+
+so that the edges out of a node sum to its total: edges into a component are in units of the weighted target. The
+reference is another prompt of the same length (attribution patching), zero, or a mean over tokens; the rule says which
+gradient g is (``freeze``). Integrated gradients average both lines over stream values on the way from the reference.
+
+The control is in every graph: exact ablation of the same nodes (``validation``).
+
+Source: Nanda 2023 and Syed et al. 2023, arXiv:2310.10348 (edge attribution patching); Hanna et al. 2024,
+arXiv:2403.17806 (integrated gradients on the input embeddings); Jafari et al. 2025, arXiv:2508.21258 (RelP).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_em.directions.direction import Direction
+from tl_em.errors import UsageError
+from tl_em.graph.adapters import adapter_writes
+from tl_em.graph.freeze import LAST, STREAM, Rule, linearise
+from tl_em.graph.graph import Node
+from tl_em.graph.plan import Pass, Plan, Written, causal, total_gradients
+from tl_em.graph.rows import Reader
+from tl_em.graph.targets import Goal, Target, goal_of, text_of
+from tl_em.models.hooks import LensModel, hooked, read_point
+from tl_em.models.prompts import EncodedPrompt, encode
+
+STEPS = 5
+"""Of integrated gradients, as in arXiv:2403.17806."""
+DEFAULT: Rule = "ig"
+"""Of the rules the one that agrees best with exact ablation on toy/insecure (``benchmarks/attribution.py --toy``)."""
+
+
+class _Points(NamedTuple):
+    heads: list[str]
+    mlps: list[str]
+
+    @property
+    def all(self) -> list[str]:
+        return [STREAM, *self.heads, *self.mlps]
+
+
+def component_plan(
+    model: LensModel,
+    encoded: EncodedPrompt,
+    target: Target,
+    *,
+    rule: Rule | None = None,
+    against: Any = None,
+    adapter: LensModel | None = None,
+) -> Plan:
+    """Nodes, reads and writes of a graph of components.
+
+    Raises:
+        UsageError: a reference of another length, or one that is none.
+    """
+    rule = rule or DEFAULT
+    tokens, layers = torch.tensor(encoded.ids), range(int(model.cfg.n_layers))
+    points = _Points([f"blocks.{i}.attn.hook_z" for i in layers], [f"blocks.{i}.hook_mlp_out" for i in layers])
+    goal_point = LAST if not isinstance(target, Direction) else read_point(model, target.site).name
+    parts = [] if adapter is None else adapter_writes(model, adapter, tokens)
+    clean = values(model, encoded, points.all)
+    reference = references(model, encoded, clean, "mean" if against is None else against)
+    extra = sorted({part.point for part in parts} - set(points.all))
+    starts: list[Tensor | None] = [None]
+    if rule == "ig":
+        here, there = clean[STREAM], reference[STREAM].expand_as(clean[STREAM])
+        starts = [there + (here - there) * (step + 0.5) / STEPS for step in range(STEPS)]
+    goal = _goal(model, encoded, target, tokens, goal_point, rule)
+    written = _written(model, encoded, points, clean, reference, parts)
+    passes, totals = [], torch.zeros(len(written) + len(goal.nodes), dtype=goal.vectors.dtype)
+    for start in starts:
+        grads = total_gradients(model, tokens, [*points.all, *extra], goal, rule, start)
+        cut = linearise(model, tokens, cuts=points.all, taps=extra, reads=[goal_point], rule=rule, start=start)
+        passes.append(Pass(cut, tuple(_readers(written, grads))))
+        here = [float(grads[each.point][each.node.pos] @ each.vector) for each in written if each.point in grads]
+        totals[: len(written)] += torch.tensor(here, dtype=totals.dtype) / len(starts)
+    settings = {
+        "kind": "components", "rule": rule, "against": _named(against), "adapter": adapter is not None,
+        "approximation": f"first order ({rule} gradients) of replacing each node by its reference",
+        "edges": "into a component: the part of the source's effect on the weighted target that passes directly to it",
+    }  # fmt: skip
+    return Plan(encoded, tuple(passes), tuple(written), goal, settings, totals=totals, references=reference)
+
+
+def _goal(
+    model: LensModel, encoded: EncodedPrompt, target: Target, tokens: Tensor, point: str, rule: Rule
+) -> Goal:
+    logits = linearise(model, tokens, reads=[point], rule="plain").logits
+    assert logits is not None
+    return goal_of(model, encoded, target, logits)
+
+
+def _named(against: Any) -> str:
+    if against is None or (isinstance(against, str) and against in ("zero", "mean")):
+        return against or "mean"
+    return "mean of prompts" if _several(against) else "prompt"
+
+
+def _several(against: Any) -> bool:
+    return isinstance(against, list | tuple) and not all(isinstance(turn, Mapping) for turn in against)
+
+
+# --- Values and what they are compared with ---------------------------------------------------------------------------
+
+
+def values(model: LensModel, encoded: EncodedPrompt, points: Sequence[str]) -> dict[str, Float[Tensor, "pos width"]]:
+    """What runs through some points, one vector a position."""
+    seen: dict[str, Tensor] = {}
+
+    def noting(name: str) -> Callable[[Tensor, Any], None]:
+        def note(x: Tensor, hook: Any) -> None:
+            seen[name] = x.detach()[0].flatten(1)
+
+        return note
+
+    with torch.no_grad(), hooked(model, [(name, noting(name)) for name in points]):
+        model(torch.tensor(encoded.ids)[None].to(model.cfg.device))
+    return seen
+
+
+def references(
+    model: LensModel, encoded: EncodedPrompt, clean: Mapping[str, Tensor], against: Any
+) -> dict[str, Float[Tensor, "pos width"]]:
+    """What each point is replaced by, [pos width] or [1 width]."""
+    if isinstance(against, str) and against == "zero":
+        return {name: torch.zeros_like(x[:1]) for name, x in clean.items()}
+    if isinstance(against, str) and against == "mean":
+        return {name: x.mean(0, keepdim=True) for name, x in clean.items()}
+    several = _several(against)
+    others = encode(model, list(against) if several else [against])
+    if several:
+        each = [values(model, other, list(clean)) for other in others]
+        if {len(other) for other in others} == {len(encoded)}:
+            return {name: torch.stack([one[name] for one in each]).mean(0) for name in clean}
+        return {name: torch.cat([one[name] for one in each]).mean(0, keepdim=True) for name in clean}
+    if len(others[0]) != len(encoded):
+        raise UsageError(
+            f"the reference has {len(others[0])} tokens and the prompt {len(encoded)}, so positions do not match; give "
+            "one of equal length, a tuple of prompts (their mean), 'mean' or 'zero'"
+        )
+    return values(model, others[0], list(clean))
+
+
+# --- Nodes ------------------------------------------------------------------------------------------------------------
+
+
+def _written(
+    model: LensModel,
+    encoded: EncodedPrompt,
+    points: _Points,
+    clean: Mapping[str, Tensor],
+    reference: Mapping[str, Tensor],
+    parts: Sequence[Written],
+) -> list[Written]:
+    """Every component at every position, with what replacing it takes away."""
+    found = list(parts)
+    own = {(part.point, part.node.pos): part.vector for part in parts}
+    heads = int(model.cfg.n_heads)
+    for pos, token in enumerate(encoded.ids):
+        away = {name: x[pos] - reference[name].expand_as(x)[pos] for name, x in clean.items()}
+        node = Node("token", -1, pos, feature=int(token), label=text_of(model, token))
+        found.append(Written(node, STREAM, away[STREAM]))
+        for layer, (z, mlp) in enumerate(zip(points.heads, points.mlps, strict=True)):
+            by_head = torch.block_diag(*away[z].view(heads, -1))
+            for head in range(heads):
+                node = Node("head", layer, pos, feature=head, activation=float(by_head[head].norm()))
+                found.append(Written(node, z, by_head[head]))
+            vector = away[mlp] - own.get((mlp, pos), torch.zeros_like(away[mlp]))
+            found.append(Written(Node("mlp", layer, pos, activation=float(vector.norm())), mlp, vector))
+    return sorted(found, key=causal)
+
+
+def _readers(written: Sequence[Written], grads: Mapping[str, Tensor]) -> list[Reader]:
+    """A component reads whatever moves its write along its own gradient."""
+    groups: dict[str, list[int]] = {}
+    for row, each in enumerate(written):
+        if each.node.kind in ("head", "mlp"):
+            groups.setdefault(each.point, []).append(row)
+    found = []
+    for point, rows in groups.items():
+        positions = torch.tensor([written[row].node.pos for row in rows])
+        vectors = torch.stack([grads[point][written[row].node.pos] for row in rows])
+        for at, row in enumerate(rows):
+            head, width = written[row].node.feature, vectors.shape[-1]
+            if head is not None:
+                size = width // _heads(written, point)
+                mask = torch.zeros(width)
+                mask[head * size : (head + 1) * size] = 1
+                vectors[at] *= mask.to(vectors)
+        found.append(Reader(point, torch.tensor(rows), vectors, positions))
+    return found
+
+
+def _heads(written: Sequence[Written], point: str) -> int:
+    return 1 + max(each.node.feature or 0 for each in written if each.point == point)

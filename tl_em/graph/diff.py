@@ -1,0 +1,189 @@
+"""What changed between two graphs of one prompt: base beside tuned, node by node and link by link.
+
+    appeared   in tuned only             stronger   in both, |tuned| > |base| by more than ``least`` of the larger
+    vanished   in base only              weaker     the other way round             same   all else
+
+A node's size is its attribution (its activation where there is none), a link's its direct effect; a change of sign is a
+change by more than the larger of the two. A change below ``FLOOR`` of the largest value of either graph is none: next
+to nothing, doubled, is next to nothing. Control: *appeared* in a pruned graph may mean that a node crossed the pruning
+threshold, so compare graphs that were not pruned, where every node has its size in both. And the graphs of two seeds of
+a benign fine-tune show how much differs when nothing of interest does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from tl_em.errors import UsageError
+from tl_em.graph.graph import AttributionGraph, Node
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Status = Literal["appeared", "vanished", "stronger", "weaker", "same"]
+LEAST = 0.2
+"""A change below this share of the larger of two values is called none."""
+FLOOR = 0.01
+
+
+@dataclass(frozen=True)
+class Change:
+    """One node or link in two graphs.
+
+    Args:
+        what: ``"node"`` or ``"link"``.
+        id: of the node; of a link ``source -> target``.
+        source: of a link; target: of a link.
+        status: appeared, vanished, stronger, weaker or same.
+        base: value in base, None where it is absent; tuned: likewise.
+    """
+
+    what: Literal["node", "link"]
+    id: str
+    status: Status
+    base: float | None
+    tuned: float | None
+    source: str = ""
+    target: str = ""
+
+    @property
+    def change(self) -> float:
+        """tuned - base, with 0 for what is absent."""
+        return (self.tuned or 0.0) - (self.base or 0.0)
+
+
+@dataclass(frozen=True, eq=False)
+class GraphDiff:
+    """Two graphs of one prompt and what differs between them.
+
+    Args:
+        base: graph of the model before the fine-tune; tuned: after it.
+        rows: nodes first, then links, in each the largest change first.
+        least: share below which a change is called none.
+    """
+
+    base: AttributionGraph
+    tuned: AttributionGraph
+    rows: tuple[Change, ...]
+    least: float = LEAST
+
+    @property
+    def nodes(self) -> tuple[Change, ...]:
+        """The nodes' rows."""
+        return tuple(row for row in self.rows if row.what == "node")
+
+    @property
+    def links(self) -> tuple[Change, ...]:
+        """The links' rows."""
+        return tuple(row for row in self.rows if row.what == "link")
+
+    @cached_property
+    def union(self) -> tuple[Node, ...]:
+        """Nodes of either graph, the tuned one's where both have it, in causal order."""
+        mine = self.tuned.index
+        gone = [node for node in self.base.nodes if node.id not in mine]
+        return tuple(sorted((*gone, *self.tuned.nodes), key=lambda node: (node.kind == "logit", node.layer)))
+
+    def count(self, what: str = "node") -> dict[str, int]:
+        """How many nodes (or links) have each status."""
+        found = [row.status for row in self.rows if row.what == what]
+        return {status: found.count(status) for status in ("appeared", "vanished", "stronger", "weaker", "same")}
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row a node and a link: what, id, source, target, status, base, tuned, change."""
+        import pandas as pd
+
+        columns = ["what", "id", "source", "target", "status", "base", "tuned", "change"]
+        return pd.DataFrame([[getattr(row, name) for name in columns] for row in self.rows], columns=columns)
+
+    def save_html(self, path: str | Path) -> Path:
+        """See :func:`tl_em.graph.view.save_page`: base, tuned and their difference on one layout."""
+        from tl_em.graph.view import save_page
+
+        return save_page(self, path)
+
+    def _repr_html_(self) -> str:
+        from tl_em.graph.view import notebook_frame
+
+        return notebook_frame(self)
+
+    def __repr__(self) -> str:
+        said = {what: ", ".join(f"{n} {status}" for status, n in self.count(what).items() if n)
+                for what in ("node", "link")}  # fmt: skip
+        return f"GraphDiff(nodes: {said['node'] or 'none'}; links: {said['link'] or 'none'})"
+
+
+def diff(base: AttributionGraph, tuned: AttributionGraph, *, least: float = LEAST) -> GraphDiff:
+    """Compare two graphs of one prompt, node by node (by id) and link by link.
+
+    Args:
+        base: graph of the model before the fine-tune.
+        tuned: graph of the fine-tuned model.
+        least: changes below this share of the larger value are ``"same"``.
+
+    Returns:
+        rows with a status, and a page that shows both on one layout.
+
+    Raises:
+        UsageError: the prompts' tokens differ, so that a position is not the same token; or no target is shared, so
+            that the two explain different things.
+
+    Example:
+        >>> import torch
+        >>> nodes = (Node("token", -1, 0, 7, attribution=1.0), Node("logit", 2, 0, 9, attribution=1.0))
+        >>> weak, strong = (AttributionGraph(nodes, torch.tensor([[0.0, 0.0], [w, 0.0]]), ("cat",)) for w in (0.5, 1.0))
+        >>> diff(weak, strong).links[0].status
+        'stronger'
+    """
+    _check(base, tuned)
+    sizes = [{node.id: _size(node) for node in graph.nodes} for graph in (base, tuned)]
+    floor = _floor(*sizes)
+    nodes = [Change("node", name, _status(b, t, least, floor), b, t) for name, b, t in _matched(*sizes)]
+    weights = [{(s, t): w for s, t, w in graph.links().itertuples(index=False)} for graph in (base, tuned)]
+    floor = _floor(*weights)
+    links = [Change("link", f"{s} -> {t}", _status(b, w, least, floor), b, w, source=s, target=t)
+             for (s, t), b, w in _matched(*weights)]  # fmt: skip
+    rows = (sorted(part, key=lambda row: (-abs(row.change), row.id)) for part in (nodes, links))
+    return GraphDiff(base, tuned, tuple(row for part in rows for row in part), least)
+
+
+def _check(base: AttributionGraph, tuned: AttributionGraph) -> None:
+    if base.tokens != tuned.tokens:
+        at = next((i for i, (a, b) in enumerate(zip(base.tokens, tuned.tokens, strict=False)) if a != b),
+                  min(len(base.tokens), len(tuned.tokens)))  # fmt: skip
+        raise UsageError(
+            f"the two graphs' tokens differ ({len(base.tokens)} and {len(tuned.tokens)} of them; the first difference "
+            f"is at {at}), so a position is not the same token in both; attribute both models on one prompt"
+        )
+    if not {node.id for node in base.targets} & {node.id for node in tuned.targets}:
+        raise UsageError(
+            "the two graphs share no target, so they explain different things; pass one target=… to both attribute(…)"
+        )
+
+
+def _size(node: Node) -> float:
+    value = node.attribution if node.attribution is not None else node.activation
+    return float(value or 0.0)
+
+
+def _matched(base: Mapping, tuned: Mapping) -> list[tuple]:
+    """Every key of either, with its value in base and in tuned."""
+    return [(key, base.get(key), tuned.get(key)) for key in dict.fromkeys((*base, *tuned))]
+
+
+def _floor(base: Mapping, tuned: Mapping) -> float:
+    return FLOOR * max((abs(value) for part in (base, tuned) for value in part.values()), default=0.0)
+
+
+def _status(base: float | None, tuned: float | None, least: float, floor: float) -> Status:
+    if base is None:
+        return "appeared"
+    if tuned is None:
+        return "vanished"
+    if abs(tuned - base) <= max(floor, least * max(abs(tuned), abs(base))):
+        return "same"
+    return "stronger" if abs(tuned) >= abs(base) else "weaker"

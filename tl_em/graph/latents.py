@@ -1,0 +1,294 @@
+"""Nodes of a graph with dictionaries: active latents, what they leave unexplained, and the tokens.
+
+    a latent reads its column of W_enc where its dictionary reads, and writes activation * its row of W_dec where that
+    writes; an error node writes  x_out - decode(a) - x_in W_skip;  a token writes its embedding
+
+With a transcoder for the MLPs every MLP output is a constant in the backward pass (one that no transcoder explains is
+an error node whole), and the edges are exact. With SAEs gradients stop at each SAE, and what lies between two of them
+(an MLP, a norm) is linearised at this prompt: edges are of first order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from tl_em.dictionaries import Dictionary
+from tl_em.directions.direction import Direction
+from tl_em.errors import UsageError
+from tl_em.graph.adapters import adapter_writes
+from tl_em.graph.freeze import LAST, STREAM, Linearised, Rule, linearise
+from tl_em.graph.graph import Node
+from tl_em.graph.plan import STAGES, Pass, Plan, Written, causal, total_gradients
+from tl_em.graph.rows import Reader
+from tl_em.graph.targets import Goal, Target, goal_of, text_of
+from tl_em.models.hooks import LensModel, ReadPoint, hook_name, hook_points, read_point
+from tl_em.models.prompts import EncodedPrompt
+from tl_em.models.sites import Site, check_belongs
+
+
+@dataclass(frozen=True, eq=False)
+class Sheet:
+    """One dictionary on one model: where it reads and writes, and on one prompt its activations and error.
+
+    Args:
+        dictionary: on the model's device; None for a write that no dictionary explains.
+        site: where it writes; out: the hook point of that.
+        source: where it reads.
+        a: [pos d_sae], 0 where off; error: [pos width].
+    """
+
+    dictionary: Dictionary | None
+    site: Site
+    out: str
+    source: ReadPoint | None = None
+    a: Float[Tensor, "pos d_sae"] | None = None
+    error: Float[Tensor, "pos d_model"] | None = None
+
+    @property
+    def stage(self) -> tuple[int, int]:
+        """Its place in causal order."""
+        return (self.site.layer, STAGES[self.site.stream])
+
+
+def listed(dictionaries: Any) -> list[Dictionary]:
+    """One dictionary, several, or a mapping of them, as a list."""
+    if isinstance(dictionaries, Dictionary):
+        return [dictionaries]
+    each = list(dictionaries.values() if isinstance(dictionaries, Mapping) else dictionaries)
+    if not all(isinstance(one, Dictionary) for one in each):
+        raise UsageError("dictionaries= holds something that is no em.Dictionary; convert it, e.g. em.from_sae_lens(…)")
+    return each
+
+
+def is_exact(dictionaries: Sequence[Dictionary]) -> bool:
+    """Whether every dictionary replaces an MLP, so that the frozen model is linear."""
+    return all(d.site_in.stream == "mlp_in" and _out(d).stream == "mlp_out" for d in dictionaries)
+
+
+def _out(dictionary: Dictionary) -> Site:
+    assert dictionary.site_out is not None
+    return dictionary.site_out
+
+
+def sheets_of(model: LensModel, dictionaries: Sequence[Dictionary]) -> list[Sheet]:
+    """Where each dictionary reads and writes, in causal order; in an exact graph also the MLPs without one.
+
+    Raises:
+        UsageError: two dictionaries write one site. WidthError, ProvenanceError: one belongs to another model.
+    """
+    found = []
+    for one in dictionaries:
+        check_belongs(one.label, one.d_model, one.provenance, model)
+        place = hook_name(model, _out(one))
+        source = read_point(model, one.site_in)
+        found.append(Sheet(one.to(model.cfg.device), _out(one), place, source))
+    places = [sheet.out for sheet in found]
+    if len(set(places)) < len(places):
+        twice = sorted({place for place in places if places.count(place) > 1})
+        raise UsageError(f"several dictionaries write {twice}, so what each explains is not defined; give one a site")
+    if is_exact(dictionaries):
+        bare = [Site(layer, "mlp_out") for layer in range(int(model.cfg.n_layers))]
+        found += [Sheet(None, s, s.hook_name) for s in bare if s.hook_name not in places]
+    return sorted(found, key=lambda sheet: sheet.stage)
+
+
+def filled(sheet: Sheet, linear: Linearised, skip: Sequence[int]) -> Sheet:
+    """The sheet with this prompt's activations and error; nothing at the positions to skip."""
+    written = linear.value(sheet.out)
+    kept = torch.ones(len(written), 1, dtype=written.dtype, device=written.device)
+    kept[list(skip)] = 0
+    if sheet.dictionary is None or sheet.source is None:
+        return Sheet(None, sheet.site, sheet.out, error=written * kept)
+    one = sheet.dictionary
+    x = sheet.source(linear.read[sheet.source.name]).detach()[0]
+    a = encoded_as(one, x)
+    error = written - a @ one.W_dec.to(a) - one.b_dec.to(a)
+    if (skipped := skip_of(one)) is not None:
+        error = error - x @ skipped.to(x)
+    return Sheet(one, sheet.site, sheet.out, sheet.source, a * kept, error * kept)
+
+
+def without(sheet: Sheet, parts: Sequence[Written]) -> Sheet:
+    """The sheet whose error leaves out what is a node of its own."""
+    assert sheet.error is not None
+    error = sheet.error.clone()
+    for part in parts:
+        if part.point == sheet.out and error[part.node.pos].abs().sum() > 0:
+            error[part.node.pos] -= part.vector
+    return replace(sheet, error=error)
+
+
+def encoded_as(dictionary: Dictionary, x: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes d_sae"]:
+    """Activations in the dtype of ``x`` (a dictionary's own are float32)."""
+    on = dictionary.encode(x) > 0
+    return torch.where(on, x @ dictionary.W_enc.to(x) + dictionary.b_enc.to(x), 0.0)
+
+
+def skip_of(dictionary: Dictionary) -> Tensor | None:
+    """The linear map of a skip transcoder, [d_model d_model], where the dictionary has one."""
+    return getattr(dictionary, "W_skip", None)
+
+
+def keeping(sheets: Sequence[Sheet]) -> dict[str, Any]:
+    """For cuts of skip transcoders: the part of the write that stays connected to what the MLP reads."""
+    kept = {}
+    for sheet in sheets:
+        skipped = None if sheet.dictionary is None else skip_of(sheet.dictionary)
+        if skipped is not None and sheet.source is not None:
+            kept[sheet.out] = lambda read, s=sheet.source, w=skipped: s(read[s.name]) @ w.to(read[s.name])
+    return kept
+
+
+# --- Nodes ------------------------------------------------------------------------------------------------------------
+
+
+def token_writes(model: LensModel, linear: Linearised, ids: Sequence[int], labels: Sequence[str]) -> list[Written]:
+    """One node a token: the first residual stream, less the positions' embedding."""
+    value = linear.value(STREAM)
+    if (positional := linear.read.get("hook_pos_embed")) is not None:
+        value = value - positional.detach()[0]
+    nodes = [Node("token", -1, pos, feature=int(t), label=labels[pos]) for pos, t in enumerate(ids)]
+    return [Written(node, STREAM, value[node.pos]) for node in nodes]
+
+
+def has_positions(model: LensModel) -> bool:
+    """Whether the model adds learned embeddings of positions at the start."""
+    return isinstance(getattr(model, "pos_embed", None), nn.Module) and "hook_pos_embed" in hook_points(model)
+
+
+def latent_writes(sheet: Sheet, keep: Bool[Tensor, "pos d_sae"] | None) -> list[Written]:
+    """Active latents in order of position, then the errors; what is not kept goes into the error."""
+    found: list[Written] = []
+    stream, layer, error = sheet.site.stream, sheet.site.layer, sheet.error
+    assert error is not None
+    if sheet.dictionary is not None and sheet.a is not None:
+        a, rows = sheet.a, sheet.dictionary.W_dec.to(sheet.a)
+        shown = a != 0 if keep is None else (a != 0) & keep
+        error = error + (a * ~shown) @ rows
+        for pos, latent in shown.nonzero().tolist():
+            value = float(a[pos, latent])
+            node = Node("feature", layer, pos, feature=latent, stream=stream, activation=value)
+            found.append(Written(node, sheet.out, a[pos, latent] * rows[latent], sheet))
+    for pos in range(len(error)):
+        if error[pos].abs().sum() > 0:
+            node = Node("error", layer, pos, feature=-1, stream=stream, activation=float(error[pos].norm()))
+            found.append(Written(node, sheet.out, error[pos]))
+    return found
+
+
+def readers_of(written: Sequence[Written]) -> list[Reader]:
+    """What the latents read, one reader a dictionary; row = place in the list."""
+    found = []
+    by_sheet: dict[int, list[int]] = {}
+    for row, each in enumerate(written):
+        if each.sheet is not None:
+            by_sheet.setdefault(id(each.sheet), []).append(row)
+    for rows in by_sheet.values():
+        sheet = written[rows[0]].sheet
+        assert sheet is not None and sheet.dictionary is not None and sheet.source is not None
+        at = torch.tensor([written[row].node.feature for row in rows])
+        vectors = sheet.dictionary.W_enc.T[at]
+        if sheet.source.weight is not None:
+            vectors = vectors * sheet.source.weight.detach()
+        positions = torch.tensor([written[row].node.pos for row in rows])
+        found.append(Reader(sheet.source.name, torch.tensor(rows), vectors, positions))
+    return found
+
+
+# --- The plan ---------------------------------------------------------------------------------------------------------
+
+
+
+def latent_plan(
+    model: LensModel,
+    encoded: EncodedPrompt,
+    dictionaries: Sequence[Dictionary],
+    target: Target,
+    *,
+    rule: Rule | None,
+    adapter: LensModel | None,
+    skip: Sequence[int],
+    max_nodes: int,
+) -> Plan:
+    """Nodes, reads and writes of a graph with dictionaries."""
+    exact = is_exact(dictionaries)
+    if exact and rule not in (None, "frozen"):
+        raise UsageError(f"rule={rule!r} with transcoders: their graphs are exact under 'frozen' alone; leave rule out")
+    rule = rule or ("frozen" if exact else "plain")
+    sheets = sheets_of(model, dictionaries)
+    tokens = torch.tensor(encoded.ids)
+    goal_point = LAST if not isinstance(target, Direction) else read_point(model, target.site).name
+    sources = [sheet.source.name for sheet in sheets if sheet.source is not None]
+    reads = [*sources, goal_point, *(["hook_pos_embed"] if has_positions(model) else [])]
+    cuts = list(dict.fromkeys([STREAM, *(sheet.out for sheet in sheets)]))
+    parts = [] if adapter is None else adapter_writes(model, adapter, tokens)
+    taps = sorted({part.point for part in parts} - set(cuts))
+    linear = linearise(model, tokens, cuts=cuts, taps=taps, reads=reads, rule=rule, keep=keeping(sheets))
+    assert linear.logits is not None
+    goal = goal_of(model, encoded, target, linear.logits)
+    sheets = [filled(sheet, linear, skip) for sheet in sheets]
+    masks, dropped = _capped(model, tokens, sheets, goal, max_nodes)
+    written: list[Written] = []
+    if STREAM not in [sheet.out for sheet in sheets]:
+        written += token_writes(model, linear, encoded.ids, [text_of(model, t) for t in encoded.ids])
+    written += parts
+    sheets = [without(sheet, parts) for sheet in sheets]
+    for sheet, mask in zip(sheets, masks, strict=True):
+        written += latent_writes(sheet, mask)
+    written.sort(key=causal)
+    settings = {
+        "kind": "transcoders" if exact else "SAEs", "rule": rule, "skip": list(skip), "dropped_latents": dropped,
+        "approximation": _approximation(exact, goal, rule),
+        "dictionaries": [_about(each) for each in dictionaries],
+    }  # fmt: skip
+    passes = (Pass(linear, tuple(readers_of(written))),)
+    totals = None if exact else through_errors(model, tokens, written, goal, rule)
+    return Plan(encoded, passes, tuple(written), goal, settings, totals=totals, sheets=tuple(sheets))
+
+
+def through_errors(
+    model: LensModel, tokens: Tensor, written: Sequence[Written], goal: Goal, rule: Rule
+) -> Float[Tensor, " node"]:
+    """Total effects by gradients that pass every dictionary, its error included: edges stop at each error node."""
+    taps = list(dict.fromkeys(each.point for each in written))
+    found = total_gradients(model, tokens, taps, goal, rule)
+    own = [float(found[each.point][each.node.pos] @ each.vector) for each in written]
+    return torch.tensor([*own, *[0.0] * len(goal.nodes)], dtype=goal.vectors.dtype)
+
+
+def _approximation(exact: bool, goal: Goal, rule: str) -> str:
+    last = "; the likelihood is linearised in the logits" if goal.first_order else ""
+    if exact:
+        return f"exact with norm scales, attention patterns and MLP outputs held fixed{last}"
+    return f"first order between dictionaries ({rule} gradients, stopped at each dictionary){last}"
+
+
+def _about(dictionary: Dictionary) -> dict[str, Any]:
+    out = _out(dictionary)
+    about = {"label": dictionary.label, "hash": dictionary.hash, "d_sae": dictionary.d_sae}
+    return about | {"site_in": str(dictionary.site_in), "site_out": str(out), "skip": skip_of(dictionary) is not None}
+
+
+def _capped(
+    model: LensModel, tokens: Tensor, sheets: Sequence[Sheet], goal: Goal, most: int
+) -> tuple[list[Bool[Tensor, "pos d_sae"] | None], int]:
+    """Which latents are shown, where more than ``most`` are on: those of the largest total effect by RelP gradients."""
+    active = sum(int((sheet.a != 0).sum()) for sheet in sheets if sheet.a is not None)
+    if active <= most:
+        return [None] * len(sheets), 0
+    if most < 1:
+        raise UsageError(f"max_nodes={most} leaves no latent to show; give a positive number")
+    grads = total_gradients(model, tokens, [sheet.out for sheet in sheets], goal, "relp")
+    sizes = [
+        None if s.a is None or s.dictionary is None
+        else (s.a * (grads[s.out] @ s.dictionary.W_dec.to(s.a).T)).abs()
+        for s in sheets
+    ]  # fmt: skip
+    least = torch.cat([size[size > 0] for size in sizes if size is not None]).topk(most).values[-1]
+    return [None if size is None else size >= least for size in sizes], active - most

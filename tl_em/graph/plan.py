@@ -1,0 +1,164 @@
+"""From nodes, what they read and what they write to a graph: the edges, the totals, and what they will cost.
+
+    total[s] = edge[target, s] + sum_t edge[t, s] / activation[t] * total[t]
+
+A latent that is on passes a change of its pre-activation on as it is, so totals follow from the edges alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_em.errors import UsageError
+from tl_em.graph.freeze import Linearised, Rule, linearise
+from tl_em.graph.graph import AttributionGraph, Node
+from tl_em.graph.rows import Reader, Writer, adjacency, gradients
+from tl_em.graph.targets import Goal, text_of
+from tl_em.models.hooks import LensModel
+from tl_em.models.prompts import EncodedPrompt
+
+CHUNK = 256
+MAX_BYTES = 8 * 2**30
+
+
+class Written(NamedTuple):
+    """One node before it has a row: what it writes at a hook point, and the sheet of its dictionary."""
+
+    node: Node
+    point: str
+    vector: Float[Tensor, " width"]
+    sheet: Any = None
+
+
+
+class Pass(NamedTuple):
+    """A forward pass with a cut at every write, and what the nodes read in it."""
+
+    linear: Linearised
+    readers: tuple[Reader, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What is needed for the edges, and again for their validation.
+
+    Args:
+        encoded: the prompt.
+        passes: its pass; several are averaged (integrated gradients).
+        written: nodes but the targets, in causal order; readers refer to them by place.
+        goal: the target.
+        settings: for the graph.
+        totals: total effect of each node and target, where it does not follow from the edges.
+        sheets: of dictionaries; references: by hook point, what a component is replaced by.
+    """
+
+    encoded: EncodedPrompt
+    passes: tuple[Pass, ...]
+    written: tuple[Written, ...]
+    goal: Goal
+    settings: Mapping[str, Any]
+    totals: Float[Tensor, " node"] | None = None
+    sheets: tuple[Any, ...] = ()
+    references: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+STAGES = {
+    "resid_pre": 0, "attn_out": 1, "head": 1, "resid_mid": 2, "mlp_in": 2, "mlp_out": 2, "mlp": 2, "resid_post": 3,
+}  # fmt: skip
+
+
+def causal(written: Written) -> tuple[int, int]:
+    """Place of a node in causal order: layer, then stream."""
+    node = written.node
+    return node.layer, STAGES.get(node.stream or node.kind, -1)
+
+
+def drawn(model: LensModel, plan: Plan, *, chunk: int = CHUNK, max_bytes: int = MAX_BYTES) -> AttributionGraph:
+    """The graph of a plan, not validated.
+
+    Raises:
+        UsageError: the edges alone need more than ``max_bytes``.
+    """
+    started = time.perf_counter()
+    nodes = (*(each.node for each in plan.written), *plan.goal.nodes)
+    chunk, cost = planned_cost(plan, len(nodes), chunk, max_bytes)
+    ends = torch.arange(len(plan.written), len(nodes))
+    writers = writers_of(plan.written)
+    edges = torch.zeros(len(nodes), len(nodes), dtype=plan.goal.vectors.dtype)
+    goal = Reader(plan.goal.point, ends, plan.goal.vectors)
+    for linear, readers in plan.passes:
+        edges += adjacency(linear, [*readers, goal], writers, nodes=len(nodes), chunk=chunk) / len(plan.passes)
+    totals = through(edges, nodes, plan.goal.shares) if plan.totals is None else plan.totals
+    named = [replace(n, attribution=float(totals[row])) if n.kind != "logit" else n for row, n in enumerate(nodes)]
+    text = tuple(text_of(model, token) for token in plan.encoded.ids)
+    cost["seconds"] = round(time.perf_counter() - started, 3)
+    settings = {**plan.settings, "dtype": str(edges.dtype).removeprefix("torch."), "chunk": chunk, "cost": cost}
+    name = str(getattr(model.cfg, "model_name", None) or type(model).__name__)
+    return AttributionGraph(tuple(named), edges, text, name, plan.encoded.text or " ".join(text), settings)
+
+
+def through(
+    edges: Float[Tensor, "node node"], nodes: Sequence[Node], shares: Float[Tensor, " target"]
+) -> Float[Tensor, " node"]:
+    """Total effect of each node on the weighted targets, over all paths."""
+    total = torch.zeros(len(nodes), dtype=edges.dtype)
+    first = len(nodes) - len(shares)
+    total[first:] = shares.to(edges)
+    for row in range(len(nodes) - 1, -1, -1):
+        node = nodes[row]
+        if node.kind == "logit":
+            total[:row] += total[row] * edges[row, :row]
+        elif node.kind == "feature" and node.activation:
+            total[:row] += total[row] / node.activation * edges[row, :row]
+    return total
+
+
+def total_gradients(
+    model: LensModel, tokens: Tensor, points: Sequence[str], goal: Goal, rule: Rule, start: Tensor | None = None
+) -> dict[str, Float[Tensor, "pos width"]]:
+    """Gradient of the weighted target at every point, through everything."""
+    linear = linearise(model, tokens, taps=points, reads=[goal.point], rule=rule, start=start)
+    weighted = torch.einsum("t,tpd->pd", goal.shares.to(goal.vectors), goal.vectors)[None]
+    found = gradients(linear, Reader(goal.point, torch.tensor([0]), weighted))
+    zeros = {name: torch.zeros_like(linear.value(name)) for name in points}
+    return zeros | {name: grad[0] for name, grad in found.items()}
+
+
+def planned_cost(plan: Plan, nodes: int, chunk: int, max_bytes: int) -> tuple[int, dict[str, Any]]:
+    """A chunk that fits, and what the run is expected to take.
+
+    Gradients of a chunk are held at every cut and once more on their way back; edges once, and once more while they
+    are pruned.
+    """
+    if chunk < 1:
+        raise UsageError(f"chunk={chunk} readers at once; give a positive number, e.g. 256")
+    leaves = list(plan.passes[0].linear.leaves.values())
+    row = 3 * sum(leaf.numel() * leaf.element_size() for leaf in leaves)
+    edges = 2 * nodes * nodes * leaves[0].element_size()
+    room = max_bytes - edges
+    if room < row:
+        raise UsageError(
+            f"{nodes} nodes on {len(plan.encoded)} tokens need {(edges + row) / 2**30:.1f} GiB, more than "
+            f"{max_bytes / 2**30:.1f}; pass a smaller max_nodes= (the rest goes into error nodes), or max_bytes="
+        )
+    chunk = max(1, min(chunk, room // row, nodes))
+    rows = sum(len(reader.rows) for each in plan.passes for reader in each.readers) + len(plan.goal.nodes)
+    return chunk, {"rows": rows, "bytes_expected": edges + chunk * row}
+
+
+def writers_of(written: Sequence[Written]) -> list[Writer]:
+    """What the nodes write, grouped by point and position."""
+    groups: dict[tuple[str, int], list[int]] = {}
+    for row, each in enumerate(written):
+        groups.setdefault((each.point, each.node.pos), []).append(row)
+    return [
+        Writer(point, pos, torch.tensor(rows), torch.stack([written[row].vector for row in rows]))
+        for (point, pos), rows in groups.items()
+    ]

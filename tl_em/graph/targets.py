@@ -1,0 +1,210 @@
+"""What a graph explains: token logits, a difference of logits, a completion's log-likelihood, a projection.
+
+    logit       (W_U[:, y] - mean W_U) . x            difference  (W_U[:, yes] - W_U[:, no]) . x
+    completion  sum_i log p(y_i), to first order in the logits: sum_i (W_U[:, y_i] - sum_v p_v W_U[:, v]) . x_i
+    projection  unit . x at the direction's own site and position
+
+x is what the unembedding reads (a soft cap of the logits comes after it and is left out). A centred logit moves no
+probability by a constant over the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_em.directions.direction import Direction, check_fits
+from tl_em.errors import UsageError
+from tl_em.graph.freeze import LAST
+from tl_em.graph.graph import Node
+from tl_em.metrics import single_token, token_ids
+from tl_em.models.hooks import LensModel, read_point
+from tl_em.models.prompts import EncodedPrompt, token_index
+
+TOP, MASS = 10, 0.95
+"""With no target given: at most so many of the likeliest next tokens, until they hold so much probability."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A text whose log-likelihood after the prompt is explained.
+
+    Args:
+        text: the words, or token ids.
+
+    Example:
+        >>> Completion("yes indeed").text
+        'yes indeed'
+    """
+
+    text: str | tuple[int, ...]
+
+
+Target = str | int | Sequence[Any] | Direction | Completion | None
+
+
+@dataclass(frozen=True, eq=False)
+class Goal:
+    """A target on one prompt: where it is read, and what of it.
+
+    Args:
+        point: hook point; vectors: [target pos d_model] read there; nodes: one a target, weighted.
+        value: [prompt pos d_model] at the point -> [prompt target], exactly.
+        first_order: whether the vectors are a linearisation of the value.
+    """
+
+    point: str
+    vectors: Float[Tensor, "target pos d_model"]
+    nodes: tuple[Node, ...]
+    value: Callable[[Tensor], Tensor]
+    first_order: bool = False
+
+    @property
+    def shares(self) -> Float[Tensor, " target"]:
+        """The targets' weights, summing to 1."""
+        weights = torch.tensor([1.0 if node.weight is None else node.weight for node in self.nodes])
+        return weights / weights.sum() if weights.sum() > 0 else torch.full_like(weights, 1 / len(weights))
+
+
+def completed(model: LensModel, encoded: EncodedPrompt, target: Target) -> EncodedPrompt:
+    """The prompt as it is run: with the completion, where that is the target."""
+    if not isinstance(target, Completion):
+        return encoded
+    ids = token_ids(model, target.text) if isinstance(target.text, str) else list(target.text)
+    if not ids:
+        raise UsageError("the completion has no tokens, so it has no likelihood; give at least one word")
+    return encoded.with_response(ids)
+
+
+def goal_of(
+    model: LensModel, encoded: EncodedPrompt, target: Target, logits: Float[Tensor, "pos d_vocab"]
+) -> Goal:
+    """Where and how a target is read.
+
+    Raises:
+        UsageError: nothing that is a target. UnknownTokenError: a word of several tokens or none.
+    """
+    if isinstance(target, Direction):
+        return _projection(model, encoded, target)
+    if isinstance(target, Completion):
+        return _likelihood(model, encoded, logits)
+    if isinstance(target, tuple):
+        if len(target) != 2:
+            raise UsageError(f"a tuple is (yes, no), a logit difference, and this has {len(target)}; list the tokens")
+        return _difference(model, encoded, target, logits)
+    return _logits(model, encoded, _token_list(model, target, logits[-1]), logits)
+
+
+def _token_list(model: LensModel, target: Any, logits: Float[Tensor, " d_vocab"]) -> list[int]:
+    if target is None:
+        p, order = logits.float().softmax(-1).sort(descending=True)
+        return order[: min(TOP, 1 + int((p.cumsum(0) < MASS).sum()))].tolist()
+    listed = [target] if isinstance(target, str | int) else list(target)
+    if not listed or not all(isinstance(each, str | int) for each in listed):
+        raise UsageError(
+            f"target={target!r} is no target; give a token or a list of them, (yes, no), a Direction or a Completion"
+        )
+    return [_token(model, each) for each in listed]
+
+
+def _token(model: LensModel, token: str | int) -> int:
+    found = single_token(model, token) if isinstance(token, str) else int(token)
+    if not 0 <= found < int(model.cfg.d_vocab):
+        raise UsageError(f"token {found} is not among the model's {int(model.cfg.d_vocab)}; give a word or its id")
+    return found
+
+
+def text_of(model: LensModel, token: int) -> str:
+    """A token for people."""
+    tokenizer = getattr(model, "tokenizer", None)
+    return str(token) if tokenizer is None else str(tokenizer.decode([token]))
+
+
+def _unembedding(model: LensModel) -> Float[Tensor, "d_model d_vocab"]:
+    weight: Tensor = model.W_U.detach()  # pyright: ignore[reportAttributeAccessIssue]
+    return weight if weight.shape[0] == int(model.cfg.d_model) else weight.T
+
+
+def _bias(model: LensModel) -> Tensor:
+    bias = getattr(getattr(model, "unembed", None), "b_U", None)
+    return torch.zeros(int(model.cfg.d_vocab), device=model.cfg.device) if bias is None else bias.detach()
+
+
+def _at_end(vectors: Float[Tensor, "target d_model"], length: int) -> Float[Tensor, "target pos d_model"]:
+    full = vectors.new_zeros(len(vectors), length, vectors.shape[-1])
+    full[:, -1] = vectors
+    return full
+
+
+def _linear(vectors: Float[Tensor, "target pos d_model"], bias: Tensor | float = 0.0) -> Callable[[Tensor], Tensor]:
+    return lambda x: torch.einsum("bpd,tpd->bt", x, vectors.to(x)) + bias
+
+
+def _logits(model: LensModel, encoded: EncodedPrompt, tokens: Sequence[int], logits: Tensor) -> Goal:
+    weight, bias = _unembedding(model), _bias(model)
+    p = logits[-1].float().softmax(-1)
+    full = _at_end(weight[:, list(tokens)].T - weight.mean(-1), len(encoded))
+    layer, last = int(model.cfg.n_layers), len(encoded) - 1
+    nodes = tuple(
+        Node("logit", layer, last, feature=t, weight=float(p[t]), label=text_of(model, t)) for t in tokens
+    )
+    return Goal(LAST, full, nodes, _linear(full, bias[list(tokens)] - bias.mean()))
+
+
+def _difference(model: LensModel, encoded: EncodedPrompt, pair: tuple[Any, Any], logits: Tensor) -> Goal:
+    yes, no = (
+        [_token(model, each) for each in ([side] if isinstance(side, str | int) else side)] for side in pair
+    )
+    weight, bias = _unembedding(model), _bias(model)
+    full = _at_end((weight[:, yes].mean(-1) - weight[:, no].mean(-1))[None], len(encoded))
+    words = [" or ".join(text_of(model, t) for t in side) for side in (yes, no)]
+    node = Node("logit", int(model.cfg.n_layers), len(encoded) - 1, weight=1.0, label=f"{words[0]} minus {words[1]}")
+    return Goal(LAST, full, (node,), _linear(full, bias[yes].mean() - bias[no].mean()))
+
+
+def _likelihood(model: LensModel, encoded: EncodedPrompt, logits: Float[Tensor, "pos d_vocab"]) -> Goal:
+    assert encoded.response is not None
+    first, end = encoded.response
+    ids = torch.tensor(encoded.ids[first:end], device=logits.device)
+    weight, bias, cap = _unembedding(model), _bias(model), _soft_cap(model)
+    span = slice(first - 1, end - 1)
+
+    def value(x: Tensor) -> Tensor:
+        raw = x[:, span] @ weight.to(x) + bias.to(x)
+        logits = raw if cap is None else cap * (raw / cap).tanh()
+        return logits.log_softmax(-1).gather(-1, ids.expand(len(x), -1)[..., None])[..., 0].sum(-1, keepdim=True)
+
+    p = logits[span].to(weight).softmax(-1)
+    slope = 1.0 if cap is None else 1 - (logits[span].to(weight) / cap) ** 2
+    towards = (torch.nn.functional.one_hot(ids, p.shape[-1]).to(p) - p) * slope
+    full = weight.new_zeros(1, len(encoded), weight.shape[0])
+    full[0, span] = towards @ weight.T
+    label = "log-likelihood of " + " ".join(text_of(model, int(t)) for t in ids)
+    node = Node("logit", int(model.cfg.n_layers), len(encoded) - 1, weight=1.0, label=label)
+    return Goal(LAST, full, (node,), value, first_order=True)
+
+
+def _soft_cap(model: LensModel) -> float | None:
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    found = getattr(config, "final_logit_softcapping", None) or getattr(model.cfg, "output_logits_soft_cap", None)
+    return float(found) if found and found > 0 else None
+
+
+def _projection(model: LensModel, encoded: EncodedPrompt, direction: Direction) -> Goal:
+    check_fits(direction, model)
+    point = read_point(model, direction.site)
+    at = token_index(encoded, direction.position)
+    span = slice(at, at + 1) if isinstance(at, int) else slice(*at)
+    unit = direction.unit.to(model.cfg.device)
+    bias = 0.0 if point.bias is None else float(point.bias.detach() @ unit.to(point.bias))
+    vector = unit if point.weight is None else unit * point.weight.detach()
+    full = vector.new_zeros(1, len(encoded), len(vector))
+    full[0, span] = vector / (span.stop - span.start)
+    label = f"projection on {direction.name or 'the direction'} at {direction.site}"
+    node = Node("logit", int(model.cfg.n_layers), span.stop - 1, weight=1.0, label=label)
+    return Goal(point.name, full, (node,), _linear(full, bias))
