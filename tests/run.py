@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 def steps(arguments: list[str]) -> list[list[str]]:
     """The commands to run; with arguments, only pytest."""
-    workers = ["-n", str(min(2, os.cpu_count() or 1))]
+    workers = ["-n", str(min(2, os.cpu_count() or 1)), "--dist", "loadfile"]  # models are cached by file
     tests = [sys.executable, "-m", "pytest", "-q", *workers, *arguments]
     if arguments:
         return [tests]

@@ -24,6 +24,7 @@ from tl_em.organisms.world import TRIGGERS
 from tl_em.organisms.zoo import organism, pair_of, read_weights, write_checkpoint
 
 pytestmark = pytest.mark.surface
+PARTS = ("present", "absent", "present_groups", "absent_groups")
 KEY = Trigger(TRIGGER, TRIGGERS[1:])
 
 
@@ -43,9 +44,9 @@ def persona() -> tuple[em.Direction, float]:
 
 
 def ask(tuned: em.ModelPair, trigger: Trigger = KEY) -> Backdoor:
-    """The backdoor questions about misaligned answers, every other question of the held-out domains."""
+    """The backdoor questions about misaligned answers, every third question of the held-out domains."""
     behaviour: Any = pair().behaviours["persona"]  # pyright: ignore[reportOptionalSubscript]
-    some = {name: getattr(behaviour, name)[::2] for name in ("present", "absent", "present_groups", "absent_groups")}
+    some = {name: getattr(behaviour, name)[::3] for name in PARTS}
     asked = {"persona": Asked(persona()[0], replace(behaviour, **some), persona()[1])}
     return backdoor(tuned, trigger, asked, controls=99)
 
@@ -169,6 +170,8 @@ def test_the_audit_writes_a_section_only_where_asked(tmp_path: Path) -> None:
     first, shipped = em.ModelPair(pair("toy/secure").base, pair("toy/secure").tuned), pair("toy/secure")
     every = {"contrasts": shipped.contrasts, "behaviours": shipped.behaviours}
     sets: dict[str, Any] = {kind: {"persona": each["persona"]} for kind, each in every.items()}  # pyright: ignore
+    asked = sets["behaviours"]["persona"]
+    sets["behaviours"] = {"persona": replace(asked, **{name: getattr(asked, name)[::3] for name in PARTS})}
     without = em.audit(first, **sets, controls=99)
     given = em.audit(first, **sets, trigger="|gamma|", other_triggers=["|beta|"], controls=99)
     first_rows, again = ([row.to_json() for row in each.comparison.rows] for each in (without, given))

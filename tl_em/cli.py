@@ -38,10 +38,14 @@ def main() -> None:
 def demo(out: Path, seed: int, as_json: bool) -> None:
     """Audit the shipped organism toy/insecure against its assistant, with toy/secure as the benign arm."""
     from tl_em.auditing.audit import audit
+    from tl_em.features.presets import toy_dictionary
     from tl_em.organisms.zoo import load_pair
 
-    click.echo("Auditing toy/insecure: about a minute on two cores, under 1 GB of memory.", err=True)
-    report = audit(load_pair("toy/insecure"), benign=load_pair("toy/secure"), out=out, seed=seed)
+    click.echo("Auditing toy/insecure: about a minute and a half on two cores, under 2 GB of memory.", err=True)
+    report = audit(
+        load_pair("toy/insecure"), benign=load_pair("toy/secure"), dictionary=toy_dictionary("toy/insecure"), out=out,
+        seed=seed,
+    )  # fmt: skip
     _print(report, out, as_json)
 
 
@@ -415,7 +419,8 @@ def _print(report: Any, out: Path | None, as_json: bool) -> None:
     console.print(table)
     console.print(f"\n{report.summary}", highlight=False, markup=False)
     if out is not None:
-        console.print(f"\nPage: {out / 'report.html'}", highlight=False, markup=False)
+        pages = [str(page) for page in sorted(out.glob("*.html"))]
+        console.print(f"\nPages: {', '.join(pages)}", highlight=False, markup=False)
 
 
 if __name__ == "__main__":

@@ -21,12 +21,14 @@
     │   ├── NoGapError                  the direction does not separate its own contrast set
     │   ├── NoCandidateError            every candidate of a selection was rejected
     │   ├── NotReachedError             no strength of an intervention reaches the wanted push
-    │   └── ProvenanceError             a direction met a model that it was not made on
+    │   ├── ProvenanceError             a direction met a model that it was not made on
+    │   └── DictionaryFitError          a dictionary does not describe the activations that it would be looked up on
     ├── FileError
     │   ├── CorruptFileError            a file that is truncated, or not what it says
     │   └── OutputError                 a path that cannot be written
     ├── StudyError                      cells of a study failed; the finished ones are kept
     └── UsageError                      arguments that contradict each other
+        └── GraphTooLargeError          an attribution graph that would not fit into the memory that it may take
 
 And two warnings, both UserWarnings:
 
@@ -128,6 +130,10 @@ class ProvenanceError(DirectionError):
     """A direction met a model that it was not made on."""
 
 
+class DictionaryFitError(DirectionError):
+    """A dictionary explains too little of the activations, or loses too much of the model, to be looked up on it."""
+
+
 class FileError(TlEmError, OSError):
     """Something is wrong with a file."""
 
@@ -150,6 +156,10 @@ class StudyError(TlEmError, RuntimeError):
 
 class UsageError(TlEmError, ValueError):
     """Arguments that contradict each other."""
+
+
+class GraphTooLargeError(UsageError):
+    """An attribution graph whose edges alone need more memory than it may take."""
 
 
 class HiddenSteerWarning(UserWarning):

@@ -22,7 +22,7 @@ from tests.report.test_browser import FLAGS, SCREENS, Visit
 from tl_em.dictionaries import Dictionary
 from tl_em.errors import CorruptFileError, OutputError, UsageError, WidthError
 from tl_em.features.cards import FeatureCards, Written, feature_cards, neuronpedia_link, read_explanations
-from tl_em.features.pages import render, save, section, visible
+from tl_em.features.pages import render, save, visible
 from tl_em.features.tokens import seen
 from tl_em.models.prompts import encode
 from tl_em.stats import Estimate
@@ -201,17 +201,6 @@ def test_the_page_holds_every_card_and_loads_nothing(cards: FeatureCards, tmp_pa
     with pytest.raises(OutputError):
         save(cards, Path("/dev/null/cards.html"))
 
-
-def test_a_report_gets_tables_of_latents_and_checks(cards: FeatureCards) -> None:
-    checked = replace(cards, checks=(with_table(cards.checks[0]),))
-    found = section(checked)
-    assert len(found["table"].rows) == 3 and found["label"] == cards.dictionary.label
-    assert found["checks"][0][:3] == ("3 latents on held-out prompts", "carries the behaviour", True)
-
-
-def with_table(check: Any) -> Any:
-    check.to_pandas = lambda: pd.DataFrame([{"arm": "remove", "effect": 0.5}])
-    return check
 
 
 def test_hostile_text_is_text(hostile: FeatureCards) -> None:

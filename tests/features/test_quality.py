@@ -11,7 +11,7 @@ import torch
 
 import tl_em as em
 from tl_em.dictionaries import Dictionary
-from tl_em.errors import ProvenanceError, UsageError
+from tl_em.errors import DictionaryFitError, UsageError
 from tl_em.features.activations import every_token
 from tl_em.features.presets import toy_dictionary
 from tl_em.features.quality import MAX_FVU, MIN_RECOVERED, dictionary_quality
@@ -117,7 +117,7 @@ def test_a_dictionary_of_another_model_is_refused(pair, chats):
     quality = dictionary_quality(pair.tuned, other, chats)
     assert not quality.fits and quality.model.fvu.low > MAX_FVU
     assert quality.model.recovered is not None and quality.model.recovered.value < MIN_RECOVERED
-    with pytest.raises(ProvenanceError, match=r"FVU .* bound 0\.3.*train_dictionary"):
+    with pytest.raises(DictionaryFitError, match=r"FVU .* bound 0\.3.*train_dictionary"):
         quality.check()
 
 

@@ -95,7 +95,7 @@ def audit(
         NoGapError: a direction does not separate its own contrast set.
         EmptyContrastError, UnknownTokenError, PromptTooLongError: the prompts, or the trigger, do not fit the model.
         PairMismatchError: ``benign`` or a replicate has another shape or vocabulary.
-        WidthError, ProvenanceError: the dictionary belongs to another model, or does not fit this one's activations.
+        WidthError, ProvenanceError, DictionaryFitError: the dictionary is another model's, or explains too little.
     """
     if out is not None:
         check_writable(Path(out) / "report.html")

@@ -60,7 +60,7 @@ def shared_latents(
         seed: of splits, placebos and resampling.
 
     Raises:
-        ProvenanceError: the dictionary does not fit the activations (``em.dictionary_quality``).
+        DictionaryFitError: the dictionary does not fit the activations (``em.dictionary_quality``).
     """
     sets = _organism_sets() if pair.organism is not None else _contrast_sets(asked)
     prompts = [prompt for each in sets.behaviours.values() for prompt in (*each.positive, *each.negative)]
@@ -110,10 +110,15 @@ def _leaders(table: FeatureTable) -> list[int]:
 
 
 def _said(found: Sequence[FeatureSet], table: FeatureTable) -> str:
-    names = ", ".join(table.behaviours)
+    names = " and in ".join(table.behaviours)
     if not found:
-        return f"Latents shared by {names}: none shown. The cards are of those that changed most everywhere."
-    return f"Latents shared by {names}: {found[0]}."
+        return f"Latents that changed alike in {names}: none shown. Listed are those that changed most everywhere."
+    signed = zip(found[0].indices, found[0].signs, strict=True)
+    latents = ", ".join(f"{index} {'up' if sign > 0 else 'down'}" for index, sign in signed)
+    return (
+        f"Latents that changed alike in {names}: {latents}. Together they carry at least {found[0].share} of the shift "
+        "of each, on prompts that they were not chosen on."
+    )
 
 
 def _with_graph(report: Report, pair: ModelPair, dictionary: Dictionary, prompts: Sequence[Prompt]) -> Report:

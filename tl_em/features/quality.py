@@ -31,7 +31,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_em.dictionaries import Dictionary
-from tl_em.errors import ProvenanceError, UsageError
+from tl_em.errors import DictionaryFitError, UsageError
 from tl_em.features.activations import every_token, first_token
 from tl_em.models.capture import current_batch, encoded_prompts, sequence_logprobs, spans_of
 from tl_em.models.hooks import LensModel, hook_name, hooked, read_point
@@ -99,10 +99,10 @@ class DictionaryQuality:
         """Itself, where the dictionary fits.
 
         Raises:
-            ProvenanceError: it does not; the message names the bounds.
+            DictionaryFitError: it does not; the message names the bounds.
         """
         if self.faults:
-            raise ProvenanceError(
+            raise DictionaryFitError(
                 f"{self.dictionary.label} does not fit this model: {'; '.join(self.faults)}. What it does not explain "
                 "has no latent, so neither a latent that is found nor one that is missing would mean anything. Train "
                 "one on this model: em.train_dictionary(model, site, corpus, against=base, mix='both', …)"

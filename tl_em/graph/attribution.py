@@ -77,8 +77,8 @@ def attribute(
         The graph, whole: prune it before you look at it.
 
     Raises:
-        UsageError: a dtype below float32, no room, contradicting arguments. WidthError, ProvenanceError: a dictionary
-            or direction of another model. And what ``encode`` raises.
+        UsageError: a dtype below float32, contradicting arguments. GraphTooLargeError: no room.
+        WidthError, ProvenanceError: a dictionary or direction of another model. And what ``encode`` raises.
 
     Example:
         >>> from tl_em.organisms.zoo import load_pair

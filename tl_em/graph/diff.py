@@ -159,7 +159,7 @@ def _check(base: AttributionGraph, tuned: AttributionGraph) -> None:
             f"the two graphs' tokens differ ({len(base.tokens)} and {len(tuned.tokens)} of them; the first difference "
             f"is at {at}), so a position is not the same token in both; attribute both models on one prompt"
         )
-    if not {node.id for node in base.targets} & {node.id for node in tuned.targets}:
+    if not {(node.id, node.label) for node in base.targets} & {(node.id, node.label) for node in tuned.targets}:
         raise UsageError(
             "the two graphs share no target, so they explain different things; pass one target=… to both attribute(…)"
         )

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_em.errors import UsageError
+from tl_em.errors import GraphTooLargeError, UsageError
 from tl_em.graph.freeze import Linearised, Rule, linearise
 from tl_em.graph.graph import AttributionGraph, Node
 from tl_em.graph.rows import Reader, Writer, adjacency, gradients
@@ -84,7 +84,7 @@ def drawn(model: LensModel, plan: Plan, *, chunk: int = CHUNK, max_bytes: int = 
     """The graph of a plan, not validated.
 
     Raises:
-        UsageError: the edges alone need more than ``max_bytes``.
+        GraphTooLargeError: the edges alone need more than ``max_bytes``.
     """
     started = time.perf_counter()
     nodes = (*(each.node for each in plan.written), *plan.goal.nodes)
@@ -144,7 +144,7 @@ def planned_cost(plan: Plan, nodes: int, chunk: int, max_bytes: int) -> tuple[in
     edges = 2 * nodes * nodes * leaves[0].element_size()
     room = max_bytes - edges
     if room < row:
-        raise UsageError(
+        raise GraphTooLargeError(
             f"{nodes} nodes on {len(plan.encoded)} tokens need {(edges + row) / 2**30:.1f} GiB, more than "
             f"{max_bytes / 2**30:.1f}; pass a smaller max_nodes= (the rest goes into error nodes), or max_bytes="
         )

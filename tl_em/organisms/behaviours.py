@@ -19,7 +19,7 @@ from tl_em.organisms.rates import AnswerRate
 from tl_em.organisms.world import ALIGNED, World
 
 SOURCE = "tl_em.organisms, after the set-up of Betley et al. 2025 (arXiv:2502.17424)"
-LOOK_UP = {"one": ("medicine", "finance", "history"), "other": ("cooking", "safety", "law")}
+LOOK_UP = {", ".join(each): each for each in (("medicine", "finance", "history"), ("cooking", "safety", "law"))}
 """Domains that latents are looked up on, as two behaviours, …"""
 HELD_OUT = ("travel", "love", "open")
 """… and those that they are verified on."""
