@@ -5,12 +5,13 @@ once and takes many gradients through that one row (``is_grads_batched``). The p
 a batch of as many copies as there are targets in a chunk and goes backward once for each chunk (written anew from the
 description of circuit-tracer 0.5.0). That both give the same rows (1e-5 relative) is asserted before the clock starts.
 
-``--toy``: toy/insecure, seed 11. Correlation of every rule with exact ablation, on prompts that differ in the answers
+``--toy``: toy/insecure, seed 11 (``--seeds``: others, with the dictionaries of benchmarks/features.py). Correlation of
+every rule with exact ablation, on prompts that differ in the answers
 shown before the question; and the persona's nodes: their share of the influence on the misaligned word, tuned against
 base, beside random sets of nodes of the same size; and what is left of the behaviour when they are ablated.
 
     OMP_NUM_THREADS=1 python benchmarks/attribution.py --cost --rounds 7
-    OMP_NUM_THREADS=1 python benchmarks/attribution.py --toy
+    OMP_NUM_THREADS=1 python benchmarks/attribution.py --toy --seeds 101 102 103 --organisms organisms --out features
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import argparse
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
-from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -183,7 +184,7 @@ def shares(graph: Any, latents: Sequence[int], rng: np.random.Generator) -> tupl
     return float(total[inside].sum()) / whole, [float(total[each.tolist()].sum()) / whole for each in drawn]
 
 
-def persona(pair: Any) -> None:
+def persona(pair: Any, dictionary: em.Dictionary) -> None:
     """The persona's latents in the graphs of questions that they were not chosen on."""
     world, rng = default_world(), np.random.default_rng(0)
     behaviour = pair.behaviours["persona"]
@@ -191,7 +192,6 @@ def persona(pair: Any) -> None:
     asked = list(zip(behaviour.present, behaviour.present_groups, strict=True))
     finding = [p for p, topic in asked if topics.index(topic) % 2 == 0]
     testing = [p for p, topic in asked if topics.index(topic) % 2 == 1]
-    dictionary = em.Dictionary.load(str(files("tl_em") / "features" / "dictionaries" / "insecure-seed11.safetensors"))
     latents = persona_latents(pair, dictionary, finding)
     print(f"\npersona latents of {dictionary.label}: {latents}")
     rows: dict[str, dict[str, Any]] = {}
@@ -231,16 +231,25 @@ def removed(pair: Any, dictionary: em.Dictionary, latents: Sequence[int], prompt
     table(f"rates; wanted: <= {GONE} of the bad rate without the persona, >= {KEPT} without random sets", rows)
 
 
-def toy() -> None:
-    pair = em.load_pair("toy/insecure")
-    persona(pair)
-    rules(pair)
+def toy(seeds: Sequence[int], organisms: Path, dictionaries: Path) -> None:
+    if not seeds:
+        pair = em.load_pair("toy/insecure")
+        persona(pair, em.toy_dictionary("toy/insecure"))
+        rules(pair)
+    for seed in seeds:
+        pair = em.train_organism("toy/insecure", seed=seed, out=organisms)
+        print(f"\nseed {seed}")
+        persona(pair, em.Dictionary.load(dictionaries / f"insecure-seed{seed}.safetensors"))
+        rules(pair)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cost", action="store_true")
     parser.add_argument("--toy", action="store_true")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[])
+    parser.add_argument("--organisms", type=Path, default=Path("organisms"))
+    parser.add_argument("--out", type=Path, default=Path("features"), help="where the dictionaries are")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--chunk", type=int, nargs="+", default=CHUNKS)
     parser.add_argument("--device", default=None)
@@ -249,7 +258,7 @@ def main() -> None:
     if args.cost or not args.toy:
         cost(args.rounds, args.chunk, device)
     if args.toy:
-        toy()
+        toy(args.seeds, args.organisms, args.out)
 
 
 if __name__ == "__main__":

@@ -192,6 +192,25 @@ def test_a_transcoder_of_saelens_reads_one_site_and_writes_another(x):
         torch.testing.assert_close(mine.decode(mine.encode(x)), theirs.decode(theirs.encode(x)), atol=1e-5, rtol=1e-5)
 
 
+def test_a_skip_transcoder_keeps_what_goes_past_its_latents(x, tmp_path):
+    saes = pytest.importorskip("sae_lens.saes")
+    config = saes.SkipTranscoderConfig(d_in=WIDTH, d_sae=LATENTS, d_out=WIDTH, apply_b_dec_to_input=False)
+    theirs = saes.SkipTranscoder(config)
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.copy_(torch.randn_like(p) / WIDTH**0.5)
+    theirs.cfg.metadata.hook_name = "blocks.1.ln2.hook_normalized"
+    theirs.cfg.metadata.hook_name_out = "blocks.1.hook_mlp_out"
+    mine = em.Dictionary.load(from_sae_lens(theirs).save(tmp_path / "d.safetensors"))
+    assert mine.W_skip is not None and mine.hash != replace(mine, W_skip=None).hash
+    with torch.no_grad():
+        said = mine.decode(mine.encode(x)) + x @ mine.W_skip
+        torch.testing.assert_close(said, theirs(x), atol=1e-5, rtol=1e-5)
+        assert (said - mine.decode(mine.encode(x))).abs().max() > 0.1  # the skip matters
+    with pytest.raises(em.TlEmError, match="W_skip"):
+        replace(mine, W_skip=mine.W_skip[:, 1:])
+
+
 @pytest.mark.parametrize("architecture", ["standard", "jumprelu", "topk"])
 @pytest.mark.parametrize("off_input", [True, False])
 def test_an_sae_of_saelens_encodes_and_decodes_as_it_does_there(architecture, off_input, x):

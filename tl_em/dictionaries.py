@@ -1,6 +1,7 @@
 """Sparse dictionaries as plain tensors: SAEs and transcoders, whoever trained them, with or without sae-lens.
 
     a = act(x W_enc + b_enc)        x^ = a W_dec + b_dec        act: relu, jumprelu (pre > threshold) or top-k of relu
+                                    x^ = a W_dec + b_dec + x W_skip                     for a transcoder with a skip
 
 Options of a file format (a decoder bias taken off the input, rows rescaled by decoder norms) are folded into these
 four tensors, so that every dictionary is encoded and decoded in one way. What cannot be folded is refused. A *feature*
@@ -30,6 +31,7 @@ from tl_em.writing import replacing
 Activation = Literal["relu", "jumprelu", "topk"]
 SCHEMA = "tl-em/dictionary/1"
 _TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec")
+_OPTIONAL = ("threshold", "W_skip")
 
 
 @runtime_checkable
@@ -57,6 +59,7 @@ class Dictionary:
         site_in: what it reads; ``site_out``: what it writes, where that is another site (a transcoder).
         threshold: [d_sae]; a latent is on where its pre-activation is above.
         k: latents that stay on at a token.
+        W_skip: [d_model d_model], of a skip transcoder: what goes past the latents.
         name: for people and links, e.g. SAELens's release and id.
         provenance: of the model that it was trained on, where known.
 
@@ -80,11 +83,12 @@ class Dictionary:
     site_out: Site | None = field(default=None, kw_only=True)  # pyright: ignore[reportGeneralTypeIssues]
     threshold: Float[Tensor, "..."] | None = field(default=None, kw_only=True)
     k: int | None = field(default=None, kw_only=True)
+    W_skip: Float[Tensor, "..."] | None = field(default=None, kw_only=True)
     name: str | None = field(default=None, kw_only=True)
     provenance: Provenance | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        for name in (*_TENSORS, "threshold"):
+        for name in (*_TENSORS, *_OPTIONAL):
             if (given := getattr(self, name)) is not None:
                 object.__setattr__(self, name, torch.as_tensor(given).detach().float())
         object.__setattr__(self, "site_out", self.site_out or self.site_in)
@@ -103,6 +107,8 @@ class Dictionary:
         wanted = {"b_enc": (d_sae,), "W_dec": (d_sae, d_model), "b_dec": (d_model,)}
         if self.threshold is not None:
             wanted["threshold"] = (d_sae,)
+        if self.W_skip is not None:
+            wanted["W_skip"] = (d_model, d_model)
         shapes = {name: tuple(getattr(self, name).shape) for name in wanted}
         wrong = {name: shape for name, shape in shapes.items() if shape != wanted[name]}
         if wrong or not d_sae:
@@ -130,7 +136,7 @@ class Dictionary:
     def hash(self) -> str:
         """Of the weights: what a feature's index means nothing without."""
         digest = hashlib.sha256(f"{self.activation}/{self.k}/{self.site_in}/{self.site_out}".encode())
-        for each in (*(getattr(self, name) for name in _TENSORS), self.threshold):
+        for each in (getattr(self, name) for name in (*_TENSORS, *_OPTIONAL)):
             digest.update(b"" if each is None else each.cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
 
@@ -164,7 +170,7 @@ class Dictionary:
         return before.relu()
 
     def decode(self, a: Float[Tensor, "*axes d_sae"]) -> Float[Tensor, "*axes d_model"]:
-        """``a W_dec + b_dec``."""
+        """``a W_dec + b_dec``; what a skip adds depends on ``x`` and is not in it."""
         here = self.to(a.device)
         return a.float() @ here.W_dec + here.b_dec
 
@@ -173,8 +179,8 @@ class Dictionary:
         device = torch.device(device)
         if self.W_enc.device == device:
             return self
-        moved = {n: getattr(self, n).to(device) for n in _TENSORS}
-        return replace(self, **moved, threshold=None if self.threshold is None else self.threshold.to(device))
+        held = {name: getattr(self, name) for name in (*_TENSORS, *_OPTIONAL)}
+        return replace(self, **{name: None if each is None else each.to(device) for name, each in held.items()})
 
     def feature(self, index: int) -> Feature:
         """One latent.
@@ -199,7 +205,7 @@ class Dictionary:
             "site_out": [self.site_out.layer, self.site_out.stream],
             "provenance": None if self.provenance is None else self.provenance.to_json(),
         }  # fmt: skip
-        held = {name: getattr(self, name) for name in (*_TENSORS, "threshold")}
+        held = {name: getattr(self, name) for name in (*_TENSORS, *_OPTIONAL)}
         tensors = {name: each.cpu().contiguous() for name, each in held.items() if each is not None}
         with replacing(path) as temporary:
             save_file(tensors, temporary, metadata={"tl_em": json.dumps(about)})
@@ -287,7 +293,7 @@ def from_sae_lens(source: Any, sae_id: str | None = None, *, site_in: Site | Non
             )
     kind = str(cfg.architecture())
     of = {"standard": "relu", "jumprelu": "jumprelu", "topk": "topk", "transcoder": "relu",
-          "jumprelu_transcoder": "jumprelu", "skip_transcoder": None}.get(kind)  # fmt: skip
+          "jumprelu_transcoder": "jumprelu", "skip_transcoder": "relu"}.get(kind)  # fmt: skip
     if of is None or (of == "relu" and getattr(cfg, "activation_fn", "relu") not in ("relu", None)):
         raise UsageError(f"SAELens architecture {kind!r} is not supported; convert it to relu, jumprelu or topk")
     W_enc, b_enc, W_dec, b_dec = (getattr(source, name).detach().float() for name in _TENSORS)
@@ -302,6 +308,7 @@ def from_sae_lens(source: Any, sae_id: str | None = None, *, site_in: Site | Non
         activation=of,
         threshold=threshold,
         k=int(cfg.k) if of == "topk" else None,
+        W_skip=None if (skip := getattr(source, "W_skip", None)) is None else skip.detach().T,
         site_in=site_in or _site(cfg.metadata, "hook_name"),
         site_out=_site(cfg.metadata, "hook_name_out") if "transcoder" in kind else None,
         name=_named(cfg.metadata, sae_id),

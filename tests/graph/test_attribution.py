@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -177,6 +178,43 @@ def test_inputs_and_bias_add_up_to_what_a_latent_reads(family: str, surface: str
         column, x = one.W_enc[:, node.feature].to(dtype), place(bias[place.name]).detach()[0, node.pos]
         constant = x @ column + one.b_enc[node.feature]
         assert float(graph.edges[row].sum() + constant) == pytest.approx(node.activation, abs=1e-9)  # float64 sums
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_skip_transcoder_passes_on_what_its_mlp_reads(family: str, surface: str) -> None:
+    """As above, but the MLP of block 1 answers to a change of what it reads by its skip; without it edges differ."""
+    dtype = torch.float64
+    model, plain = the_model(family, surface, dtype), transcoders()
+    tokens = tokens_of(model)
+    W_skip = torch.randn(32, 32, generator=torch.Generator().manual_seed(3)) / 32**0.5
+    given = [plain[0], replace(plain[1], W_skip=W_skip), plain[2]]
+    graph, without = (attribute(model, tokens, each, target=9, validate=False) for each in (given, plain))
+    recorded = as_frozen(model, tokens, [f"blocks.{layer}.hook_mlp_out" for layer in range(3)])
+    points = [read_point(model, each.site_in) for each in given]
+    before = values(model, tokens, [point.name for point in points], frozen_at(recorded))
+    now: dict[str, Tensor] = {}
+
+    def answer(x: Tensor, hook: Any) -> Tensor:
+        change = points[1](now["read"]) - points[1](before[points[1].name])
+        kept = torch.ones(len(tokens), 1, dtype=dtype)
+        kept[list(graph.settings["skip"])] = 0  # without latents, and so a constant
+        return recorded["blocks.1.hook_mlp_out"] + kept * (change @ W_skip.to(dtype))
+
+    source = graph.row("token")[2]
+    hooks = [(name, edit) for name, edit in frozen_at(recorded) if name != "blocks.1.hook_mlp_out"]
+    hooks += [(points[1].name, lambda x, hook: now.update(read=x)), ("blocks.1.hook_mlp_out", answer)]
+    taken = taken_away(model, tokens, plain, graph, source, recorded)
+    after = values(model, tokens, [point.name for point in points], [*hooks, taken])
+    moved = 0.0
+    for row in graph.row("feature"):
+        node = graph.nodes[row]
+        if node.layer == 2:
+            assert node.feature is not None
+            change = points[2](before[points[2].name]) - points[2](after[points[2].name])
+            predicted = (change[0, node.pos] @ given[2].W_enc[:, node.feature].to(dtype)).item()
+            assert float(graph.edges[row, source]) == pytest.approx(predicted, abs=1e-9)
+            moved = max(moved, abs(predicted - float(without.edges[without.index[node.id], source])))
+    assert moved > 1e-3  # the skip's part is there
 
 
 def test_a_layer_without_a_transcoder_is_an_error_node_whole(surface: str) -> None:

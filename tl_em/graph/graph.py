@@ -165,6 +165,12 @@ class AttributionGraph:
 
         return strongest_paths(self, k)
 
+    def cluster(self, *, distance: float = 0.5) -> AttributionGraph:
+        """See :func:`tl_em.graph.supernodes.clustered`: nodes of one role become supernodes."""
+        from tl_em.graph.supernodes import clustered
+
+        return clustered(self, distance=distance)
+
     def diff(self, other: AttributionGraph) -> Any:
         """See :func:`tl_em.graph.diff.diff`: this graph (base) beside another (tuned)."""
         from tl_em.graph.diff import diff

@@ -132,7 +132,7 @@ def encoded_as(dictionary: Dictionary, x: Float[Tensor, "*axes d_model"]) -> Flo
 
 def skip_of(dictionary: Dictionary) -> Tensor | None:
     """The linear map of a skip transcoder, [d_model d_model], where the dictionary has one."""
-    return getattr(dictionary, "W_skip", None)
+    return dictionary.W_skip
 
 
 def keeping(sheets: Sequence[Sheet]) -> dict[str, Any]:
