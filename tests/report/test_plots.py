@@ -15,6 +15,7 @@ from matplotlib.collections import LineCollection
 
 from tl_em.errors import OutputError, UsageError
 from tl_em.report import marks, plots
+from tl_em.report.studies import study
 
 WIDTHS = [3.25, 7.0]
 
@@ -51,6 +52,19 @@ def test_nothing_is_cut_off_or_overlaps(report: Any, width: float) -> None:
             assert box.y1 <= figure.bbox.height + 1, name
         assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[i + 1 :]), name
         assert not any(legend.overlaps(box) for box in boxes), name
+
+
+@pytest.mark.parametrize("lines", [5, 6, 7, 8])
+def test_the_key_names_every_line_inside_the_figure(lines: int) -> None:
+    arms = [f"{32 + n} · {'the same domain' if n % 2 else 'other domains'}" for n in range(lines)]
+    rows = [{"arm": arm, "seed": s, "share": x, "bad": x / 2} for arm in arms for s in (1, 2) for x in (0.0, 1.0)]
+    figure = study(pd.DataFrame(rows), x="share", by=["arm"], values=["bad"])
+    with marks.styled():
+        FigureCanvasAgg(figure).draw()
+    (legend,) = figure.legends
+    names = [text.get_window_extent() for text in legend.get_texts()]
+    assert len(names) == lines
+    assert all(box.x0 >= 0 and box.x1 <= figure.bbox.x1 + 1 for box in names)
 
 
 def test_rates_draws_every_interval_of_the_table(report: Any) -> None:

@@ -158,8 +158,7 @@ def key(
 
 def _key_width(labels: Sequence[str], columns: int) -> float:
     """Inches that the labels take in so many columns, filled downwards, with their handles."""
-    lines = math.ceil(len(labels) / columns)
-    return sum(0.37 + 0.062 * max(map(len, labels[start : start + lines])) for start in range(0, len(labels), lines))
+    return sum(0.37 + 0.062 * max(map(len, part)) for part in np.array_split(np.array(labels, object), columns))
 
 
 def _marker(look: Look, label: str = "") -> Line2D:
