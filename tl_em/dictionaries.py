@@ -266,6 +266,26 @@ class Feature:
 
 
 # ---- SAELens -----------------------------------------------------------------------------------------------------
+def sae_lens() -> Any:
+    """The module, imported without the warnings of deprecated modules that it imports in its turn.
+
+    Raises:
+        UsageError: it is not installed, or not with a TransformerLens that it works with.
+    """
+    import warnings
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            import sae_lens as module  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise UsageError(
+            "this needs SAELens, which is not installed (or not with a TransformerLens that it works with): "
+            "pip install 'tl-em[sae]'. Dictionaries that are trained already need no SAELens: em.Dictionary.load(path)"
+        ) from error
+    return module
+
+
 def from_sae_lens(source: Any, sae_id: str | None = None, *, site_in: Site | None = None) -> Dictionary:
     """An SAE or transcoder of SAELens as a Dictionary.
 
@@ -280,8 +300,7 @@ def from_sae_lens(source: Any, sae_id: str | None = None, *, site_in: Site | Non
     Source of the options: SAELens 6.54.
     """
     if isinstance(source, str | Path):
-        from sae_lens import SAE  # pyright: ignore[reportMissingImports]
-
+        SAE = sae_lens().SAE
         local = Path(source)
         source = SAE.load_from_disk(local) if local.is_dir() else SAE.from_pretrained(str(source), sae_id or "")
     cfg = source.cfg

@@ -33,7 +33,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from tl_em.dictionaries import Dictionary, from_sae_lens
+from tl_em.dictionaries import Dictionary, from_sae_lens, sae_lens
 from tl_em.errors import UsageError
 from tl_em.features.activations import Source
 from tl_em.models.capture import encoded_prompts
@@ -130,23 +130,11 @@ class _Run(NamedTuple):
     seed: int
 
 
-def _saes() -> Any:
-    try:
-        import sae_lens.saes as saes  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise UsageError(
-            "dictionaries are trained by SAELens, which is not installed (or not with a TransformerLens that it works "
-            "with): pip install 'tl-em[sae]'. Dictionaries that are trained already need no SAELens: "
-            "em.Dictionary.load(path)"
-        ) from error
-    return saes
-
-
 def _config(
     activation: str, width: int, d_sae: int, k: int, sparsity: float, transcoder: bool, device: Any
 ) -> Callable[[int], Any]:
     """A function from the number of steps to SAELens's configuration (or, for a transcoder, our SAE of it)."""
-    saes = _saes()
+    saes = sae_lens().saes
     if activation not in get_args(TrainedActivation) or (transcoder and not activation.endswith("topk")):
         raise UsageError(
             f"activation={activation!r}; SAEs are trained with {', '.join(get_args(TrainedActivation))}, transcoders "
