@@ -14,6 +14,7 @@ from torch import Tensor
 import tl_em as em
 from tests.conftest import make_hf_model, make_tokenizer
 from tl_em.errors import UsageError
+from tl_em.graph import plan
 from tl_em.graph.attribution import attribute
 from tl_em.graph.freeze import LAST, STREAM, holding, norm_scales, patterns
 from tl_em.graph.graph import AttributionGraph
@@ -230,6 +231,19 @@ def test_the_chunk_changes_nothing(surface: str) -> None:
     # sums in another order
     torch.testing.assert_close(graphs[0].edges, graphs[1].edges, rtol=1e-4, atol=1e-6)
     assert graphs[0].edges.abs().max() > 0.1
+
+
+def test_a_long_run_says_what_it_will_cost_and_a_short_one_nothing(
+    small_model: LensModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(plan, "LONG", 0.0)
+    tokens = tokens_of(small_model)
+    graphs = [attribute(small_model, tokens, transcoders(), target=9, chunk=c, validate=False) for c in (256, 1)]
+    costs = [graph.settings["cost"] for graph in graphs]
+    assert costs[0]["seconds_expected"] is None
+    assert 0.05 < costs[1]["seconds_expected"] / costs[1]["seconds"] < 20  # of the right order on any machine
+    said = capsys.readouterr().err
+    assert said.count("attribution graph:") == 1 and "MiB" in said
 
 
 # --- A linear model ---------------------------------------------------------------------------------------------------

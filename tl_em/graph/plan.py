@@ -7,6 +7,7 @@ A latent that is on passes a change of its pre-activation on as it is, so totals
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,13 +20,15 @@ from torch import Tensor
 from tl_em.errors import GraphTooLargeError, UsageError
 from tl_em.graph.freeze import Linearised, Rule, linearise
 from tl_em.graph.graph import AttributionGraph, Node
-from tl_em.graph.rows import Reader, Writer, adjacency, gradients
+from tl_em.graph.rows import MANY, Reader, Writer, adjacency, gradients
 from tl_em.graph.targets import Goal, text_of
 from tl_em.models.hooks import LensModel
 from tl_em.models.prompts import EncodedPrompt
 
 CHUNK = 256
 MAX_BYTES = 8 * 2**30
+LONG = 20.0
+"""Seconds above which the cost is told before the work."""
 
 
 class Written(NamedTuple):
@@ -93,6 +96,7 @@ def drawn(model: LensModel, plan: Plan, *, chunk: int = CHUNK, max_bytes: int = 
     writers = writers_of(plan.written)
     edges = torch.zeros(len(nodes), len(nodes), dtype=plan.goal.vectors.dtype)
     goal = Reader(plan.goal.point, ends, plan.goal.vectors)
+    cost["seconds_expected"] = told_seconds(plan, goal, chunk, cost["bytes_expected"])
     for linear, readers in plan.passes:
         edges += adjacency(linear, [*readers, goal], writers, nodes=len(nodes), chunk=chunk) / len(plan.passes)
     totals = through(edges, nodes, plan.goal.shares) if plan.totals is None else plan.totals
@@ -151,6 +155,22 @@ def planned_cost(plan: Plan, nodes: int, chunk: int, max_bytes: int) -> tuple[in
     chunk = max(1, min(chunk, room // row, nodes))
     rows = sum(len(reader.rows) for each in plan.passes for reader in each.readers) + len(plan.goal.nodes)
     return chunk, {"rows": rows, "bytes_expected": edges + chunk * row}
+
+
+def told_seconds(plan: Plan, goal: Reader, chunk: int, size: int) -> float | None:
+    """What the edges should take, from one chunk in the middle; said on stderr where that is long. None where short."""
+    parts = [part for linear, readers in plan.passes for each in (*readers, goal) for part in each.split(chunk)]
+    if len(parts) < MANY:
+        return None
+    linear, readers = plan.passes[0]
+    reader = readers[len(readers) // 2]
+    started = time.perf_counter()
+    gradients(linear, next(iter(reader.split(chunk))))
+    expected = (time.perf_counter() - started) * len(parts)
+    if expected > LONG:
+        said = f"attribution graph: {len(parts)} chunks, about {expected:.0f} s and {size / 2**20:.0f} MiB"
+        print(said, file=sys.stderr)
+    return round(expected, 1)
 
 
 def writers_of(written: Sequence[Written]) -> list[Writer]:

@@ -14,8 +14,12 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from tl_em.graph.freeze import Linearised
+
+MANY = 16
+"""Chunks from which the work is long enough for a progress bar and a word about its cost."""
 
 
 class Writer(NamedTuple):
@@ -81,11 +85,11 @@ def adjacency(
     """
     dtype = next(iter(linear.leaves.values())).dtype
     edges = torch.zeros(nodes, nodes, dtype=dtype)
-    for reader in readers:
-        for part in reader.split(chunk):
-            for name, grad in gradients(linear, part).items():
-                for writer in writers:
-                    if writer.point == name:
-                        effect = grad[:, writer.pos] @ writer.vectors.to(grad).T
-                        edges[part.rows[:, None], writer.rows[None]] += effect.cpu()
+    parts = [part for reader in readers for part in reader.split(chunk)]
+    for part in tqdm(parts, desc="edges", unit="chunk", disable=None if len(parts) >= MANY else True, leave=False):
+        for name, grad in gradients(linear, part).items():
+            for writer in writers:
+                if writer.point == name:
+                    effect = grad[:, writer.pos] @ writer.vectors.to(grad).T
+                    edges[part.rows[:, None], writer.rows[None]] += effect.cpu()
     return edges
