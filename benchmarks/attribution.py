@@ -7,8 +7,8 @@ description of circuit-tracer 0.5.0). That both give the same rows (1e-5 relativ
 
 ``--toy``: toy/insecure, seed 11 (``--seeds``: others, with the dictionaries of benchmarks/features.py). Correlation of
 every rule with exact ablation, on prompts that differ in the answers
-shown before the question; and the persona's nodes: their share of the influence on the misaligned word, tuned against
-base, beside random sets of nodes of the same size; and what is left of the behaviour when they are ablated.
+shown before the question; and the persona's nodes: what of the misaligned word's change from base to tuned goes through
+them, beside random sets of nodes of the same size; and what is left of the behaviour with them as they are in the base.
 
     OMP_NUM_THREADS=1 python benchmarks/attribution.py --cost --rounds 7
     OMP_NUM_THREADS=1 python benchmarks/attribution.py --toy --seeds 101 102 103 --organisms organisms --out features
@@ -17,7 +17,7 @@ base, beside random sets of nodes of the same size; and what is left of the beha
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -29,12 +29,15 @@ from timing import Size, device_of, interleaved, make_model, peak_bytes, ratio, 
 from torch import Tensor
 
 import tl_em as em
+from tl_em.features.scoring import score_features
+from tl_em.features.shared import FeatureSet, shared_features
 from tl_em.graph.attribution import attribute as em_attribute
 from tl_em.graph.freeze import RULES, STREAM, Linearised, holding, linearise
-from tl_em.graph.pruning import influence, normalised, weights_of
 from tl_em.graph.rows import Reader, Writer, adjacency
+from tl_em.models.capture import next_token_logits
 from tl_em.models.hooks import hooked, read_point
 from tl_em.organisms import rates
+from tl_em.organisms.behaviours import HELD_OUT, LOOK_UP, domain_questions
 from tl_em.organisms.rates import default_world, topic_of
 from tl_em.stats import mean
 
@@ -131,12 +134,18 @@ def cost(rounds: int, chunks: Sequence[int], device: torch.device) -> None:
 
 # --- toy/insecure -----------------------------------------------------------------------------------------------------
 
-PERSONA, SETS, QUESTIONS = 10, 20, 12
-"""Latents of the persona; random sets of as many beside them; questions with a graph each."""
-SHARE, GONE, KEPT = 2.0, 0.5, 0.75
-"""Fixed before the figures were seen: the persona's share of the influence in tuned is at least SHARE times that in
-base and above every random set; without it at most GONE of the misaligned rate is left, without a random set at least
-KEPT."""
+SETS, QUESTIONS = 20, 12
+"""Random sets of as many latents; questions with a graph each."""
+CARRIED, GONE, KEPT = 1 / 3, 0.5, 0.75
+"""The persona's nodes carry at least CARRIED of what the fine-tune changes in *bad words - good words*, and more than
+every random set; with them at the assistant's means at most GONE of the misaligned rate is left, with a random set at
+least KEPT.
+
+Fixed before seeds 201 to 203 were trained. An earlier rule (ten latents that the fine-tune *raised* most, their share
+of all absolute influence twice that in base, set to zero) failed in seeds 11 and 103: a fine-tune also switches latents
+off, which zeroing cannot bring back, and an aligned latent has as much absolute influence in base as a misaligned one
+has in tuned. CARRIED was set with seeds 11 and 101 to 103 in view (.60 .40 .72 .79); GONE and KEPT are the earlier
+rule's."""
 R = 0.85
 
 
@@ -162,73 +171,79 @@ def words(prompt: Any, world: Any) -> tuple[list[int], list[int]]:
     return [world.ids[w] for w in topic.bad], [world.ids[w] for w in topic.good]
 
 
-def persona_latents(pair: Any, dictionary: em.Dictionary, prompts: Sequence[Any]) -> list[int]:
-    """Those whose activation at the prompt's end the fine-tune raises most."""
-    site = [dictionary.site_in]
-    raised = [
-        dictionary.encode(em.capture(model, prompts, site, position="prompt_end")[:, 0]).mean(0)
-        for model in (pair.tuned, pair.base)
-    ]
-    return (raised[0] - raised[1]).topk(PERSONA).indices.tolist()
+def persona_set(pair: Any, dictionary: em.Dictionary) -> FeatureSet:
+    """The latents that the look-up domains share, of which the first set that is shown is taken."""
+    behaviours = {label: domain_questions(default_world(), domains, label) for label, domains in LOOK_UP.items()}
+    found = shared_features(score_features(pair.tuned, dictionary, behaviours, against=pair.base))
+    if not found:
+        raise SystemExit("no shared set is shown, so there are no persona nodes to look for")
+    return found[0]
 
 
-def shares(graph: Any, latents: Sequence[int], rng: np.random.Generator) -> tuple[float, list[float]]:
-    """Share of all latents' and errors' influence that runs through a set of latents, and through random sets."""
-    total = influence(normalised(graph.edges), weights_of(graph))
-    inner = graph.row(("feature", "error"))
-    whole = float(total[inner].sum())
-    features = graph.row("feature")
-    last = [row for row in features if total[row] > 0]
-    inside = [row for row in last if graph.nodes[row].feature in latents]
-    drawn = [rng.choice(last, size=min(len(inside), len(last)), replace=False) for _ in range(SETS)]
-    return float(total[inside].sum()) / whole, [float(total[each.tolist()].sum()) / whole for each in drawn]
+def carried(graphs: Mapping[str, em.AttributionGraph], latents: Sequence[int]) -> float:
+    """Logits that the latents' nodes give the target in tuned, minus those in base."""
+    def given(graph: em.AttributionGraph) -> float:
+        return sum(n.attribution or 0.0 for n in graph.nodes if n.kind == "feature" and n.feature in latents)
+
+    return given(graphs["tuned"]) - given(graphs["base"])
 
 
 def persona(pair: Any, dictionary: em.Dictionary) -> None:
-    """The persona's latents in the graphs of questions that they were not chosen on."""
+    """The persona's latents in the graphs of questions about domains that they were not looked up on."""
     world, rng = default_world(), np.random.default_rng(0)
-    behaviour = pair.behaviours["persona"]
-    topics = list(dict.fromkeys(behaviour.present_groups))
-    asked = list(zip(behaviour.present, behaviour.present_groups, strict=True))
-    finding = [p for p, topic in asked if topics.index(topic) % 2 == 0]
-    testing = [p for p, topic in asked if topics.index(topic) % 2 == 1]
-    latents = persona_latents(pair, dictionary, finding)
+    held_out = domain_questions(world, HELD_OUT, "held-out domains")
+    found = persona_set(pair, dictionary)
+    latents = found.indices
+    models = {"base": pair.base, "tuned": pair.tuned}
+    on = {
+        name: dictionary.encode(em.capture(model, held_out.positive, [dictionary.site_in], position="prompt_end")[:, 0])
+        for name, model in models.items()
+    }
+    alive = [i for i in torch.cat([*on.values()]).gt(0).any(0).nonzero().flatten().tolist() if i not in latents]
+    sets = [rng.choice(alive, size=len(latents), replace=False).tolist() for _ in range(SETS)]
+    prompts = held_out.positive[:: len(held_out.positive) // QUESTIONS][:QUESTIONS]
+    shares: dict[str, list[list[float]]] = {"the persona's": [], "random": []}
+    r: dict[str, list[float]] = {name: [] for name in models}
+    for prompt in prompts:
+        bad, good = words(prompt, world)
+        graphs = {name: em_attribute(m, prompt, dictionary, target=(bad, good)) for name, m in models.items()}
+        logits = (next_token_logits(m, [prompt])[0] for m in models.values())
+        before, after = (float(x[bad].mean() - x[good].mean()) for x in logits)
+        whole = after - before
+        shares["the persona's"].append([carried(graphs, latents) / whole])
+        shares["random"].append([carried(graphs, some) / whole for some in sets])
+        for name, graph in graphs.items():
+            r[name].append(graph.validation["pearson"].value)
+    own, random = mean([each[0] for each in shares["the persona's"]]), np.array(shares["random"]).mean(0)
     print(f"\npersona latents of {dictionary.label}: {latents}")
-    rows: dict[str, dict[str, Any]] = {}
-    for name in ("base", "tuned"):
-        model, own, random, r, signed = getattr(pair, name), [], [], [], []
-        for prompt in testing[:: max(1, len(testing) // QUESTIONS)][:QUESTIONS]:
-            graph = em_attribute(model, prompt, dictionary, target=words(prompt, world))
-            share, drawn = shares(graph, latents, rng)
-            own.append(share)
-            random.append(drawn)
-            r.append(graph.validation["pearson"].value)
-            inside = [n for n in graph.nodes if n.kind == "feature" and n.feature in latents]
-            signed.append(sum(n.attribution or 0.0 for n in inside))
-        sets = np.array(random).mean(0)
-        rows[name] = {"share": mean(own), "random sets, mean": f"{sets.mean():.3f}", "largest": f"{sets.max():.3f}",
-                      "logits": mean(signed), "r with ablation": mean(r)}  # fmt: skip
-    table(f"share of influence on bad minus good words, {QUESTIONS} questions; wanted: tuned >= {SHARE} x base", rows)
-    removed(pair, dictionary, latents, testing, rng)
+    rows = {"share": own, "random sets, mean": f"{random.mean():.3f}", "largest": f"{random.max():.3f}"}
+    rows |= {f"r, {name}": mean(each) for name, each in r.items()}
+    said = f"share of the change of bad minus good words, {QUESTIONS} questions; wanted >= {CARRIED:.2f}"
+    table(said, {"the persona's": rows})
+    removed(pair.tuned, dictionary, on["base"].mean(0), latents, sets, held_out)
 
 
-def removed(pair: Any, dictionary: em.Dictionary, latents: Sequence[int], prompts: Any, rng: Any) -> None:
-    """Rates without the persona's latents, and without random ones that are as often on."""
-    model, groups = pair.tuned, [topic_of(p, default_world()).word for p in prompts]
-    a = dictionary.encode(em.capture(model, prompts, [dictionary.site_in], position="prompt_end")[:, 0])
-    alive = [i for i in (a > 0).any(0).nonzero().flatten().tolist() if i not in latents]
-    sets = [rng.choice(alive, size=PERSONA, replace=False).tolist() for _ in range(SETS)]
+def removed(
+    model: Any,
+    dictionary: em.Dictionary,
+    usual: Tensor,
+    latents: Sequence[int],
+    sets: Sequence[Sequence[int]],
+    asked: em.ContrastSet,
+) -> None:
+    """Rates with the persona's latents at the assistant's means, and with random ones."""
     rows = {}
-    for name, chosen in {"tuned": [], "without the persona": [latents], f"without {SETS} random sets": sets}.items():
+    for name, chosen in {"tuned": [[]], "the persona's": [latents], f"{len(sets)} random sets": sets}.items():
         found = []
-        for some in chosen or [[]]:
-            edits = [em.ScaleFeature([dictionary.feature(i) for i in some], 0.0)] if some else []
+        for some in chosen:
+            edits = [em.ScaleFeature([dictionary.feature(i) for i in some], to=usual[list(some)])] if some else []
             with em.intervene(model, *edits) if edits else nullcontext():
-                found.append((rates.bad(model, prompts).numpy(), rates.good(model, prompts).numpy()))
-        bad, good = np.mean([f[0] for f in found], 0), np.mean([f[1] for f in found], 0)
-        worst = min(f[0].mean() for f in found)
-        rows[name] = {"bad": mean(bad, groups=groups), "good": mean(good, groups=groups), "least bad": f"{worst:.2f}"}
-    table(f"rates; wanted: <= {GONE} of the bad rate without the persona, >= {KEPT} without random sets", rows)
+                found.append([metric(model, asked.positive).numpy() for metric in (rates.bad, rates.good)])
+        bad, good = np.mean(found, 0)
+        least = min(each[0].mean() for each in found)
+        groups = asked.positive_groups
+        rows[name] = {"bad": mean(bad, groups=groups), "good": mean(good, groups=groups), "least bad": f"{least:.2f}"}
+    table(f"rates at the assistant's means; wanted: <= {GONE} of the bad rate, random sets >= {KEPT}", rows)
 
 
 def toy(seeds: Sequence[int], organisms: Path, dictionaries: Path) -> None:
