@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.graph.examples import estimate, large, small
 from tl_em.errors import OutputError
@@ -104,7 +105,7 @@ def test_hostile_names_stay_text() -> None:
     assert "\u2028" not in scripts and "\u2029" not in scripts
     data = embedded(text)
     assert data["view"]["tokens"][0] == HOSTILE  # it is there, whole
-    assert data["view"]["nodes"][2]["link"] == ""
+    assert data["view"]["nodes"]["link"][2] == ""
     assert "@css@" not in text and "<style>:root" in text
 
 
@@ -112,9 +113,19 @@ def test_three_hundred_nodes_and_three_thousand_links_stay_below_a_megabyte(tmp_
     path = large(300, 3000).save_html(tmp_path / "g.html")
     assert path.stat().st_size < 1_000_000
     data = embedded(path.read_text())
-    assert len(data["view"]["nodes"]) == len(data["graph"]["nodes"]) == 300
+    assert len(data["view"]["nodes"]["id"]) == len(data["graph"]["nodes"]["node_id"]) == 300
     assert len(data["view"]["links"]) == len(data["graph"]["links"]) == 3000
     assert data["view"]["note"] == "Drawn: all 300 nodes and all 3,000 links."
+
+
+def test_so_does_the_page_of_two_such_graphs(tmp_path: Path) -> None:
+    base = large(300, 3000)
+    tuned = replace(base, edges=base.edges * torch.linspace(0.3, 1.7, 300)[:, None])
+    path = base.diff(tuned).save_html(tmp_path / "diff.html")
+    assert path.stat().st_size < 1_000_000
+    data = embedded(path.read_text())
+    assert len(data["graph"]["links"]) == len(data["base"]["links"]) == 3000
+    assert data["graph"]["links"] != data["base"]["links"]
 
 
 def test_what_is_over_the_cap_is_left_out_and_said() -> None:

@@ -7,16 +7,18 @@ import shutil
 import struct
 from collections.abc import Iterator
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.graph.examples import large, small
 from tests.graph.test_exchange import broken_rules
 from tests.graph.test_view import HOSTILE, hostile
 from tl_em.graph.attention import attention_view
-from tl_em.graph.exchange import load_graph
+from tl_em.graph.exchange import load_graph, to_exchange
 from tl_em.graph.view import notebook_frame, save_page
 
 pytestmark = pytest.mark.browser
@@ -269,6 +271,22 @@ def test_the_difference_shows_base_tuned_and_both(browser: Any, changed: Path) -
     visit.check()
 
 
+def test_either_graph_of_a_difference_can_be_taken_away(browser: Any, changed: Path, tmp_path: Path) -> None:
+    visit = Visit(browser, changed)
+    found = {}
+    for mode in ("base", "tuned"):
+        visit.page.locator(f'#modes [data-choice="{mode}"]').click()
+        visit.page.locator("#save summary").click()
+        with visit.page.expect_download() as waiting:
+            visit.page.locator("#save-json").click()
+        waiting.value.save_as(tmp_path / mode)
+        found[mode] = load_graph(tmp_path / mode)
+    base = small().keep([0, 1, 2, 3, 5])
+    assert found["base"].nodes == base.nodes and torch.equal(found["base"].edges, base.edges)
+    assert found["tuned"].model == "tuned" and found["tuned"].nodes == small().keep([0, 1, 2, 4, 5]).nodes
+    visit.check()
+
+
 def test_downloads_hold_what_they_say(browser: Any, path: Path, tmp_path: Path) -> None:
     visit = Visit(browser, path)
     visit.node("animal").locator(".hit").click()
@@ -283,6 +301,7 @@ def test_downloads_hold_what_they_say(browser: Any, path: Path, tmp_path: Path) 
     assert broken_rules(plain) == []
     assert plain["qParams"]["clickedId"] == "0_12_2"
     assert load_graph(files["json"]).nodes == small().nodes
+    assert (plain["nodes"], plain["links"]) == itemgetter("nodes", "links")(to_exchange(small()))
     drawn = files["svg"].read_text()
     assert drawn.startswith("<svg") and "<script" not in drawn and "animal" in drawn
     assert drawn.count("<path") >= 6 + 7

@@ -224,6 +224,22 @@ if find_spec("peft"):
         torch.testing.assert_close(found, tuned(TOKENS).logits.detach(), rtol=1e-4, atol=1e-4)
         assert not torch.allclose(found, load_model(base, surface=surface)(TOKENS), atol=1e-2)
 
+    def test_a_peft_model_in_memory_is_itself_or_refused(tmp_path: Path) -> None:
+        """A Bridge that splits a joint matrix takes its weights without their adapter: another model, in silence."""
+        tuned = adapter(tmp_path / "adapter", saved(tmp_path / "base", "llama"))
+        found = load_model(tuned, tokenizer=make_tokenizer())
+        torch.testing.assert_close(found(TOKENS), tuned(TOKENS).logits, rtol=1e-4, atol=1e-4)
+        from peft import LoraConfig, get_peft_model
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peft's own
+            joint = get_peft_model(
+                make_hf_model("gpt2"), LoraConfig(r=2, target_modules=["c_attn"], init_lora_weights=False)
+            )
+        with pytest.raises(ModelError, match=r"joint matrix.*merge_and_unload"):
+            load_model(joint, tokenizer=make_tokenizer())
+        load_model(joint.merge_and_unload(), tokenizer=make_tokenizer())
+
     def test_an_adapter_of_another_base(tmp_path: Path) -> None:
         adapter(tmp_path / "adapter", saved(tmp_path / "base", "llama"))
         config = tmp_path / "adapter" / "adapter_config.json"

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from tl_em.errors import PromptError, UsageError
+from tl_em.graph.adapters import base_of
 from tl_em.graph.components import component_plan
 from tl_em.graph.freeze import Rule
 from tl_em.graph.graph import AttributionGraph
@@ -41,7 +42,7 @@ def attribute(
     target: Target,
     rule: Rule | None = None,
     against: Any = None,
-    adapter: LensModel | None = None,
+    adapter: LensModel | bool | None = None,
     skip: Sequence[int] | None = None,
     chunk: int = CHUNK,
     max_nodes: int = MAX_NODES,
@@ -64,7 +65,8 @@ def attribute(
         against: components only: what a node is compared with, the prompt of equal length that it is replaced by,
             ``"zero"``, ``"mean"`` (over this prompt's tokens), or a tuple of prompts (mean over their tokens).
         adapter: the model before its fine-tune; what the fine-tune adds to each block's writes, on this model's own
-            inputs, becomes nodes of its own.
+            inputs, becomes nodes of its own. True: of this model's unmerged peft adapters, which are off meanwhile and
+            on again afterwards (what peft trained beside them, by ``bias=`` or ``modules_to_save=``, counts as base).
         skip: positions without latents and errors; by default a leading BOS token.
         chunk: readers at once, made smaller where the memory would not do.
         max_nodes: with more active latents only those of the largest estimated effect are shown; the others are part
@@ -78,7 +80,8 @@ def attribute(
 
     Raises:
         UsageError: a dtype below float32, contradicting arguments. GraphTooLargeError: no room.
-        WidthError, ProvenanceError: a dictionary or direction of another model. And what ``encode`` raises.
+        WidthError, ProvenanceError: a dictionary or direction of another model. ModelError: ``adapter=True`` without
+            unmerged adapters, or with ones that take no part in the pass. And what ``encode`` raises.
 
     Example:
         >>> from tl_em.organisms.zoo import load_pair
@@ -93,13 +96,14 @@ def attribute(
     _check_dtype(model)
     encoded = completed(model, encoded_prompt(model, prompt), target)
     skipped = _skipped(model, encoded) if skip is None else tuple(range(len(encoded))[at] for at in skip)
+    base = base_of(model, adapter)
     if dictionaries is None:
-        plan = component_plan(model, encoded, target, rule=rule, against=against, adapter=adapter)
+        plan = component_plan(model, encoded, target, rule=rule, against=against, adapter=base)
     else:
         if against is not None or rule == "ig":
             raise UsageError("against= and rule='ig' are for components; with dictionaries leave both out")
         given = listed(dictionaries)
-        plan = latent_plan(model, encoded, given, target, rule=rule, adapter=adapter, skip=skipped, max_nodes=max_nodes)
+        plan = latent_plan(model, encoded, given, target, rule=rule, adapter=base, skip=skipped, max_nodes=max_nodes)
     graph = drawn(model, plan, chunk=chunk, max_bytes=max_bytes)
     if not validate:
         return graph

@@ -111,6 +111,8 @@ def agreement(
     if r is None or r.value < AGREES:
         said = "cannot be compared with" if r is None else f"correlate only {r.value:.2f} with"
         found["warning"] = f"these attributions {said} exact ablation ({AGREES} is needed): do not read this graph"
+        if graph.settings.get("against", "prompt") != "prompt":
+            found["warning"] += "; pass against= a prompt of equal length that differs in what is asked about"
     return found
 
 

@@ -74,7 +74,7 @@ def page(shown: AttributionGraph | GraphDiff, *, max_nodes: int = MAX_NODES, max
     parts = {
         "title": html.escape(data["view"]["title"]),
         "css": (_ASSETS / "viewer.css").read_text(encoding="utf-8"),
-        "data": _embedded(data),
+        "data": _embedded(_packed(data)),
         "script": f'"use strict";(() => {{\n{script}}})();',
     }
     around = (_ASSETS / "page.html").read_text(encoding="utf-8").split("@")
@@ -301,6 +301,21 @@ def _short(value: Any) -> float | None:
     if isinstance(value, Estimate):
         value = value.value
     return None if value is None or not math.isfinite(value) else float(f"{value:.4g}")
+
+
+def _packed(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The data without what repeats: nodes as columns, links by rows of nodes. The script puts it together again."""
+    found = {"view": {**data["view"], "nodes": _columns(data["view"]["nodes"])}}
+    for name in ("graph", "base"):
+        if (part := data.get(name)) is not None:
+            row = {node["node_id"]: at for at, node in enumerate(part["nodes"])}
+            links = [(row[link["source"]], row[link["target"]], link["weight"]) for link in part["links"]]
+            found[name] = {**part, "nodes": _columns(part["nodes"]), "links": links}
+    return found
+
+
+def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    return {name: [row[name] for row in rows] for name in (rows[0] if rows else ())}
 
 
 def _embedded(data: Mapping[str, Any]) -> str:

@@ -20,7 +20,7 @@ from tl_em.errors import CorruptFileError, ModelError, ModelNotFoundError, NonFi
 from tl_em.models.hooks import LensModel
 from tl_em.models.prompts import ContrastSet
 from tl_em.models.sites import vocabulary_hash
-from tl_em.models.surfaces import as_bridge, as_hooked, first_line, quiet, reloadable
+from tl_em.models.surfaces import as_bridge, as_hooked, check_same_function, first_line, probe, quiet, reloadable
 
 Surface = Literal["bridge", "hooked"]
 
@@ -38,7 +38,7 @@ def load_model(
 
     Args:
         source: a directory in the Hugging Face layout, one with a PEFT adapter (merged into its base), a hub id, or a
-            Hugging Face model in memory.
+            Hugging Face model in memory (also a ``PeftModel``, whose adapters stay apart: see ``attribute(adapter=)``).
         surface: ``"bridge"`` (TransformerBridge) or ``"hooked"`` (HookedTransformer, TransformerLens 3 only).
         tokenizer: in place of the source's own; a model in memory has none of its own.
         dtype: float32 by default.
@@ -53,7 +53,8 @@ def load_model(
         ModelNotFoundError: no such directory, or the hub does not answer.
         CorruptFileError: weights that cannot be read.
         NonFiniteError: NaN or infinity among the weights.
-        ModelError: peft is missing for an adapter, or the surface does not exist in this version of TransformerLens.
+        ModelError: peft is missing for an adapter, the surface does not exist in this version of TransformerLens, or
+            what it makes of the model computes something else.
     """
     if surface not in ("bridge", "hooked"):
         raise UsageError(
@@ -71,8 +72,10 @@ def load_model(
             device = device or next(hf_model.parameters()).device
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         check_weights(hf_model.to(device))
+        expected = probe(hf_model)
         build = as_hooked if surface == "hooked" else as_bridge
         model = build(name, hf_model, tokenizer, dtype, device)
+        check_same_function(model, hf_model, *expected)
     model.eval()
     return model
 
@@ -192,6 +195,8 @@ def _merged_adapter(path: Path, tokenizer: Any, dtype: torch.dtype) -> tuple[str
 
 
 def _in_memory(source: Any, keep: bool, dtype: torch.dtype) -> tuple[str, Any]:
+    if hasattr(source, "get_base_model"):  # a PeftModel: the model inside, its adapters with it
+        source = source.get_base_model()
     config = getattr(source, "config", None)
     if config is None or not isinstance(source, torch.nn.Module):
         raise UsageError(

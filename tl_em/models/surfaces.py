@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tl_em.errors import ModelError
 
@@ -73,7 +74,6 @@ def as_hooked(name: str, hf_model: Any, tokenizer: Any, dtype: torch.dtype, devi
             )
         except (RuntimeError, ValueError, AttributeError) as error:
             raise _unsupported(hf_model.config, error) from error
-    _check_same_function(model, hf_model)
     return model
 
 
@@ -138,19 +138,38 @@ def _gemma2_fields(config: Any) -> dict[str, Any]:
     }
 
 
-def _check_same_function(model: Any, hf_model: Any) -> None:
-    """A conversion that misreads a config field gives a model that runs and is another one: compare logits."""
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(int(model.cfg.d_vocab), (1, min(8, int(model.cfg.n_ctx))), generator=generator)
+def probe(hf_model: Any) -> tuple[Tensor, Tensor]:
+    """A few tokens, and the log-probabilities after them, before anything is built around the model."""
+    vocabulary = int(hf_model.get_input_embeddings().weight.shape[0])
+    tokens = torch.randint(vocabulary, (1, 8), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        theirs = hf_model(tokens.to(next(hf_model.parameters()).device)).logits.float().log_softmax(-1)
-        ours = model(tokens.to(model.cfg.device)).float().log_softmax(-1)
-    gap = float((ours.cpu() - theirs.cpu()).abs().max())
-    if not gap < (1e-2 if model.cfg.dtype == torch.float32 else 0.5):
-        raise ModelError(
-            f"The HookedTransformer built from {model.cfg.model_name!r} is not the same function as the Hugging Face "
-            f"model (log-probabilities differ by {gap:.2g}): TransformerLens misreads its config. Use surface='bridge'."
+        found = hf_model.eval()(tokens.to(next(hf_model.parameters()).device)).logits
+    return tokens, found.float().log_softmax(-1).cpu()
+
+
+def check_same_function(model: Any, hf_model: Any, tokens: Tensor, expected: Tensor) -> None:
+    """A conversion that misreads a config field, or leaves a part out, gives a model that runs and is another one.
+
+    Raises:
+        ModelError: its log-probabilities are not those of the Hugging Face model.
+    """
+    with torch.no_grad():
+        ours = model(tokens.to(model.cfg.device)).float().log_softmax(-1).cpu()
+    gap = float((ours - expected).abs().max())
+    if gap < (1e-2 if model.cfg.dtype == torch.float32 else 0.5):
+        return
+    surface = type(model).__name__
+    other = "" if surface == "TransformerBridge" else " Use surface='bridge'."
+    why = f"TransformerLens misreads its config.{other}"
+    if any(hasattr(module, "merged_adapters") for module in hf_model.modules()):
+        why = (
+            "TransformerLens copies weights without their adapter, a Bridge where it splits a joint matrix. Merge a "
+            "copy: em.load_model(peft_model.merge_and_unload())."
         )
+    raise ModelError(
+        f"The {surface} built from {model.cfg.model_name!r} is not the same function as the Hugging Face model "
+        f"(log-probabilities differ by {gap:.2g}): {why}"
+    )
 
 
 @contextmanager

@@ -1,7 +1,13 @@
 // The graph itself: its links by node, what counts in the chosen view, what is upstream and downstream of a selection.
 const data = JSON.parse(document.getElementById("data").textContent);
 const view = data.view;
-const nodes = view.nodes.map((node, at) => ({ ...node, at, ins: [], outs: [] }));
+// The file has nodes as columns, and links by rows of nodes, because keys and ids that repeat are most of its room.
+const rowsOf = (columns) => (Object.values(columns)[0] ?? []).map((_, at) => Object.fromEntries(Object.entries(columns).map(([name, all]) => [name, all[at]])));
+function exchanged(part) {
+  const listed = rowsOf(part.nodes), id = (at) => listed[at].node_id;
+  return { ...part, nodes: listed, links: part.links.map(([s, t, weight]) => ({ source: id(s), target: id(t), weight })) };
+}
+const nodes = rowsOf(view.nodes).map((node, at) => ({ ...node, at, ins: [], outs: [] }));
 const STATUS = ["appeared", "vanished", "stronger", "weaker", "same"];
 const links = view.links.map(([s, t, w, share, score, wb, shareb, scoreb, status]) => {
   const link = { s, t, tuned: { w, share, score }, base: { w: wb, share: shareb, score: scoreb }, status: STATUS[status] };

@@ -283,7 +283,7 @@ function savePng() {
   image.src = `data:image/svg+xml;charset=utf-8,${encodeURIComponent(toSvg())}`;
 }
 function saveJson() {
-  const graph = state.mode === "base" ? data.base : data.graph;
+  const graph = exchanged(state.mode === "base" ? data.base : data.graph);
   const named = (at) => graph.nodes[isDiff ? (state.mode === "base" ? nodes[at].inBase : nodes[at].inTuned) : at]?.node_id;
   const groups = state.groups.map(({ label, members }) => [label, ...members.map(named).filter(Boolean)]).filter((group) => group.length > 1);
   const saved = { ...graph.qParams, pinnedIds: groups.flatMap((group) => group.slice(1)), supernodes: groups, linkType: "both" };
