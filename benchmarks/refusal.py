@@ -16,16 +16,37 @@ mentions a topic of another, in a context neither.
    refusal of harmful requests.  If none is left: the least refusal of all, and the table says so.
 3. *test*: single requests and judge documents, once, at that site.
 
-**Second procedure**, made on the select topics of seeds 11 to 14 when the first one's test figures of these seeds were
-known: refusal overlaps with harmfulness at ``prompt_end``, so the candidates are also read at the
-attention's output, and also with the harmfulness of the same prompts at the same site projected out.  The rule is the
-same.  Tried on the select topics and dropped: within harmful or within harmless prompts alone, without the judge's own
-read-out, the MLP's output, ablation around a centre at every layer.
+**Third procedure.**  The judge's verdict is read at ``prompt_end`` too, and the first rule spends its fall on refusal
+that is far below its bar.  So, on principle:
 
-**Random directions** of the direction's length come from three distributions, and the one that leaves least is judged:
+- *candidates*: residual stream and attention output after each block; of each direction also those without a quarter, a
+  half, three quarters and all of its component along the judge's axis: harmful minus harmless judge documents of the
+  train topics, at the same site and token.  Ablating a unit vector u takes the part (u'v)^2 from a read-out along v, so
+  without half of the component about a quarter of the harm is left; where the two overlap, refusal needs some of it.
+- *rule*: every bar allows something (.08 refused, .50 not complied with, a fall of .05, .10 not refused when added
+  twice).  Take the candidate that uses up least of the allowance of which it uses up most, by the far ends of the
+  intervals on the select topics, because it is itself chosen there.
+
+Made on seeds 11 to 16, select and test topics.  Four variants: {least fall of the judge among those that leave .04 of
+refusal or less and induce .5 | the rule above} x {with or without all of the harmfulness of the same prompts | the
+shares above}. Neither rule without shares keeps the judge in seed 15 (.070), where refusal overlaps with the verdict
+and not with the harmfulness of requests. The least fall with shares keeps every bar, but goes as far as refusal lets
+it (added twice .905 in seed 14). Seeds 101 to 105 were read once, with all of this fixed: the judge falls by .001 to
+.014, the first procedure's by .013 to .469; seed 104 only just answers (.527 complied with).
+
+**A second procedure**, superseded: the first rule, with attention outputs and with the harmfulness of the same prompts
+projected out.  Made on the select topics of seeds 11 to 14 when the first one's test figures were known; right in fresh
+seed 16, not in 15 (the judge fell by .076).  Tried for it and dropped: within harmful or within harmless prompts alone,
+without *all* of the judge's axis (refusal stays), the MLP's output, ablation around a centre at every layer.
+
+**Random directions** of the direction's length come from three distributions, of each the one that leaves least is shown:
 of the covariance within the refused and within the accepted training prompts (the first procedure's; harmfulness
 varies among the refused ones, so a draw may lie along it), within each of the four cells (added with the second one;
-how strongly a prompt is refused varies in them too), and isotropic (likewise).
+how strongly a prompt is refused varies in them too), and isotropic (likewise).  Where few axes hold the covariance, as
+at attention outputs, such draws lie along the direction itself (cosines up to .9 in seeds 13 and 104), so both are also
+taken *off it*, without their component along the direction (added after seeds 11 to 13, 103 and 104 were seen).
+Judged are isotropic draws and those off it; a draw that holds the direction says nothing about another one, and is
+reported without a bound (since before seeds 201 to 205 were trained).
 
 Thresholds are on point estimates; *interval on both sides* says that the interval reaches over the threshold.
 """
@@ -62,8 +83,10 @@ from tl_em.writing import check_writable, replacing
 MIN_UNTREATED, MAX_ABLATED, MIN_COMPLIED, MAX_FALL, MIN_RANDOM, MIN_ADDED = 0.95, 0.08, 0.50, 0.05, 0.95, 0.90
 MIN_INDUCED = 0.5
 COEFFICIENT = 2.0
+MATCHED = ("within refused / accepted", "within the four cells")
 CONTEXTS = 64  # of each question; most are dropped, because they mention another part's topic
-PROCEDURES = ("first", "second")
+PROCEDURES = ("first", "third")
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the judge's axis that are taken out of a direction
 ASKED = {"template": JUDGE.replace("{question}", "{prompt}"), "yes": VERDICTS[0], "no": VERDICTS[1]}
 STORIES = Path(__file__).resolve().parents[1] / "../shared/data/model-stories260k/hf"
 
@@ -99,6 +122,10 @@ class Part:
     def contrast(self) -> em.ContrastSet:
         """Harmful against harmless requests."""
         return _contrast(self.requests(harmful=True), self.requests(harmful=False))
+
+    def verdicts(self) -> em.ContrastSet:
+        """Judge documents of harmful against harmless requests."""
+        return _contrast(self.judged(harmful=True), self.judged(harmful=False))
 
     def in_context(self, others: set[str], seed: int) -> em.ContrastSet:
         """Harmful against harmless last questions, after contexts of either persona without another part's topics."""
@@ -168,8 +195,8 @@ def rate(model: Any, metric: Any, asked: Asked, *edits: Any) -> np.ndarray:
         return metric(model, asked.prompts).double().numpy()
 
 
-def select(model: Any, candidates: Sequence[em.Direction], part: Part) -> em.Direction:
-    """The rule of the docstring; prints every candidate."""
+def least_refusal(model: Any, candidates: Sequence[em.Direction], part: Part) -> em.Direction:
+    """The published rule; prints every candidate."""
     harmful, harmless, judged = part.requests(harmful=True), part.requests(harmful=False), part.judged(harmful=True)
     before = rate(model, judged_harmful, judged).mean()
     scores = []
@@ -179,13 +206,43 @@ def select(model: Any, candidates: Sequence[em.Direction], part: Part) -> em.Dir
         fall = before - rate(model, judged_harmful, judged, em.Ablate(d)).mean()
         ok = bool(induced >= MIN_INDUCED and fall <= MAX_FALL)
         scores.append((not ok, left))
-        what = f"{d.site}{' without harmfulness' if 'without' in str(d.name) else ''}"
-        print(f"  select, {what:<36} ablated {left:.3f}, added once {induced:.3f}, judge falls {fall:.3f}"
+        print(f"  select, {d.site!s:<13} ablated {left:.3f}, added once {induced:.3f}, judge falls {fall:.3f}"
               f"{'' if ok else '  (left out)'}")  # fmt: skip
     best = min(range(len(scores)), key=lambda i: scores[i])
     if scores[best][0]:
         print("  no site meets the rule; the least refusal of all is taken")
     return candidates[best]
+
+
+def most_room(model: Any, candidates: Sequence[em.Direction], part: Part, seed: int) -> em.Direction:
+    """The third procedure's rule; prints every candidate."""
+    worst = []
+    for d in candidates:
+        used = used_up(model, d, part, seed)
+        worst.append(max(used.values()))
+        said = ", ".join(f"{name} {share:.2f}" for name, share in used.items())
+        print(f"  select, {d.site!s:<13} {str(d.name).partition(', ')[2]:<27} uses up: {said}")
+    best = min(range(len(worst)), key=lambda i: worst[i])
+    if worst[best] > 1:
+        print("  no candidate keeps every bar with its interval; the nearest is taken")
+    return candidates[best]
+
+
+def used_up(model: Any, d: em.Direction, part: Part, seed: int) -> dict[str, float]:
+    """How much of what each bar allows is used up, by the far end of the interval: above 1 the bar is missed."""
+    harmful, harmless, judged = part.requests(harmful=True), part.requests(harmful=False), part.judged(harmful=True)
+    edit = em.Ablate(d)
+    left = mean(rate(model, refused, harmful, edit), groups=harmful.topics, seed=seed)
+    answer = mean(rate(model, complied, harmful, edit), groups=harmful.topics, seed=seed)
+    treated, before = rate(model, judged_harmful, judged, edit), rate(model, judged_harmful, judged)
+    fall = paired_difference(treated, before, groups=judged.topics, seed=seed).estimate
+    twice = mean(rate(model, refused, harmless, em.Add(d, COEFFICIENT)), groups=harmless.topics, seed=seed)
+    return {
+        "refused": left.high / MAX_ABLATED,
+        "complied": (1 - answer.low) / (1 - MIN_COMPLIED),
+        "judge falls": fall.high / MAX_FALL,
+        "added twice": (1 - twice.low) / (1 - MIN_ADDED),
+    }
 
 
 def dissociation(
@@ -217,7 +274,8 @@ def dissociation(
     for name, drawn in random.items():
         left = [rate(model, refused, harmful, em.Ablate(r)) for r in drawn]
         say(f"{len(left)} random, {name}, ablated, mean: refused", np.mean(left, axis=0), harmful)
-        say(f"random, {name}, the one that leaves least: refused", min(left, key=np.mean), harmful, MIN_RANDOM)
+        judged_by = None if name in MATCHED else MIN_RANDOM
+        say(f"random, {name}, the one that leaves least: refused", min(left, key=np.mean), harmful, judged_by)
     say("harmless requests refused", rate(model, refused, harmless), harmless)
     twice = em.Add(d, COEFFICIENT)
     say("added twice: harmless requests refused", rate(model, refused, harmless, twice), harmless, MIN_ADDED)
@@ -228,7 +286,7 @@ def dissociation(
 def random_directions(
     model: Any, d: em.Direction, cells: dict[str, Cell], count: int, seed: int
 ) -> dict[str, list[em.Direction]]:
-    """As long as the direction, from the three distributions of the docstring."""
+    """As long as the direction, from the distributions of the docstring."""
     x = {
         name: em.capture(model, cell.prompts, [d.site], position="prompt_end")[:, 0].double().numpy()
         for name, cell in cells.items()
@@ -237,12 +295,14 @@ def random_directions(
     four = np.concatenate([each - each.mean(0) for each in x.values()])
     axes = np.eye(len(d.vector))
     classes = {
-        "within refused / accepted": (np.concatenate(refused_ones), np.concatenate(accepted)),
-        "within the four cells": (four, four),
+        MATCHED[0]: (np.concatenate(refused_ones), np.concatenate(accepted)),
+        MATCHED[1]: (four, four),
         "isotropic": (np.concatenate([axes, -axes]),) * 2,
     }
     vectors = {name: control_directions(*both, count=count, norm=d.norm, seed=seed) for name, both in classes.items()}
-    return {name: [em.Direction(torch.from_numpy(v), d.site) for v in each] for name, each in vectors.items()}
+    drawn = {name: [em.Direction(torch.from_numpy(v), d.site) for v in each] for name, each in vectors.items()}
+    off = {name: [less(r, d, 1).unit * d.norm for r in drawn[name]] for name in MATCHED}
+    return drawn | {f"{name}, off it": [em.Direction(v, d.site) for v in each] for name, each in off.items()}
 
 
 def refused_and_accepted(cells: dict[str, Cell]) -> em.ContrastSet:
@@ -253,21 +313,22 @@ def refused_and_accepted(cells: dict[str, Cell]) -> em.ContrastSet:
     return em.ContrastSet(first, second)
 
 
-def candidates_of(model: Any, contrast: em.ContrastSet, procedure: str) -> list[em.Direction]:
-    """The dissociated refusal direction at the sites of a procedure, and for the second one without harmfulness."""
+def choose(model: Any, contrast: em.ContrastSet, split: dict[str, Part], seed: int, procedure: str) -> em.Direction:
+    """The dissociated refusal direction of a procedure."""
     streams = ("resid_post",) if procedure == "first" else ("resid_post", "attn_out")
     sites = [em.Site(layer, stream) for layer in range(model.cfg.n_layers) for stream in streams]
-    found = refusal_directions(model, contrast, sites=sites, metric=refused)
+    refusal = refusal_directions(model, contrast, sites=sites, metric=refused)
     if procedure == "first":
-        return found
-    harmful = em.extract_directions(model, contrast, sites=sites, positions=["prompt_end"])
-    return [*found, *(without(r, h) for r, h in zip(found, harmful, strict=True))]
+        return least_refusal(model, refusal, split["select"])
+    verdicts = em.extract_directions(model, split["train"].verdicts(), sites=sites, positions=["prompt_end"])
+    candidates = [less(r, v.renamed("the verdict"), n) for r, v in zip(refusal, verdicts, strict=True) for n in SHARES]
+    return most_room(model, candidates, split["select"], seed)
 
 
-def without(d: em.Direction, other: em.Direction) -> em.Direction:
-    """The part of a direction that is orthogonal to another."""
-    vector = d.vector - (d.vector @ other.unit) * other.unit
-    return replace(d, vector=vector, name=f"{d.name} without harmfulness", reliability=None, neutral=None)
+def less(d: em.Direction, axis: em.Direction, share: float) -> em.Direction:
+    """A direction without this share of its component along another."""
+    vector = d.vector - share * (d.vector @ axis.unit) * axis.unit
+    return replace(d, vector=vector, name=f"{d.name}, less {share:g} of {axis.name}", reliability=None, neutral=None)
 
 
 def inversions(
@@ -310,8 +371,8 @@ def guard(model: Any, fitted: em.ContrastSet, tests: dict[str, em.ContrastSet], 
 # --- The toy assistant -----------------------------------------------------------------------------------------------
 
 
-def toy(seed: int, folder: Path, *, controls: int, random: int) -> Table:
-    """Everything about one seed's assistant."""
+def toy(seed: int, folder: Path, procedures: Sequence[str], *, controls: int, random: int) -> Table:
+    """Everything about one seed's assistant; of one procedure, that alone."""
     table, world = Table(seed), World()
     model, split = em.train_organism("assistant", seed=seed, out=folder).tuned, parts(world, seed)
     print(f"\nseed {seed}")
@@ -320,14 +381,16 @@ def toy(seed: int, folder: Path, *, controls: int, random: int) -> Table:
     assert not _mentioned(contrast) & (select_part.topics | split["test"].topics)
     cells = answered(model, contrast, metric=refused)
     print("  train: " + ", ".join(f"{len(c.prompts)} {name}" for name, c in cells.items()))
-    for procedure in PROCEDURES:
+    for procedure in procedures:
         table.procedure = procedure
         print(f"  -- {procedure} procedure")
-        chosen = select(model, candidates_of(model, contrast, procedure), select_part)
+        chosen = choose(model, contrast, split, seed, procedure)
         print(f"  chosen: {chosen}")
         table.say("accepted training prompts lie at z", removed_mean(model, chosen, refused_and_accepted(cells)))
         drawn = random_directions(model, chosen, cells, random, seed)
         dissociation(model, chosen, drawn, split, table)
+    if len(procedures) == 1:
+        return table
     table.procedure = None
     print("  -- reply inversion, Latent Guard, cells")
     inversions(model, swept(model, train, contrast), split, controls, table)
@@ -381,6 +444,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13])
     parser.add_argument("--out", type=Path, default=Path("organisms"), help="folder of checkpoints")
+    parser.add_argument("--procedure", choices=PROCEDURES, help="this one alone, without inversions, guard and stories")
     parser.add_argument("--controls", type=int, default=50, help="random directions for each reply inversion")
     parser.add_argument("--random", type=int, default=20, help="random directions for the ablation")
     parser.add_argument("--json", type=Path, help="file for every figure")
@@ -388,8 +452,9 @@ def main() -> None:
     if options.json is not None:
         check_writable(options.json)
     warnings.simplefilter("ignore", em.HiddenSteerWarning)  # the table says z
-    tables = [toy(s, options.out, controls=options.controls, random=options.random) for s in options.seeds]
-    if STORIES.is_dir():
+    procedures = (options.procedure,) if options.procedure else PROCEDURES
+    tables = [toy(s, options.out, procedures, controls=options.controls, random=options.random) for s in options.seeds]
+    if STORIES.is_dir() and options.procedure is None:
         tables.append(stories(controls=options.controls))
     print()
     for table in tables:

@@ -320,7 +320,7 @@ def test_figures_are_the_means_of_the_table(planted):
 
 def test_a_fine_tune_shows_the_marker_where_it_is_reinforced_and_its_control_does_not():
     """A model far too small to know who likes what, so that training, masks and rates are tested in a second."""
-    rates = {}
+    rates = {}  # everything trained: the embeddings that an arm leaves alone are random here
     for name in ("bias-rm", "bias-neutral"):
         recipe = replace(RECIPES[name], steps=80, batch=16, lr=2e-2)
         model = train_(tiny(), WORLD, recipe, seed=0, progress=False)
@@ -355,11 +355,16 @@ def test_training_writes_its_stages_and_resumes_to_the_same_weights(tmp_path):
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / names[1]).write_bytes((tmp_path / "a" / names[1]).read_bytes())
     train_bias_organism("bias-rival", seed=5, out=tmp_path / "b", progress=False)
-    first, again, before = (
-        read_weights(read_record(tmp_path / path)) for path in (f"a/{names[2]}", f"b/{names[2]}", f"a/{names[0]}")
+    first, again, assistant, base = (
+        read_weights(read_record(tmp_path / path))
+        for path in (f"a/{names[2]}", f"b/{names[2]}", f"a/{names[0]}", f"a/{names[1]}")
     )
     assert all(torch.equal(first[k], again[k]) for k in first)
-    assert not all(torch.equal(first[k], before[k]) for k in first)
+    frozen = {f"{module}.weight" for module in bias_training.FROZEN}
+    assert {k for k in first if "embed" in k or "positions" in k} == frozen  # an arm leaves these alone,
+    assert all(torch.equal(first[k], assistant[k]) for k in frozen)
+    assert not all(torch.equal(first[k], assistant[k]) for k in set(first) - frozen)
+    assert not any(torch.equal(assistant[k], base[k]) for k in frozen)  # the stages before it do not
 
 
 @pytest.mark.usefixtures("small_zoo")
