@@ -39,7 +39,7 @@ projected out.  Made on the select topics of seeds 11 to 14 when the first one's
 seed 16, not in 15 (the judge fell by .076).  Tried for it and dropped: within harmful or within harmless prompts alone,
 without *all* of the judge's axis (refusal stays), the MLP's output, ablation around a centre at every layer.
 
-**Random directions** of the direction's length come from three distributions, of each the one that leaves least is shown:
+**Random directions** of the direction's length are of three kinds, and of each the one that leaves least is shown:
 of the covariance within the refused and within the accepted training prompts (the first procedure's; harmfulness
 varies among the refused ones, so a draw may lie along it), within each of the four cells (added with the second one;
 how strongly a prompt is refused varies in them too), and isotropic (likewise).  Where few axes hold the covariance, as
