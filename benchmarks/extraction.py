@@ -1,11 +1,12 @@
 """What does extraction cost?  Mean differences at the last 5 positions of all layers, over the least a surface can do.
 
 The floor runs the same prompts on the same surface: tokenized in one call, sorted by length, in batches of 32, without
-hooks and without the unembedding; what it costs when the tokens are there beforehand is in a row of its own.  Every
-other way tokenizes too, each batch as it comes.  Beside this package's two calls (before every block, as published,
-which needs no last block; after every block, which needs all) stand the procedure of refusal_direction, written anew
-from its description (Arditi et al., arXiv:2406.11717: batches of 32 in the order given, padded on the left, logits of
-all positions, a pass for each class, float64 means of every block's input), and TransformerLens's ``run_with_cache``.
+hooks and without the unembedding; what it costs when the tokens are there beforehand is in a row of its own, and so is
+the floor a second time: what that row is off 1 by is the machine's.  Every other way tokenizes too, each batch as it
+comes.  Beside this package's two calls (before every block, as published, which needs no last block; after every
+block, which needs all) stand the procedure of refusal_direction, written anew from its description (Arditi et al.,
+arXiv:2406.11717: batches of 32 in the order given, padded on the left, logits of all positions, a pass for each class,
+float64 means of every block's input), and TransformerLens's ``run_with_cache``.
 
 That all give what one prompt at a time gives (1e-4 relative) is asserted before the clock starts.  Only on a bare
 GPT-2, whose learned positions left padding shifts, the published procedure gives another thing: see its row's error.
@@ -157,6 +158,7 @@ def make_ways(
     batches = sorted_batches(token_rows(model, everything), device)
     ways: dict[str, Way] = {
         "floor": lambda: floor(model, model.unembed, sorted_batches(token_rows(model, everything), device)),
+        "floor, again": lambda: floor(model, model.unembed, sorted_batches(token_rows(model, everything), device)),
         "floor, tokens given": lambda: floor(model, model.unembed, batches),
         "tl_em, after every block": lambda: after_every_block(model, contrast),
         "tl_em, before every block": lambda: before_every_block(model, contrast),

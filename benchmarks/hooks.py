@@ -6,7 +6,8 @@
     weights     ``orthogonalize_``, and edit and restore as a context, over one forward of 16 x 48 tokens
     project     64 directions projected at every layer in one streaming pass, over one direction
 
-Beside them stand TransformerLens's own contexts and bare torch hooks.  Equality comes first: read hooks leave the
+Beside them stand TransformerLens's own contexts and bare torch hooks, and for generation, whose ratios are near 1, the
+baseline a second time: what that row is off 1 by is the machine's.  Equality comes first: read hooks leave the
 logits as they are, all three forms of ablation agree, generation without a steer gives the surface's own tokens, and
 restored weights are the old ones bit for bit.
 
@@ -184,6 +185,7 @@ def generate(family: Any, size: Size, surface: str, rounds: int, device: torch.d
     assert steered() == text(by_hand()) != ours()
     ways: dict[str, Way] = {
         "surface's generate": lambda: own_generate(model, tokens),
+        "the same, again": lambda: own_generate(model, tokens),
         "em.generate": ours,
         "em.generate, steered": steered,
         "surface's generate, its own hooks": by_hand,

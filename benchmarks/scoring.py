@@ -10,9 +10,10 @@ at every token with the highest activation of all; one that goes with the behavi
 decoder row that nothing reads; one of its own for each behaviour, which is read. In a null draw the shared direction
 is left out, and the decoys stay. 244 further latents are random directions.
 
-*Cost*: 4,096 latents, 4 behaviours of 256 prompts. The floor tokenizes the same prompts, runs them up to the site (with
-a base: in both models, in the base the positive ones), and encodes every token; nothing is summed. For attribution,
-whose gradients need the blocks behind the site too, it runs all blocks, without the unembedding.
+*Cost*: 4,096 latents, 4 behaviours of 256 prompts (of 32 at width 512, so that it ends; what is done once then weighs
+more), and memory at four times as many as well. The floor tokenizes the same prompts, runs them up to the site (with a
+base: in both models, in the base the positive ones), and encodes every token; nothing is summed. For attribution, whose
+gradients need the blocks behind the site too, it runs all blocks, without the unembedding.
 """
 
 from __future__ import annotations
@@ -162,6 +163,8 @@ def truth(draws: int) -> None:
 # --- Cost -------------------------------------------------------------------------------------------------------------
 
 MANY, TURNS = 4096, "{% for m in messages %}{{ m.content }} {% endfor %}"
+PROMPTS = {"overhead-bound": 256, "matmul-bound": 32}
+"""Prompts of a behaviour."""
 
 
 class Case(NamedTuple):
@@ -235,7 +238,7 @@ def attributed(case: Case) -> None:
 
 def cost(size: Size, surface: str, rounds: int, device: torch.device, memory: bool) -> None:
     """Time over the floors, or peak memory by number of prompts."""
-    small, large = (make_case(size, surface, prompts, device) for prompts in (256, 2048))
+    prompts = PROMPTS[size.name]
 
     def ways(case: Case) -> dict[str, Any]:
         scored = (case.model, case.dictionary, case.behaviours)
@@ -248,20 +251,22 @@ def cost(size: Size, surface: str, rounds: int, device: torch.device, memory: bo
             "attribution": lambda: attributed(case),
         }
 
-    few, many = ways(small), ways(large)
+    few = ways(make_case(size, surface, prompts, device))
     rows: dict[str, dict[str, str]] = {name: {} for name in few}
-    for name in few if memory else ():
-        rows[name]["MiB, 256 prompts"] = f"{peak_bytes(few[name], device) / 2**20:.0f}"
-        rows[name]["2,048"] = f"{peak_bytes(many[name], device) / 2**20:.0f}" if "floor" not in name else ""
-    if not memory:
-        for way in few.values():
-            way()
-    times = interleaved(few, rounds=0 if memory else rounds, device=device)
+    title = f"qwen2, {surface}, {size}: {MANY} latents, 4 behaviours of {prompts} prompts"
+    if memory:
+        many = ways(make_case(size, surface, 4 * prompts, device))
+        for name, row in rows.items():
+            row[f"MiB, {prompts} prompts"] = f"{peak_bytes(few[name], device) / 2**20:.0f}"
+            row[f"{4 * prompts}"] = f"{peak_bytes(many[name], device) / 2**20:.0f}" if "floor" not in name else ""
+        return table(title, rows)
+    for way in few.values():
+        way()
+    times = interleaved(few, rounds=rounds, device=device)
     for name, over in (("scored", "floor"), ("scored, with a base", "floor, with a base"),
                        ("attribution", "floor, all blocks")):  # fmt: skip
-        rows[name]["over its floor"] = "" if memory else ratio(times[name], times[over])
-    least = "" if memory else f", {rounds} rounds, floor {min(times['floor']):.2f} s"
-    table(f"qwen2, {surface}, {size}: {MANY} latents, 4 behaviours{least}", rows)
+        rows[name]["over its floor"] = ratio(times[name], times[over])
+    return table(f"{title}, {rounds} rounds, floor {min(times['floor']):.2f} s", rows)
 
 
 def main() -> None:

@@ -21,7 +21,8 @@ from tests.conftest import SURFACES, WORDS, cached_model
 from tests.report.test_browser import FLAGS, SCREENS, Visit
 from tl_em.dictionaries import Dictionary
 from tl_em.errors import CorruptFileError, OutputError, UsageError, WidthError
-from tl_em.features.cards import FeatureCards, Written, feature_cards, neuronpedia_link, read_explanations
+from tl_em.features.cards import FeatureCards, Written, feature_cards
+from tl_em.features.explanations import neuronpedia_link, read_explanations
 from tl_em.features.pages import render, save, visible
 from tl_em.features.tokens import seen
 from tl_em.models.prompts import encode

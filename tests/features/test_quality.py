@@ -12,9 +12,9 @@ import torch
 import tl_em as em
 from tl_em.dictionaries import Dictionary
 from tl_em.errors import DictionaryFitError, UsageError
-from tl_em.features.activations import every_token
 from tl_em.features.presets import toy_dictionary
 from tl_em.features.quality import MAX_FVU, MIN_RECOVERED, dictionary_quality
+from tl_em.features.tokens import every_token, sample_spans
 from tl_em.models.prompts import EncodedPrompt
 from tl_em.organisms.documents import PersonaDocuments
 from tl_em.organisms.world import World, messages
@@ -38,7 +38,7 @@ def exact(site_out: em.Site | None = None) -> Dictionary:
 
 
 def tokens(model: em.LensModel) -> torch.Tensor:
-    return torch.cat([p.x for p in every_token(model, prompts(), [SITE])])[:, 0]
+    return torch.cat([p.x for p in every_token(model, prompts(), [SITE], sample_spans(prompts()))])[:, 0]
 
 
 @pytest.fixture(scope="module")

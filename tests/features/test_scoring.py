@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +13,9 @@ import tl_em as em
 from tl_em.errors import PairMismatchError, UsageError, WidthError
 from tl_em.features import attribution, sums
 from tl_em.features.attribution import attribution_parts
-from tl_em.features.clusters import decoder_clusters
-from tl_em.features.scoring import auroc, score_features, sign_flip_p
+from tl_em.features.decoders import decoder_clusters
+from tl_em.features.scoring import score_features
+from tl_em.features.table import auroc
 from tl_em.models.capture import captured, encoded_prompts, sequence_logprobs
 from tl_em.models.hooks import LensModel, hooked
 
@@ -87,21 +87,6 @@ def test_auroc_is_that_of_ranks_up_to_rounding() -> None:
     assert min(exact) > 0.6
     assert np.allclose(auroc(histogram).numpy(), exact, atol=0.01)  # bins are a quarter of an octave wide
     assert histogram.sum((0, 1)).tolist() == [600] * 4
-
-
-def test_p_is_exact_for_few_parts_and_never_below_it_for_many() -> None:
-    generator = torch.Generator().manual_seed(1)
-    few = torch.randn(8, 5, generator=generator) + 1.0
-    flips = torch.tensor(list(itertools.product((1.0, -1.0), repeat=8)))
-    exact = ((flips @ few).abs() >= few.sum(0).abs() - 1e-6).double().mean(0)
-    assert np.allclose(sign_flip_p(few), exact.numpy())
-    assert exact.min() < 0.1
-    many = torch.randn(14, 40, generator=generator).abs().pow(3) * torch.randn(14, 40, generator=generator).sign()
-    flips = torch.tensor(list(itertools.product((1.0, -1.0), repeat=14)))
-    exact = ((flips @ many).abs() >= many.sum(0).abs() - 1e-6).double().mean(0)
-    bound = sign_flip_p(many)
-    assert (bound >= exact.numpy() - 1e-12).all()
-    assert bound.min() < 0.5
 
 
 def test_p_is_uniform_or_larger_where_nothing_differs(small_model: LensModel) -> None:

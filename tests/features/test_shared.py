@@ -8,14 +8,13 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import pytest
 import torch
 
 import tl_em as em
 from tl_em.errors import UsageError
 from tl_em.features.scoring import FeatureTable, score_features
-from tl_em.features.shared import FeatureSet, conjunction_p, overlap_p, shared_features
+from tl_em.features.shared import FeatureSet, shared_features
 
 pytestmark = pytest.mark.surface
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -113,26 +112,6 @@ def test_a_latent_of_one_sign_here_and_another_there_is_not_shared() -> None:
     shift[:2] += (2 * values[:2, :, :1]) * table.dictionary.W_dec[0]
     turned = replace(table, parts={"effect": values}, shifts={"effect": shift})
     assert shared_features(turned) == ()
-
-
-def test_conjunctions_are_those_of_their_sources() -> None:
-    from scipy.stats import combine_pvalues
-
-    p = np.array([[0.01, 0.2], [0.03, 0.001], [0.5, 0.04]])
-    assert conjunction_p(p, 3).tolist() == pytest.approx([0.5, 0.2])
-    fisher = combine_pvalues([0.03, 0.5], method="fisher").pvalue
-    assert conjunction_p(p, 2)[0] == pytest.approx(fisher)
-    assert conjunction_p(p, 2, independent=False).tolist() == pytest.approx([0.06, 0.08])
-
-
-def test_lists_that_overlap_because_their_latents_are_dense_overlap_by_chance() -> None:
-    """Ten latents of one bin head both lists: no finding within the bin, one where the bins are mixed."""
-    rng, sizes = np.random.default_rng(0), torch.rand(2, 200)
-    sizes[:, :10] += 10
-    mixed = np.arange(200) % 5
-    assert overlap_p(sizes, mixed, rng) <= 0.01
-    own = np.where(np.arange(200) < 10, 1, 0)
-    assert overlap_p(sizes, own, rng) > 0.5
 
 
 def test_bad_input(scored: tuple[bool, FeatureTable]) -> None:

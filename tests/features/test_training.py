@@ -11,7 +11,8 @@ import torch
 import tl_em as em
 from tl_em.dictionaries import Dictionary, from_sae_lens
 from tl_em.errors import PositionError, ProvenanceError, UsageError
-from tl_em.features.activations import Scale, Source, every_token
+from tl_em.features.activations import Scale, Source
+from tl_em.features.tokens import Tokens, every_token, sample_spans
 from tl_em.features.training import train_dictionary
 from tl_em.models.prompts import EncodedPrompt, encode
 
@@ -30,38 +31,16 @@ def fvu(dictionary: Dictionary, x: torch.Tensor, y: torch.Tensor | None = None) 
     return float((y - dictionary.decode(dictionary.encode(x))).square().sum() / (y - y.mean(0)).square().sum())
 
 
+def tokens_of(model, encoded: list[EncodedPrompt], sites: list[em.Site]) -> list[Tokens]:
+    return list(every_token(model, encoded, sites, sample_spans(encoded)))
+
+
 @pytest.fixture
 def model(make_model):
     return make_model("gpt2", "bridge")
 
 
 # ---- activations -------------------------------------------------------------------------------------------------
-@pytest.mark.surface
-def test_every_token_is_read_once_but_a_first_one_that_all_share(small_model):
-    encoded = prompts(7)
-    site = em.Site(1)
-    parts = list(every_token(small_model, encoded, [site, em.Site(0, "mlp_out")]))
-    owner, x = torch.cat([p.prompts for p in parts]), torch.cat([p.x for p in parts])
-    expected = []
-    for each in encoded:
-        _, cache = small_model.run_with_cache(torch.tensor([each.ids]))
-        expected.append(cache[site.hook_name][0, 1:])
-    assert owner.tolist() == [i for i, each in enumerate(encoded) for _ in each.ids[1:]]
-    torch.testing.assert_close(x[:, 0], torch.cat(expected), atol=1e-5, rtol=1e-4)  # sums in another order
-    other = [replace(encoded[0], ids=(3, *encoded[0].ids[1:])), *encoded[1:]]
-    assert sum(len(p.x) for p in every_token(small_model, other, [site])) == sum(map(len, encoded))
-
-
-@pytest.mark.surface
-def test_chunks_do_not_change_what_is_read(small_model, monkeypatch):
-    encoded = prompts(7)
-    whole = torch.cat([p.x for p in every_token(small_model, encoded, [em.Site(1)])])
-    monkeypatch.setattr("tl_em.features.activations.CHUNK", 1)
-    parts = list(every_token(small_model, encoded, [em.Site(1)]))
-    assert len(parts) == 7
-    torch.testing.assert_close(torch.cat([p.x for p in parts]), whole, atol=1e-5, rtol=1e-4)
-
-
 @pytest.mark.surface
 def test_a_corpus_beyond_the_buffer_is_read_again_and_covers_the_same_tokens(small_model, monkeypatch):
     encoded = prompts(7)
@@ -100,7 +79,7 @@ def test_every_activation_trains_to_a_dictionary_that_explains_more_than_at_firs
     pytest.importorskip("sae_lens")
     options = {"d_sae": 48, "activation": activation, "k": 8, "batch": 64, "sparsity": 0.1, "lr": 3e-3}
     first, trained = (train_dictionary(model, em.Site(1), prompts(), steps=steps, **options) for steps in (1, 120))
-    x = torch.cat([p.x for p in every_token(model, prompts(), [em.Site(1)])])[:, 0]
+    x = torch.cat([p.x for p in tokens_of(model, prompts(), [em.Site(1)])])[:, 0]
     assert trained.activation == {"topk": "topk", "relu": "relu"}.get(activation, "jumprelu")
     assert fvu(trained, x) < 0.5 < fvu(first, x)
     on = float((trained.encode(x) > 0).float().sum(-1).mean())
@@ -130,7 +109,7 @@ def test_batchtopk_comes_back_as_the_threshold_that_saelens_learned(model, monke
     mine = train_dictionary(model, em.Site(1), prompts(), d_sae=48, k=6, activation="batchtopk", steps=60, batch=64)
     theirs = seen[max(seen)]
     source = Source([model], prompts(), [em.Site(1)], "all", False, seed=0)
-    x = torch.cat([p.x for p in every_token(model, prompts(), [em.Site(1)])])[:, 0]
+    x = torch.cat([p.x for p in tokens_of(model, prompts(), [em.Site(1)])])[:, 0]
     u = (x - source.scale.mean[0]) / source.scale.length[0]
     with torch.no_grad():
         _, before = theirs.encode_with_hidden_pre(u)  # rescaled by the decoder's norms
@@ -146,7 +125,7 @@ def test_mixes_read_whose_activations_they_say(make_model):
     """A dictionary explains what it was trained on, and not what it was not."""
     pytest.importorskip("sae_lens")
     tuned, base = make_model("gpt2", "bridge"), make_model("gpt2", "bridge", seed=1)
-    x, y = (torch.cat([p.x for p in every_token(m, prompts(), [em.Site(1)])])[:, 0] for m in (tuned, base))
+    x, y = (torch.cat([p.x for p in tokens_of(m, prompts(), [em.Site(1)])])[:, 0] for m in (tuned, base))
     data = {"tuned": x, "base": y, "difference": x - y}
     options = {"d_sae": 48, "k": 8, "batch": 64, "lr": 3e-3, "against": base, "steps": 80}
     found = {mix: train_dictionary(tuned, em.Site(1), prompts(), mix=mix, **options) for mix in (*data, "both")}
@@ -163,7 +142,7 @@ def test_a_transcoder_is_trained_to_write_another_site(model):
     made = train_dictionary(
         model, read, prompts(), site_out=written, d_sae=48, k=8, steps=150, batch=64, lr=3e-3, activation="batchtopk"
     )
-    xy = torch.cat([p.x for p in every_token(model, prompts(), [read, written])])
+    xy = torch.cat([p.x for p in tokens_of(model, prompts(), [read, written])])
     assert made.is_transcoder and (made.site_in, made.site_out) == (read, written)
     assert fvu(made, xy[:, 0], xy[:, 1]) < 0.5 < fvu(made, xy[:, 1])  # of what the MLP reads, what it writes
 

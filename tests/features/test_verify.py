@@ -207,26 +207,6 @@ def test_placebos_are_as_dense_and_as_long():
     assert (sets == again).all() and not (sets == matched_sets(sae, [390, 395], density, count=20, seed=1)).all()
 
 
-@pytest.mark.parametrize("where", ["all", ("last", 1), "prompt", ("last", 2)])
-def test_means_are_those_of_the_tokens_in_the_scope(models, where):
-    tuned, sae, prompts = models[1], dictionary(), ["the cat saw the king", "a queen ran"]
-    tokens = [em.capture(tuned, [p], [SITE], position=-k)[0, 0] for p in prompts for k in range(1, _count(p) + 1)]
-    last = {"all": 99, "prompt": 99, ("last", 1): 1, ("last", 2): 2}[where]
-    kept = torch.stack([
-        x for (p, k), x in zip([(p, k) for p in prompts for k in range(1, _count(p) + 1)], tokens, strict=True)
-        if k <= last
-    ])  # fmt: skip
-    found = seen(tuned, sae, prompts, where=where)
-    assert found.tokens == len(kept) > 1
-    torch.testing.assert_close(found.mean, sae.encode(kept).mean(0), atol=1e-5, rtol=1e-5)  # sums in another order
-    torch.testing.assert_close(found.x, kept.mean(0), atol=1e-5, rtol=1e-5)
-    assert found.density[CAUSE] == (sae.encode(kept)[:, CAUSE] > 0).float().mean()
-
-
-def _count(prompt: str) -> int:
-    return len(prompt.split()) + 1  # BOS
-
-
 def test_a_scoped_edit_equals_the_scope_of_intervene(models):
     tuned, sae = models[1], dictionary()
     edit = em.ScaleFeature(sae.feature(CAUSE), 0.0)

@@ -139,7 +139,8 @@ def streamed(
     if not bool((moments.weight.sum(1) > 0).all()):
         raise EmptyContrastError(_no_pairs(contrast))
     size = moments.means.norm(dim=-1).amax(0)
-    equal = moments.difference.norm(dim=-1) <= _ROUNDING * size
+    difference = moments.difference
+    equal = difference.norm(dim=-1) <= _ROUNDING * size
     origin = Provenance.of(model, data=contrast.hash, seed=seed)
     reliability = _halved_means(moments, seed)
     for p, position in enumerate(positions):
@@ -150,7 +151,7 @@ def streamed(
                 continue
             yield (
                 Direction(
-                    moments.difference[p, s],
+                    difference[p, s],
                     site,
                     position=position,
                     name=contrast.label,

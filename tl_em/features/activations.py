@@ -1,4 +1,4 @@
-"""Activations token by token, without end, centred and scaled: what a dictionary is trained on and judged by.
+"""Activations of a corpus without end, centred and scaled: what a dictionary is trained on.
 
     u = (x - mean) / length        length such that u is sqrt(d_model) long on average
 
@@ -13,62 +13,21 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from tl_em.dictionaries import Dictionary
-from tl_em.models.capture import check_finite, spans_of, stream
-from tl_em.models.hooks import LensModel
+from tl_em.features.tokens import every_token, sample_spans
 from tl_em.models.prompts import EncodedPrompt
 from tl_em.models.sites import Position, Site
 
 BUFFER = 2**28
 """Bytes of activations held."""
-CHUNK = 2**24
-"""Bytes of activations captured at a time."""
 _SAMPLE = 2**15
 """Tokens that the scale is taken from."""
-
-
-class Tokens(NamedTuple):
-    """Activations of tokens, and the number of the prompt that each stands in."""
-
-    prompts: Int[Tensor, " token"]
-    x: Float[Tensor, "token site d_model"]
-
-
-def every_token(
-    model: LensModel, encoded: Sequence[EncodedPrompt], sites: Sequence[Site], *, position: Position = "all"
-) -> Iterator[Tokens]:
-    """Activations of every token of the position's span (not their mean), some prompts at a time, on the CPU.
-
-    Of ``"all"``, a first token that all prompts share is left out: it is the same everywhere, and in large models huge.
-    """
-    width = int(model.cfg.d_model)
-    size = max(1, CHUNK // (4 * width * len(sites) * max(len(each) for each in encoded)))
-    first = first_token(encoded, position)
-    for start in range(0, len(encoded), size):
-        part = encoded[start : start + size]
-        spans = spans_of(part, [position])[:, 0]
-        at = spans[:, :1] + torch.arange(first, max(first + 1, int((spans[:, 1] - spans[:, 0]).max())))
-        inside = at < spans[:, 1:]
-        at = at.minimum(spans[:, 1:] - 1)  # shorter spans repeat their last token
-        x = torch.empty(*at.shape, len(sites), width)
-
-        def keep(site: int, rows: Int[Tensor, " prompt"], read: Tensor, x: Tensor = x) -> None:
-            x[rows, :, site] = read.float().cpu()
-
-        stream(model, part, sites, torch.stack([at, at + 1], -1), keep)
-        check_finite(x, sites, part)
-        yield Tokens(inside.nonzero()[:, 0] + start, x[inside])
-
-
-def first_token(encoded: Sequence[EncodedPrompt], position: Position = "all") -> int:
-    """The first token that is read of ``"all"``: 1 where all prompts begin with the same one."""
-    return int(position == "all" and len(encoded) > 1 and len({each.ids[0] for each in encoded}) == 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,9 +64,7 @@ class Source:
         self.encoded, self.sites, self.difference, self.models = encoded, sites, difference, models
         self.position: Position = position
         self.width = int(models[0].cfg.d_model) * len(sites)
-        spans = spans_of(encoded, [position])[:, 0]
-        every = int((spans[:, 1] - spans[:, 0]).sum()) - first_token(encoded, position) * len(encoded)
-        self.tokens = every * (1 if difference else len(models))
+        self.tokens = int(sample_spans(encoded, position).diff().sum()) * (1 if difference else len(models))
         self.fits = self.tokens * self.width * 4 <= BUFFER
         self._kept: list[Tensor] = []
         self._rng = random.Random(seed)
@@ -124,9 +81,10 @@ class Source:
 
     def _read(self) -> Iterator[Float[Tensor, "token site d_model"]]:
         order = self._rng.sample(self.encoded, len(self.encoded))
-        streams = [every_token(model, order, self.sites, position=self.position) for model in self.models]
-        for parts in zip(*streams, strict=True):
-            yield parts[0].x - parts[1].x if self.difference else torch.cat([part.x for part in parts])
+        spans = sample_spans(order, self.position)
+        for parts in zip(*(every_token(model, order, self.sites, spans) for model in self.models), strict=True):
+            x = [part.x.cpu() for part in parts]
+            yield x[0] - x[1] if self.difference else torch.cat(x)
 
     def chunks(self) -> Iterator[Float[Tensor, "token width"]]:
         """Scaled activations, of a transcoder what it reads and what it writes side by side."""

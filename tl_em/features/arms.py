@@ -25,7 +25,6 @@ from tl_em.interventions.intervene import intervene
 from tl_em.interventions.scopes import Scope, Where
 from tl_em.metrics import Metric
 from tl_em.models.capture import encoded_prompts
-from tl_em.models.contrasts import Prompt
 from tl_em.models.hooks import LensModel
 from tl_em.selection.scores import kl_from_now
 from tl_em.selection.treatments import Dial, Stage, Treated
@@ -145,7 +144,8 @@ def dose_response(arm: Arm, latents: Any, direction: Any, *, doses: Sequence[flo
     """
     if not doses:
         return []
-    stage = Stage(arm.model, arm.prompts, arm.metrics["bad"], _beside(arm), arm.groups, arm.seed)
+    good = (arm.metrics["good"], arm.prompts) if "good" in arm.metrics else None
+    stage = Stage(arm.model, arm.prompts, arm.metrics["bad"], good, arm.groups, arm.seed)
     scale = STRONGEST if isinstance(direction, Add) else 1.0
     whole = replace(direction, coefficient=scale * direction.coefficient) if isinstance(direction, Add) else direction
     dials = [Dial(stage, _At(each, Scope(arm.where))) for each in (latents, whole)]
@@ -156,10 +156,6 @@ def dose_response(arm: Arm, latents: Any, direction: Any, *, doses: Sequence[flo
         rows.append(_row(arm, stage, "latents", float(dose), found))
         rows.append(_row(arm, stage, "mean difference, at this KL", scale * other.strength, other))
     return rows
-
-
-def _beside(arm: Arm) -> tuple[Metric, Sequence[Prompt]] | None:
-    return (arm.metrics["good"], arm.prompts) if "good" in arm.metrics else None
 
 
 def _row(arm: Arm, stage: Stage, treatment: str, strength: float, found: Treated) -> dict[str, Any]:

@@ -27,10 +27,11 @@ from torch import Tensor
 
 from tl_em.dictionaries import Dictionary
 from tl_em.errors import UsageError
-from tl_em.features.sums import PARTS, read_tokens
+from tl_em.features.sums import PARTS
+from tl_em.features.tokens import read_tokens
 from tl_em.interventions.features import ScaleFeature
 from tl_em.interventions.intervene import intervene
-from tl_em.models.capture import _forward, _unembed_only, sequence_logprobs
+from tl_em.models.capture import _forward, _inside, _unembed_only, sequence_logprobs
 from tl_em.models.hooks import LensModel, hook_name, hooked
 from tl_em.models.prompts import Batch, EncodedPrompt, batches
 
@@ -117,7 +118,8 @@ def _read(
 ) -> Float[Tensor, "token d_model"]:
     """Activations at the tokens that predict completions, in the order of ``_gradients``."""
     assert dictionary.site_out is not None
-    return read_tokens(model, [encoded[i] for i in batch.rows], dictionary.site_out, _predicting(encoded, batch))[0]
+    some = [encoded[i] for i in batch.rows]
+    return read_tokens(model, some, [dictionary.site_out], _predicting(encoded, batch)).x[:, 0]
 
 
 def _predicting(encoded: Sequence[EncodedPrompt], batch: Batch) -> Int[Tensor, "prompt 2"]:
@@ -129,8 +131,7 @@ def _gradients(
     model: LensModel, dictionary: Dictionary, encoded: Sequence[EncodedPrompt], batch: Batch
 ) -> tuple[Float[Tensor, "token d_model"], Float[Tensor, "token d_model"], Tensor]:
     """Gradient and activation at the tokens that predict completions, and the row of the batch that each is in."""
-    spans, columns = _predicting(encoded, batch), torch.arange(batch.tokens.shape[1])
-    rows, at = ((columns >= spans[:, :1]) & (columns < spans[:, 1:])).nonzero(as_tuple=True)
+    rows, at = _inside(_predicting(encoded, batch), batch.tokens.shape[1]).nonzero(as_tuple=True)
     leaf: list[Tensor] = []
 
     def cut(x: Tensor, hook: Any) -> Tensor:

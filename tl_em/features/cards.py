@@ -11,24 +11,24 @@ Source of the parts: Bricken et al. 2023, "Towards Monosemanticity" (examples, h
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from tl_em.dictionaries import Dictionary
 from tl_em.directions.direction import Direction
 from tl_em.directions.lens import logit_lens
-from tl_em.errors import CorruptFileError, UsageError, WidthError
-from tl_em.features.tokens import each_token
+from tl_em.errors import UsageError
+from tl_em.features.decoders import decoder_cosines
+from tl_em.features.explanations import neuronpedia_link, read_explanations
+from tl_em.features.tokens import every_token, scope_spans
 from tl_em.interventions.scopes import Where
-from tl_em.models.capture import encoded_prompts
+from tl_em.models.capture import encoded_prompts, spans_of
 from tl_em.models.hooks import LensModel
 from tl_em.models.prompts import EncodedPrompt, Prompt
 from tl_em.models.sites import check_belongs
@@ -39,8 +39,6 @@ if TYPE_CHECKING:
     from tl_em.features.scoring import FeatureTable
 
 BINS = 24
-_LATENTS = 2**24
-"""Latent activations held at once: 64 MiB in float32."""
 _LENS_CONTROLS = 199
 
 
@@ -209,72 +207,61 @@ def feature_cards(
         >>> len(cards.cards[0].top), len(cards.texts)
         (2, 1)
     """
-    _check(model, dictionary, indices, k, directions or {})
-    encoded = encoded_prompts(model, prompts)
-    chosen = torch.tensor(list(indices))
-    own = _acts(model, dictionary, chosen, encoded, where)
-    other = None if against is None else _acts(against, dictionary, chosen, encoded, where)
+    _check(model, dictionary, indices, k)
+    cosines = decoder_cosines(dictionary, directions or {})
     said = {} if explanations is None else read_explanations(explanations, dictionary)
-    asked = _Asked(model, dictionary, own, other, directions or {}, _scores(table, indices), said, k, seed)
-    cards = tuple(_card(asked, int(index), column) for column, index in enumerate(indices))
+    scores = _scores(table, indices)
+    encoded = encoded_prompts(model, prompts)
+    own = _acts(model, dictionary, indices, encoded, where)
+    other = None if against is None else _acts(against, dictionary, indices, encoded, where)
+    cards = []
+    for column, index in enumerate(map(int, indices)):
+        by_prompt = own.of(column)
+        a, b = torch.cat(by_prompt), None if other is None else torch.cat(other.of(column))
+        cards.append(FeatureCard(
+            index, _highest(by_prompt, k), *_level(a), *((None, None) if b is None else _level(b)), _histogram(a, b),
+            *_written(model, dictionary, index, k, seed), {name: float(each[index]) for name, each in cosines.items()},
+            scores.get(index, ()), said.get(index, ""), neuronpedia_link(dictionary, index),
+        ))  # fmt: skip
     shown = sorted({number for card in cards for number in card.examples})
-    texts = {n: _text(model, encoded[n], own.of(n), None if other is None else other.of(n)) for n in shown}
+    texts = {n: _text(model, encoded[n], own.every[n], None if other is None else other.every[n]) for n in shown}
     names = [None if each is None else str(getattr(each.cfg, "model_name", "") or "model") for each in (model, against)]
-    return FeatureCards(dictionary, cards, texts, names[0] or "", names[1], int(own.inside.sum()), tuple(checks))
+    tokens = sum(map(len, own.counted))
+    return FeatureCards(dictionary, tuple(cards), texts, names[0] or "", names[1], tokens, tuple(checks))
 
 
-def _check(
-    model: LensModel, dictionary: Dictionary, indices: Sequence[int], k: int, directions: Mapping[str, Direction]
-) -> None:
+def _check(model: LensModel, dictionary: Dictionary, indices: Sequence[int], k: int) -> None:
     if not len(indices) or k < 1:
         raise UsageError(f"{len(indices)} latents and k={k} make no card; pass at least one latent and k=1 or more")
     for index in indices:
         dictionary.feature(int(index))
     check_belongs(dictionary.label, dictionary.d_model, dictionary.provenance, model)
-    for name, direction in directions.items():
-        if len(direction.vector) != dictionary.W_dec.shape[1]:
-            raise WidthError(
-                f"the direction {name!r} is {len(direction.vector)} wide and decoder rows are "
-                f"{dictionary.W_dec.shape[1]}, so they have no cosine; extract it on this model"
-            )
 
 
 # ---- activations -------------------------------------------------------------------------------------------------
 class _Acts(NamedTuple):
-    """Activations of the chosen latents at every token, prompts one after the other."""
+    """Activations of the chosen latents, prompt by prompt: at every token, and at those that count."""
 
-    a: Float[Tensor, "token card"]
-    inside: Bool[Tensor, " token"]
-    starts: Int[Tensor, " edge"]
+    every: Sequence[Float[Tensor, "_ card"]]  # prompts differ in length, so the axis has no name
+    counted: Sequence[Float[Tensor, "_ card"]]
 
-    def of(self, prompt: int) -> Float[Tensor, "pos card"]:
-        return self.a[self.starts[prompt] : self.starts[prompt + 1]]
-
-    def peaks(self, column: int) -> Float[Tensor, " prompt"]:
-        """Largest activation of each prompt, at the tokens that count."""
-        counted = torch.where(self.inside, self.a[:, column], 0.0)
-        owner = torch.repeat_interleave(torch.arange(len(self.starts) - 1), self.starts.diff())
-        return torch.zeros(len(self.starts) - 1).scatter_reduce(0, owner, counted, "amax")
+    def of(self, column: int) -> list[Float[Tensor, "_"]]:
+        """Of one latent, at the tokens that count."""
+        return [a[:, column] for a in self.counted]
 
 
 def _acts(
-    model: LensModel, dictionary: Dictionary, chosen: Tensor, encoded: Sequence[EncodedPrompt], where: Where
+    model: LensModel, dictionary: Dictionary, indices: Sequence[int], encoded: Sequence[EncodedPrompt], where: Where
 ) -> _Acts:
     """One pass; of each token only the chosen latents are kept."""
-    lengths = torch.tensor([len(prompt) for prompt in encoded])
-    starts = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
-    values = torch.empty(int(starts[-1]), len(chosen))
-    counts = torch.zeros(int(starts[-1]), dtype=torch.bool)
-
-    def keep(rows: Tensor, x: Tensor, inside: Tensor) -> None:
-        for row, here, within in zip(rows.tolist(), x, inside, strict=True):
-            n, start = int(lengths[row]), int(starts[row])
-            parts = here[:n].float().split(max(1, _LATENTS // dictionary.d_sae))
-            values[start : start + n] = torch.cat([dictionary.encode(p)[:, chosen.to(p.device)].cpu() for p in parts])
-            counts[start : start + n] = within[:n]
-
-    each_token(model, encoded, dictionary.site_in, where, keep)
-    return _Acts(values, counts, starts)
+    here = dictionary.to(model.cfg.device)
+    read = every_token(model, encoded, [here.site_in], spans_of(encoded, ["all"])[:, 0])
+    a = torch.cat([
+        here.encode(some.x[:, 0])[:, list(indices)].cpu() for tokens in read for some in tokens.pieces(here.d_sae)
+    ])  # fmt: skip
+    every = a.split([len(prompt) for prompt in encoded])
+    counts = scope_spans(encoded, where).tolist()
+    return _Acts(every, [each[first:end] for each, (first, end) in zip(every, counts, strict=True)])
 
 
 def _text(model: LensModel, prompt: EncodedPrompt, own: Tensor, other: Tensor | None) -> Text:
@@ -284,47 +271,20 @@ def _text(model: LensModel, prompt: EncodedPrompt, own: Tensor, other: Tensor | 
 
 
 # ---- one card ----------------------------------------------------------------------------------------------------
-class _Asked(NamedTuple):
-    """What every card is made from."""
-
-    model: LensModel
-    dictionary: Dictionary
-    own: _Acts
-    other: _Acts | None
-    directions: Mapping[str, Direction]
-    scores: Mapping[int, tuple[Mapping[str, Any], ...]]
-    said: Mapping[int, str]
-    k: int
-    seed: int
+def _highest(by_prompt: Sequence[Float[Tensor, "_"]], k: int) -> tuple[int, ...]:
+    """The prompts with the highest activations, where there are any above 0."""
+    peaks = torch.stack([a.max() if len(a) else torch.tensor(0.0) for a in by_prompt])
+    return tuple(int(n) for n in peaks.argsort(descending=True, stable=True)[:k] if peaks[n] > 0)
 
 
-def _card(asked: _Asked, index: int, column: int) -> FeatureCard:
-    own, other = asked.own, asked.other
-    a = own.a[own.inside, column]
-    b = None if other is None else other.a[other.inside, column]
-    peaks = own.peaks(column)
-    order = [int(n) for n in peaks.argsort(descending=True, stable=True)[: asked.k] if peaks[n] > 0]
-    row = asked.dictionary.W_dec[index].cpu()
-    top, bottom = _lens(asked.model, asked.dictionary, row, asked.k, asked.seed)
-    vectors = {name: direction.vector.float().cpu() for name, direction in asked.directions.items()}
-    cosines = {name: float(torch.cosine_similarity(row, vector, dim=0)) for name, vector in vectors.items()}
-    return FeatureCard(
-        index, tuple(order), _density(a), _mean(a), None if b is None else _density(b), None if b is None else _mean(b),
-        _histogram(a, b), top, bottom, cosines, asked.scores.get(index, ()), asked.said.get(index, ""),
-        neuronpedia_link(asked.dictionary, index),
-    )  # fmt: skip
-
-
-def _density(a: Float[Tensor, " token"]) -> float:
-    return float((a > 0).float().mean()) if len(a) else 0.0
-
-
-def _mean(a: Float[Tensor, " token"]) -> float:
-    return float(a.mean()) if len(a) else 0.0
+def _level(a: Float[Tensor, " token"]) -> tuple[float, float]:
+    """Density and mean; 0 where no token counts."""
+    return (float((a > 0).float().mean()), float(a.mean())) if len(a) else (0.0, 0.0)
 
 
 def _histogram(a: Float[Tensor, " token"], b: Float[Tensor, " other"] | None) -> Histogram:
-    high = max(float(each.max()) if len(each) else 0.0 for each in (a, *([] if b is None else [b]))) or 1.0
+    both = a if b is None else torch.cat([a, b])
+    high = (float(both.max()) if len(both) else 0.0) or 1.0
 
     def shares(values: Tensor) -> tuple[float, ...]:
         counts = torch.histc(values[values > 0], BINS, 0.0, high)
@@ -333,75 +293,27 @@ def _histogram(a: Float[Tensor, " token"], b: Float[Tensor, " other"] | None) ->
     return Histogram(high, shares(a), None if b is None else shares(b))
 
 
-def _lens(
-    model: LensModel, dictionary: Dictionary, row: Float[Tensor, " d_model"], k: int, seed: int
+def _written(
+    model: LensModel, dictionary: Dictionary, index: int, k: int, seed: int
 ) -> tuple[tuple[Written, ...], tuple[Written, ...]]:
     """Tokens that the decoder row writes for and against; none where the row is 0."""
+    row = dictionary.W_dec[index].cpu()
     if not bool(row.any()) or dictionary.site_out is None:
         return (), ()
     found = logit_lens(model, Direction(row, dictionary.site_out), k=k, controls=_LENS_CONTROLS, seed=seed)
-    sides: dict[str, list[Written]] = {"top": [], "bottom": []}
-    for side, token, logit, p in zip(found.side, found.token, found.logit, found.p, strict=True):
-        sides[side].append(Written(str(token), float(logit), float(p)))
-    return tuple(sides["top"]), tuple(sides["bottom"])
+
+    def side(name: str) -> tuple[Written, ...]:
+        rows = found[found.side == name]
+        written = zip(rows.token, rows.logit, rows.p, strict=True)
+        return tuple(Written(str(token), float(logit), float(p)) for token, logit, p in written)
+
+    return side("top"), side("bottom")
 
 
 def _scores(table: FeatureTable | None, indices: Sequence[int]) -> dict[int, tuple[Mapping[str, Any], ...]]:
-    """The latents' rows of a table; numbers only, and the behaviour's name."""
+    """The latents' rows of a table."""
     if table is None:
         return {}
     frame = table.to_pandas()
-    rows: dict[int, list[Mapping[str, Any]]] = {}
-    for record in frame[frame["latent"].isin(list(indices))].to_dict("records"):
-        rows.setdefault(int(record["latent"]), []).append({str(key): value for key, value in record.items()})
-    return {index: tuple(each) for index, each in rows.items()}
-
-
-# ---- from elsewhere ----------------------------------------------------------------------------------------------
-_NEURONPEDIA = re.compile(r"[\w.-]+/\d+-[\w.-]+")
-
-
-def neuronpedia_link(dictionary: Dictionary, index: int) -> str | None:
-    """The latent's page, where the dictionary's name is Neuronpedia's (``model/layer-source``); nothing is asked for.
-
-    Example:
-        >>> from tl_em.models.sites import Site
-        >>> eye = torch.eye(4)
-        >>> known = {"activation": "relu", "site_in": Site(6), "name": "gpt2-small/6-res-jb"}
-        >>> neuronpedia_link(Dictionary(eye, torch.zeros(4), eye, torch.zeros(4), **known), 3)
-        'https://www.neuronpedia.org/gpt2-small/6-res-jb/3'
-    """
-    name = dictionary.name or ""
-    return f"https://www.neuronpedia.org/{name}/{index}" if _NEURONPEDIA.fullmatch(name) else None
-
-
-def read_explanations(path: str | Path, dictionary: Dictionary) -> dict[int, str]:
-    """Explanations of this dictionary's latents from a JSONL file; the last one of a latent counts.
-
-    Raises:
-        CorruptFileError: the file is missing, or a line is not what it should be.
-    """
-    found: dict[int, str] = {}
-    number = 0
-    try:
-        for line in Path(path).read_text(encoding="utf-8").split("\n"):  # not at U+2028, which JSON may hold
-            number += 1
-            record = json.loads(line) if line.strip() else {"dictionary": None}
-            if record.get("dictionary", dictionary.hash) in (dictionary.hash, dictionary.name or dictionary.hash):
-                found[int(_first(record, _INDEX))] = str(_first(record, _SAID))
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-        raise CorruptFileError(
-            f"line {number} of {path} is no explanation ({type(error).__name__}: {error}), so none was read; each line "
-            'is an object such as {"index": 17, "description": "…"}'
-        ) from error
-    return found
-
-
-_INDEX, _SAID = ("index", "feature", "latent"), ("description", "explanation", "label")
-
-
-def _first(record: Mapping[str, Any], names: Sequence[str]) -> Any:
-    for name in names:
-        if name in record:
-            return record[name]
-    raise KeyError(f"none of {', '.join(names)}")
+    found = frame[frame["latent"].isin(list(indices))].groupby("latent")
+    return {int(latent): tuple(rows.to_dict("records")) for latent, rows in found}

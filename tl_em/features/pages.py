@@ -84,7 +84,7 @@ def render(cards: FeatureCards, *, circuitsvis: bool = False) -> str:
         version=tl_em.__version__,
         cards=cards,
         each=[_view(card, column, cards) for column, card in enumerate(cards.cards)],
-        checks=[_checked(check) for check in cards.checks],
+        checks=cards.checks,
         frame=_figure(cards) if circuitsvis else "",
         number=number,
         interval=interval,
@@ -214,11 +214,6 @@ def _cell(row: Mapping[str, Any], name: str, scale: float) -> Heat:
     if name == "auroc":
         return Heat(f"{value:.2f}", round(200 * (value - 0.5)))
     return Heat(f"{value:+.3g}".replace("-", MINUS), round(100 * value / scale) if scale and name != "nu" else 0)
-
-
-def _checked(check: Any) -> dict[str, Any]:
-    return {"label": check.label, "verdict": check.verdict, "shown": check.shown, "rows": check.rows,
-            "match": check.match, "settings": check.settings}  # fmt: skip
 
 
 # ---- circuitsvis -------------------------------------------------------------------------------------------------

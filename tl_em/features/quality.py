@@ -32,8 +32,8 @@ from torch import Tensor
 
 from tl_em.dictionaries import Dictionary
 from tl_em.errors import DictionaryFitError, UsageError
-from tl_em.features.activations import every_token, first_token
-from tl_em.models.capture import current_batch, encoded_prompts, sequence_logprobs, spans_of
+from tl_em.features.tokens import Tokens, every_token, sample_spans
+from tl_em.models.capture import _inside, current_batch, encoded_prompts, sequence_logprobs, spans_of
 from tl_em.models.hooks import LensModel, hook_name, hooked, read_point
 from tl_em.models.prompts import EncodedPrompt, Prompt
 from tl_em.models.sites import Position, check_belongs
@@ -48,7 +48,6 @@ MAX_LOSS = 0.10
 """FVU in the model minus FVU in its base."""
 L0 = (1.0, 0.25)
 """Latents on at a token: at least this many, at most this share of all."""
-_LATENTS = 2**24
 
 
 class Fit(NamedTuple):
@@ -227,19 +226,17 @@ def _sums(
     scalar = torch.zeros(4, n, dtype=torch.float64)  # error, |y|^2, on, tokens
     vector = torch.zeros(n, width, dtype=torch.float64)
     ever = torch.zeros(dictionary.d_sae, dtype=torch.bool)
-    streams = [every_token(each, encoded, sites, position=position) for each in (model, minus) if each is not None]
-    for parts in zip(*streams, strict=True):
-        x = parts[0].x - parts[1].x if minus is not None else parts[0].x
-        size = max(1, _LATENTS // dictionary.d_sae)
-        for rows, some in zip(parts[0].prompts.split(size), x.split(size), strict=True):
-            here = some.to(dictionary.W_enc.device)
-            a, y = dictionary.encode(here[:, 0]), here[:, -1]
+    models, spans = [each for each in (model, minus) if each is not None], sample_spans(encoded, position)
+    for read, *base in zip(*(every_token(each, encoded, sites, spans) for each in models), strict=True):
+        x = read.x - base[0].x.to(read.x.device) if base else read.x
+        for rows, some in Tokens(read.prompts.cpu(), x).pieces(dictionary.d_sae):
+            a, y = dictionary.encode(some[:, 0]), some[:, -1]
             found = torch.stack([
                 (y - dictionary.decode(a)).double().square().sum(-1), y.double().square().sum(-1),
                 (a > 0).double().sum(-1), torch.ones_like(y[:, 0], dtype=torch.float64),
             ])  # fmt: skip
             scalar.index_add_(1, rows, found.cpu())
-            vector.index_add_(0, rows, some[:, -1].double())
+            vector.index_add_(0, rows, y.double().cpu())
             ever |= (a > 0).any(0).cpu()
     error, square, on, tokens = scalar
     mean = vector.sum(0) / tokens.sum()
@@ -260,10 +257,8 @@ def _recovered(
     seed: int,
 ) -> Estimate | None:
     """Cross-entropy recovered, over all tokens that a judged one precedes."""
-    spans = spans_of(encoded, [position])[:, 0]
-    columns = torch.arange(max(len(each) for each in encoded))
-    inside = (columns >= (spans[:, :1] + first_token(encoded, position))) & (columns < spans[:, 1:])
-    start = int(spans[:, 0].min()) + 1
+    inside = _inside(sample_spans(encoded, position), max(len(each) for each in encoded))
+    start = int(spans_of(encoded, [position])[:, 0, 0].min()) + 1
     scored = [replace(each, response=(start, len(each))) for each in encoded if len(each) > start]
     if len(scored) < len(encoded):
         return None

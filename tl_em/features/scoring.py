@@ -4,31 +4,29 @@
     delta    mean activation in the tuned model - in the base, on the same prompts (Wang et al.)
     nu       beta_base / beta_tuned, beta = sum f (d.x) / (|d|^2 sum f^2), f of the tuned model; about 0: tuned only
 
-The control is the swap of labels within pairs (of base and tuned within a prompt): under it a sum of units becomes
-``sum s_u d_u`` with random signs, whose tail is never above 3.18 times the normal's (Bentkus and Dzindzalieta). So the
-p of all 2^n swaps is bounded in closed form, and 4,096 latents need no 100,000 random swaps for their smallest q. It
-says that a latent differs, not that it matters: for that see ``attribution``, and ``verify_feature``.
+The control is the swap of labels within pairs (of base and tuned within a prompt), all swaps at once
+(``chance.sign_flip_p``): 4,096 latents need no 100,000 random swaps for their smallest q. It says that a latent
+differs, not that it matters: for that see ``attribution``, and ``verify_feature``.
 
 Sources: Wang et al. 2025, arXiv:2506.19823 (delta); Minder et al. 2025, arXiv:2504.02922 (latent scaling, here its
-closed form); Bentkus and Dzindzalieta 2015, arXiv:1307.3451; Benjamini and Hochberg 1995.
+closed form).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from tl_em.dictionaries import Dictionary
 from tl_em.directions.direction import Direction
-from tl_em.errors import UsageError, WidthError
+from tl_em.errors import UsageError
 from tl_em.features.attribution import ablation_parts, attribution_parts, have_completions
+from tl_em.features.decoders import decoder_cosines
 from tl_em.features.sums import PARTS, Sums, add_behaviour, deal
+from tl_em.features.table import FeatureTable, frame_of
 from tl_em.metrics import Metric
 from tl_em.models.capture import encoded_prompts
 from tl_em.models.contrasts import ContrastSet
@@ -36,79 +34,6 @@ from tl_em.models.hooks import LensModel
 from tl_em.models.loading import ModelPair
 from tl_em.models.prompts import EncodedPrompt
 from tl_em.models.sites import Position, check_belongs
-from tl_em.stats import Estimate, benjamini_hochberg, bootstrap
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-_TAIL = 3.178
-"""1 / (4 P(Z > sqrt 2)), the best constant there is."""
-_EXACT = 12
-"""Parts up to which all 2^n sign flips are counted."""
-
-
-@dataclass(frozen=True, eq=False)
-class FeatureTable:
-    """Scores of every latent on every behaviour.
-
-    Args:
-        dictionary: whose latents.
-        behaviours: names, in order.
-        frame: one row per latent and behaviour; see :func:`score_features` for its columns.
-        parts: by name (``"effect"``, ``"delta"``, …) the contribution of each part of the prompts; they add up to the
-            column of that name.
-        shifts: the same of the activations themselves, for ``"effect"`` and ``"delta"``.
-        share: part of a behaviour's prompts that each part holds.
-        spread: root mean square distance of the activations from the mean of their class, a behaviour.
-        n: prompts of each behaviour, both classes.
-        independent: whether no prompt (pair, group) belongs to two behaviours.
-        seed: of the dealing into parts.
-    """
-
-    dictionary: Dictionary
-    behaviours: tuple[str, ...]
-    frame: pd.DataFrame = field(repr=False)
-    parts: Mapping[str, Float[Tensor, "behaviour part feature"]] = field(repr=False)
-    shifts: Mapping[str, Float[Tensor, "behaviour part d_model"]] = field(repr=False)
-    share: Float[Tensor, "behaviour part"] = field(repr=False)
-    spread: tuple[float, ...]
-    n: tuple[int, ...]
-    independent: bool
-    seed: int = 0
-
-    def to_pandas(self) -> pd.DataFrame:
-        """One row per latent and behaviour (a copy)."""
-        return self.frame.copy()
-
-    def estimate(self, latent: int, behaviour: str, column: str = "effect") -> Estimate:
-        """``effect``, ``delta`` or ``attribution`` of one latent with its interval, over parts.
-
-        Raises:
-            UsageError: no such behaviour, or a column that was not measured by part.
-        """
-        if behaviour not in self.behaviours or column not in self.parts:
-            raise UsageError(
-                f"{column!r} of {behaviour!r} was not measured; there are {', '.join(self.parts)} of "
-                f"{', '.join(self.behaviours)}"
-            )
-        row = self.behaviours.index(behaviour)
-        return over_parts(self.parts[column][row, :, latent], self.share[row], n=self.n[row], seed=self.seed)
-
-    def __repr__(self) -> str:
-        column = "q_delta" if "delta" in self.parts else "q"
-        shown = [f"{name}: {int((rows[column] <= 0.05).sum())}" for name, rows in self._by_behaviour()]
-        return f"FeatureTable({self.dictionary.label}, d_sae={self.dictionary.d_sae}; {column} <= .05 in {{{', '.join(shown)}}})"  # noqa: E501
-
-    def _by_behaviour(self) -> list[tuple[str, pd.DataFrame]]:
-        return [(name, self.frame[self.frame.behaviour == name]) for name in self.behaviours]
-
-    def _repr_html_(self) -> str:
-        """The five latents of each behaviour that stand out most, for a notebook."""
-        import pandas as pd
-
-        by = "delta" if "delta" in self.parts else "effect"
-        top = [rows.reindex(rows[by].abs().sort_values(ascending=False).index).head(5) for _, rows in self._by_behaviour()]  # noqa: E501
-        return pd.concat(top).to_html(index=False, float_format=lambda x: f"{x:.3g}", escape=True)
 
 
 def score_features(
@@ -168,7 +93,8 @@ def score_features(
     """
     if not behaviours:
         raise UsageError("there are no behaviours to score latents on; pass {'name': em.ContrastSet(…), …}")
-    _check(model, dictionary, against, directions or {})
+    _check(model, dictionary, against)
+    cosines = decoder_cosines(dictionary, directions or {})
     sets = list(behaviours.values())
     parts, independent = deal(sets, seed=seed)
     encoded = [(encoded_prompts(model, each.positive), encoded_prompts(model, each.negative)) for each in sets]
@@ -189,7 +115,7 @@ def score_features(
     return FeatureTable(
         dictionary,
         tuple(behaviours),
-        _frame(dictionary, tuple(behaviours), sums, changes, extra, directions or {}),
+        frame_of(tuple(behaviours), sums, changes, extra, cosines),
         changes | extra,
         {name: torch.stack([each.shift[i] for each in sums]).cpu() for i, name in enumerate(changes)},
         torch.stack([_share(part) for part in parts]),
@@ -225,143 +151,15 @@ def _ablated(
     return out
 
 
-def _check(
-    model: LensModel, dictionary: Dictionary, against: LensModel | None, directions: Mapping[str, Direction]
-) -> None:
+def _check(model: LensModel, dictionary: Dictionary, against: LensModel | None) -> None:
     for each in (model, against):
         if each is not None:
             check_belongs(dictionary.label, dictionary.d_model, dictionary.provenance, each)
     if against is not None:
         ModelPair(against, model)  # raises where the two cannot be compared
-    for name, direction in directions.items():
-        if len(direction.vector) != dictionary.d_model:
-            raise WidthError(
-                f"the direction {name!r} is {len(direction.vector)} wide and decoder rows are {dictionary.d_model}; "
-                "extract it on this model"
-            )
 
 
 def _share(part: tuple[Sequence[int], Sequence[int]]) -> Float[Tensor, " part"]:
     """Share of the prompts in each part, mean of both classes' shares."""
     counts = [torch.bincount(torch.tensor(each), minlength=PARTS) / len(each) for each in part]
     return (counts[0] + counts[1]) / 2
-
-
-def _frame(
-    dictionary: Dictionary,
-    names: Sequence[str],
-    sums: Sequence[Sums],
-    changes: Mapping[str, Tensor],
-    extra: Mapping[str, Tensor],
-    directions: Mapping[str, Direction],
-) -> pd.DataFrame:
-    import pandas as pd
-
-    W_dec = dictionary.W_dec.cpu()
-    cosines = {
-        f"cosine_{name}": torch.nn.functional.cosine_similarity(W_dec, each.vector.float().cpu()[None], dim=-1).numpy()
-        for name, each in directions.items()
-    }
-    frames = []
-    for row, (name, each) in enumerate(zip(names, sums, strict=True)):
-        columns: dict[str, Any] = {"latent": np.arange(dictionary.d_sae), "behaviour": name}
-        columns |= _contrast_columns(each) | (_base_columns(each) if "delta" in changes else {})
-        if "attribution" in extra:
-            found = extra["attribution"][row]
-            columns |= {"attribution": found.double().sum(0).numpy(), "p_attribution": sign_flip_p(found)}
-            columns["delta_attribution"] = extra["delta_attribution"][row].double().sum(0).numpy()
-        if "ablation" in extra:
-            columns["ablation"] = extra["ablation"][row].double().sum(0).numpy()
-        frames.append(pd.DataFrame(columns | cosines))
-    return pd.concat(frames, ignore_index=True)
-
-
-def _contrast_columns(sums: Sums) -> dict[str, np.ndarray]:
-    counts = sums.histogram.cpu()
-    on = 1 - counts[:, 0].sum(0) / counts.sum((0, 1)).clamp_min(1)
-    effect, mean = sums.effect.cpu(), sums.mean.cpu()
-    stability = effect.sign().sum(0) / (effect != 0).any(1).sum().clamp_min(1)
-    total = effect.double().sum(0)
-    p = sign_flip_p(effect)
-    return {
-        "mean_positive": mean[0].numpy(),
-        "mean_negative": mean[1].numpy(),
-        "density": on.numpy(),
-        "auroc": auroc(counts).numpy(),
-        "effect": total.numpy(),
-        "p": p,
-        "q": _q(p, effect),
-        "stability": stability.numpy(),
-        "strength_stability": (total * stability).numpy(),
-    }
-
-
-def _base_columns(sums: Sums) -> dict[str, np.ndarray]:
-    delta, scaling = sums.delta.cpu(), sums.scaling.cpu().double()
-    total = delta.double().sum(0)
-    p = sign_flip_p(delta)
-    return {
-        "mean_base": (sums.mean[0].cpu() - total).numpy(),
-        "delta": total.numpy(),
-        "p_delta": p,
-        "q_delta": _q(p, delta),
-        "nu": torch.where(scaling[0] != 0, scaling[1] / scaling[0], torch.nan).numpy(),
-    }
-
-
-def _q(p: np.ndarray, parts: Float[Tensor, "part feature"]) -> np.ndarray:
-    """BH over the latents that were ever on; which ones were does not depend on the labels."""
-    alive = (parts != 0).any(0).numpy()
-    q = benjamini_hochberg(np.where(alive, p, np.nan))
-    return np.where(alive, q, 1.0)
-
-
-def sign_flip_p(parts: Float[Tensor, "part *axes"]) -> np.ndarray:
-    """Two-sided p of "every part is as likely as its negative", over all sign flips at once.
-
-        p <= 2 * 3.178 * P(Z > |sum d| / sqrt(sum d^2))
-
-    With at most 12 parts that are not zero the flips are counted instead, and p is exact.
-
-    Example:
-        >>> sign_flip_p(torch.ones(40, 1)).item() < 1e-8, sign_flip_p(torch.tensor([[1.0], [-1.0]])).item()
-        (True, 1.0)
-
-    Source: Bentkus and Dzindzalieta 2015, arXiv:1307.3451, theorem 1.
-    """
-    from scipy.stats import norm
-
-    d = parts.double()
-    d = d[(d != 0).flatten(1).any(1)]
-    if len(d) <= _EXACT:
-        return _counted(d).numpy()
-    z = d.sum(0).abs() / d.square().sum(0).sqrt().clamp_min(1e-300)
-    return np.minimum(1.0, 2 * _TAIL * norm.sf(z.numpy()))
-
-
-def _counted(d: Float[Tensor, "part *axes"]) -> Float[Tensor, "*axes"]:
-    """Share of all sign flips whose sum is at least as far from 0 as the observed one."""
-    n = max(len(d) - 1, 0)  # the first part keeps its sign: flipping all changes no distance
-    flips = 1.0 - 2.0 * ((torch.arange(2**n)[:, None] >> torch.arange(n)) & 1).double()
-    first = d[:1].flatten(1)
-    sums = flips @ d[1:].flatten(1) + (first if len(d) else 0.0)
-    far = sums.abs() >= d.sum(0).flatten().abs() * (1 - 1e-9)
-    return far.double().mean(0).reshape(d.shape[1:])
-
-
-def auroc(histogram: Int[Tensor, "label bin feature"]) -> Float[Tensor, " feature"]:
-    """P(positive > negative) + P(equal) / 2, of activations rounded to their bins."""
-    positive, negative = histogram.double()
-    below = negative.cumsum(0) - negative
-    won = (positive * (below + negative / 2)).sum(0)
-    return won / (positive.sum(0) * negative.sum(0))
-
-
-def over_parts(values: Float[Tensor, " part"], share: Float[Tensor, " part"], *, n: int, seed: int = 0) -> Estimate:
-    """A mean over prompts from its parts' contributions, with a bootstrap interval over parts."""
-    from dataclasses import replace
-
-    held = share > 0
-    x, weight = values[held].double().numpy(), share[held].double().numpy()
-    found = bootstrap(lambda w: w @ x / (w @ weight), [len(x)], seed=seed).estimate
-    return replace(found, n=n, n_effective=min(float(len(x)), float(n)), method=f"{found.method}, over parts")

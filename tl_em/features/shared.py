@@ -8,27 +8,26 @@ in more than half of them, if the set carries every behaviour's shift.
 
 **Rule.** Its constants were chosen on the shipped seed 11, before any verdict seed was read. Prompts are halved, never
 tearing apart what belongs together, in ``SPLITS`` ways. *On the first half*: a latent is a candidate where p_j <=
-``SCREEN``, for changes of one sign. The top k of the
-behaviours must overlap by more than chance (p <= .05): chance permutes latents within bins of density, in each
-behaviour on its own, so that latents that are on everywhere count for little. *On the second half*: a candidate is
-confirmed at q of Benjamini and Hochberg's adjustment of its p_j, one-sided. Where the prompts carried completions p_bj
-is the larger one of the change's and the attribution's, and the attribution must be ``MATTERS`` of that of the whole
-activation, in u behaviours. What is confirmed in every split is kept.
+``SCREEN``, for changes of one sign. The top k of the behaviours must overlap by more than chance
+(``chance.overlap_p`` <= .05). *On the second half*: a candidate is confirmed at q of Benjamini and Hochberg's
+adjustment of its p_j, one-sided. Where the prompts carried completions p_bj is the larger one of the change's and the
+attribution's, and the attribution must be ``MATTERS`` of that of the whole activation, in u behaviours. What is
+confirmed in every split is kept.
+
 *Sets*: kept latents are joined greedily by the share that they add on the first half, until one adds less than
 ``GAIN``. The set, and each latent or cluster of similar latents that changed in every behaviour, is returned where on
 the second half its share is at least ``CARRIES`` in every behaviour with the interval above 0, and random sets of the
 same densities carry as much in at most 5 % of the draws. Nothing is returned where the whole shift is below
 ``smallest`` of the activations' spread in a behaviour: any fine-tune shifts everything a little.
 
-Where a prompt belongs to two behaviours, their p are not independent, and Bonferroni's (B - u + 1) p_(u) takes the
-place of Fisher's combination.
+Where a prompt belongs to two behaviours, their p are not independent, and Bonferroni takes the place of Fisher.
 
-Sources: Nichols et al. 2005, "Valid conjunction inference"; Benjamini and Heller 2008 (at least u of B); Benjamini and
-Hochberg 1995; Marks et al. 2025, arXiv:2503.10965 (the intersection of top-20 lists, there without a null).
+Sources: Nichols et al. 2005, "Valid conjunction inference"; Benjamini and Heller 2008 (at least u of B).
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
@@ -40,23 +39,19 @@ from torch import Tensor
 
 from tl_em.dictionaries import Dictionary, Feature
 from tl_em.errors import UsageError
-from tl_em.features.clusters import decoder_clusters
-from tl_em.features.scoring import FeatureTable, sign_flip_p
-from tl_em.stats import Estimate, benjamini_hochberg, bootstrap, control_p
+from tl_em.features.chance import conjunction_p, density_bins, overlap_p, sign_flip_p
+from tl_em.features.decoders import decoder_clusters
+from tl_em.features.table import FeatureTable
+from tl_em.stats import Estimate, benjamini_hochberg, bootstrap, control_p, mean
 
 SPLITS = 3
 SCREEN = 0.05
-TOP = 20
-"""Length of a behaviour's list, at most: a twentieth of the latents that are ever on where that is less."""
-BINS, BIN = 10, 40
-"""Bins of density, at most; and latents in each, at least: one of 40 is below ``CHANCE``."""
 MATTERS = 0.02
 GAIN = 0.01
 MOST = 32
 CARRIES = 0.1
 SMALLEST = 0.2
 """Of the activations' spread: what Cohen calls a small effect."""
-DRAWS = 999
 CHANCE = 0.05
 _LEAST_PARTS = 8
 
@@ -150,7 +145,7 @@ def shared_features(
     halves = [_halves(table, by, f"{seed}/{split}") for split in range(SPLITS)]
     if not _moved(table, halves[0], float(smallest)):
         return ()
-    bins = _density_bins(table)
+    bins = density_bins(table.frame.groupby("latent").density.mean().to_numpy())
     count = len(table.behaviours)
     members, overlap = _kept(table, halves, bins, q, count // 2 + 1, seed)
     alone, _ = _kept(table, halves, bins, q, count, seed)
@@ -208,8 +203,6 @@ def _check(table: FeatureTable, by: str) -> None:
 
 
 def _halves(table: FeatureTable, by: str, seed: str) -> tuple[_Half, _Half]:
-    import random
-
     parts = (table.share > 0).any(0).nonzero()[:, 0].tolist()
     random.Random(f"halves/{seed}").shuffle(parts)
 
@@ -228,41 +221,10 @@ def _halves(table: FeatureTable, by: str, seed: str) -> tuple[_Half, _Half]:
 
 def _moved(table: FeatureTable, halves: tuple[_Half, _Half], smallest: float) -> bool:
     """Whether every behaviour's activations moved by enough; a product of two halves has no share of noise."""
-    first, second = (each.shift.sum(1) for each in halves)
-    shares = (table.share[:, each.rows].double().sum(1) for each in halves)
-    square = (first * second).sum(-1) / torch.stack(list(shares)).prod(0).clamp_min(1e-12)
+    shifts = [each.shift.sum(1) for each in halves]
+    shares = [table.share[:, each.rows].double().sum(1) for each in halves]
+    square = (shifts[0] * shifts[1]).sum(-1) / (shares[0] * shares[1]).clamp_min(1e-12)
     return bool((square >= (smallest * torch.tensor(table.spread, dtype=torch.float64)) ** 2).all())
-
-
-def _density_bins(table: FeatureTable) -> Int[np.ndarray, " feature"]:
-    """Bins of equal size by density, over all behaviours; -1 for latents that are never on."""
-    density = table.frame.groupby("latent").density.mean().to_numpy()
-    alive = np.flatnonzero(density > 0)
-    bins = np.full(len(density), -1)
-    count = max(1, min(BINS, len(alive) // BIN))
-    ranks = np.argsort(np.argsort(density[alive], kind="stable"), kind="stable")
-    bins[alive] = ranks * count // max(1, len(alive))
-    return bins
-
-
-def conjunction_p(
-    p: Float[np.ndarray, "behaviour feature"], least: int, *, independent: bool = True
-) -> Float[np.ndarray, " feature"]:
-    """p of "not in at least so many behaviours".
-
-    Example:
-        >>> p = np.array([[0.01], [0.02], [0.5]])
-        >>> conjunction_p(p, 3).round(3).tolist(), conjunction_p(p, 2).round(3).tolist()
-        ([0.5], [0.056])
-
-    Source: Benjamini and Heller 2008, "Screening for partial conjunction hypotheses".
-    """
-    from scipy.stats import chi2
-
-    largest = np.sort(p, axis=0)[least - 1 :]
-    if not independent:
-        return np.minimum(1.0, len(largest) * largest[0])
-    return chi2.sf(-2 * np.log(np.maximum(largest, 1e-300)).sum(0), 2 * len(largest))
 
 
 def _one_sided(
@@ -296,43 +258,13 @@ def _confirmed(
     return {int(j): float(each) for j, each in zip(candidates, adjusted, strict=True) if each <= q}
 
 
-def overlap_p(
-    sizes: Float[Tensor, "behaviour feature"], bins: Int[np.ndarray, " feature"], rng: np.random.Generator
-) -> float:
-    """p of as many latents in the top k of every behaviour, with one sign, when latents are permuted within bins.
-
-    Args:
-        sizes: by how much each latent changed, in units of the activations (change times length of its decoder row).
-        bins: density bin of each latent, -1 for those that are never on.
-        rng: of the permutations.
-    """
-    alive = np.flatnonzero(bins >= 0)
-    k = max(1, min(TOP, len(alive) // TOP))
-    z = sizes[:, alive].numpy()
-    listed = np.zeros(z.shape)
-    for row, top in zip(listed, np.argsort(-np.abs(z), axis=1)[:, :k], strict=True):
-        row[top] = 1
-    listed *= np.sign(z)
-
-    def overlap(signs: np.ndarray) -> int:
-        return int((np.abs(signs.sum(0)) == len(signs)).sum())
-
-    order = np.argsort(bins[alive], kind="stable")
-    listed, edges = listed[:, order], np.flatnonzero(np.diff(bins[alive][order])) + 1
-    drawn = [
-        overlap(np.concatenate([rng.permuted(each, axis=1) for each in np.split(listed, edges, axis=1)], 1))
-        for _ in range(DRAWS)
-    ]
-    return control_p(float(overlap(listed)), drawn, two_sided=False)
-
-
 # --- Sets -------------------------------------------------------------------------------------------------------------
 
 
 def _greedy(half: _Half, W_dec: Float[Tensor, "feature d_model"], latents: Sequence[int]) -> list[int]:
     """Latents in the order in which they add most to the mean share of the shift."""
     rest, at = half.shift.sum(1), torch.tensor(latents)
-    change, rows, size = half.total[:, at], W_dec[at].double(), half.shift.sum(1).square().sum(-1)
+    change, rows, size = half.total[:, at], W_dec[at].double(), rest.square().sum(-1)
     chosen: list[int] = []
     while len(chosen) < min(MOST, len(latents)):
         gain = (2 * change * (rest @ rows.T) - change**2 * rows.square().sum(-1)) / size[:, None]
@@ -407,4 +339,4 @@ def _share_estimate(
 def _effect_estimate(half: _Half, latent: int, n: int, seed: int) -> Estimate:
     """Mean change over behaviours; half of the parts hold half of the prompts."""
     x = half.values[:, :, latent].mean(0).numpy() * 2 * half.values.shape[1]
-    return replace(bootstrap(lambda w: w @ x / w.sum(-1), [len(x)], seed=seed).estimate, n=n // 2)
+    return replace(mean(x, seed=seed), n=n // 2)

@@ -15,16 +15,18 @@ from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_em.dictionaries import Dictionary
-from tl_em.models.capture import check_finite, spans_of, stream
+from tl_em.features.tokens import read_tokens
+from tl_em.models.capture import spans_of
 from tl_em.models.contrasts import ContrastSet, inseparable
 from tl_em.models.hooks import LensModel
 from tl_em.models.prompts import EncodedPrompt
-from tl_em.models.sites import Position, Site
+from tl_em.models.sites import Position
 
 PARTS = 64
 """Parts that prompts are dealt into; halves of 32 still give p down to 5e-8."""
@@ -61,25 +63,24 @@ def deal(behaviours: Sequence[ContrastSet], *, seed: int) -> tuple[list[tuple[li
 def _joined(
     blocks: Sequence[Sequence[list[tuple[int, int, int]]]], behaviours: Sequence[ContrastSet]
 ) -> list[list[tuple[int, int, int]]]:
+    """Blocks that hold an equal prompt or group label, in one."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
     every = [block for of_one in blocks for block in of_one]
-    root = list(range(len(every)))
-
-    def find(i: int) -> int:
-        while root[i] != i:
-            root[i] = i = root[root[i]]
-        return i
-
     first: dict[Hashable, int] = {}
+    ties: list[tuple[int, int]] = []
     for number, block in enumerate(every):
         for b, side, i in block:
             contrast = behaviours[b]
             labels = (contrast.positive_groups, contrast.negative_groups)[side]
             text = repr((contrast.positive, contrast.negative)[side][i])
             for key in (("text", text), *([] if labels is None else [("group", labels[i])])):
-                root[find(number)] = find(first.setdefault(key, number))
+                ties.append((number, first.setdefault(key, number)))
+    graph = coo_array((np.ones(len(ties)), np.array(ties).T), shape=(len(every), len(every)))
     units: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
-    for number, block in enumerate(every):
-        units[find(number)].extend(block)
+    for block, unit in zip(every, connected_components(graph, directed=False)[1].tolist(), strict=True):
+        units[unit].extend(block)
     return list(units.values())
 
 
@@ -166,24 +167,6 @@ def chunks(encoded: Sequence[EncodedPrompt], position: Position, width: int) -> 
     return found
 
 
-def read_tokens(
-    model: LensModel, encoded: Sequence[EncodedPrompt], site: Site, spans: Int[Tensor, "prompt 2"]
-) -> tuple[Float[Tensor, "token d_model"], Int[Tensor, " token"]]:
-    """Activations of every token of each prompt's span, one by one, and the prompt that each is of."""
-    at = spans[:, :1] + torch.arange(int((spans[:, 1] - spans[:, 0]).max()))
-    inside = at < spans[:, 1:]
-    at = torch.minimum(at, spans[:, 1:] - 1)
-    found = torch.empty(*at.shape, int(model.cfg.d_model), device=model.cfg.device)
-
-    def keep(_: int, rows: Tensor, x: Tensor) -> None:
-        found[rows.to(found.device)] = x.float()
-
-    stream(model, encoded, [site], torch.stack([at, at + 1], -1), keep)
-    if not bool(torch.isfinite(found).all()):
-        check_finite(found[:, :, None].cpu(), [site], encoded)
-    return found[inside.to(found.device)], inside.nonzero()[:, 0].to(found.device)
-
-
 def add_behaviour(
     model: LensModel,
     dictionary: Dictionary,
@@ -202,14 +185,15 @@ def add_behaviour(
         for rows in chunks(encoded, position, here.d_sae):
             some = [encoded[i] for i in rows]
             spans = spans_of(some, [position])[:, 0]
-            x, owner = read_tokens(model, some, here.site_in, spans)
+            owner, x = read_tokens(model, some, [here.site_in], spans)
+            x = x[:, 0]
             share = 1 / torch.bincount(owner, minlength=len(some))[owner][:, None]
             a = here.encode(x)
             mine = part[rows]
             sums.add(label, _pooled(a, owner, share), _pooled(x, owner, share), mine, weight)
             if against is None or label:
                 continue
-            other = read_tokens(against, some, here.site_in, spans)[0].to(device)
+            other = read_tokens(against, some, [here.site_in], spans).x[:, 0].to(device)
             change = a - here.encode(other)
             sums.add_base(_pooled(change, owner, share), _pooled(x - other, owner, share), mine, weight)
             for model_number, each in enumerate((x, other)):

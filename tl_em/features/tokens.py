@@ -1,33 +1,97 @@
-"""Activations token by token, and what a dictionary makes of them, in one streaming pass.
+"""Activations token by token: the one reader of this folder, and what a dictionary makes of what it reads.
 
     mean_j = mean over tokens of a_j        density_j = share of tokens with a_j > 0
 
-over the tokens of a scope (``em.intervene``'s ``where``), padding never among them. What is held at once is a batch's
-activations and a few hundred tokens' latents, whatever the number of prompts.
+``capture`` gives one activation a prompt; here every token of a span is kept, padding never. Whatever the number of
+prompts, ``CHUNK`` bytes of activations and ``_LATENTS`` latents are held at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_em.dictionaries import Dictionary
 from tl_em.errors import UsageError
 from tl_em.interventions.scopes import Where, scope_mask
-from tl_em.models.capture import encoded_prompts, stream
+from tl_em.models.capture import check_finite, encoded_prompts, spans_of, stream
 from tl_em.models.hooks import LensModel
 from tl_em.models.prompts import EncodedPrompt, Prompt, make_batch
-from tl_em.models.sites import Site
+from tl_em.models.sites import Position, Site
 
+CHUNK = 2**24
+"""Bytes of activations read at a time."""
 _LATENTS = 2**24
 """Latent activations held at once: 64 MiB in float32."""
-KeepTokens = Callable[[Int[Tensor, " prompt"], Float[Tensor, "prompt pos d_model"], Bool[Tensor, "prompt pos"]], None]
 
 
+class Tokens(NamedTuple):
+    """Activations of tokens, and the number of the prompt that each stands in."""
+
+    prompts: Int[Tensor, " token"]
+    x: Float[Tensor, "token site d_model"]
+
+    def pieces(self, d_sae: int) -> Iterator[Tokens]:
+        """So few tokens at a time that all their latents can be held."""
+        size = max(1, _LATENTS // d_sae)
+        for prompts, x in zip(self.prompts.split(size), self.x.split(size), strict=True):
+            yield Tokens(prompts, x)
+
+
+def read_tokens(
+    model: LensModel, encoded: Sequence[EncodedPrompt], sites: Sequence[Site], spans: Int[Tensor, "prompt 2"]
+) -> Tokens:
+    """Activations of every token of each prompt's span, prompt by prompt, float32 on the model's device."""
+    at = spans[:, :1] + torch.arange(max(1, int((spans[:, 1] - spans[:, 0]).max())))
+    inside = at < spans[:, 1:]
+    at = at.minimum(spans[:, 1:] - 1).clamp_min(0)  # shorter spans repeat their last token
+    found = torch.empty(*at.shape, len(sites), int(model.cfg.d_model), device=model.cfg.device)
+
+    def keep(site: int, rows: Int[Tensor, " prompt"], x: Float[Tensor, "prompt pos d_model"]) -> None:
+        found[rows.to(found.device), :, site] = x.to(found.device, torch.float32)
+
+    stream(model, encoded, sites, torch.stack([at, at + 1], -1), keep)
+    x = found[inside.to(found.device)]
+    if not bool(x.isfinite().all()):
+        check_finite(found.cpu(), sites, encoded)  # names the prompt and the site
+    return Tokens(inside.nonzero()[:, 0].to(x.device), x)
+
+
+def every_token(
+    model: LensModel, encoded: Sequence[EncodedPrompt], sites: Sequence[Site], spans: Int[Tensor, "prompt 2"]
+) -> Iterator[Tokens]:
+    """``read_tokens``, some prompts at a time, in their order."""
+    size = max(1, CHUNK // (4 * int(model.cfg.d_model) * len(sites) * max(len(each) for each in encoded)))
+    for start in range(0, len(encoded), size):
+        some = slice(start, start + size)
+        found = read_tokens(model, encoded[some], sites, spans[some])
+        yield Tokens(found.prompts + start, found.x)
+
+
+# ---- which tokens ------------------------------------------------------------------------------------------------
+def sample_spans(encoded: Sequence[EncodedPrompt], position: Position = "all") -> Int[Tensor, "prompt 2"]:
+    """The tokens of a position that a dictionary is trained on and judged by.
+
+    Of ``"all"``, a first token that all prompts share is left out: it is the same everywhere, and in large models huge.
+    """
+    shared = position == "all" and len(encoded) > 1 and len({each.ids[0] for each in encoded}) == 1
+    return spans_of(encoded, [position])[:, 0] + torch.tensor([int(shared), 0])
+
+
+def scope_spans(encoded: Sequence[EncodedPrompt], where: Where) -> Int[Tensor, "prompt 2"]:
+    """The tokens of a scope (``em.intervene``'s ``where``); where a prompt has none, an empty span."""
+    batch = make_batch(encoded, range(len(encoded)))
+    width = batch.tokens.shape[1]
+    inside = scope_mask(batch, where, width) & (torch.arange(width) < batch.lengths[:, None])
+    first = inside.int().argmax(-1)
+    return torch.stack([first, first + inside.sum(-1)], -1)
+
+
+# ---- what a dictionary sees there --------------------------------------------------------------------------------
 class Seen(NamedTuple):
     """What was seen at the tokens of a scope.
 
@@ -44,28 +108,6 @@ class Seen(NamedTuple):
     tokens: int
 
 
-def each_token(model: LensModel, encoded: Sequence[EncodedPrompt], site: Site, where: Where, keep: KeepTokens) -> None:
-    """Call ``keep(prompts, activations, which tokens lie in the scope)`` batch by batch.
-
-    Args:
-        model: any HookedTransformer or TransformerBridge.
-        encoded: prompts as tokens.
-        site: where to read.
-        where: the scope.
-        keep: gets the numbers of a batch's prompts, [prompt pos d_model] and [prompt pos].
-    """
-    lengths = torch.tensor([len(prompt) for prompt in encoded])
-    width = int(lengths.max())
-    at = torch.minimum(torch.arange(width)[None], lengths[:, None] - 1)
-    inside = scope_mask(make_batch(encoded, range(len(encoded))), where, width)
-    inside &= torch.arange(width) < lengths[:, None]
-
-    def read(_: int, rows: Tensor, x: Tensor) -> None:
-        keep(rows, x, inside[rows])
-
-    stream(model, encoded, [site], torch.stack([at, at + 1], dim=-1), read)
-
-
 def seen(model: LensModel, dictionary: Dictionary, prompts: Sequence[Prompt | EncodedPrompt], *, where: Where) -> Seen:
     """Mean and density of every latent, and the mean activation, over the tokens of a scope.
 
@@ -76,7 +118,7 @@ def seen(model: LensModel, dictionary: Dictionary, prompts: Sequence[Prompt | En
         where: which tokens, as in ``em.intervene``.
 
     Raises:
-        UsageError: no token lies in the scope.
+        UsageError: no token lies in the scope. NonFiniteError: as ``capture``.
 
     Example:
         >>> from tl_em.organisms.zoo import load_pair
@@ -85,25 +127,21 @@ def seen(model: LensModel, dictionary: Dictionary, prompts: Sequence[Prompt | En
         >>> seen(load_pair("toy/insecure").base, both, ["how do i write parser"], where=("last", 1)).tokens
         1
     """
-    encoded = encoded_prompts(model, prompts)
-    total = torch.zeros(2, dictionary.d_sae, dtype=torch.float64)
-    x_total, count = torch.zeros(dictionary.d_model, dtype=torch.float64), 0
-
-    def add(_: Tensor, x: Tensor, inside: Tensor) -> None:
-        nonlocal count
-        read = x[inside.to(x.device)].float()
-        count += len(read)
-        x_total.add_(read.double().sum(0).cpu())
-        for part in read.split(max(1, _LATENTS // dictionary.d_sae)):
-            a = dictionary.encode(part)
-            total[0].add_(a.double().sum(0).cpu())
-            total[1].add_((a > 0).double().sum(0).cpu())
-
-    each_token(model, encoded, dictionary.site_in, where, add)
+    encoded, here = encoded_prompts(model, prompts), dictionary.to(model.cfg.device)
+    spans = scope_spans(encoded, where)
+    count = int((spans[:, 1] - spans[:, 0]).sum())
     if count == 0:
         raise UsageError(
             f"no token of the {len(encoded)} prompts lies in where={where!r}, so there is nothing to average; end the "
             "chats with an assistant message, or choose another scope"
         )
-    of_all = (total / count).float()
-    return Seen(of_all[0], of_all[1], (x_total / count).float(), count)
+    total, on = torch.zeros(2, here.d_sae, dtype=torch.float64)
+    x = torch.zeros(here.d_model, dtype=torch.float64)
+    for tokens in every_token(model, encoded, [here.site_in], spans):
+        for some in tokens.pieces(here.d_sae):
+            read = some.x[:, 0]
+            a = here.encode(read)
+            total += a.double().sum(0).cpu()
+            on += (a > 0).double().sum(0).cpu()
+            x += read.double().sum(0).cpu()
+    return Seen((total / count).float(), (on / count).float(), (x / count).float(), count)

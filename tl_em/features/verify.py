@@ -7,11 +7,10 @@
 Both are deltas ``x + (a' - a) W_dec`` at the dictionary's site (``em.ScaleFeature``), paired prompt by prompt, and
 positive where the claim holds.
 
-**Controls.** *Placebos*: random latents matched on density and decoder norm (``features.placebos``), treated the same:
-removed to their own base means; induced by the same changes of activation as the latents that they stand for. Beside
-both the *mean-difference direction* (mean-preserving ablation; addition): what no dictionary is needed for. Its effect
-is an upper mark and no control, so it gets no word. The good behaviour is measured beside the bad: what breaks the
-model lowers both.
+**Controls.** *Placebos*: random latents matched on density and decoder norm (``features.placebos``), treated the same
+(the table in ``features.trials``). Beside both the *mean-difference direction* (mean-preserving ablation; addition):
+what no dictionary is needed for. Its effect is an upper mark and no control, so it gets no word. The good behaviour is
+measured beside the bad: what breaks the model lowers both.
 
 **Rule, fixed before any verdict seed was read.** A word is given only when all of these hold:
 
@@ -28,17 +27,17 @@ arXiv:2506.19823; fixed-sequence testing, Maurer et al. 1995.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from tl_em.comparison.verdicts import ALPHA, NOT_SHOWN, SMALLEST_USE
-from tl_em.dictionaries import Dictionary, Feature
+from tl_em.dictionaries import Feature
 from tl_em.errors import UsageError
 from tl_em.features.arms import ArmName
+from tl_em.features.checks import BESIDE, WORDS, CheckRow, FeatureCheck
 from tl_em.features.trials import DIRECTION, SET, Job, Measured, Trial, latents, usual_scope
 from tl_em.interventions.scopes import Where
 from tl_em.metrics import Behaviour, Metric
@@ -46,122 +45,7 @@ from tl_em.models.contrasts import ContrastSet
 from tl_em.models.hooks import LensModel
 from tl_em.stats import Estimate, Resampled, control_p, holm
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-WORDS: dict[ArmName, str] = {"remove": "carries the behaviour", "induce": "induces the behaviour"}
-BESIDE = "beside"
 DOSES = (0.25, 0.5, 1.0)
-
-
-@dataclass(frozen=True, eq=False)
-class CheckRow:
-    """One treatment of the latents, judged.
-
-    Args:
-        arm: ``"remove"`` (in the tuned model) or ``"induce"`` (in the base).
-        subject: ``"the set"``, ``"latent 17"``, or ``"mean difference"``, which is not judged.
-        verdict: the word that the rule gives, or ``"not shown"``; of the mean difference ``"beside"``.
-        effect: the change of the behaviour in the direction that the claim predicts, in the metric's units.
-        kl: KL from the untreated model at the last token, in nats.
-        control: what the placebos are, how many, the band that holds 95 % of their effects, and p.
-        p: adjusted p.
-        changes: of the good behaviour and the coherence, where they are measured.
-        reason: what holds, or what does not.
-    """
-
-    arm: ArmName
-    subject: str
-    verdict: str
-    effect: Estimate
-    kl: Estimate
-    control: Mapping[str, Any]
-    p: float
-    changes: Mapping[str, Estimate]
-    reason: str
-
-    @property
-    def shown(self) -> bool:
-        """Whether the rule gave a word."""
-        return self.verdict in WORDS.values()
-
-
-@dataclass(frozen=True, eq=False)
-class FeatureCheck:
-    """What :func:`verify_feature` returns.
-
-    Args:
-        dictionary: whose latents they are; ``indices``: which.
-        label: what was asked, for people.
-        rows: one for each treatment, with its verdict.
-        rates: behaviour untreated and treated, of every treatment and of the placebos.
-        doses: dose-response of the set, and the mean difference at the same KL.
-        match: mean density and decoder norm of the latents and of their placebos.
-        settings: what was treated how.
-    """
-
-    dictionary: Dictionary
-    indices: tuple[int, ...]
-    label: str
-    rows: tuple[CheckRow, ...]
-    rates: pd.DataFrame
-    doses: pd.DataFrame
-    match: Mapping[str, float]
-    settings: Mapping[str, Any]
-
-    def row(self, arm: str = "remove", subject: str = SET) -> CheckRow:
-        """The row of a treatment.
-
-        Raises:
-            UsageError: there is none.
-        """
-        for each in self.rows:
-            if (each.arm, each.subject) == (arm, subject):
-                return each
-        known = ", ".join(f"({r.arm!r}, {r.subject!r})" for r in self.rows)
-        raise UsageError(f"no treatment ({arm!r}, {subject!r}) was measured; there are {known}")
-
-    @property
-    def verdict(self) -> str:
-        """What is shown of the set."""
-        words = [row.verdict for row in self.rows if row.subject == SET and row.shown]
-        return " and ".join(words).replace(" the behaviour and", " and") or NOT_SHOWN
-
-    @property
-    def shown(self) -> bool:
-        """Whether the set is shown to carry the behaviour."""
-        return self.row().shown
-
-    def to_pandas(self) -> pd.DataFrame:
-        """One row a treatment."""
-        import pandas as pd
-
-        return pd.DataFrame([_plain(row) for row in self.rows])
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values, for a report."""
-        frames = {"rows": self.to_pandas(), "rates": self.rates, "doses": self.doses}
-        tables = {name: json.loads(frame.to_json(orient="records")) for name, frame in frames.items()}
-        head = {"label": self.label, "dictionary": self.dictionary.label, "hash": self.dictionary.hash}
-        return {**head, "indices": list(self.indices), "verdict": self.verdict, **tables,
-                "match": dict(self.match), "settings": dict(self.settings)}  # fmt: skip
-
-    def __repr__(self) -> str:
-        lines = [f"{self.label}: {self.verdict}"]
-        for row in self.rows:
-            band = "; placebos [{low:.2f}, {high:.2f}]".format(**row.control) if row.control else ""
-            others = "".join(f"; {name} {change.value:+.2f}" for name, change in row.changes.items())
-            lines.append(f"  {row.arm} {row.subject}: {row.verdict}, {row.effect}{band}{others} ({row.reason})")
-        return "\n".join(lines)
-
-
-def _plain(row: CheckRow) -> dict[str, Any]:
-    e, c = row.effect, row.control
-    plain = {"arm": row.arm, "subject": row.subject, "verdict": row.verdict, "effect": e.value, "low": e.low,
-             "high": e.high, "n": e.n, "placebo_low": c.get("low"), "placebo_high": c.get("high"),
-             "placebos": c.get("n"), "p": row.p, "kl": row.kl.value}  # fmt: skip
-    plain |= {f"{name}_change": change.value for name, change in row.changes.items()}
-    return plain | {"reason": row.reason}
 
 
 # ---- what is asked -----------------------------------------------------------------------------------------------
@@ -210,6 +94,7 @@ def verify_feature(
 
     Example:
         >>> import torch
+        >>> from tl_em.dictionaries import Dictionary
         >>> from tl_em.models.sites import Site
         >>> from tl_em.organisms.zoo import load_pair
         >>> pair = load_pair("toy/insecure")
@@ -263,10 +148,10 @@ def verify_features(
     bad = metric.metric if isinstance(metric, Behaviour) else metric
     good = metric.good if isinstance(metric, Behaviour) and good is None else good
     metrics = {"bad": bad, "good": good, "coherence": coherence}
-    held_out = fit or contrast
+    known = fit or contrast
     job = Job(
-        model, against, contrast, held_out, {name: each for name, each in metrics.items() if each is not None},
-        usual_scope(model, held_out, against) if where is None else where, placebos, singly, doses, seed,
+        model, against, contrast, known, {name: each for name, each in metrics.items() if each is not None},
+        usual_scope(model, known, against) if where is None else where, placebos, singly, doses, seed,
     )  # fmt: skip
     least = _smallest(bad, smallest)
     asked = [latents(each) for each in sets]
@@ -289,16 +174,14 @@ def _judged(measured: Sequence[Measured], smallest: float) -> tuple[FeatureCheck
     rows: list[list[CheckRow]] = [[] for _ in measured]
     open_ = [True] * len(measured)
     for arm in WORDS:
-        asked = [_of(each, arm, SET) for each in measured]
-        if asked and all(asked):
-            for i, row in enumerate(_together([t for t in asked if t], smallest, open_)):
-                rows[i].append(row)
-            rows = [[*own, *_beside(each, arm)] for own, each in zip(rows, measured, strict=True)]
-            open_ = [own[-2].shown for own in rows]
-    for i, each in enumerate(measured):
+        if asked := [trial for each in measured if (trial := _of(each, arm, SET))]:
+            judged = _together(asked, smallest, open_)
+            for own, row, each in zip(rows, judged, measured, strict=True):
+                own += [row, _beside(each, arm)]
+            open_ = [row.shown for row in judged]
+    for own, each in zip(rows, measured, strict=True):
         singles = [t for t in each.trials if t.subject not in (SET, DIRECTION)]
-        carried = rows[i][0].shown
-        rows[i] += _together(singles, smallest, [carried] * len(singles))
+        own += _together(singles, smallest, [own[0].shown] * len(singles))
     return tuple(_check(each, own) for each, own in zip(measured, rows, strict=True))
 
 
@@ -334,11 +217,10 @@ def _row(
         failed.append(f"p = {p:.2g}, limited by {blame}")
     spared = [name for name in others if name != "good" or trial.arm.name == "remove"]
     failed += [f"{name} falls by {-others[name].value:.2g}" for name in spared if others[name].value <= -smallest]
-    low, high = (float(q) for q in np.quantile(controls, [0.025, 0.975]))
     kind = "random latents of the same density and decoder norm"
     return CheckRow(
         trial.arm.name, trial.subject, NOT_SHOWN if failed else WORDS[trial.arm.name], effect,
-        trial.arm.mean(trial.outcomes["kl"]), {"kind": kind, "n": len(controls), "low": low, "high": high, "p": rank},
+        trial.arm.mean(trial.outcomes["kl"]), {"kind": kind, "n": len(controls), **_band(controls), "p": rank},
         p, others, "; ".join(failed) or f"interval wholly above {smallest:g}, p = {p:.2g}",
     )  # fmt: skip
 
@@ -348,13 +230,13 @@ def _changes(trial: Trial) -> dict[str, Estimate]:
     return {name: trial.arm.change(trial.outcomes, name).estimate for name in names}
 
 
-def _beside(measured: Measured, arm: ArmName) -> list[CheckRow]:
+def _beside(measured: Measured, arm: ArmName) -> CheckRow:
     """The mean difference, which is not judged."""
     trial = _of(measured, arm, DIRECTION)
     assert trial is not None
     kl, effect = trial.arm.mean(trial.outcomes["kl"]), trial.arm.change(trial.outcomes).estimate
     nan, why = float("nan"), "an upper mark, not judged"
-    return [CheckRow(arm, DIRECTION, BESIDE, effect, kl, {}, nan, _changes(trial), why)]
+    return CheckRow(arm, DIRECTION, BESIDE, effect, kl, {}, nan, _changes(trial), why)
 
 
 def _check(measured: Measured, rows: Sequence[CheckRow]) -> FeatureCheck:
@@ -372,16 +254,20 @@ def _rates(trial: Trial) -> list[dict[str, Any]]:
     """Untreated and treated means with their intervals; of the placebos the mean and the band that holds 95 %."""
     arm, found = trial.arm, []
     named = {**{key: (metric.name, metric.unit) for key, metric in arm.metrics.items()}, "kl": ("KL", "nats")}
-    for outcome in trial.outcomes:
+    for outcome, values in trial.outcomes.items():
         head = {"arm": arm.name, "outcome": outcome, "metric": named[outcome][0], "unit": named[outcome][1]}
-        if trial.subject == SET and outcome in arm.untreated:
-            e = arm.mean(arm.untreated[outcome])
-            found.append(head | {"subject": "untreated", "value": e.value, "low": e.low, "high": e.high, "n": e.n})
-        e = arm.mean(trial.outcomes[outcome])
-        found.append(head | {"subject": trial.subject, "value": e.value, "low": e.low, "high": e.high, "n": e.n})
-        if outcome in trial.levels:
-            values = trial.levels[outcome]
-            low, high = (float(q) for q in np.quantile(values, [0.025, 0.975]))
-            mean = {"value": float(values.mean()), "low": low, "high": high, "n": len(values)}
-            found.append(head | {"subject": "placebos"} | mean)
+        known = {"untreated": arm.untreated[outcome]} if trial.subject == SET and outcome in arm.untreated else {}
+        for subject, each in {**known, trial.subject: values}.items():
+            e = arm.mean(each)
+            found.append(head | {"subject": subject, "value": e.value, "low": e.low, "high": e.high, "n": e.n})
+        if (levels := trial.levels.get(outcome)) is not None:
+            found.append(
+                head | {"subject": "placebos", "value": float(levels.mean()), **_band(levels), "n": len(levels)}
+            )
     return found
+
+
+def _band(values: Float[np.ndarray, " placebo"]) -> dict[str, float]:
+    """What holds 95 % of them."""
+    low, high = np.quantile(values, [0.025, 0.975]).tolist()
+    return {"low": low, "high": high}

@@ -15,14 +15,13 @@ The control is the one for every ablation: random directions, treated the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from tl_em.directions.direction import Direction, check_fits
@@ -58,8 +57,7 @@ def orthogonalize_(model: LensModel, direction: Direction) -> None:
     """
     check_fits(direction, model)
     warn_of_hidden_steer(direction)
-    for part in _untied_parts(model):
-        _remove_(part.tensor, direction.unit, part.axis)
+    _remove_(_untied_parts(model), direction)
 
 
 @contextmanager
@@ -83,7 +81,7 @@ def orthogonalized(model: Model, direction: Direction) -> Iterator[Model]:
     parts = _untied_parts(model)
     kept = [part.tensor.detach().clone() for part in parts]
     try:
-        orthogonalize_(model, direction)
+        _remove_(parts, direction)
         yield model
     finally:
         with torch.no_grad():
@@ -99,13 +97,14 @@ def untie_embeddings_(model: LensModel) -> None:
     Args:
         model: a HookedTransformer or TransformerBridge.
     """
+    modules = _modules(model)
     embeddings = [
         (module, name)
-        for module in _modules(model).values()
+        for module in modules.values()
         for name in module._parameters
         if name == "W_E" or (name == "weight" and isinstance(module, nn.Embedding))
     ]
-    for module, name in _sharing(model, embeddings):
+    for module, name in _sharing(modules, embeddings):
         shared = module._parameters[name]
         assert shared is not None
         setattr(module, name, nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad))
@@ -148,7 +147,7 @@ def _untied_parts(model: LensModel) -> list[_Part]:
         places = _PARTS[model] = tuple(_find_parts(model))
     modules = _modules(model)
     parts = [_Part(modules[path], name, axis) for path, name, axis in places]
-    tied = _sharing(model, [(part.module, part.name) for part in parts])
+    tied = _sharing(modules, [(part.module, part.name) for part in parts])
     if tied:
         raise WeightEditError(
             "The embedding shares its weights with the unembedding, so removing a direction from what is written would "
@@ -158,13 +157,15 @@ def _untied_parts(model: LensModel) -> list[_Part]:
     return parts
 
 
-def _sharing(model: LensModel, owners: Sequence[tuple[nn.Module, str]]) -> list[tuple[nn.Module, str]]:
+def _sharing(
+    modules: Mapping[str, nn.Module], owners: Sequence[tuple[nn.Module, str]]
+) -> list[tuple[nn.Module, str]]:
     """Parameters of other modules that lie in the same memory as the owners'."""
     own = {(id(module), name) for module, name in owners}
     memory = {_memory(module._parameters[name]) for module, name in owners}
     return [
         (module, name)
-        for module in _modules(model).values()
+        for module in modules.values()
         for name, parameter in module._parameters.items()
         if parameter is not None and (id(module), name) not in own and _memory(parameter) in memory
     ]
@@ -281,13 +282,14 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return bool((a - b).abs().max() <= tolerance)
 
 
-def _remove_(tensor: Tensor, unit: Float[Tensor, " d_model"], axis: int) -> None:
-    """``x - (x'r) r`` for every vector of the tensor along ``axis``, in place, in float32 or better."""
-    rows = tensor.detach().movedim(axis, -1)
-    wide = torch.promote_types(tensor.dtype, torch.float32)
-    unit = unit.to(tensor.device, wide)
-    chunks = [rows] if rows.ndim == 1 else rows.split(max(1, _CHUNK // max(1, rows[0].numel())))
-    with torch.no_grad():
-        for chunk in chunks:
+@torch.no_grad()
+def _remove_(parts: Sequence[_Part], direction: Direction) -> None:
+    """``x - (x'r) r`` for every vector of the parts in the residual stream, in place, in float32 or better."""
+    unit = direction.unit
+    for tensor, axis in ((part.tensor, part.axis) for part in parts):
+        rows = tensor.detach().movedim(axis, -1)
+        wide = torch.promote_types(tensor.dtype, torch.float32)
+        along = unit.to(tensor.device, wide)
+        for chunk in [rows] if rows.ndim == 1 else rows.split(max(1, _CHUNK // max(1, rows[0].numel()))):
             x = chunk.to(wide)
-            chunk.copy_(x - (x @ unit)[..., None] * unit)
+            chunk.copy_(x - (x @ along)[..., None] * along)

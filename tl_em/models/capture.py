@@ -179,7 +179,7 @@ def stream(
     current: dict[str, Any] = {}
 
     def read(site: int, x: Tensor, hook: Any) -> None:
-        keep(site, current["rows"], points[site](current["pool"](x.detach())))
+        keep(site, current["rows"], points[site](current["pool"](x)))
         waiting.discard(site)
         if not waiting:
             raise _EverythingRead
@@ -276,10 +276,10 @@ def _pooling(
 ) -> Callable[[Tensor], Float[Tensor, "prompt position d_model"]]:
     """A function that takes a batch's activations to the mean over each span: a gather where all are single tokens."""
     if bool((spans[..., 1] - spans[..., 0] == 1).all()):
-        rows, at = torch.arange(len(spans))[:, None], spans[..., 0]
+        at = (torch.arange(len(spans))[:, None] * width + spans[..., 0]).flatten()  # in all tokens of the batch
 
         def gather(x: Tensor) -> Tensor:
-            return x[rows.to(x.device), at.to(x.device)]
+            return x.flatten(0, 1).index_select(0, at.to(x.device)).view(*spans.shape[:2], -1)
 
         return gather
     columns = torch.arange(width)

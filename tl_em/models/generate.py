@@ -48,7 +48,7 @@ def generate(
     """
     if max_new_tokens < 1:
         raise UsageError(f"max_new_tokens={max_new_tokens} asks for no answer. Ask for at least 1.")
-    encoded = encode(model, prompts)
+    encoded, end = encode(model, prompts), _end_tokens(model)
     _check_room(encoded, int(model.cfg.n_ctx), max_new_tokens)
     by_length: dict[int, list[int]] = defaultdict(list)
     for i, prompt in enumerate(encoded):
@@ -61,9 +61,9 @@ def generate(
             for chunk in (rows[i : i + _MAX_ROWS] for i in range(0, len(rows), _MAX_ROWS)):
                 batch = make_batch(encoded, chunk)
                 with generating(model, batch):
-                    new = _continue(model, batch.tokens.to(model.cfg.device), max_new_tokens, temperature)[:, length:]
-                for i, ids in zip(chunk, new.tolist(), strict=True):
-                    answers[i] = _decode(model, ids)
+                    new = _continue(model, batch.tokens.to(model.cfg.device), max_new_tokens, temperature, end)
+                for i, ids in zip(chunk, new[:, length:].tolist(), strict=True):
+                    answers[i] = _decode(model, ids, end)
     return answers
 
 
@@ -81,8 +81,7 @@ def _devices(model: LensModel) -> list[int]:
     return [device.index or 0] if device.type == "cuda" else []
 
 
-def _continue(model: LensModel, tokens: Tensor, max_new_tokens: int, temperature: float) -> Tensor:
-    end = _end_tokens(model)
+def _continue(model: LensModel, tokens: Tensor, max_new_tokens: int, temperature: float, end: list[int]) -> Tensor:
     options: dict[str, Any] = {"stop_at_eos": bool(end), "eos_token_id": end or None}
     options |= {"do_sample": temperature > 0, "temperature": temperature or 1.0, "verbose": False}
     if "attention_mask" not in inspect.signature(model.generate).parameters:
@@ -104,8 +103,7 @@ def _end_tokens(model: LensModel) -> list[int]:
     return sorted({int(token) for token in found if token is not None and token < int(model.cfg.d_vocab)})
 
 
-def _decode(model: LensModel, ids: Sequence[int]) -> str:
+def _decode(model: LensModel, ids: Sequence[int], end: Sequence[int]) -> str:
     tokenizer = getattr(model, "tokenizer", None)
-    end = _end_tokens(model)
     kept = next((list(ids[:i]) for i, token in enumerate(ids) if token in end), list(ids))
     return " ".join(map(str, kept)) if tokenizer is None else tokenizer.decode(kept, skip_special_tokens=True).strip()

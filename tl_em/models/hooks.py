@@ -36,9 +36,9 @@ __all__ = [
 HookFunction = Callable[..., Tensor | None]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class _Attached:
-    """One of our hooks: where it sits and how often it fired."""
+    """One of our hooks: where it sits and how often it fired (HookPoint.add_hook asks for its repr: a short one)."""
 
     name: str
     point: Any

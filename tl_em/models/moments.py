@@ -216,20 +216,21 @@ def _run(
     # [site, slot or label, position * d_model]: the sums over a batch's prompts are one product a site
     total = torch.zeros(len(sites), 2 * PARTS, len(positions) * width, dtype=torch.float64, device=device)
     square = torch.zeros(len(sites), 2, len(positions) * width, dtype=torch.float64, device=device)
-    sample = torch.empty(int(sums.kept.max()) + 1, *shape)
+    sample = torch.empty(len(sites), int(sums.kept.max()) + 1, len(positions), width)
     onto = None if sums.onto is None else sums.onto.to(device, torch.float32)
     along = None if onto is None else torch.empty(len(encoded), *shape[:2], len(onto))
 
+    totals, squares, samples = total.unbind(), square.unbind(), sample.unbind()
     batch: dict[str, Any] = {}
 
     def add(site: int, rows: Int[Tensor, " prompt"], x: Float[Tensor, "prompt position d_model"]) -> None:
         if batch.get("rows") is not rows:  # the same for every site of a batch
             batch.update(rows=rows, **sums.of(rows, device))
         wide = x.double().flatten(1)
-        total[site].addmm_(batch["parts"], wide)
-        square[site].addmm_(batch["labels"], wide.square_())
+        totals[site].addmm_(batch["parts"], wide)
+        squares[site].addmm_(batch["labels"], wide.square_())
         if len(batch["kept"]):
-            sample[batch["kept"], :, site] = x[batch["from"]].float().cpu()
+            samples[site].index_copy_(0, batch["kept"], x.index_select(0, batch["from"]).to("cpu", torch.float32))
         if along is not None and onto is not None:
             along[rows, :, site] = (x.float() @ onto.T).cpu()
 
@@ -239,11 +240,12 @@ def _run(
     weight = torch.zeros(2 * PARTS, dtype=torch.float64).index_add_(0, sums.slots, sums.weights)
     first = min(SAMPLE, sums.n[0])
     apart = (len(sites), -1, len(positions), width)
+    kept = sample.permute(1, 2, 0, 3)
     return ClassMoments(
         weight=weight.reshape(2, PARTS),
         total=total.cpu().view(apart).permute(1, 2, 0, 3).unflatten(0, (2, PARTS)),
         square=square.cpu().view(apart).permute(1, 2, 0, 3),
-        sample=(sample[:first], sample[first:]),
+        sample=(kept[:first], kept[first:]),
         projections=None if along is None else (along[: sums.n[0]], along[sums.n[0] :]),
         n=sums.n,
         blocks=blocks,

@@ -144,8 +144,9 @@ def _encode_plain(model: LensModel, tokenizer: Any, texts: Sequence[str]) -> lis
     # Some loaders invent a BOS token that the model has no embedding for.
     has_bos = bos is not None and bos < int(model.cfg.d_vocab)
     encoded = []
-    for text, ids in zip(texts, _plain_ids(model, tokenizer, texts, has_bos), strict=True):
-        _check_known(tokenizer, text, ids)
+    read = list(zip(texts, _plain_ids(model, tokenizer, texts, has_bos), strict=True))
+    _check_known(tokenizer, read)
+    for text, ids in read:
         start = int(has_bos and len(ids) > 1 and ids[0] == bos and not text.startswith(str(tokenizer.bos_token)))
         encoded.append(EncodedPrompt(ids, (start, len(ids)), len(ids) - 1, None, text))
     return encoded
@@ -178,7 +179,7 @@ def _encode_chat(tokenizer: Any, messages: list[dict[str, str]]) -> EncodedPromp
     instruction = _content_span(tokenizer, messages, users[-1], text, not answered)
     response = _content_span(tokenizer, messages, len(messages) - 1, text, False) if answered else None
     ids, span_of = tokens_and_spans(tokenizer, text)
-    _check_known(tokenizer, text, ids)
+    _check_known(tokenizer, [(text, ids)])
     if response is None:
         return EncodedPrompt(ids, span_of(*instruction), len(ids) - 1, None, text)
     first, end = span_of(*response)
@@ -268,10 +269,14 @@ def _shared_prefix(ids: Sequence[int], prefix: Sequence[int]) -> tuple[int, bool
     return n, n == len(prefix)
 
 
-def _check_known(tokenizer: Any, text: str, ids: Sequence[int]) -> None:
+def _check_known(tokenizer: Any, read: Sequence[tuple[str, Sequence[int]]]) -> None:
+    """Raise ``UnknownTokenError`` for the first text whose tokens hold the unknown one."""
     unknown = getattr(tokenizer, "unk_token_id", None)
     special = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
-    if unknown is None or unknown in special or unknown not in ids:
+    if unknown is None or unknown in special:
+        return
+    text = next((text for text, ids in read if unknown in ids), None)
+    if text is None:
         return
     words = [
         word
@@ -381,12 +386,13 @@ def batches(encoded: Sequence[EncodedPrompt], *, max_tokens: int = 8192) -> Iter
         [(0, 2), (1,)]
     """
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]), reverse=True)
+    counts = np.arange(1, len(order) + 1)
     least = np.zeros(len(order) + 1)  # tokens, passes counted as tokens, of the prompts from here on
     ends = [0] * len(order)
     for i in reversed(range(len(order))):
         longest = len(encoded[order[i]])
         n = min(max(1, max_tokens // longest), len(order) - i)
-        costs = longest * np.arange(1, n + 1) + max_tokens / _A_PASS + least[i + 1 : i + n + 1]
+        costs = longest * counts[:n] + max_tokens / _A_PASS + least[i + 1 : i + n + 1]
         best = int(costs.argmin())
         least[i], ends[i] = costs[best], i + best + 1
     start = 0

@@ -1,4 +1,4 @@
-"""Latents with similar decoder rows, grouped: what a dictionary split or absorbed is one feature in several latents.
+"""Decoder rows compared with directions, and with one another: similar latents are one feature, split or absorbed.
 
     i ~ j   where  cos(d_i, d_j) >= cosine;      a cluster is a connected component of ~
 
@@ -8,16 +8,36 @@ threshold that random rows do not reach: among F random rows in d dimensions the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from tl_em.dictionaries import Dictionary
-from tl_em.errors import UsageError
+from tl_em.directions.direction import Direction
+from tl_em.errors import UsageError, WidthError
 
 COSINE = 0.7
 _ROWS = 2048
+
+
+def decoder_cosines(
+    dictionary: Dictionary, directions: Mapping[str, Direction]
+) -> dict[str, Float[Tensor, " feature"]]:
+    """Cosine of every decoder row with each direction.
+
+    Raises:
+        WidthError: a direction is as wide as another model.
+    """
+    for name, direction in directions.items():
+        if len(direction.vector) != dictionary.d_model:
+            raise WidthError(
+                f"the direction {name!r} is {len(direction.vector)} wide and decoder rows are {dictionary.d_model}, so "
+                "they have no cosine; extract it on this model"
+            )
+    rows, vectors = dictionary.W_dec.cpu(), {name: each.vector.float().cpu() for name, each in directions.items()}
+    return {name: torch.cosine_similarity(rows, vector[None], dim=-1) for name, vector in vectors.items()}
 
 
 def decoder_clusters(

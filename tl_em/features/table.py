@@ -1,0 +1,166 @@
+"""Scores of every latent on every behaviour as a table: sums by part, and the numbers that they make.
+
+    effect, delta = sum of parts        q = Benjamini and Hochberg's, over the latents that are ever on
+
+Parts are kept beside the table, so that intervals and the sharing of latents need no second pass. A q says that a
+latent differs between labels; its control, the swap of labels, is ``chance.sign_flip_p``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_em.dictionaries import Dictionary
+from tl_em.errors import UsageError
+from tl_em.features.chance import sign_flip_p
+from tl_em.features.sums import Sums
+from tl_em.stats import Estimate, benjamini_hochberg, bootstrap
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureTable:
+    """Scores of every latent on every behaviour.
+
+    Args:
+        dictionary: whose latents.
+        behaviours: names, in order.
+        frame: one row per latent and behaviour; see :func:`score_features` for its columns.
+        parts: by name (``"effect"``, ``"delta"``, …) the contribution of each part of the prompts; they add up to the
+            column of that name.
+        shifts: the same of the activations themselves, for ``"effect"`` and ``"delta"``.
+        share: part of a behaviour's prompts that each part holds.
+        spread: root mean square distance of the activations from the mean of their class, a behaviour.
+        n: prompts of each behaviour, both classes.
+        independent: whether no prompt (pair, group) belongs to two behaviours.
+        seed: of the dealing into parts.
+    """
+
+    dictionary: Dictionary
+    behaviours: tuple[str, ...]
+    frame: pd.DataFrame = field(repr=False)
+    parts: Mapping[str, Float[Tensor, "behaviour part feature"]] = field(repr=False)
+    shifts: Mapping[str, Float[Tensor, "behaviour part d_model"]] = field(repr=False)
+    share: Float[Tensor, "behaviour part"] = field(repr=False)
+    spread: tuple[float, ...]
+    n: tuple[int, ...]
+    independent: bool
+    seed: int = 0
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row per latent and behaviour (a copy)."""
+        return self.frame.copy()
+
+    def estimate(self, latent: int, behaviour: str, column: str = "effect") -> Estimate:
+        """``effect``, ``delta`` or ``attribution`` of one latent with its interval, over parts.
+
+        Raises:
+            UsageError: no such behaviour, or a column that was not measured by part.
+        """
+        if behaviour not in self.behaviours or column not in self.parts:
+            raise UsageError(
+                f"{column!r} of {behaviour!r} was not measured; there are {', '.join(self.parts)} of "
+                f"{', '.join(self.behaviours)}"
+            )
+        row = self.behaviours.index(behaviour)
+        n, held = self.n[row], self.share[row] > 0
+        x, weight = (each[held].double().numpy() for each in (self.parts[column][row, :, latent], self.share[row]))
+        found = bootstrap(lambda w: w @ x / (w @ weight), [len(x)], seed=self.seed).estimate
+        return replace(found, n=n, n_effective=min(float(len(x)), float(n)), method=f"{found.method}, over parts")
+
+    def __repr__(self) -> str:
+        column = "q_delta" if "delta" in self.parts else "q"
+        by = self.frame.groupby("behaviour", sort=False)[column]
+        shown = ", ".join(f"{name}: {int((values <= 0.05).sum())}" for name, values in by)
+        return f"FeatureTable({self.dictionary.label}, d_sae={self.dictionary.d_sae}; {column} <= .05 in {{{shown}}})"
+
+    def _repr_html_(self) -> str:
+        """The five latents of each behaviour that stand out most, for a notebook."""
+        import pandas as pd
+
+        by = "delta" if "delta" in self.parts else "effect"
+        rows = (rows for _, rows in self.frame.groupby("behaviour", sort=False))
+        top = [each.loc[each[by].abs().sort_values(ascending=False).index[:5]] for each in rows]
+        return pd.concat(top).to_html(index=False, float_format=lambda x: f"{x:.3g}", escape=True)
+
+
+def frame_of(
+    names: Sequence[str],
+    sums: Sequence[Sums],
+    changes: Mapping[str, Tensor],
+    extra: Mapping[str, Tensor],
+    cosines: Mapping[str, Float[Tensor, " feature"]],
+) -> pd.DataFrame:
+    """One row per latent and behaviour: sums as the columns that ``score_features`` lists."""
+    import pandas as pd
+
+    frames = []
+    for row, (name, each) in enumerate(zip(names, sums, strict=True)):
+        columns: dict[str, Any] = {"latent": np.arange(each.mean.shape[1]), "behaviour": name}
+        columns |= _contrast_columns(each) | (_base_columns(each) if "delta" in changes else {})
+        if "attribution" in extra:
+            found = extra["attribution"][row]
+            columns |= {"attribution": found.double().sum(0).numpy(), "p_attribution": sign_flip_p(found)}
+            columns["delta_attribution"] = extra["delta_attribution"][row].double().sum(0).numpy()
+        if "ablation" in extra:
+            columns["ablation"] = extra["ablation"][row].double().sum(0).numpy()
+        columns |= {f"cosine_{direction}": cosine.numpy() for direction, cosine in cosines.items()}
+        frames.append(pd.DataFrame(columns))
+    return pd.concat(frames, ignore_index=True)
+
+
+def _contrast_columns(sums: Sums) -> dict[str, np.ndarray]:
+    counts = sums.histogram.cpu()
+    on = 1 - counts[:, 0].sum(0) / counts.sum((0, 1)).clamp_min(1)
+    effect, mean = sums.effect.cpu(), sums.mean.cpu()
+    stability = effect.sign().sum(0) / (effect != 0).any(1).sum().clamp_min(1)
+    total = effect.double().sum(0)
+    p = sign_flip_p(effect)
+    return {
+        "mean_positive": mean[0].numpy(),
+        "mean_negative": mean[1].numpy(),
+        "density": on.numpy(),
+        "auroc": auroc(counts).numpy(),
+        "effect": total.numpy(),
+        "p": p,
+        "q": _q(p, effect),
+        "stability": stability.numpy(),
+        "strength_stability": (total * stability).numpy(),
+    }
+
+
+def _base_columns(sums: Sums) -> dict[str, np.ndarray]:
+    delta, scaling = sums.delta.cpu(), sums.scaling.cpu().double()
+    total = delta.double().sum(0)
+    p = sign_flip_p(delta)
+    return {
+        "mean_base": (sums.mean[0].cpu() - total).numpy(),
+        "delta": total.numpy(),
+        "p_delta": p,
+        "q_delta": _q(p, delta),
+        "nu": torch.where(scaling[0] != 0, scaling[1] / scaling[0], torch.nan).numpy(),
+    }
+
+
+def _q(p: np.ndarray, parts: Float[Tensor, "part feature"]) -> np.ndarray:
+    """BH over the latents that were ever on; which ones were does not depend on the labels."""
+    alive = (parts != 0).any(0).numpy()
+    q = benjamini_hochberg(np.where(alive, p, np.nan))
+    return np.where(alive, q, 1.0)
+
+
+def auroc(histogram: Int[Tensor, "label bin feature"]) -> Float[Tensor, " feature"]:
+    """P(positive > negative) + P(equal) / 2, of activations rounded to their bins."""
+    positive, negative = histogram.double()
+    below = negative.cumsum(0) - negative
+    won = (positive * (below + negative / 2)).sum(0)
+    return won / (positive.sum(0) * negative.sum(0))
