@@ -20,7 +20,7 @@ import tl_em as em
 from tests.conftest import SURFACES, WORDS, cached_model
 from tests.report.test_browser import FLAGS, SCREENS, Visit
 from tl_em.dictionaries import Dictionary
-from tl_em.errors import CorruptFileError, OutputError, UsageError, WidthError
+from tl_em.errors import CorruptFileError, OutputError, PairMismatchError, UsageError, WidthError
 from tl_em.features.cards import FeatureCards, Written, feature_cards
 from tl_em.features.explanations import neuronpedia_link, read_explanations
 from tl_em.features.pages import render, save, visible
@@ -177,6 +177,8 @@ def test_what_makes_no_card_is_one_typed_error() -> None:
         feature_cards(model, sae, [40], PROMPTS)
     with pytest.raises(WidthError, match="'short'"):
         feature_cards(model, sae, [1], PROMPTS, directions={"short": em.Direction(torch.ones(4), SITE)})
+    with pytest.raises(PairMismatchError, match="chat templates"):
+        feature_cards(model, sae, [1], PROMPTS, against=cached_model("gpt2", SURFACES[-1], template=None))
 
 
 def test_a_latent_that_is_never_on_has_a_card_too(tmp_path: Path) -> None:

@@ -46,6 +46,7 @@ def test_scores_are_those_of_one_prompt_at_a_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(sums, "_CHUNK_LATENTS", 80 * 20)  # several chunks
+    monkeypatch.setattr(sums, "_LEAST_TOKENS", 1)
     base, sae = make_model("gpt2", surface, 5), dictionary()
 
     def latents(model: LensModel, prompt: Any) -> tuple[torch.Tensor, torch.Tensor]:

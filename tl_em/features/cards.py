@@ -26,12 +26,11 @@ from tl_em.directions.lens import logit_lens
 from tl_em.errors import UsageError
 from tl_em.features.decoders import decoder_cosines
 from tl_em.features.explanations import neuronpedia_link, read_explanations
-from tl_em.features.tokens import every_token, scope_spans
+from tl_em.features.tokens import check_models, every_token, scope_spans
 from tl_em.interventions.scopes import Where
 from tl_em.models.capture import encoded_prompts, spans_of
 from tl_em.models.hooks import LensModel
 from tl_em.models.prompts import EncodedPrompt, Prompt
-from tl_em.models.sites import check_belongs
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -207,7 +206,8 @@ def feature_cards(
         >>> len(cards.cards[0].top), len(cards.texts)
         (2, 1)
     """
-    _check(model, dictionary, indices, k)
+    _check(dictionary, indices, k)
+    check_models(dictionary, model, against)
     cosines = decoder_cosines(dictionary, directions or {})
     said = {} if explanations is None else read_explanations(explanations, dictionary)
     scores = _scores(table, indices)
@@ -230,12 +230,11 @@ def feature_cards(
     return FeatureCards(dictionary, tuple(cards), texts, names[0] or "", names[1], tokens, tuple(checks))
 
 
-def _check(model: LensModel, dictionary: Dictionary, indices: Sequence[int], k: int) -> None:
+def _check(dictionary: Dictionary, indices: Sequence[int], k: int) -> None:
     if not len(indices) or k < 1:
         raise UsageError(f"{len(indices)} latents and k={k} make no card; pass at least one latent and k=1 or more")
     for index in indices:
         dictionary.feature(int(index))
-    check_belongs(dictionary.label, dictionary.d_model, dictionary.provenance, model)
 
 
 # ---- activations -------------------------------------------------------------------------------------------------

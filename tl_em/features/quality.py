@@ -32,11 +32,11 @@ from torch import Tensor
 
 from tl_em.dictionaries import Dictionary
 from tl_em.errors import DictionaryFitError, UsageError
-from tl_em.features.tokens import Tokens, every_token, sample_spans
+from tl_em.features.tokens import Tokens, check_models, every_token, sample_spans
 from tl_em.models.capture import _inside, current_batch, encoded_prompts, sequence_logprobs, spans_of
 from tl_em.models.hooks import LensModel, hook_name, hooked, read_point
 from tl_em.models.prompts import EncodedPrompt, Prompt
-from tl_em.models.sites import Position, check_belongs
+from tl_em.models.sites import Position
 from tl_em.stats import Estimate, bootstrap
 
 if TYPE_CHECKING:
@@ -169,9 +169,7 @@ def dictionary_quality(
 
     Source: Gao et al. 2024, arXiv:2406.04093.
     """
-    for each in (model, against):
-        if each is not None:
-            check_belongs(dictionary.label, dictionary.d_model, dictionary.provenance, each)
+    check_models(dictionary, model, against)
     if difference and against is None:
         raise UsageError("difference=True reads model minus base at each token; pass against=pair.base")
     encoded = encoded_prompts(model, prompts)

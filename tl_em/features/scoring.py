@@ -27,13 +27,13 @@ from tl_em.features.attribution import ablation_parts, attribution_parts, have_c
 from tl_em.features.decoders import decoder_cosines
 from tl_em.features.sums import PARTS, Sums, add_behaviour, deal
 from tl_em.features.table import FeatureTable, frame_of
+from tl_em.features.tokens import check_models
 from tl_em.metrics import Metric
 from tl_em.models.capture import encoded_prompts
 from tl_em.models.contrasts import ContrastSet
 from tl_em.models.hooks import LensModel
-from tl_em.models.loading import ModelPair
 from tl_em.models.prompts import EncodedPrompt
-from tl_em.models.sites import Position, check_belongs
+from tl_em.models.sites import Position
 
 
 def score_features(
@@ -93,7 +93,7 @@ def score_features(
     """
     if not behaviours:
         raise UsageError("there are no behaviours to score latents on; pass {'name': em.ContrastSet(…), …}")
-    _check(model, dictionary, against)
+    check_models(dictionary, model, against)
     cosines = decoder_cosines(dictionary, directions or {})
     sets = list(behaviours.values())
     parts, independent = deal(sets, seed=seed)
@@ -149,14 +149,6 @@ def _ablated(
         to = (sums[row].mean[0].cpu() - last[row].sum(0))[latents] if "delta" in changes else None
         out[row][:, latents] = ablation_parts(model, dictionary, latents, classes[0], part[0], metric=metric, to=to)
     return out
-
-
-def _check(model: LensModel, dictionary: Dictionary, against: LensModel | None) -> None:
-    for each in (model, against):
-        if each is not None:
-            check_belongs(dictionary.label, dictionary.d_model, dictionary.provenance, each)
-    if against is not None:
-        ModelPair(against, model)  # raises where the two cannot be compared
 
 
 def _share(part: tuple[Sequence[int], Sequence[int]]) -> Float[Tensor, " part"]:

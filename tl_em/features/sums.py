@@ -34,8 +34,9 @@ BINS = 1 + 4 * 16
 """Of the histograms: off, then quarters of an octave from 2^-6 to 2^10 (beyond: the last one)."""
 _FIRST_BIN = (127 - 6) << 2
 _CHUNK_TOKENS = 4096
-_CHUNK_LATENTS = 2**19
-"""Activations of latents that are held at once: 2 MiB in float32."""
+_CHUNK_LATENTS, _LEAST_TOKENS = 2**19, 256
+"""Activations of latents that are held at once: 2 MiB in float32; more for dictionaries so wide that a pass through the
+model would be left with a handful of tokens."""
 
 
 def deal(behaviours: Sequence[ContrastSet], *, seed: int) -> tuple[list[tuple[list[int], list[int]]], bool]:
@@ -155,7 +156,7 @@ def chunks(encoded: Sequence[EncodedPrompt], position: Position, width: int) -> 
     spans = spans_of(encoded, [position])[:, 0]
     reads = (spans[:, 1] - spans[:, 0]).tolist()
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]), reverse=True)
-    most = max(1, min(_CHUNK_TOKENS, _CHUNK_LATENTS // width))
+    most = max(_LEAST_TOKENS, min(_CHUNK_TOKENS, _CHUNK_LATENTS // width))
     found: list[list[int]] = []
     held = most
     for i in order:

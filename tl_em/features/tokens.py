@@ -20,8 +20,9 @@ from tl_em.errors import UsageError
 from tl_em.interventions.scopes import Where, scope_mask
 from tl_em.models.capture import check_finite, encoded_prompts, spans_of, stream
 from tl_em.models.hooks import LensModel
+from tl_em.models.loading import ModelPair
 from tl_em.models.prompts import EncodedPrompt, Prompt, make_batch
-from tl_em.models.sites import Position, Site
+from tl_em.models.sites import Position, Site, check_belongs
 
 CHUNK = 2**24
 """Bytes of activations read at a time."""
@@ -70,6 +71,15 @@ def every_token(
         some = slice(start, start + size)
         found = read_tokens(model, encoded[some], sites, spans[some])
         yield Tokens(found.prompts + start, found.x)
+
+
+def check_models(dictionary: Dictionary, model: LensModel, against: LensModel | None) -> None:
+    """Raise unless the dictionary belongs on both models and the two can be compared."""
+    for each in (model, against):
+        if each is not None:
+            check_belongs(dictionary.label, dictionary.d_model, dictionary.provenance, each)
+    if against is not None:
+        ModelPair(against, model)  # raises where the two cannot be compared
 
 
 # ---- which tokens ------------------------------------------------------------------------------------------------
