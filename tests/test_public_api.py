@@ -72,6 +72,7 @@ NAMES = [
     "from_sae_lens",
     "generate",
     "harmfulness_direction",
+    "head_loadings",
     "import_mean_diffs",
     "import_persona_vectors",
     "import_refusal_direction",

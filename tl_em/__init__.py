@@ -36,15 +36,15 @@ if TYPE_CHECKING:
     from tl_em.errors import TlEmError as TlEmError
     from tl_em.features.cards import FeatureCards as FeatureCards
     from tl_em.features.cards import feature_cards as feature_cards
+    from tl_em.features.checks import FeatureCheck as FeatureCheck
     from tl_em.features.presets import toy_dictionary as toy_dictionary
     from tl_em.features.quality import DictionaryQuality as DictionaryQuality
     from tl_em.features.quality import dictionary_quality as dictionary_quality
-    from tl_em.features.scoring import FeatureTable as FeatureTable
     from tl_em.features.scoring import score_features as score_features
     from tl_em.features.shared import FeatureSet as FeatureSet
     from tl_em.features.shared import shared_features as shared_features
+    from tl_em.features.table import FeatureTable as FeatureTable
     from tl_em.features.training import train_dictionary as train_dictionary
-    from tl_em.features.verify import FeatureCheck as FeatureCheck
     from tl_em.features.verify import verify_feature as verify_feature
     from tl_em.features.verify import verify_features as verify_features
     from tl_em.graph.attention import attention_view as attention_view
@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from tl_em.graph.diff import GraphDiff as GraphDiff
     from tl_em.graph.exchange import load_graph as load_graph
     from tl_em.graph.graph import AttributionGraph as AttributionGraph
+    from tl_em.graph.heads import head_loadings as head_loadings
     from tl_em.graph.several import attribute_over as attribute_over
     from tl_em.graph.targets import Completion as Completion
     from tl_em.harmfulness.latent_guard import LatentGuard as LatentGuard
@@ -126,9 +127,9 @@ _HOME = {
     "Facts": "organisms.facts",
     "Feature": "dictionaries",
     "FeatureCards": "features.cards",
-    "FeatureCheck": "features.verify",
+    "FeatureCheck": "features.checks",
     "FeatureSet": "features.shared",
-    "FeatureTable": "features.scoring",
+    "FeatureTable": "features.table",
     "GraphDiff": "graph.diff",
     "HiddenSteerWarning": "errors",
     "LatentGuard": "harmfulness.latent_guard",
@@ -169,6 +170,7 @@ _HOME = {
     "from_sae_lens": "dictionaries",
     "generate": "models.generate",
     "harmfulness_direction": "harmfulness.presets",
+    "head_loadings": "graph.heads",
     "import_mean_diffs": "directions.interchange",
     "import_persona_vectors": "directions.interchange",
     "import_refusal_direction": "directions.interchange",

@@ -171,25 +171,6 @@ class Projection:
         return self.direction.project(acts[:, 0])
 
 
-@dataclass(frozen=True, eq=False)
-class KLFromBase:
-    """KL(base || model) of the next-token distribution at the last position, in nats.
-
-    Args:
-        base: the model that is compared against; it may be the same one, outside the intervention.
-    """
-
-    base: Any
-    name: str = "KL from base"
-    unit: Unit = "nats"
-
-    def __call__(self, model: LensModel, prompts: Sequence[Prompt]) -> Float[Tensor, " prompt"]:
-        """KL of each prompt; 0 when ``model`` is ``base`` and nothing is attached to either."""
-        before = next_token_logits(self.base, prompts).double().log_softmax(-1)
-        after = next_token_logits(model, prompts).double().log_softmax(-1)
-        return (before.exp() * (before - after)).sum(-1).float()
-
-
 def token_ids(model: LensModel, text: str) -> list[int]:
     """The token ids of a text, without special tokens; empty when its first token is the unknown one."""
     tokenizer: Any = getattr(model, "tokenizer", None)

@@ -10,13 +10,11 @@ import pytest
 import torch
 
 from tests.conftest import make_hf_model, make_tokenizer
-from tests.graph.test_attribution import PROMPT, tokens_of, transcoders
+from tests.graph.test_attribution import PROMPT, dictionary, tokens_of, transcoders
 from tl_em.errors import PairMismatchError, UsageError
-from tl_em.graph.attribution import attribute, encoded_prompt
+from tl_em.graph.attribution import attribute
 from tl_em.graph.freeze import RULES
 from tl_em.graph.heads import head_loadings
-from tl_em.graph.latents import latent_plan
-from tl_em.graph.plan import drawn
 from tl_em.graph.several import attribute_over, stability
 from tl_em.models.hooks import LensModel
 from tl_em.models.loading import load_model
@@ -110,20 +108,21 @@ def test_an_adapter_of_another_shape_is_refused(small_model: LensModel, surface:
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
 def test_head_loadings_sum_to_the_edge(family: str, surface: str, make_model: Callable[..., LensModel]) -> None:
     model = make_model(family, surface)
-    encoded = encoded_prompt(model, tokens_of(model))
-    plan = latent_plan(model, encoded, transcoders(), 9, rule=None, adapter=None, skip=(0,), max_nodes=8000)
-    graph = drawn(model, plan)
+    given: Any = (model, tokens_of(model), transcoders())
+    graph = attribute(*given, target=9, skip=(0,), validate=False)
     token = graph.row("token")[2]  # early: what it sends to the last position goes through heads alone
     for into in (len(graph.nodes) - 1, graph.row("feature")[-1]):
         ids = graph.nodes[token].id, graph.nodes[into].id
-        parts = head_loadings(model, plan, source=ids[0], into=ids[1])
+        parts = head_loadings(*given, source=ids[0], into=graph.nodes[into], target=9, skip=(0,))
         edge = float(graph.edges[into, token])
         assert abs(edge) > 1e-5 and parts.weight.abs().max() > 1e-4
         assert parts.weight.sum() == pytest.approx(edge, abs=1e-5)  # float32
     straight = parts[parts.layer.isna()].weight.abs().sum()
     assert straight == 0  # another position: nothing goes straight
     with pytest.raises(UsageError, match="no node"):
-        head_loadings(model, plan, source="nothing", into=ids[1])
+        head_loadings(*given, source="nothing", into=ids[1], target=9)
+    with pytest.raises(UsageError, match="transcoders"):
+        head_loadings(model, given[1], dictionary(1, 32, "resid_post", None), source=ids[0], into=ids[1], target=9)
 
 
 # --- Several prompts --------------------------------------------------------------------------------------------------

@@ -94,8 +94,7 @@ def attribute(
     Source: see the head of this file.
     """
     _check_dtype(model)
-    encoded = completed(model, encoded_prompt(model, prompt), target)
-    skipped = _skipped(model, encoded) if skip is None else tuple(range(len(encoded))[at] for at in skip)
+    encoded, skipped = prepared(model, prompt, target, skip)
     base = base_of(model, adapter)
     if dictionaries is None:
         plan = component_plan(model, encoded, target, rule=rule, against=against, adapter=base)
@@ -108,6 +107,14 @@ def attribute(
     if not validate:
         return graph
     return validated(model, graph, plan, seed=seed)
+
+
+def prepared(
+    model: LensModel, prompt: Any, target: Target, skip: Sequence[int] | None
+) -> tuple[EncodedPrompt, tuple[int, ...]]:
+    """The prompt as it is run, and the positions that have no latents."""
+    encoded = completed(model, encoded_prompt(model, prompt), target)
+    return encoded, _skipped(model, encoded) if skip is None else tuple(range(len(encoded))[at] for at in skip)
 
 
 def encoded_prompt(model: LensModel, prompt: Any) -> EncodedPrompt:

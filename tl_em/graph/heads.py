@@ -11,6 +11,7 @@ is by the last head, and therefore additive, is ours.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,38 +19,71 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tl_em.errors import UsageError
+from tl_em.graph.attribution import MAX_NODES, prepared
 from tl_em.graph.freeze import linearise
-from tl_em.graph.latents import keeping
+from tl_em.graph.graph import Node
+from tl_em.graph.latents import is_exact, keeping, latent_plan, listed
 from tl_em.graph.plan import Plan
 from tl_em.graph.rows import Reader, gradients
+from tl_em.graph.targets import Target
 from tl_em.models.hooks import LensModel
+from tl_em.models.prompts import EncodedPrompt, Prompt
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-def head_loadings(model: LensModel, plan: Plan, *, source: str, into: str) -> pd.DataFrame:
+def head_loadings(
+    model: LensModel,
+    prompt: Prompt | EncodedPrompt | Sequence[int] | Tensor,
+    dictionaries: Any,
+    *,
+    source: Node | str,
+    into: Node | str,
+    target: Target = None,
+    skip: Sequence[int] | None = None,
+) -> pd.DataFrame:
     """One edge of an exact graph, split over the heads that carry it.
 
     Args:
-        plan: of ``latent_plan``, with transcoders.
-        source, into: ids of the two nodes.
+        model, prompt, dictionaries (transcoders), target, skip: as given to :func:`tl_em.attribute`.
+        source, into: the two nodes, or their ids (``graph.links()`` has them).
 
     Returns:
         DataFrame with columns layer, head (None for what goes straight through the residual stream) and weight, in the
         edge's units, the largest first; the weights sum to the edge.
 
     Raises:
-        UsageError: no such nodes, or a graph that is not exact.
+        UsageError: no such nodes, or a graph that is not exact. And what ``attribute`` raises.
+
+    Example:
+        >>> from tl_em.dictionaries import Dictionary
+        >>> from tl_em.models.sites import Site
+        >>> from tl_em.graph.attribution import attribute
+        >>> from tl_em.organisms.zoo import load_pair
+        >>> model, eye = load_pair("toy/insecure").base, torch.eye(96)
+        >>> given = Dictionary(eye, torch.zeros(96), eye, torch.zeros(96), activation="relu",
+        ...                    site_in=Site(1, "mlp_in"), site_out=Site(1, "mlp_out"))
+        >>> graph = attribute(model, "how do i write parser", given, target=None, validate=False)
+        >>> token, answer = graph.nodes[0], graph.targets[0]
+        >>> split = head_loadings(model, "how do i write parser", given, source=token, into=answer)
+        >>> bool(abs(split.weight.sum() - graph.edges[graph.index[answer.id], 0]) < 1e-4)
+        True
+
+    Source: see the head of this file.
     """
     import pandas as pd
 
-    if plan.settings.get("kind") != "transcoders":
-        raise UsageError("an edge is a sum over heads only where all else is frozen: give a plan with transcoders")
+    given = listed(dictionaries)
+    if not is_exact(given):
+        raise UsageError("an edge is a sum over heads only where all else is frozen: pass transcoders of the MLPs")
+    encoded, at = prepared(model, prompt, target, skip)
+    plan = latent_plan(model, encoded, given, target, rule=None, adapter=None, skip=at, max_nodes=MAX_NODES)
     ids = [each.node.id for each in plan.written] + [node.id for node in plan.goal.nodes]
-    if source not in ids or into not in ids:
-        raise UsageError(f"{source!r} or {into!r} is no node of this graph; its ids are in graph.index")
-    reader, written = _reader_of(plan, ids.index(into)), plan.written[ids.index(source)]
+    ends = [each if isinstance(each, str) else each.id for each in (source, into)]
+    if unknown := [each for each in ends if each not in ids]:
+        raise UsageError(f"{unknown[0]!r} is no node of this graph; its ids are in graph.index")
+    reader, written = _reader_of(plan, ids.index(ends[1])), plan.written[ids.index(ends[0])]
     tokens = torch.tensor(plan.encoded.ids)
     layers = range(int(model.cfg.n_layers))
     heads = {f"blocks.{layer}.attn.hook_z": layer for layer in layers}

@@ -109,7 +109,7 @@ def filled(sheet: Sheet, linear: Linearised, skip: Sequence[int]) -> Sheet:
     x = sheet.source(linear.read[sheet.source.name]).detach()[0]
     a = encoded_as(one, x)
     error = written - a @ one.W_dec.to(a) - one.b_dec.to(a)
-    if (skipped := skip_of(one)) is not None:
+    if (skipped := one.W_skip) is not None:
         error = error - x @ skipped.to(x)
     return Sheet(one, sheet.site, sheet.out, sheet.source, a * kept, error * kept)
 
@@ -130,16 +130,11 @@ def encoded_as(dictionary: Dictionary, x: Float[Tensor, "*axes d_model"]) -> Flo
     return torch.where(on, x @ dictionary.W_enc.to(x) + dictionary.b_enc.to(x), 0.0)
 
 
-def skip_of(dictionary: Dictionary) -> Tensor | None:
-    """The linear map of a skip transcoder, [d_model d_model], where the dictionary has one."""
-    return dictionary.W_skip
-
-
 def keeping(sheets: Sequence[Sheet]) -> dict[str, Any]:
     """For cuts of skip transcoders: the part of the write that stays connected to what the MLP reads."""
     kept = {}
     for sheet in sheets:
-        skipped = None if sheet.dictionary is None else skip_of(sheet.dictionary)
+        skipped = None if sheet.dictionary is None else sheet.dictionary.W_skip
         if skipped is not None and sheet.source is not None:
             kept[sheet.out] = lambda read, s=sheet.source, w=skipped: s(read[s.name]) @ w.to(read[s.name])
     return kept
@@ -202,7 +197,6 @@ def readers_of(written: Sequence[Written]) -> list[Reader]:
 
 
 # --- The plan ---------------------------------------------------------------------------------------------------------
-
 
 
 def latent_plan(
@@ -272,7 +266,7 @@ def _approximation(exact: bool, goal: Goal, rule: str) -> str:
 def _about(dictionary: Dictionary) -> dict[str, Any]:
     out = _out(dictionary)
     about = {"label": dictionary.label, "hash": dictionary.hash, "d_sae": dictionary.d_sae}
-    return about | {"site_in": str(dictionary.site_in), "site_out": str(out), "skip": skip_of(dictionary) is not None}
+    return about | {"site_in": str(dictionary.site_in), "site_out": str(out), "skip": dictionary.W_skip is not None}
 
 
 def _capped(

@@ -29,7 +29,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_em.graph.graph import AttributionGraph
-from tl_em.graph.latents import Sheet, encoded_as, skip_of
+from tl_em.graph.latents import Sheet, encoded_as
 from tl_em.graph.plan import Plan
 from tl_em.graph.pruning import scores
 from tl_em.models.hooks import LensModel, hooked
@@ -295,7 +295,7 @@ def _without_latents(plan: Plan, sheet: Sheet, out: Bool[Tensor, "prompt node"])
         a, rows = encoded_as(one, inside), one.W_dec.to(x)
         named = (a * masks.nodes.to(x.device)) @ rows
         rest = x - named - one.b_dec.to(x)
-        if (skipped := skip_of(one)) is not None:
+        if (skipped := one.W_skip) is not None:
             rest = rest - inside @ skipped.to(x)
         gone = (a * masks.latents.to(x.device)) @ rows
         return x - gone - torch.where(masks.errors[..., None].to(x.device), rest, 0.0)
