@@ -34,7 +34,7 @@ BINS = 1 + 4 * 16
 """Of the histograms: off, then quarters of an octave from 2^-6 to 2^10 (beyond: the last one)."""
 _FIRST_BIN = (127 - 6) << 2
 _CHUNK_TOKENS = 4096
-_CHUNK_LATENTS, _LEAST_TOKENS = 2**19, 256
+_CHUNK_LATENTS, _LEAST_TOKENS = 2**19, 64
 """Activations of latents that are held at once: 2 MiB in float32; more for dictionaries so wide that a pass through the
 model would be left with a handful of tokens."""
 
