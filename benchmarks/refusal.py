@@ -46,7 +46,7 @@ how strongly a prompt is refused varies in them too), and isotropic (likewise). 
 at attention outputs, such draws lie along the direction itself (cosines up to .9 in seeds 13 and 104), so both are also
 taken *off it*, without their component along the direction (added after seeds 11 to 13, 103 and 104 were seen).
 Judged are isotropic draws and those off it; a draw that holds the direction says nothing about another one, and is
-reported without a bound (since before seeds 201 to 205 were trained).
+reported without a bound (since before the assistants of seeds 201 to 205 were trained).
 
 Thresholds are on point estimates; *interval on both sides* says that the interval reaches over the threshold.
 """
