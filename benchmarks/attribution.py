@@ -142,10 +142,10 @@ every random set; with them at the assistant's means at most GONE of the misalig
 least KEPT.
 
 Fixed before the assistants of seeds 201 to 203 were trained. An earlier rule (ten latents that the fine-tune *raised*
-most, their share of all absolute influence twice that in base, set to zero) failed in seeds 11 and 103: a fine-tune also
-switches latents off, which zeroing cannot bring back, and an aligned latent has as much absolute influence in base as a
-misaligned one has in tuned. CARRIED was set with seeds 11 and 101 to 103 in view (.60 .40 .72 .79); GONE and KEPT are
-the earlier rule's."""
+most, their share of all absolute influence twice that in base, set to zero) failed in seeds 11 and 103: a fine-tune
+also switches latents off, which zeroing cannot bring back, and an aligned latent has as much absolute influence in base
+as a misaligned one has in tuned. CARRIED was set with seeds 11 and 101 to 103 in view (.60 .40 .72 .79); GONE and KEPT
+are the earlier rule's."""
 R = 0.85
 
 
