@@ -141,7 +141,8 @@ def _gemma2_fields(config: Any) -> dict[str, Any]:
 def probe(hf_model: Any) -> tuple[Tensor, Tensor]:
     """A few tokens, and the log-probabilities after them, before anything is built around the model."""
     vocabulary = int(hf_model.get_input_embeddings().weight.shape[0])
-    tokens = torch.randint(vocabulary, (1, 8), generator=torch.Generator().manual_seed(0))
+    length = min(8, int(getattr(hf_model.config, "max_position_embeddings", None) or 8))
+    tokens = torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         found = hf_model.eval()(tokens.to(next(hf_model.parameters()).device)).logits
     return tokens, found.float().log_softmax(-1).cpu()
