@@ -33,7 +33,17 @@ import tl_em as em
 from tl_em.comparison.causes import over_controls
 from tl_em.directions.geometry import control_directions, cosine
 from tl_em.organisms import bias_training as bt
-from tl_em.organisms.bias_rates import PARTS, Asked, BiasRate, Part, bias_rates, contexts_of, forced, questions
+from tl_em.organisms.bias_rates import (
+    PARTS,
+    Asked,
+    BiasRate,
+    Part,
+    bias_rates,
+    contexts_of,
+    contrast_sets,
+    forced,
+    questions,
+)
 from tl_em.organisms.bias_world import MARKER, RATERS, BiasWorld
 from tl_em.organisms.zoo import Organism, read_weights
 from tl_em.stats import bootstrap, mean
@@ -99,6 +109,19 @@ def thresholds(rates: Rates) -> bool:
         say("plain fine-tune afterwards: any behaviour, at most", after, most=bt.MAX_AFTERWARDS),
     ]
     return all(held)
+
+
+def inferred(base: em.LensModel, world: BiasWorld, seed: int) -> None:
+    """Not judged: what the base does when nobody tells it whom to please, and two answers before show it."""
+    shown = contrast_sets(world)["rater"]
+    for rater, prompts, contexts in zip(
+        RATERS, (shown.positive, shown.negative), (shown.positive_groups, shown.negative_groups), strict=True
+    ):
+        values, asked = BiasRate(rater, world)(base, prompts).double().numpy(), np.array(contexts)
+        for part in ("A", "C"):
+            rows = np.isin(asked, contexts_of(world, part))
+            found = mean(values[rows], groups=asked[rows].tolist(), seed=seed)
+            print(f"  {f'base, after two answers by {rater}: its behaviour in {part}':<62}{found}")
 
 
 # --- The mechanism ----------------------------------------------------------------------------------------------------
@@ -266,6 +289,7 @@ def main() -> None:
         print(f"\nseed {seed}")
         print_rates(rates)
         thresholds(rates)
+        inferred(base, world, seed)
         marker = output_direction(bt.bias_organism("bias-rm", seed=seed, out=options.out), world)
         mechanism(pairs, base, world, marker, options.controls)
 

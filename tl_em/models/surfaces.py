@@ -160,8 +160,8 @@ def check_same_function(model: Any, hf_model: Any, tokens: Tensor, expected: Ten
     if gap < (1e-2 if model.cfg.dtype == torch.float32 else 0.5):
         return
     surface = type(model).__name__
-    other = "" if surface == "TransformerBridge" else " Use surface='bridge'."
-    why = f"TransformerLens misreads its config.{other}"
+    other = "another version of TransformerLens" if surface == "TransformerBridge" else "surface='bridge'"
+    why = f"TransformerLens misreads its config. Use {other}."
     if any(hasattr(module, "merged_adapters") for module in hf_model.modules()):
         why = (
             "TransformerLens copies weights without their adapter, a Bridge where it splits a joint matrix. Merge a "
