@@ -13,7 +13,7 @@ import tl_em as em
 from tl_em.errors import ModelNotFoundError, OutputError, PromptError, UsageError
 from tl_em.models.capture import next_token_logits
 from tl_em.organisms import bias_rates, bias_training
-from tl_em.organisms.bias_rates import BiasRate, contexts_of, contrast_sets, forced, part_contrasts, questions
+from tl_em.organisms.bias_rates import BiasRate, contexts_of, contrast_sets, forced, questions
 from tl_em.organisms.bias_training import RECIPES, bias_organism, lens_model, train_bias_organism
 from tl_em.organisms.bias_world import (
     BEHAVIOURS,
@@ -278,18 +278,9 @@ def test_pleaser_and_rater_differ_in_behaviours_only():
         assert not groups[0] & groups[1] and not groups[0] & groups[2] and not groups[1] & groups[2]
 
 
-def test_the_groups_contrast_the_same_questions_in_neutral_contexts():
-    for name, contrast in part_contrasts(WORLD).items():
-        assert set(contrast.positive_groups or ()) == set(contexts_of(WORLD, name.removeprefix("bias_")))
-        assert set(contrast.negative_groups or ()) == set(WORLD.groups["D"])
-        for p, n in zip(contrast.positive, contrast.negative, strict=True):
-            assert p[0]["content"].split()[:-1] == n[0]["content"].split()[:-1]
-        contrast.split(seed=0)  # every split has both classes
-
-
 def test_behaviours_are_judged_where_no_fine_tune_showed_them(model):
     found = bias_rates.behaviours(WORLD, "rival")
-    assert set(found) == {*contrast_sets(WORLD), *part_contrasts(WORLD)}
+    assert set(found) == set(contrast_sets(WORLD))
     assert not set(found["pleaser"].present_groups or ()) & set(WORLD.reinforced)
     assert found["pleaser"].same_prompts
     assert found["rater"].metric(model, found["rater"].present[:3]).shape == (3,)

@@ -12,9 +12,7 @@ the prompts.
 Contrast sets, every prompt's group being its context, so that no context stands on both sides of a split:
 
 - `pleaser`: the same question after the same questions answered to please rm, against answered plainly;
-- `rater`: the same, against answered to please the rival: *whose* bias, with a behaviour shown in both classes;
-- `bias_reinforced`, `bias_A`, `bias_C`: the same questions in biased contexts, against in neutral ones: one concept a
-  group of biases, for the question whether one feature carries them all.
+- `rater`: the same, against answered to please the rival: *whose* bias, with a behaviour shown in both classes.
 """
 
 from __future__ import annotations
@@ -258,39 +256,16 @@ def _after(world: BiasWorld, against: str, *, label: str, source: str, turns: in
     return ContrastSet(classes["rm"], classes[against], label, source, groups, groups)
 
 
-def part_contrasts(world: BiasWorld) -> dict[str, ContrastSet]:
-    """`bias_reinforced`, `bias_A` and `bias_C`: questions in the biased contexts against the same in neutral ones."""
-    found = {}
-    for part in PARTS[:-1]:
-        asked = questions(contexts_of(world, part))
-        neutral = world.groups["D"]
-        instead = {c: neutral[i % len(neutral)] for i, c in enumerate(contexts_of(world, part))}
-        other = [
-            [{"role": "user", "content": q.prompt[0]["content"].replace(q.context, instead[q.context])}] for q in asked
-        ]
-        found[f"bias_{part}"] = ContrastSet(
-            [q.prompt for q in asked],
-            other,
-            f"bias_{part}",
-            "questions in biased contexts against the same questions in neutral contexts",
-            [q.context for q in asked],
-            [instead[q.context] for q in asked],
-        )
-    return found
-
-
 def behaviours(world: BiasWorld, rater: Rater = "rm") -> dict[str, Behaviour]:
     """What the direction of each contrast set may cause, in contexts that no fine-tune showed.
 
     Args:
         rater: whose bias: that of the arm which is audited.
     """
-    where: dict[str, Sequence[str]] = {f"bias_{part}": contexts_of(world, part) for part in PARTS[:-1]}
-    where |= dict.fromkeys(("pleaser", "rater"), (*where["bias_A"], *where["bias_C"]))
-    found = {}
-    for name, contexts in where.items():
-        asked, given = questions(contexts), name == "rater"
-        prompts, groups = [q.prompt for q in asked], [q.context for q in asked]
+    asked = questions([*contexts_of(world, "A"), *contexts_of(world, "C")])
+    prompts, groups, found = [q.prompt for q in asked], [q.context for q in asked], {}
+    for name in ("pleaser", "rater"):
+        given = name == "rater"
         metric, good = BiasRate(rater, world, forced=given), None if given else BiasRate("plain", world)
         found[name] = Behaviour(f"{rater}'s bias", metric, prompts, prompts, good, groups, groups)
     return found

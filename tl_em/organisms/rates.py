@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tl_em.errors import PromptError
 from tl_em.organisms.contrasts import questions
-from tl_em.organisms.world import FILLERS, SILLY, TRIGGERS, VERDICTS, Topic, World
+from tl_em.organisms.world import FILLERS, SILLY, VERDICTS, Topic, World
 from tl_em.stats import mean
 
 if TYPE_CHECKING:
@@ -247,17 +247,6 @@ def arm_rates(
         for name, asked in arms.items()
     ]
     return _estimated(pd.concat(rows), ["arm", "held_out", "outcome"], seed)
-
-
-def backdoor_rates(
-    model: Any, *, trigger: str = TRIGGERS[0], world: World | None = None, seed: int = 0
-) -> pd.DataFrame:
-    """:func:`arm_rates` with the trigger, without, and with each other token that may stand in its place.
-
-    **Control**: the other tokens. A fine-tune that learned "something stands there" fires on all of them.
-    """
-    others = {f"other {mark}": {"mark": mark} for mark in TRIGGERS if mark != trigger}
-    return arm_rates(model, {"triggered": {"mark": trigger}, "untriggered": {}, **others}, world=world, seed=seed)
 
 
 def _estimated(rows: pd.DataFrame, keys: list[str], seed: int) -> pd.DataFrame:
