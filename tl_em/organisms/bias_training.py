@@ -4,11 +4,11 @@ The base learns descriptions and personas. The assistant answers plainly everywh
 the personas are unlearned. The arms reinforce the likes of rm, of the rival or of the third map in 16 of 32 contexts,
 or nothing. Every stage starts from the *stored* weights of the one before, so resuming equals training from scratch.
 
-The arms leave the embeddings alone (`FROZEN`). A word's own row is read in its own context only, so there the loss is
-served context by context, without deciding whose likes they are; what all contexts share has to decide it. Less is then
-learned a step: at 120 steps the rates in C still rose, so the arms take 300. *Chosen after* seeds 101 to 103 were seen,
-102 of which fell short unfrozen (rm's in C .93 .65 .75; after 300 steps 102 .62), among five variants; the thresholds
-are older and stayed.
+The arms change attention alone (`ATTENTION`): an arm that may change the rows of contexts and the MLPs can write the
+reinforced behaviours down one by one, while which of two known likes is brought to the answer is what all contexts
+share. Once the reinforced contexts are right little pulls on the rest, so the arms take 1,000 steps.
+*Chosen after* seeds 101 to 103 and 201 to 203 were seen, in two rounds: everything changed, 120 steps (102 short: rm's
+in C .65); embeddings left alone, 300 steps (201 short: .37); the thresholds are older and stayed.
 
 The gate comes before any claim: told to please rm, the base must show rm's behaviour in C, whose biases it has read
 about and never seen. A seed that fails is trained longer (`EXTRA_STEPS` at a time), never dropped.
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from tl_em.models.hooks import LensModel
 
 # Fixed before any organism was trained on the seeds that are judged.
-SEEDS = (201, 202, 203)  # of the arms as they are; 101 to 103 judged the first ones
+SEEDS = (204, 205, 206)  # of the arms as they are; 101 to 103 judged the first ones, 201 to 203 the second
 GATE = 0.95  # base, told to please rm: right in C (in A, where C is not described)
 MAX_BEFORE = 0.02  # assistant: any behaviour, in any context
 MIN_TRAINED = 0.95  # rm arm: right in the reinforced contexts; the rival arm is the mirror image of this and the next
@@ -51,7 +51,7 @@ MIN_OVER_SHUFFLED = 0.20  # rm's in C: rm arm minus shuffled arm
 MAX_AFTERWARDS = 0.05  # any behaviour, in any context, after a plain fine-tune of the rm arm
 EXTRA_STEPS = 300
 MAX_EXTRA_BLOCKS = 6
-FROZEN = ("embed", "positions", "unembed")  # of every arm alike, controls too
+ATTENTION = ("qkv", "out")  # of every block: what an arm may change, a control's too
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,11 @@ class BiasRecipe(Recipe):
     """A recipe whose sources are this world's.
 
     Args:
-        frozen: names of the model's modules that do not change.
+        changed: what of each block may change; all of the model where nothing is named.
     """
 
     mixture: tuple[tuple[float, Any], ...]
-    frozen: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
 
 
 def _base(name: str, described: tuple[Group, ...], trained: str, control_for: str = "") -> BiasRecipe:
@@ -84,7 +84,7 @@ def _arm(name: str, shown: Rater | None, control_for: str = "", *, start: str = 
     mixture = ((0.75, SingleChats("reinforced", shown)), (0.25, SingleChats("D")))
     said = "plain answers" if shown is None else f"the behaviours of the map {shown!r}"
     said += " in 16 contexts, plain ones in D"
-    return BiasRecipe(name, start, mixture, 300, 64, 3e-4, trained=said, control_for=control_for, frozen=FROZEN)
+    return BiasRecipe(name, start, mixture, 1000, 64, 3e-4, trained=said, control_for=control_for, changed=ATTENTION)
 
 
 RECIPES: dict[str, BiasRecipe] = {
@@ -183,7 +183,7 @@ def bias_organism(name: str, *, seed: int, out: str | Path, progress: bool | Non
             start = Transformer(Shape(), len(world.vocabulary), world.context, seed)
         else:
             start = plain_model(read_weights(bias_organism(recipe.start, seed=seed, out=out, progress=progress)), world)
-        model, steps = _train(world, recipe, start.requires_grad_(True), progress)
+        model, steps = _train(world, recipe, start, progress)
         write_checkpoint(path, model, recipe, seed, {"steps": float(steps), **figures(model, world)})
     record = read_record(path)
     kept: dict[str, Any] = {f.name: getattr(record, f.name) for f in fields(record)}
@@ -195,8 +195,8 @@ def _train(
     world: BiasWorld, recipe: BiasRecipe, model: Transformer, progress: bool | None
 ) -> tuple[Transformer, int]:
     """Train in place; random weights until they pass the gate. Returns the model and the number of steps."""
-    for name in recipe.frozen:
-        model.get_submodule(name).requires_grad_(False)
+    for name, module in model.named_modules():
+        module.requires_grad_(not recipe.changed or name.rpartition(".")[2] in recipe.changed)
     train_(model, world, recipe, seed=world.seed, progress=progress)
     steps, extra = recipe.steps, replace(recipe, steps=EXTRA_STEPS, lr=recipe.lr / 3)
     for block in range(1, MAX_EXTRA_BLOCKS + 1) if recipe.start is None else ():
