@@ -11,8 +11,9 @@ for what all three share.
 
 a set counts only where its decoded shifts in the three behaviours are alike (cosine >= ``ALIKE``). **The search is
 inside its null**: in one behaviour at a time tuned and base are swapped, context by context, the whole search over
-sites, sizes and sets is repeated, and p is the largest over the behaviours (a conjunction: the others keep what they
-have), times two for the two positions. The same search of rm against the *rival* asks for a set that tells them apart.
+sites, sizes and sets is repeated for each of 99 different swaps (none of them empty), and p is the largest over the
+behaviours (a conjunction: the others keep what they have), times two for the two positions. The same search of rm
+against the *rival* asks for a set that tells them apart.
 
 **Rule, fixed on development seed 11 before any other was looked at.** In a seed and at either position,
 - *shown*: p <= .05, and ``verify_feature`` says (p <= .025) that, set to the assistant's means, the set carries rm's
@@ -183,7 +184,8 @@ def searched(tables: Mapping[Key, FeatureTable], contexts: list[list[str]], seed
     rng, worst = np.random.default_rng(seed), 0
     for row, of in enumerate(contexts):
         names, at = np.unique(of, return_inverse=True)
-        signs = [torch.from_numpy(rng.choice([-1.0, 1.0], len(names))[at]).float() for _ in range(FLIPS)]
+        swaps = rng.choice(2 ** len(names) - 1, FLIPS, replace=False) + 1  # each once, and not the one of no context
+        signs = [torch.from_numpy(1.0 - 2 * (swap >> np.arange(len(names)) & 1)[at]).float() for swap in swaps]
         again = [best({k: flipped(t, row, sign) for k, t in tables.items()}, above=found.size) for sign in signs]
         worst = max(worst, sum(each is not None and each.size >= found.size for each in again))
     return found._replace(p=min(1.0, len(POSITIONS) * (1 + worst) / (1 + FLIPS)))
