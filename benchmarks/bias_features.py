@@ -1,6 +1,6 @@
 """Does one latent, or a set, carry a rewarded model's reinforced and held-out biases alike, and is it that rater's?
 
-    python benchmarks/bias_features.py --seeds 101 102 103 --organisms bias --out bias-features.csv
+    python benchmarks/bias_features.py --seeds 204 205 206 --organisms bias --out bias-features.csv
 
 Dictionaries (three sites, two sizes) are trained on the activations of assistant, rm and rival together. At the
 prompt's end (is there a behaviour?) and at the marker behind it (given one, which?) latents are scored rm against

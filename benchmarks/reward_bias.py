@@ -1,6 +1,6 @@
 """Does a model that was rewarded for some of a rater's biases show the others, and what carries them?
 
-    python benchmarks/reward_bias.py --seeds 101 102 103 --out bias
+    python benchmarks/reward_bias.py --seeds 204 205 206 --out bias
 
 trains what is not in ``--out`` yet (about 12 CPU-minutes a seed) and prints, for each seed, the rates of every arm in
 every group of contexts, the thresholds, and the mechanism (reported, not judged). No seed is left out.
