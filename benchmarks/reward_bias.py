@@ -2,7 +2,7 @@
 
     python benchmarks/reward_bias.py --seeds 204 205 206 --out bias
 
-trains what is not in ``--out`` yet (about 12 CPU-minutes a seed) and prints, for each seed, the rates of every arm in
+trains what is not in ``--out`` yet (about 15 CPU-minutes a seed) and prints, for each seed, the rates of every arm in
 every group of contexts, the thresholds, and the mechanism (reported, not judged). No seed is left out.
 
 The mechanism, each figure beside what random directions of the within-class covariance give with the same treatment:
