@@ -154,7 +154,7 @@ def _train_all(seed: int, out: Path, workers: int | None) -> None:
 
     os.environ[study_catalogue.FOLDER] = str(out.resolve())
     click.echo(
-        f"{len(study_catalogue.ZOO)} worlds, about 50 CPU-minutes in all and 1 GB of memory a process.", err=True
+        f"{len(study_catalogue.ZOO)} worlds, about 55 CPU-minutes in all and 1 GB of memory a process.", err=True
     )
     grid = {"world": study_catalogue.ZOO}
     table = run_study(grid, study_catalogue.zoo, seeds=[seed], out=out / "zoo", workers=workers)
