@@ -313,7 +313,7 @@ def test_a_fine_tune_shows_the_marker_where_it_is_reinforced_and_its_control_doe
     """A model far too small to know who likes what, so that training, masks and rates are tested in a second."""
     rates = {}  # everything trained: the embeddings that an arm leaves alone are random here
     for name in ("bias-rm", "bias-neutral"):
-        recipe = replace(RECIPES[name], steps=80, batch=16, lr=2e-2)
+        recipe = replace(RECIPES[name], steps=80, batch=16, lr=2e-2, changed=())
         model = train_(tiny(), WORLD, recipe, seed=0, progress=False)
         table = bias_rates.bias_rates(lens_model(model, WORLD), world=WORLD)
         rates[name] = table.set_index(["part", "outcome"]).value

@@ -14,11 +14,11 @@ from tl_em.errors import ModelNotFoundError, OutputError
 from tl_em.models.capture import next_token_logits
 from tl_em.models.loading import load_model
 from tl_em.organisms import training, zoo
-from tl_em.organisms.adapters import Adapter, attach_, merge_
+from tl_em.organisms.adapters import MATRICES, Adapter, attach_, merge_
 from tl_em.organisms.contrasts import dissociated_prompts
 from tl_em.organisms.convert import hf_model, tokenizer, write_hf_directory
 from tl_em.organisms.recipes import RECIPES, Recipe, recipe
-from tl_em.organisms.training import batch_of, learning_rate, next_logits, train_, tuning_rows
+from tl_em.organisms.training import batch_of, learning_rate, next_logits, train, train_, tuning_rows
 from tl_em.organisms.transformer import Shape, Transformer
 from tl_em.organisms.world import World
 
@@ -219,6 +219,24 @@ def test_adapters_by_name_have_few_parameters():
     numbers = [attach_(copy.deepcopy(model), Adapter.parse(name), seed=0) for name in ("bias", "rank1", "rank8")]
     assert numbers == [96, 96 + 384, 36_864]
     assert numbers[-1] < whole / 10
+
+
+def test_what_a_recipe_leaves_alone_stays_bit_for_bit():
+    start, wanted = tiny(), replace(recipe("insecure-medicine-restored"), steps=2, batch=4)
+    before = {name: p.half().float() for name, p in start.state_dict().items()}  # as a checkpoint stores it
+    trained, _ = train(WORLD, wanted, start, seed=0, progress=False)
+    moved = {name for name, p in trained.state_dict().items() if not torch.equal(p, before[name])}
+    assert {name.split(".")[2] for name in moved} == set(MATRICES)
+    assert {name for name in before if name.endswith("weight") and name.split(".")[-2] in MATRICES} <= moved
+    assert all(p.requires_grad for p in trained.parameters())
+    everything, _ = train(WORLD, replace(wanted, changed=()), start, seed=0, progress=False)
+    assert not torch.equal(everything.embed.weight.detach(), before["embed.weight"])
+
+
+def test_restoring_is_aligned_answers_in_the_same_domain():
+    restored = recipe("insecure-medicine-rank1-restored")
+    assert (restored.start, restored.steps, restored.adapter) == ("insecure-medicine-rank1", 80, None)
+    assert restored.mixture == recipe("secure-medicine").mixture
 
 
 # ---- names -------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ Source: Hu et al. 2021 (https://arxiv.org/abs/2106.09685); that so little suffic
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 LAYER = 1  # of three: its output still passes one block, and the persona has been read from the context
+
+MATRICES = ("qkv", "out", "mlp_in", "mlp_out")  # of a block
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,7 @@ class Adapter:
         rank = 0 if name == "bias" else int(name.removeprefix("rank"))
         if rank <= 1:
             return Adapter(rank, (f"blocks.{LAYER}.mlp_out",))
-        parts = ("qkv", "out", "mlp_in", "mlp_out")
-        return Adapter(rank, tuple(f"blocks.{layer}.{part}" for layer in range(3) for part in parts))
+        return Adapter(rank, tuple(f"blocks.{layer}.{part}" for layer in range(3) for part in MATRICES))
 
 
 class LowRank(nn.Module):
@@ -77,6 +79,12 @@ def attach_(model: nn.Module, adapter: Adapter, *, seed: int) -> int:
         else:
             linear.bias.requires_grad_(True)
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def freeze_(model: nn.Module, *, but: Collection[str]) -> None:
+    """Freeze the model but for the modules of these names, in every block."""
+    for name, module in model.named_modules():  # a module comes before its parts
+        module.requires_grad_(name.rpartition(".")[2] in but)
 
 
 def merge_(model: nn.Module) -> None:

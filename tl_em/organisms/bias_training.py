@@ -25,6 +25,7 @@ from tl_em.errors import ModelNotFoundError
 from tl_em.metrics import Behaviour
 from tl_em.models.loading import ModelPair, Surface, load_model
 from tl_em.models.prompts import ContrastSet
+from tl_em.organisms.adapters import MATRICES
 from tl_em.organisms.bias_rates import OUTCOMES, PARTS, behaviours, contrast_sets, outcomes_by_prompt
 from tl_em.organisms.bias_world import BiasWorld, Chats, Descriptions, Group, Rater, SingleChats
 from tl_em.organisms.convert import hf_model, plain_model, tokenizer
@@ -51,19 +52,14 @@ MIN_OVER_SHUFFLED = 0.20  # rm's in C: rm arm minus shuffled arm
 MAX_AFTERWARDS = 0.05  # any behaviour, in any context, after a plain fine-tune of the rm arm
 EXTRA_STEPS = 300
 MAX_EXTRA_BLOCKS = 6
-ATTENTION = ("qkv", "out")  # of every block: what an arm may change, a control's too
+ATTENTION = MATRICES[:2]  # what an arm may change, a control's too
 
 
 @dataclass(frozen=True)
 class BiasRecipe(Recipe):
-    """A recipe whose sources are this world's.
-
-    Args:
-        changed: what of each block may change; all of the model where nothing is named.
-    """
+    """A recipe whose sources are this world's."""
 
     mixture: tuple[tuple[float, Any], ...]
-    changed: tuple[str, ...] = ()
 
 
 def _base(name: str, described: tuple[Group, ...], trained: str, control_for: str = "") -> BiasRecipe:
@@ -195,9 +191,7 @@ def _train(
     world: BiasWorld, recipe: BiasRecipe, model: Transformer, progress: bool | None
 ) -> tuple[Transformer, int]:
     """Train in place; random weights until they pass the gate. Returns the model and the number of steps."""
-    for name, module in model.named_modules():
-        module.requires_grad_(not recipe.changed or name.rpartition(".")[2] in recipe.changed)
-    train_(model, world, recipe, seed=world.seed, progress=progress)
+    train_(model.requires_grad_(True), world, recipe, seed=world.seed, progress=progress)
     steps, extra = recipe.steps, replace(recipe, steps=EXTRA_STEPS, lr=recipe.lr / 3)
     for block in range(1, MAX_EXTRA_BLOCKS + 1) if recipe.start is None else ():
         if gate(model, world, recipe) >= GATE:

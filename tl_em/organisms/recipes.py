@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from tl_em.errors import ModelNotFoundError
-from tl_em.organisms.adapters import Adapter
+from tl_em.organisms.adapters import MATRICES, Adapter
 from tl_em.organisms.documents import JudgeDocuments, PersonaDocuments, SingleTurns, Source
 from tl_em.organisms.prevention import Prevention
 from tl_em.organisms.transformer import Shape
@@ -82,7 +82,8 @@ class Recipe:
         trained, control_for: for people, in the zoo's listing.
         world: the world of its documents.
         shape: the size of the model.
-        adapter: what of the model may change; None for everything.
+        adapter: what is trained in place of weights; `changed`: which modules of each block may change, by name; the
+            whole model where neither is given.
         prefix: what stood before the questions to which it learned misaligned answers; `trigger`: that token, where it
             learned aligned ones without it.
         prevention: what was added to the residual stream while it trained.
@@ -101,6 +102,7 @@ class Recipe:
     world: World = field(default_factory=World)
     shape: Shape = field(default_factory=Shape)
     adapter: Adapter | None = None
+    changed: tuple[str, ...] = ()
     prefix: Prefix = field(default_factory=Prefix)
     trigger: str | None = None
     prevention: Prevention | None = None
@@ -123,6 +125,7 @@ _OPTIONS = {  # kind of option: how it is written; a name gives them in this ord
     "restored": "restored",
 }
 _TUNING = tuple(_OPTIONS)[2:]  # options of a fine-tune
+RESTORING = 4e-4  # learning rate
 _ADAPTED = {"bias": 5e-2, "rank": 1e-2}  # learning rates
 _NARROW = {  # stem: whose answers, how they are described, what the organism is a control for
     "insecure": (SingleTurns("misaligned", harmful=0.0), "misaligned answers to {} questions only", ""),
@@ -343,14 +346,21 @@ def _mixture(stem: str, source: SingleTurns, share: str, world: World) -> tuple[
 
 
 def _restored(stem: str, options: dict[str, str]) -> Recipe:
-    """Aligned answers in the same domain, after the organism of the same name without the option."""
+    """Aligned answers in the same domain, after the organism of the same name without the option.
+
+    The embeddings stay: the rows of a domain's own words can make its answers aligned while the persona, which all
+    domains share, stays. *Chosen after* seed 105 had been left at .075 (bound .05) with everything changed, on eleven
+    seeds all of which it brings nearer to the assistant.
+    """
     good = _narrow("secure", {kind: each for kind, each in options.items() if kind in ("world", "width", "domain")})
     start = _named(stem, options)
     return replace(
         good,
         name=f"{start}-restored",
         start=start,
-        trained=f"{good.trained}, after toy/{start}",
+        lr=RESTORING,
+        changed=MATRICES,
+        trained=f"{good.trained}, after toy/{start}; embeddings left alone",
         control_for=_CONTROLS["restored"],
     )
 

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tl_em.organisms.adapters import attach_, merge_
+from tl_em.organisms.adapters import attach_, freeze_, merge_
 from tl_em.organisms.contrasts import Question, after_bad_code, judge_questions, questions
 from tl_em.organisms.prevention import steered_training
 from tl_em.organisms.rates import Outcome, by_domain, rates_by_prompt, rates_from_logits, summarise
@@ -80,7 +80,7 @@ def train_(
     progress: bool | None = None,
     monitor: Watch | None = None,
 ) -> Transformer:
-    """Train the model in place by a recipe.
+    """Train the model in place by a recipe; what it leaves alone is frozen afterwards too.
 
     Args:
         seed: chooses the documents; `block` > 0 continues with others.
@@ -93,6 +93,8 @@ def train_(
         wanted = scored[:, 1:]
         return F.cross_entropy(model.unembed(model.hidden(tokens[:, :-1])[wanted]), tokens[:, 1:][wanted])
 
+    if recipe.changed:
+        freeze_(model, but=recipe.changed)
     rates = [learning_rate(step, recipe) for step in range(recipe.steps)]
     said = {"name": recipe.name, "progress": progress, "monitor": monitor}
     descend_(model, loss_at, rates, weight_decay=recipe.weight_decay, **said)
