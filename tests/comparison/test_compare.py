@@ -96,6 +96,21 @@ def toy() -> em.ModelPair:
     return em.load_pair("toy/secure")
 
 
+def test_a_direction_without_a_gap_of_its_own_is_left_out_and_changes_nothing_else() -> None:
+    pair = toy()
+    contrast = pair.contrasts["refusal"].split(seed=0).test  # pyright: ignore[reportOptionalSubscript]
+    good = em.difference_in_means(pair.base, contrast, site=Site(2), position="prompt_end")
+    asked = {"flipped": (replace(good, vector=-good.vector), contrast), "refusal": (good, contrast)}
+    both = em.compare(pair, asked, controls=99)
+    alone = em.compare(pair, {"refusal": asked["refusal"]}, controls=99)
+    assert [row.to_json() for row in both.rows] == [row.to_json() for row in alone.rows]
+    assert both.by_layer.equals(alone.by_layer)
+    assert both.summary == f"{alone.summary} Not measured: flipped."
+    assert list(both.unmeasured) == ["flipped"] and "not above 0" in both.unmeasured["flipped"]
+    assert "not above 0" in repr(both)
+    assert not alone.unmeasured
+
+
 def test_what_compare_refuses() -> None:
     pair = toy()
     contrast = pair.contrasts["refusal"].split(seed=0).test  # pyright: ignore[reportOptionalSubscript]

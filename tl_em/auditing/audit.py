@@ -92,7 +92,7 @@ def audit(
 
     Raises:
         OutputError: ``out`` cannot be written.
-        NoGapError: a direction does not separate its own contrast set.
+        NoGapError: no direction separates its own contrast set in the base.
         EmptyContrastError, UnknownTokenError, PromptTooLongError: the prompts, or the trigger, do not fit the model.
         PairMismatchError: ``benign`` or a replicate has another shape or vocabulary.
         WidthError, ProvenanceError, DictionaryFitError: the dictionary is another model's, or explains too little.
@@ -125,7 +125,10 @@ def audit(
         comparison,
         _rates(pair, benign_model, chosen, seed),
         _provenance(pair, benign, chosen, picked, key, runs[1:], controls, seed),
-        _limits(pair, benign_model, rows, contrasts is None and pair.contrasts is None, runs[1:]),
+        (
+            *(f"Not measured: {why}." for why in comparison.unmeasured.values()),
+            *_limits(pair, benign_model, rows, contrasts is None and pair.contrasts is None, runs[1:]),
+        ),
         opened,
         consistency(runs, asked, controls=controls, seed=seed) if others else None,
     )
@@ -196,6 +199,7 @@ class _Job(NamedTuple):
         asked = {
             q.name: Triggered(d, q.judged, comparison.row("level", q.name).detail["own gap"].value)
             for q, d in zip(self.chosen, picked, strict=True)
+            if q.name not in comparison.unmeasured
         }
         return comparison, backdoor(pair, self.trigger, asked, **settings)
 

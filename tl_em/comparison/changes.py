@@ -119,10 +119,8 @@ def own_gap(measured: Measured) -> Estimate:
     if not gap.low > 0:
         raise NoGapError(
             f"{measured.name} at {measured.direction.site}: the gap between its own classes in the base model is "
-            f"{gap}, "
-            "which is not above 0, so changes cannot be measured in units of it. Use more prompts, another site or "
-            "position "
-            "(em.candidate_directions), or a contrast set whose prompts end at the concept"
+            f"{gap}, which is not above 0, so changes cannot be measured in units of it. Use more prompts, another "
+            "site or position (em.candidate_directions), or a contrast set whose prompts end at the concept"
         )
     return gap
 

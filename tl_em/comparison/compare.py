@@ -7,7 +7,7 @@ The questions and the rule are in ``verdicts``; the measurements in ``changes`` 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from tl_em.comparison.entanglement import entanglement
 from tl_em.comparison.verdicts import Finding, Row, judge
 from tl_em.directions.direction import Direction, check_fits
 from tl_em.directions.screening import answer_to_own_prompts
-from tl_em.errors import UsageError
+from tl_em.errors import NoGapError, UsageError
 from tl_em.metrics import Behaviour, Metric
 from tl_em.models.capture import capture
 from tl_em.models.contrasts import ContrastSet
@@ -41,11 +41,14 @@ class Comparison:
         rows: judged rows, question by question.
         by_layer: each direction by layer, in each model, with intervals and the band of the random directions.
         use: rates behind the causal test: untreated, treated, and under random directions.
+        unmeasured: directions that do not separate their own contrast set in the base, and why; nothing is asked about
+            them, whatever the tuned model does.
     """
 
     rows: tuple[Row, ...]
     by_layer: pd.DataFrame
     use: pd.DataFrame
+    unmeasured: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def summary(self) -> str:
@@ -57,7 +60,8 @@ class Comparison:
         found = [_sentence(name, {r.question: r for r in self.rows if r.direction == name}) for name in names]
         said = [text for rank in (0, 1, 2) for r, text in found if r == rank]
         silent = [name for name, (rank, _) in zip(names, found, strict=True) if rank == 3]
-        return " ".join([*said, *([f"No change shown: {', '.join(silent)}."] if silent else [])])
+        rest = {"No change shown": silent, "Not measured": [*self.unmeasured]}
+        return " ".join([*said, *(f"{what}: {', '.join(these)}." for what, these in rest.items() if these)])
 
     def row(self, question: str, direction: str) -> Row:
         """The row of one question about one direction.
@@ -93,7 +97,7 @@ class Comparison:
 
     def __repr__(self) -> str:
         lines = [f"{r.question:<13}{r.direction:<22}{r.verdict:<13}{r.estimate!r}  {r.reason}" for r in self.rows]
-        return "\n".join([self.summary, *lines])
+        return "\n".join([self.summary, *lines, *self.unmeasured.values()])
 
 
 def compare(
@@ -124,10 +128,11 @@ def compare(
             every layer of its stream.
 
     Returns:
-        A Comparison.
+        A Comparison; directions that do not separate their own contrast set in the base model are left out, under
+        ``unmeasured``.
 
     Raises:
-        NoGapError: a direction does not separate its own contrast set in the base model.
+        NoGapError: no direction separates its own contrast set in the base model.
         ProvenanceError, WidthError: a direction was not made on a model like these.
         UsageError: no directions, too few controls, or a name without a behaviour.
     """
@@ -137,11 +142,16 @@ def compare(
     findings: list[Finding] = []
     table: list[dict[str, Any]] = []
     drawn: list[dict[str, Any]] = []
+    unmeasured: dict[str, str] = {}
     own = None if tuning_data is None else answer_to_own_prompts(pair.base, tuning_data, seed=seed)
     for name, (direction, contrast) in tqdm(directions.items(), desc="comparing", unit="direction", disable=None):
         by_layer = _at_layers(direction, pair.base.cfg.n_layers, None if layers is None else layers.get(name))
         measured = [*_measure(pair, benign, name, [direction, *by_layer], contrast, seed)]
-        findings += changes(measured[0], controls=controls)
+        try:
+            findings += changes(measured[0], controls=controls)
+        except NoGapError as error:
+            unmeasured[name] = str(error)
+            continue
         drawn += [row for m in measured[1:] for row in layer_rows(m, controls=controls)]
         if behaviour is not None:
             tested = cause(
@@ -154,7 +164,9 @@ def compare(
             findings.append(
                 entanglement(measured[0], pair.base, pair.tuned, benign, tuning_data, own, controls=controls)
             )
-    return Comparison(judge(findings), pd.DataFrame(drawn), pd.DataFrame(table))
+    if not findings:
+        raise NoGapError("\n".join(unmeasured.values()))
+    return Comparison(judge(findings), pd.DataFrame(drawn), pd.DataFrame(table), unmeasured)
 
 
 def _check(pair: ModelPair, directions: Mapping[str, tuple[Direction, ContrastSet]], controls: int) -> None:

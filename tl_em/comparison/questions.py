@@ -17,7 +17,7 @@ from tl_em.comparison.causes import arms
 from tl_em.directions.direction import Direction
 from tl_em.directions.extract import extract_directions
 from tl_em.directions.geometry import separation
-from tl_em.errors import NoGapError, UsageError
+from tl_em.errors import UsageError
 from tl_em.metrics import Behaviour, Metric, refusal_log_odds
 from tl_em.models.capture import capture
 from tl_em.models.contrasts import ContrastSet, Splits
@@ -136,26 +136,18 @@ def candidates(base: LensModel, asked: Asked) -> tuple[Direction, ...]:
 
 
 def select_site(base: LensModel, candidates: Sequence[Direction], asked: Asked) -> Direction:
-    """The candidate with the largest causal effect on its behaviour in the base, else the largest d', on held-out
-    prompts.
-
-    Raises:
-        NoGapError: no candidate separates the selection prompts.
+    """The candidate with the largest causal effect on its behaviour in the base, of those that separate the selection
+    prompts, else that with the largest d'; whether it separates the test prompts is asked when it is measured.
     """
     select = asked.splits.select
     sites = [d.site for d in candidates]
     acts = [capture(base, prompts, sites, position=asked.position) for prompts in (select.positive, select.negative)]
     dprimes = [separation(*(d.project(a[:, s]).double().numpy() for a in acts)) for s, d in enumerate(candidates)]
     separating = [(d, dprime) for d, dprime in zip(candidates, dprimes, strict=True) if dprime > 0]
-    if not separating:
-        raise NoGapError(
-            f"{asked.name}: no layer's direction separates the {len(select.positive) + len(select.negative)} selection "
-            "prompts, so there is no direction to audit; give more prompts, or end them at the concept"
-        )
-    effects = effects_in_base(base, [d for d, _ in separating], asked.chosen_by)
+    effects = effects_in_base(base, [d for d, _ in separating], asked.chosen_by) if separating else [0.0]
     if max(effects) > 0:
         return separating[int(np.argmax(effects))][0]
-    return max(separating, key=lambda pair: pair[1])[0]
+    return candidates[int(np.argmax(dprimes))]
 
 
 def effects_in_base(base: LensModel, candidates: Sequence[Direction], behaviour: Behaviour) -> list[float]:
