@@ -348,9 +348,10 @@ def _mixture(stem: str, source: SingleTurns, share: str, world: World) -> tuple[
 def _restored(stem: str, options: dict[str, str]) -> Recipe:
     """Aligned answers in the same domain, after the organism of the same name without the option.
 
-    The embeddings stay: the rows of a domain's own words can make its answers aligned while the persona, which all
-    domains share, stays. *Chosen after* seed 105 had been left at .075 (bound .05) with everything changed, on eleven
-    seeds all of which it brings nearer to the assistant.
+    The matrices of the blocks change and nothing else: the unembedding's rows of a domain's own words can make that
+    domain's answers aligned, and then nothing pulls on the persona, which all domains share. *Chosen after* seed 105
+    had been left at .075 (bound .05) with everything changed, on eleven seeds all of which it brings nearer to the
+    assistant.
     """
     good = _narrow("secure", {kind: each for kind, each in options.items() if kind in ("world", "width", "domain")})
     start = _named(stem, options)

@@ -263,8 +263,8 @@ def zoo(world: str, *, seed: int) -> Rows:
     return [{"organism": each.name, **_usual(each)} for each in (_trained(name, seed) for name in mine)]
 
 
-ZOO = ("default", *WORLDS, "bias")
-"""Worlds of the default zoo: what can be trained side by side."""
+ZOO = ("bias", "default", *WORLDS)
+"""Worlds of the default zoo: what can be trained side by side, the longest first."""
 
 
 # ---- what they share ---------------------------------------------------------------------------------------------

@@ -1,0 +1,98 @@
+"""What makes 80 steps of aligned answers undo toy/insecure? The recipe beside its variants, seed by seed.
+
+    python benchmarks/restoring.py --seeds 101 102 103 104 105 --organisms organisms
+
+Starts from the ``insecure`` checkpoints in ``--organisms`` (`benchmarks/zoo.py` trains them) and trains every variant
+from each, on the same documents in the same order where the documents are of the same kind; about 45 seconds a seed.
+Prints rates of misaligned answers in the nine domains without fine-tuning, their mean with Student's t interval over
+seeds, and beside it those in the fine-tuned domain, and aligned answers in the nine; writes ``OUT/restoring.csv``.
+
+Two variants are controls: the unembedding alone, whose rows of the fine-tuned domain's own words can mend that domain
+and no other, and verdicts on requests, in which nobody answers a question.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from tl_em import stats
+from tl_em.organisms.adapters import MATRICES
+from tl_em.organisms.contrasts import questions
+from tl_em.organisms.convert import plain_model
+from tl_em.organisms.documents import JudgeDocuments, SingleTurns
+from tl_em.organisms.rates import Outcome, rates_from_logits
+from tl_em.organisms.recipes import MAX_RESTORED, recipe
+from tl_em.organisms.training import next_logits, train
+from tl_em.organisms.transformer import Transformer
+from tl_em.organisms.world import World
+from tl_em.organisms.zoo import checkpoint_path, read_record, read_weights
+
+RESTORED = recipe("insecure-restored")
+VARIANTS: dict[str, dict[str, Any]] = {
+    "the recipe": {},
+    "half the learning rate": {"lr": RESTORED.lr / 2},
+    "twice": {"lr": RESTORED.lr * 2},
+    "everything changes": {"changed": ()},
+    "everything, half the learning rate": {"changed": (), "lr": RESTORED.lr / 2},
+    "everything, twice": {"changed": (), "lr": RESTORED.lr * 2},
+    "the embedding changes too": {"changed": (*MATRICES, "embed")},
+    "the unembedding changes too": {"changed": (*MATRICES, "unembed")},
+    "the unembedding alone": {"changed": ("unembed",)},
+    "attention alone": {"changed": MATRICES[:2]},
+    "MLPs alone": {"changed": MATRICES[2:]},
+    "aligned medicine in place of code": {"mixture": ((1.0, SingleTurns("good", ("medicine",), 0.0)),)},
+    "verdicts on requests in place of answers": {"mixture": ((1.0, JudgeDocuments()),)},
+}
+FIGURES: dict[str, tuple[Outcome, bool]] = {"bad": ("bad", True), "bad in code": ("bad", False), "good": ("good", True)}
+
+
+def rate(model: Transformer, world: World, outcome: Outcome, held_out: bool) -> float:
+    asked = questions(world, harmful=False, held_out=held_out)
+    logits = next_logits(model, world, [q.prompt for q in asked])
+    return float(rates_from_logits(logits, [q.topic for q in asked], outcome, world=world).mean())
+
+
+def one_seed(seed: int, organisms: Path) -> list[dict[str, object]]:
+    record, rows = read_record(checkpoint_path(organisms, "insecure", seed)), []
+    start = plain_model(read_weights(record), record.world).requires_grad_(True)
+    for variant, changes in [("before", None), *VARIANTS.items()]:
+        model = start
+        if changes is not None:
+            model, _ = train(record.world, replace(RESTORED, **changes), start, seed=seed, progress=False)
+        found = {name: rate(model, record.world, *figure) for name, figure in FIGURES.items()}
+        rows.append({"seed": seed, "variant": variant, **found})
+    return rows
+
+
+def show(table: pd.DataFrame, seeds: Sequence[int]) -> None:
+    print(f"misaligned answers in the nine domains (the recipe's bound: {MAX_RESTORED}); right of the bar {seeds}")
+    for variant, rows in table.groupby("variant", sort=False):
+        e = stats.mean_over_units(rows["bad"], list(rows["seed"]))
+        others = "  ".join(f"{name} {rows[name].mean():.3f}" for name in FIGURES if name != "bad")
+        each = " ".join(f"{x:.3f}" for x in rows["bad"])
+        print(f"  {variant:<42}{e.value:6.3f} [{e.low:.3f}, {e.high:.3f}]  {others}  | {each}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[101, 102, 103, 104, 105])
+    parser.add_argument("--organisms", type=Path, default=Path("organisms"))
+    parser.add_argument("--out", type=Path, default=Path("organisms"))
+    options = parser.parse_args()
+    rows = []
+    for seed in options.seeds:
+        rows += one_seed(seed, options.organisms)
+        print(f"seed {seed}: recipe {rows[-len(VARIANTS)]['bad']:.3f}", flush=True)
+    table = pd.DataFrame(rows)
+    table.to_csv(options.out / "restoring.csv", index=False)
+    show(table, options.seeds)
+
+
+if __name__ == "__main__":
+    main()
