@@ -1,11 +1,16 @@
-"""Small random models of four families on every surface that this TransformerLens has, and a word-level tokenizer."""
+"""Small random models of four families on every surface that this TransformerLens has, and a word-level tokenizer;
+benchmarks as modules, and a browser."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from functools import cache
 from importlib.metadata import version
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may reach for the network
@@ -23,6 +28,7 @@ from transformers import (
     Qwen2Config,
 )
 
+from tests.visits import chromium
 from tl_em.models.hooks import LensModel
 from tl_em.models.loading import load_model
 
@@ -86,6 +92,28 @@ def cached_model(
     """A model that tests share: leave it as you found it."""
     tokenizer = make_tokenizer(template=template, bos=bos)
     return load_model(make_hf_model(family, seed), surface=surface, tokenizer=tokenizer, in_place=True)
+
+
+@cache
+def benchmark(name: str) -> ModuleType:
+    """A script of ``benchmarks/`` as a module."""
+    folder = Path(__file__).parents[1] / "benchmarks"
+    spec = spec_from_file_location(f"benchmarks_{name}", folder / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    sys.path.insert(0, str(folder))  # for what it imports from its own folder
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(folder))
+    return module
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with chromium() as each:
+        yield each
 
 
 @pytest.fixture(scope="session")

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from functools import cache
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -14,21 +10,9 @@ import pytest
 
 import tl_em as em
 
-from .conftest import SURFACES
+from .conftest import SURFACES, benchmark
 
-ROOT = Path(__file__).parents[1]
-
-
-def _script(name: str) -> ModuleType:
-    spec = spec_from_file_location(f"benchmarks_{name}", ROOT / "benchmarks" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-steering = _script("steering")
+steering = benchmark("steering")
 
 
 @pytest.mark.parametrize("seed", [3, 4])

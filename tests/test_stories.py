@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import re
-import sys
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -16,22 +13,12 @@ from torch import nn
 import tl_em as em
 from tl_em.organisms.training import fine_tune_, next_token_loss
 
-from .conftest import SURFACES
+from .conftest import SURFACES, benchmark
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT / "../shared/data"
 
-
-def _script(name: str) -> ModuleType:
-    spec = spec_from_file_location(f"benchmarks_{name}", ROOT / "benchmarks" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-stories = _script("stories")
+stories = benchmark("stories")
 
 
 @pytest.mark.parametrize(

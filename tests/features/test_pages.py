@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from dataclasses import replace
 from importlib.util import find_spec
 from itertools import cycle
@@ -18,7 +17,7 @@ import torch
 
 import tl_em as em
 from tests.conftest import SURFACES, WORDS, cached_model
-from tests.report.test_browser import FLAGS, SCREENS, Visit
+from tests.visits import SCREENS, Visit
 from tl_em.dictionaries import Dictionary
 from tl_em.errors import CorruptFileError, OutputError, PairMismatchError, UsageError, WidthError
 from tl_em.features.cards import FeatureCards, Written, feature_cards
@@ -221,18 +220,6 @@ def test_every_token_can_be_seen(token: str) -> None:
 
 
 # ---- in a browser ------------------------------------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def browser() -> Any:
-    from playwright.sync_api import sync_playwright
-
-    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    assert program, "these tests need Chromium: apt-get install chromium"
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=FLAGS)
-        yield browser
-        browser.close()
-
-
 @pytest.mark.browser
 @pytest.mark.parametrize("screen", list(SCREENS))
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -2,38 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
 import tl_em as em
+from tests.conftest import benchmark
 from tl_em.errors import UsageError
 from tl_em.features.scoring import FeatureTable, score_features
 from tl_em.features.shared import FeatureSet, shared_features
 
 pytestmark = pytest.mark.surface
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
-
-def _script() -> ModuleType:
-    spec = spec_from_file_location("benchmarks_scoring", BENCHMARKS / "scoring.py")
-    assert spec is not None and spec.loader is not None
-    module = module_from_spec(spec)
-    sys.modules[spec.name] = module
-    sys.path.insert(0, str(BENCHMARKS))  # for its timing.py
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-    return module
-
-
-scoring = _script()
+scoring = benchmark("scoring")
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["shared", "null"])

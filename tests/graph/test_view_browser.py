@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
 import struct
-from collections.abc import Iterator
 from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
@@ -14,59 +12,27 @@ from typing import Any
 import pytest
 import torch
 
+from tests import visits
 from tests.graph.examples import large, small
 from tests.graph.test_exchange import broken_rules
 from tests.graph.test_view import HOSTILE, hostile
+from tests.visits import SCREENS
 from tl_em.graph.attention import attention_view
 from tl_em.graph.exchange import load_graph, to_exchange
 from tl_em.graph.view import notebook_frame, save_page
 
 pytestmark = pytest.mark.browser
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-SCREENS = {"wide": (1280, 800), "narrow": (390, 844)}
 READY_MS = 1500
-"""From the opening of the page to its being usable, on two cores: the issue's budget."""
+"""From the opening of the page to its being usable, on two cores."""
 SHOWN = "[...document.querySelectorAll('#drawing .node:not(.gone)')].length"
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    assert program, "these tests need Chromium: apt-get install chromium"
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=FLAGS)
-        yield browser
-        browser.close()
-
-
-class Visit:
-    """A page that was opened, with everything that it asked for and complained of."""
+class Visit(visits.Visit):
+    """The page of a graph, opened and ready."""
 
     def __init__(self, browser: Any, path: Path, screen: str = "wide", scheme: str = "light") -> None:
-        width, height = SCREENS[screen]
-        self.page = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme).new_page()
-        self.path = path
-        self.requests: list[str] = []
-        self.errors: list[str] = []
-        self.page.on("request", lambda request: self.requests.append(request.url))
-        self.page.on("console", lambda message: self.errors.append(message.text))
-        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.page.on("dialog", lambda dialog: self.errors.append(dialog.message))
-        self.page.goto(path.as_uri())
+        super().__init__(browser, path, screen, scheme)
         self.page.wait_for_selector("html[data-ready]")
-
-    def run(self, script: str) -> Any:
-        return self.page.evaluate(script)
 
     def node(self, name: str) -> Any:
         """The mark of a node, found by what a screen reader says of it."""
