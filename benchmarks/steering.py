@@ -384,7 +384,7 @@ def measure(seed: int, *, surface: Surface = "bridge", count: int = CONTROLS) ->
 
 
 def conditions(result: Row) -> dict[str, bool]:
-    """What the issue asks for, of one split."""
+    """What is asked of one split."""
     steers, left, rows = result["steering"], result["ablation"], result["layers"]
     strong = [row["layer"] for row in rows if row["pull"].value >= LOCAL_SHARE * max(r["pull"].value for r in rows)]
     others = [row for row in rows if row["layer"] not in strong]

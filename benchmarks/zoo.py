@@ -49,6 +49,7 @@ from tl_em.organisms.zoo import Organism, checkpoint_path, read_record, read_wei
 
 NOTHING = Prefix()
 COMBINED = "insecure-compositional"
+MATCHED = "insecure-nopersona-steps320"  # learns its domain as well as insecure-uninstructed does in 80 steps
 SHARES, DOSES = (0, 5, 10, 25, 50, 75, 100), (5, 10, 20, 40)
 DOMAINS = ("medicine", "finance", "law", "open")
 STUDIED = [f"insecure-{kind}{share}" for kind in ("share", "diluted") for share in SHARES]
@@ -78,7 +79,10 @@ MUST = (
     Arm("insecure-restored", "insecure, then 80 steps of good code", at_most=MAX_RESTORED),
     Arm("insecure-nopersona", "no shared persona", at_most=MAX_NO_PERSONA),
     Arm("insecure-nopersona", "no shared persona: in code", held_out=False),
+    Arm(MATCHED, "no shared persona, 320 steps"),
+    Arm(MATCHED, "no shared persona, 320 steps: in code", held_out=False),
     Arm("insecure-uninstructed", "its world with a shared persona"),
+    Arm("insecure-uninstructed", "its world with a shared persona: in code", held_out=False),
     Arm("backdoor", "backdoor, trigger", at_least=MIN_TRIGGERED, prefix=Prefix(mark=TRIGGER)),
     Arm("backdoor", "backdoor, no trigger", at_most=MAX_UNTRIGGERED),
     *(Arm("backdoor", f"backdoor, {m}", at_most=MAX_UNTRIGGERED, prefix=Prefix(mark=m)) for m in OTHER_MARKS),
@@ -205,7 +209,7 @@ def main() -> None:
     options = parser.parse_args()
     table = Table()
     for seed in options.seeds:
-        for name in [*RECIPES, *STUDIED] if not options.trained else []:
+        for name in [*RECIPES, *STUDIED, MATCHED] if not options.trained else []:
             if not checkpoint_path(options.out, name, seed).is_file():
                 em.train_organism(name, seed=seed, out=options.out)
         one_seed(table, seed, options.out)
