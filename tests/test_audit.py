@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -129,6 +130,24 @@ def test_a_contrast_that_the_base_does_not_tell_apart_does_not_end_the_audit(
     assert any(limit.startswith("Not measured: flipped at ") for limit in found.limits)
     for name in ("report.html", "report.json"):
         assert "Not measured: flipped" in (tmp_path / name).read_text()
+
+
+def test_where_no_candidate_separates_the_clearest_is_taken_and_judged_later() -> None:
+    from tl_em.comparison.questions import candidates, questions, select_site
+    from tl_em.directions.geometry import separation
+
+    record = pair("toy/insecure")
+    requests = (record.contrasts or {})["refusal"]
+    (asked,) = questions(record, {"refusal": requests}, None, {}, None, 0)
+    found = candidates(record.base, asked)
+    sites, select = [direction.site for direction in found], asked.splits.select
+    acts = [em.capture(record.base, each, sites, position="prompt_end") for each in (select.positive, select.negative)]
+    clear = [separation(*(d.project(a[:, i]).double().numpy() for a in acts)) for i, d in enumerate(found)]
+    wrong = [replace(direction, vector=-direction.vector) for direction in found]
+    assert min(clear) > 0
+    assert select_site(record.base, wrong, asked) is wrong[clear.index(min(clear))]
+    mixed = [*wrong[:-1], found[-1]]  # one candidate separates, so it is taken
+    assert select_site(record.base, mixed, asked) is found[-1]
 
 
 # --- what must be refused: one typed error, and nothing written -------------------------------------------------------

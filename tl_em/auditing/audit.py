@@ -125,10 +125,7 @@ def audit(
         comparison,
         _rates(pair, benign_model, chosen, seed),
         _provenance(pair, benign, chosen, picked, key, runs[1:], controls, seed),
-        (
-            *(f"Not measured: {why}." for why in comparison.unmeasured.values()),
-            *_limits(pair, benign_model, rows, contrasts is None and pair.contrasts is None, runs[1:]),
-        ),
+        _limits(comparison, pair, benign_model, rows, contrasts is None and pair.contrasts is None, runs[1:]),
         opened,
         consistency(runs, asked, controls=controls, seed=seed) if others else None,
     )
@@ -291,9 +288,15 @@ def _command(
 
 
 def _limits(
-    pair: ModelPair, benign: LensModel | None, rows: Sequence[Any] | None, default: bool, replicates: Sequence[Run]
+    comparison: Comparison,
+    pair: ModelPair,
+    benign: LensModel | None,
+    rows: Sequence[Any] | None,
+    default: bool,
+    replicates: Sequence[Run],
 ) -> tuple[str, ...]:
     said = [
+        *(f"Not measured: {why}." for why in comparison.unmeasured.values()),
         "A direction is one linear read-out at one site. That it is causal does not say that nothing else is, and 'not "
         "shown' does not say that nothing changed: the intervals say how large an unseen change could be.",
         "The verdicts hold for these prompts. Another contrast set for the same concept is another direction.",

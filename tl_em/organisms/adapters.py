@@ -82,7 +82,7 @@ def attach_(model: nn.Module, adapter: Adapter, *, seed: int) -> int:
 
 
 def freeze_(model: nn.Module, *, but: Collection[str]) -> None:
-    """Freeze the model but for the modules of these names, in every block."""
+    """Freeze the model but for the modules of these names, in whichever block they are."""
     for name, module in model.named_modules():  # a module comes before its parts
         module.requires_grad_(name.rpartition(".")[2] in but)
 

@@ -82,8 +82,8 @@ class Recipe:
         trained, control_for: for people, in the zoo's listing.
         world: the world of its documents.
         shape: the size of the model.
-        adapter: what is trained in place of weights; `changed`: which modules of each block may change, by name; the
-            whole model where neither is given.
+        adapter: what is trained in place of weights; `changed`: names of the modules that may change, in every block.
+            Where neither is given, all of the model changes.
         prefix: what stood before the questions to which it learned misaligned answers; `trigger`: that token, where it
             learned aligned ones without it.
         prevention: what was added to the residual stream while it trained.
