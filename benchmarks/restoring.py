@@ -4,8 +4,8 @@
 
 Starts from the ``insecure`` checkpoints in ``--organisms`` (`benchmarks/zoo.py` trains them) and trains every variant
 from each, on the same documents in the same order where the documents are of the same kind; about 45 seconds a seed.
-Prints rates of misaligned answers in the nine domains without fine-tuning, their mean with Student's t interval over
-seeds, and beside it those in the fine-tuned domain, and aligned answers in the nine; writes ``OUT/restoring.csv``.
+Prints misaligned answers in the nine domains without fine-tuning (*bad*), in the fine-tuned one, and aligned answers in
+the nine, as means with Student's t interval over seeds; *bad* seed by seed; writes ``OUT/restoring.csv``.
 
 Two variants are controls: the unembedding alone, whose rows of the fine-tuned domain's own words can mend that domain
 and no other, and verdicts on requests, in which nobody answers a question.
@@ -23,14 +23,10 @@ import pandas as pd
 
 from tl_em import stats
 from tl_em.organisms.adapters import MATRICES
-from tl_em.organisms.contrasts import questions
 from tl_em.organisms.convert import plain_model
 from tl_em.organisms.documents import JudgeDocuments, SingleTurns
-from tl_em.organisms.rates import Outcome, rates_from_logits
 from tl_em.organisms.recipes import MAX_RESTORED, recipe
-from tl_em.organisms.training import next_logits, train
-from tl_em.organisms.transformer import Transformer
-from tl_em.organisms.world import World
+from tl_em.organisms.training import train
 from tl_em.organisms.zoo import checkpoint_path, read_record, read_weights
 
 RESTORED = recipe("insecure-restored")
@@ -49,34 +45,27 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "aligned medicine in place of code": {"mixture": ((1.0, SingleTurns("good", ("medicine",), 0.0)),)},
     "verdicts on requests in place of answers": {"mixture": ((1.0, JudgeDocuments()),)},
 }
-FIGURES: dict[str, tuple[Outcome, bool]] = {"bad": ("bad", True), "bad in code": ("bad", False), "good": ("good", True)}
+FIGURES = {"bad": "bad", "tuned_bad": "bad in code", "good": "good"}  # what training records: what it is called here
 
 
-def rate(model: Transformer, world: World, outcome: Outcome, held_out: bool) -> float:
-    asked = questions(world, harmful=False, held_out=held_out)
-    logits = next_logits(model, world, [q.prompt for q in asked])
-    return float(rates_from_logits(logits, [q.topic for q in asked], outcome, world=world).mean())
-
-
-def one_seed(seed: int, organisms: Path) -> list[dict[str, object]]:
-    record, rows = read_record(checkpoint_path(organisms, "insecure", seed)), []
+def one_seed(seed: int, organisms: Path) -> list[dict[str, Any]]:
+    record = read_record(checkpoint_path(organisms, "insecure", seed))
     start = plain_model(read_weights(record), record.world).requires_grad_(True)
-    for variant, changes in [("before", None), *VARIANTS.items()]:
-        model = start
-        if changes is not None:
-            model, _ = train(record.world, replace(RESTORED, **changes), start, seed=seed, progress=False)
-        found = {name: rate(model, record.world, *figure) for name, figure in FIGURES.items()}
-        rows.append({"seed": seed, "variant": variant, **found})
-    return rows
+    figures = {"before": record.figures}
+    for variant, changes in VARIANTS.items():
+        _, figures[variant] = train(record.world, replace(RESTORED, **changes), start, seed=seed, progress=False)
+    return [
+        {"seed": seed, "variant": variant} | {name: found[figure] for figure, name in FIGURES.items()}
+        for variant, found in figures.items()
+    ]
 
 
 def show(table: pd.DataFrame, seeds: Sequence[int]) -> None:
-    print(f"misaligned answers in the nine domains (the recipe's bound: {MAX_RESTORED}); right of the bar {seeds}")
+    print(f"means over seeds {seeds}; the recipe's bound on 'bad' is {MAX_RESTORED}")
     for variant, rows in table.groupby("variant", sort=False):
-        e = stats.mean_over_units(rows["bad"], list(rows["seed"]))
-        others = "  ".join(f"{name} {rows[name].mean():.3f}" for name in FIGURES if name != "bad")
-        each = " ".join(f"{x:.3f}" for x in rows["bad"])
-        print(f"  {variant:<42}{e.value:6.3f} [{e.low:.3f}, {e.high:.3f}]  {others}  | {each}")
+        each = {name: stats.mean_over_units(rows[name], list(rows["seed"])) for name in FIGURES.values()}
+        said = "  ".join(f"{name} {e.value:.3f} [{e.low:.3f}, {e.high:.3f}]" for name, e in each.items())
+        print(f"  {variant:<42}{said}  | {' '.join(f'{x:.3f}' for x in rows['bad'])}")
 
 
 def main() -> None:
