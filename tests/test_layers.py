@@ -12,8 +12,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "tl_em"
 ORDER = (
-    *("errors", "writing", "stats", "models", "directions", "dictionaries", "interventions", "metrics", "evals"),
-    *("selection", "harmfulness", "comparison", "features", "graph", "organisms", "report", "auditing", "cli"),
+    *("errors", "arguments", "writing", "stats", "models", "directions", "dictionaries", "interventions", "metrics"),
+    *("evals", "selection", "harmfulness", "comparison", "features", "graph", "organisms", "report", "auditing", "cli"),
 )
 DRAWS = "report"  # result classes call it lazily from .plot() and .save()
 LENS = "transformer_lens"
