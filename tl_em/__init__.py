@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from tl_em.directions.screening import finetuning_shift as finetuning_shift
     from tl_em.directions.screening import projection_difference as projection_difference
     from tl_em.directions.similarity import cosine_matrix as cosine_matrix
+    from tl_em.errors import CacheWarning as CacheWarning
     from tl_em.errors import HiddenSteerWarning as HiddenSteerWarning
     from tl_em.errors import NuisanceWarning as NuisanceWarning
     from tl_em.errors import TlEmError as TlEmError
@@ -84,6 +85,7 @@ if TYPE_CHECKING:
     from tl_em.models.loading import load_model as load_model
     from tl_em.models.moments import mean_activation as mean_activation
     from tl_em.models.prompts import ContrastSet as ContrastSet
+    from tl_em.models.proof import proof as proof
     from tl_em.models.sites import Provenance as Provenance
     from tl_em.models.sites import Site as Site
     from tl_em.organisms.facts import Facts as Facts
@@ -114,6 +116,7 @@ _HOME = {
     "Add": "interventions.edits",
     "AttributionGraph": "graph.graph",
     "Behaviour": "metrics",
+    "CacheWarning": "errors",
     "Clamp": "interventions.edits",
     "Comparison": "comparison.compare",
     "Completion": "graph.targets",
@@ -189,6 +192,7 @@ _HOME = {
     "place_cells": "harmfulness.presets",
     "prefers_truth": "organisms.facts",
     "principal_angles": "directions.angles",
+    "proof": "models.proof",
     "projection_difference": "directions.screening",
     "refusal_direction": "harmfulness.presets",
     "refusal_log_odds": "metrics",

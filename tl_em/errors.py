@@ -30,8 +30,9 @@
     └── UsageError                      arguments that contradict each other
         └── GraphTooLargeError          an attribution graph that would not fit into the memory that it may take
 
-And two warnings, both UserWarnings:
+And three warnings, all UserWarnings:
 
+    CacheWarning                        generation cannot use the key-value cache, and reads the whole text every step
     HiddenSteerWarning                  an ablation to zero that removes a mean far from zero
     NuisanceWarning                     classes of a contrast set that differ in length, and so in more than the concept
 """
@@ -160,6 +161,10 @@ class UsageError(TlEmError, ValueError):
 
 class GraphTooLargeError(UsageError):
     """An attribution graph whose edges alone need more memory than it may take."""
+
+
+class CacheWarning(UserWarning):
+    """Generation with a key-value cache was not shown to be right, so the whole text is read again for every token."""
 
 
 class HiddenSteerWarning(UserWarning):

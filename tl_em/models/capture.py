@@ -87,7 +87,7 @@ def next_token_logits(model: LensModel, prompts: Sequence[Prompt | EncodedPrompt
     encoded = encoded_prompts(model, prompts)
     out: Tensor | None = None
     for batch in batches(encoded, max_tokens=_batch_tokens(model)):
-        logits = _logits_at(model, batch, torch.arange(len(batch.rows)), batch.lengths - 1).float().cpu()
+        logits = batch_logits(model, batch, torch.arange(len(batch.rows)), batch.lengths - 1).float().cpu()
         out = torch.empty(len(encoded), logits.shape[-1]) if out is None else out
         out[list(batch.rows)] = logits
     assert out is not None
@@ -122,7 +122,7 @@ def sequence_logprobs(
     for batch in batches(encoded, max_tokens=_batch_tokens(model, every_token=True)):
         inside = _inside(spans[list(batch.rows)], batch.tokens.shape[1])
         rows, columns = inside.nonzero(as_tuple=True)
-        logprobs = _logits_at(model, batch, rows, columns - 1).float().log_softmax(-1)
+        logprobs = batch_logits(model, batch, rows, columns - 1).float().log_softmax(-1)
         taken = logprobs.gather(-1, batch.tokens[rows, columns].to(logprobs.device)[:, None])[:, 0].cpu()
         total = torch.zeros(len(batch.rows)).index_add_(0, rows, taken)
         out[list(batch.rows)] = total / inside.sum(-1) if per_token else total
@@ -323,7 +323,7 @@ def _batch_tokens(model: LensModel, *, every_token: bool = False) -> int:
     return _MAX_TOKENS
 
 
-def _logits_at(
+def batch_logits(
     model: LensModel, batch: Batch, rows: Int[Tensor, " token"], columns: Int[Tensor, " token"]
 ) -> Float[Tensor, "token d_vocab"]:
     """Logits at some tokens of a batch; only these are unembedded where the unembedding is a module of the model."""

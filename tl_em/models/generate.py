@@ -1,24 +1,26 @@
-"""Generation, with whatever interventions are attached to the model.
+"""Continue prompts, token after token, under whatever hooks are attached; with a cache only where it was shown right.
 
-Prompts of equal length share a batch, so nothing is padded: left padding is inexact on a Bridge, and a
-HookedTransformer takes no attention mask. With the key-value cache, hooks see the prompt once and then one token at a
-time.
+Rows of one length run together, so that nothing is padded. The logits of every step are those of the hooked model; a
+sampled token is drawn from them with a generator of its own, so that the global random state is left alone.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_em.errors import PromptTooLongError, UsageError
+from tl_em.arguments import finite, whole
+from tl_em.errors import NonFiniteError, PromptTooLongError
+from tl_em.models.cache import Step, steps
 from tl_em.models.capture import generating
 from tl_em.models.hooks import LensModel
 from tl_em.models.prompts import EncodedPrompt, Prompt, encode, make_batch
+from tl_em.models.proof import may_use_cache
+from tl_em.models.source import end_tokens
 
 _MAX_ROWS = 64
 
@@ -33,10 +35,14 @@ def generate(
 ) -> list[str]:
     """Continue each prompt.
 
+    The key-value cache is used where cached generation was shown to equal uncached generation on this very model (by
+    ``load_model``, else before the first call). Where it does not, every token is made by reading the whole text again:
+    slower, right, and said once, as a ``CacheWarning``.
+
     Args:
         model: a HookedTransformer or TransformerBridge; hooks on it stay in force.
         prompts: strings, chats or encoded prompts.
-        max_new_tokens: longest answer, in tokens; an end-of-text token ends it sooner.
+        max_new_tokens: longest answer, in tokens; any of the model's end-of-text tokens ends it sooner.
         temperature: 0 takes the most probable token.
         seed: seed of the samples; the global random state is left alone.
 
@@ -45,25 +51,27 @@ def generate(
 
     Raises:
         PromptTooLongError: a prompt and its answer do not fit the context together.
+        NonFiniteError: the logits hold NaN, so no token is the most probable one.
+        UsageError: a number that means nothing (a negative temperature, no tokens).
     """
-    if max_new_tokens < 1:
-        raise UsageError(f"max_new_tokens={max_new_tokens} asks for no answer. Ask for at least 1.")
-    encoded, end = encode(model, prompts), _end_tokens(model)
+    max_new_tokens = whole("max_new_tokens", max_new_tokens, low=1)
+    temperature, seed = finite("temperature", temperature, low=0), whole("seed", seed)
+    encoded, end = encode(model, prompts), end_tokens(model)
     _check_room(encoded, int(model.cfg.n_ctx), max_new_tokens)
     by_length: dict[int, list[int]] = defaultdict(list)
     for i, prompt in enumerate(encoded):
         by_length[len(prompt)].append(i)
     answers = [""] * len(encoded)
-    with torch.random.fork_rng(devices=_devices(model)), torch.no_grad():
-        torch.manual_seed(seed)
-        for length in sorted(by_length):
-            rows = by_length[length]
-            for chunk in (rows[i : i + _MAX_ROWS] for i in range(0, len(rows), _MAX_ROWS)):
-                batch = make_batch(encoded, chunk)
-                with generating(model, batch):
-                    new = _continue(model, batch.tokens.to(model.cfg.device), max_new_tokens, temperature, end)
-                for i, ids in zip(chunk, new[:, length:].tolist(), strict=True):
-                    answers[i] = _decode(model, ids, end)
+    generator = torch.Generator(model.cfg.device).manual_seed(seed)
+    for length in sorted(by_length):
+        rows = by_length[length]
+        cached = may_use_cache(model, length + max_new_tokens)
+        for chunk in (rows[i : i + _MAX_ROWS] for i in range(0, len(rows), _MAX_ROWS)):
+            batch = make_batch(encoded, chunk)
+            with torch.no_grad(), generating(model, batch), steps(model, cached=cached) as step:
+                new = continued(step, batch.tokens, max_new_tokens, end, temperature, generator)
+            for i, ids in zip(chunk, new.tolist(), strict=True):
+                answers[i] = _decode(model, ids, end)
     return answers
 
 
@@ -76,31 +84,38 @@ def _check_room(encoded: Sequence[EncodedPrompt], n_ctx: int, max_new_tokens: in
         )
 
 
-def _devices(model: LensModel) -> list[int]:
-    device = torch.device(model.cfg.device)
-    return [device.index or 0] if device.type == "cuda" else []
+def continued(
+    step: Step,
+    tokens: Int[Tensor, "prompt pos"],
+    max_new_tokens: int,
+    end: Sequence[int],
+    temperature: float,
+    generator: torch.Generator,
+) -> Int[Tensor, "prompt new"]:
+    """New tokens of every row, up to where all rows have ended (what follows a row's end token means nothing)."""
+    made: list[Tensor] = []
+    ended = torch.zeros(len(tokens), dtype=torch.bool)
+    ends = torch.tensor(list(end), dtype=torch.long)
+    new = tokens
+    while len(made) < max_new_tokens and not bool(ended.all()):
+        chosen = _choose(step(new), temperature, generator).cpu()
+        made.append(chosen)
+        ended |= torch.isin(chosen, ends)
+        new = chosen[:, None]
+    return torch.stack(made, 1)
 
 
-def _continue(model: LensModel, tokens: Tensor, max_new_tokens: int, temperature: float, end: list[int]) -> Tensor:
-    options: dict[str, Any] = {"stop_at_eos": bool(end), "eos_token_id": end or None}
-    options |= {"do_sample": temperature > 0, "temperature": temperature or 1.0, "verbose": False}
-    if "attention_mask" not in inspect.signature(model.generate).parameters:
-        # A HookedTransformer takes pad tokens at one end of the prompt for padding; nothing here is padded.
-        pad = getattr(getattr(model, "tokenizer", None), "pad_token_id", None)
-        options["padding_side"] = "left" if bool((tokens[:, -1] == pad).any()) else "right"
-    return model.generate(
-        tokens, max_new_tokens=max_new_tokens, return_type="tokens", use_past_kv_cache=True, **options
-    )
-
-
-def _end_tokens(model: LensModel) -> list[int]:
-    """The end-of-text tokens that the model can produce (a loader may have invented one that it cannot)."""
-    configured = getattr(
-        getattr(getattr(model, "original_model", None), "generation_config", None), "eos_token_id", None
-    )
-    found = configured if isinstance(configured, list) else [configured]
-    found = [*found, getattr(getattr(model, "tokenizer", None), "eos_token_id", None)]
-    return sorted({int(token) for token in found if token is not None and token < int(model.cfg.d_vocab)})
+def _choose(
+    logits: Float[Tensor, "prompt d_vocab"], temperature: float, generator: torch.Generator
+) -> Int[Tensor, " prompt"]:
+    if bool(logits.isnan().any()):
+        raise NonFiniteError(
+            "The logits of a generated token hold NaN, so no token is the most probable one. Check the intervention's "
+            "size, the weights and the dtype (em.load_model(source, dtype=torch.float32))."
+        )
+    if temperature == 0:
+        return logits.argmax(-1)
+    return torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator)[:, 0]
 
 
 def _decode(model: LensModel, ids: Sequence[int], end: Sequence[int]) -> str:

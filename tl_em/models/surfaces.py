@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import logging
 import tempfile
-import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, redirect_stdout
-from io import StringIO
+from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from tl_em.errors import ModelError
+from tl_em.models.quiet import first_line
 
 
 def reloadable(tokenizer: Any, stack: ExitStack) -> Any:
@@ -25,16 +22,32 @@ def reloadable(tokenizer: Any, stack: ExitStack) -> Any:
     directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="tl-em-"))
     tokenizer.save_pretrained(directory)
     try:
-        return AutoTokenizer.from_pretrained(directory)
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except (ValueError, OSError):  # a class of its own, which transformers cannot find again
         return tokenizer
+
+
+def check_built(surface: str) -> None:
+    """Raise ``ModelError`` where this TransformerLens does not have the surface."""
+    if surface == "hooked" and find_spec("transformer_lens.HookedTransformer") is None:
+        raise ModelError(
+            "This TransformerLens has no HookedTransformer (it was removed in version 4), so surface='hooked' cannot "
+            "be built. Use surface='bridge', or install 'transformer-lens<4'."
+        )
 
 
 def as_bridge(name: str, hf_model: Any, tokenizer: Any, dtype: torch.dtype, device: Any) -> Any:
     from transformer_lens.model_bridge import TransformerBridge
 
     stand_in = tokenizer if tokenizer is not None else _no_tokenizer()
-    model = TransformerBridge.boot_transformers(name, hf_model=hf_model, tokenizer=stand_in, dtype=dtype, device=device)
+    kind, options = type(hf_model).__name__, {"dtype": dtype, "device": device, "trust_remote_code": False}
+    try:
+        model = TransformerBridge.boot_transformers(name, hf_model=hf_model, tokenizer=stand_in, **options)
+    except Exception as error:  # no common base: an architecture without an adapter, a field that it does not expect
+        raise ModelError(
+            f"TransformerLens cannot build a TransformerBridge of this {kind} ({type(error).__name__}: "
+            f"{first_line(error)}). Try surface='hooked' (TransformerLens 3), or another version of TransformerLens."
+        ) from error
     if tokenizer is None:
         model.tokenizer = None
     return model
@@ -51,13 +64,7 @@ def _no_tokenizer() -> Any:
 
 
 def as_hooked(name: str, hf_model: Any, tokenizer: Any, dtype: torch.dtype, device: Any) -> Any:
-    try:
-        from transformer_lens import HookedTransformer
-    except ImportError as error:
-        raise ModelError(
-            "This TransformerLens has no HookedTransformer (it was removed in version 4), so surface='hooked' cannot "
-            "be built. Use surface='bridge', or install 'transformer-lens<4'."
-        ) from error
+    from transformer_lens import HookedTransformer
     from transformer_lens.config.hooked_transformer_config import HookedTransformerConfig
     from transformer_lens.loading_from_pretrained import get_pretrained_state_dict
 
@@ -65,14 +72,14 @@ def as_hooked(name: str, hf_model: Any, tokenizer: Any, dtype: torch.dtype, devi
         fields = _hooked_fields(hf_model.config, directory)
         fields |= {"model_name": name, "tokenizer_name": None, "init_weights": False, "dtype": dtype}
         fields["device"] = str(device)
-        cfg = HookedTransformerConfig.from_dict(fields)
-        model = HookedTransformer(cfg, tokenizer=tokenizer)
         raw = dict.fromkeys(("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases"), False)
         try:
+            cfg = HookedTransformerConfig.from_dict(fields)
+            model = HookedTransformer(cfg, tokenizer=tokenizer)
             model.load_and_process_state_dict(
                 get_pretrained_state_dict(directory, cfg, hf_model=hf_model, dtype=dtype), **raw
             )
-        except (RuntimeError, ValueError, AttributeError) as error:
+        except Exception as error:  # no common base: it assumes fields and modules that an architecture may lack
             raise _unsupported(hf_model.config, error) from error
     return model
 
@@ -90,7 +97,7 @@ def _hooked_fields(config: Any, directory: str) -> dict[str, Any]:
     (Path(directory) / "config.json").write_text(json.dumps(record, default=str), encoding="utf-8")
     try:
         fields = convert_hf_model_config(directory)
-    except (NotImplementedError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:  # no common base: it reads fields that this architecture may not have
         raise _unsupported(config, error) from error
     head = getattr(config, "head_dim", None)  # widths that TransformerLens takes to be the usual multiple of d_model
     given = {
@@ -138,62 +145,12 @@ def _gemma2_fields(config: Any) -> dict[str, Any]:
     }
 
 
-def probe(hf_model: Any) -> tuple[Tensor, Tensor]:
-    """A few tokens, and the log-probabilities after them, before anything is built around the model."""
-    vocabulary = int(hf_model.get_input_embeddings().weight.shape[0])
-    length = min(8, int(getattr(hf_model.config, "max_position_embeddings", None) or 8))
-    tokens = torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        found = hf_model.eval()(tokens.to(next(hf_model.parameters()).device)).logits
-    return tokens, found.float().log_softmax(-1).cpu()
-
-
-def check_same_function(model: Any, hf_model: Any, tokens: Tensor, expected: Tensor) -> None:
-    """A conversion that misreads a config field, or leaves a part out, gives a model that runs and is another one.
-
-    Raises:
-        ModelError: its log-probabilities are not those of the Hugging Face model.
-    """
-    with torch.no_grad():
-        ours = model(tokens.to(model.cfg.device)).float().log_softmax(-1).cpu()
-    gap = float((ours - expected).abs().max())
-    if gap < (1e-2 if model.cfg.dtype == torch.float32 else 0.5):
-        return
-    surface = type(model).__name__
-    other = "another version of TransformerLens" if surface == "TransformerBridge" else "surface='bridge'"
-    why = f"TransformerLens misreads its config. Use {other}."
+def advice(model: Any, hf_model: Any) -> str:
+    """What to do where a surface turns out to compute something else than the model that it was built from."""
     if any(hasattr(module, "merged_adapters") for module in hf_model.modules()):
-        why = (
+        return (
             "TransformerLens copies weights without their adapter, a Bridge where it splits a joint matrix. Merge a "
             "copy: em.load_model(peft_model.merge_and_unload())."
         )
-    raise ModelError(
-        f"The {surface} built from {model.cfg.model_name!r} is not the same function as the Hugging Face model "
-        f"(log-probabilities differ by {gap:.2g}): {why}"
-    )
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence what TransformerLens and transformers say about themselves while a model is built."""
-    from transformers.utils import logging as hf_logging
-
-    bars = hf_logging.is_progress_bar_enabled()
-    level = hf_logging.get_verbosity()
-    before = logging.root.manager.disable
-    with warnings.catch_warnings(), redirect_stdout(StringIO()):
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
-        hf_logging.disable_progress_bar()
-        hf_logging.set_verbosity_error()
-        try:
-            yield
-        finally:
-            logging.disable(before)
-            hf_logging.set_verbosity(level)
-            if bars:
-                hf_logging.enable_progress_bar()
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+    other = "another version of TransformerLens" if hasattr(model, "original_model") else "surface='bridge'"
+    return f"TransformerLens misreads its config. Use {other}."

@@ -1,0 +1,337 @@
+"""The Hugging Face model of a directory, a hub id or memory: every tensor that was asked for is there, no code is run.
+
+transformers fills what a file lacks with random numbers, and peft leaves out what an adapter lacks; both only log it.
+Here a missing, unexpected or mismatched tensor is an error that names it. Code that comes with a model is never run. A
+model that reads more than text is taken apart: its language model alone, where that is shown to be equal.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tl_em.errors import CorruptFileError, ModelError, ModelNotFoundError, NonFiniteError, UsageError
+from tl_em.models.quiet import first_line
+
+
+def from_path_or_hub(source: str, tokenizer: Any, dtype: torch.dtype) -> tuple[str, Any, Any]:
+    """Name, model and tokenizer of a directory (also one with a PEFT adapter, merged into its base) or a hub id."""
+    path = Path(source)
+    if path.is_dir() and (path / "adapter_config.json").is_file():
+        return _merged_adapter(path, tokenizer, dtype)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ModelNotFoundError(
+            f"The directory {source!r} has neither config.json nor adapter_config.json, so it holds no Hugging Face "
+            f"model. Save one there with hf_model.save_pretrained({source!r})."
+        )
+    if not path.is_dir() and _looks_like_path(source):
+        raise ModelNotFoundError(f"There is no directory {source!r}. Check the path, or give a hub id such as 'gpt2'.")
+    if not path.is_dir():
+        _check_hub(source)
+    return source, _hf_model(source, dtype), tokenizer if tokenizer is not None else hf_tokenizer(source)
+
+
+def _looks_like_path(source: str) -> bool:
+    return source.startswith(("/", ".", "~")) or source.count("/") > 1 or not source
+
+
+def _check_hub(source: str) -> None:
+    """Ask the hub once, unless the model is cached: transformers would retry for most of a minute."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    try:
+        if not isinstance(try_to_load_from_cache(source, "config.json"), str):
+            HfApi().model_info(source, timeout=20)
+    except Exception as error:  # no common base: a bad name, no network, no such model, no access
+        raise _not_found(source, error) from error
+
+
+def _hf_model(source: str, dtype: torch.dtype) -> Any:
+    from safetensors import SafetensorError
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        loader = _loader(config, source)
+        hf_model, found = loader.from_pretrained(
+            source, dtype=dtype, attn_implementation="eager", trust_remote_code=False, output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that they are named, below
+        )  # fmt: skip
+    except ModelError:
+        raise
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise CorruptFileError(
+            f"The weights or the config of {source!r} cannot be read ({error}). Copy or download them again."
+        ) from error
+    except OSError as error:
+        raise _not_found(source, error) from error
+    except Exception as error:  # no common base: whatever a config that asks for nonsense makes transformers raise
+        raise ModelError(
+            f"{source!r} cannot be loaded as a causal language model ({first_line(error)}). Check config.json and its "
+            f"weights; code that comes with a model (auto_map) is never run."
+        ) from error
+    _check_complete(source, hf_model, found)
+    return hf_model
+
+
+def _loader(config: Any, source: str) -> Any:
+    """The class that loads a model with this config, with all its parts."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING as CAUSAL
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING as WITH_IMAGES
+
+    check_kind(config, source)
+    if reads_more_than_text(config) and type(config) in WITH_IMAGES:
+        return AutoModelForImageTextToText
+    if type(config) not in CAUSAL:
+        raise ModelError(
+            f"{source!r} is a {config.model_type!r} model, of which transformers has no causal language model, so it "
+            f"gives no next-token probabilities. Load a causal language model (GPT-2, Llama, Gemma, …)."
+        )
+    return AutoModelForCausalLM
+
+
+def check_kind(config: Any, source: str) -> None:
+    """Raise ``ModelError`` for a model that an encoder is part of, before anything is loaded or built."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{source!r} is an encoder-decoder ({getattr(config, 'model_type', None)!r}): it has two residual streams, "
+            f"and what it says depends on a text beside the prompt. Load a causal language model (GPT-2, Llama, …)."
+        )
+
+
+def reads_more_than_text(config: Any) -> bool:
+    """Whether a config is that of a model with a part for images or sound."""
+    parts = ("vision_config", "audio_config", "speech_config", "image_config", "vq_config")
+    return any(getattr(config, part, None) is not None for part in parts)
+
+
+_HARMLESS = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias", "attention.masked_bias", "attention.bias")
+"""Buffers that old files hold and that transformers computes from the config. Only where no parameter has that name."""
+
+
+def _check_complete(source: str, hf_model: Any, found: dict[str, Any]) -> None:
+    """Raise unless the files hold every tensor of the model, and nothing else."""
+    own = dict(hf_model.named_parameters())
+    unexpected = [
+        key for key in found["unexpected_keys"] if key in own or not key.endswith(_HARMLESS) or key.endswith(".weight")
+    ]
+    trouble = {
+        "missing from the files (transformers would fill them with random numbers)": found["missing_keys"],
+        "in the files, but not in the model": unexpected,
+        "of another shape than the config asks for": [
+            f"{each[0]} {tuple(each[1])} for {tuple(each[2])}" if isinstance(each, tuple | list) else str(each)
+            for each in found["mismatched_keys"]
+        ],
+    }
+    said = [f"{_named(names)} {what}" for what, names in trouble.items() if names]
+    if said or found.get("error_msgs"):
+        raise CorruptFileError(
+            f"The weights in {source!r} are not those of its config: {'; '.join(said) or found['error_msgs'][0]}. What "
+            f"was measured on it would be noise. Save the whole model again with hf_model.save_pretrained(…), from the "
+            f"model itself, not from a wrapper (torch.compile's is model._orig_mod)."
+        )
+
+
+def _named(keys: Iterable[str]) -> str:
+    """The first keys by name, and how many there are."""
+    names = sorted(map(str, keys))
+    rest = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return f"{len(names)} tensor{'s' * (len(names) > 1)} ({', '.join(names[:4])}{rest})"
+
+
+def _not_found(source: str, error: Exception) -> ModelError | CorruptFileError:
+    path = Path(source)
+    if path.is_dir() and any(path.glob("*.safetensors")):
+        return CorruptFileError(
+            f"The weights in {source!r} cannot be read ({first_line(error)}). Copy or download them again."
+        )
+    if path.is_dir():
+        return ModelNotFoundError(
+            f"The directory {source!r} holds no readable weights ({first_line(error)}). Save the model there again."
+        )
+    return ModelNotFoundError(
+        f"There is no directory {source!r}, and the hub gives no model of that name ({first_line(error)}). Check the "
+        f"spelling and the network; offline, download it elsewhere (hf download {source}) and pass the directory."
+    )
+
+
+def hf_tokenizer(source: str, *, local_files_only: bool = False) -> Any:
+    """The source's own tokenizer, None where it has none (models of symbols)."""
+    from transformers import AutoTokenizer
+
+    directory = Path(source)
+    if directory.is_dir() and not any(directory.glob("*token*")) and not any(directory.glob("vocab*")):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=local_files_only)
+    except json.JSONDecodeError as error:
+        raise CorruptFileError(
+            f"The tokenizer of {source!r} cannot be read ({error}). Copy or download it again."
+        ) from error
+    except Exception as error:  # no common base: whatever a damaged tokenizer file makes tokenizers raise
+        raise ModelNotFoundError(
+            f"{source!r} has no tokenizer that can be loaded ({first_line(error)}). Pass one with tokenizer=."
+        ) from error
+
+
+def _merged_adapter(path: Path, tokenizer: Any, dtype: torch.dtype) -> tuple[str, Any, Any]:
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ModelError(
+            f"{str(path)!r} holds a PEFT adapter, and the package peft, which merges it into its base, is not "
+            f"installed. Install the extra: pip install 'tl-em[lora]'."
+        ) from error
+    base = _base_of(path)
+    _, hf_base, base_tokenizer = from_path_or_hub(base, tokenizer, dtype)
+    try:
+        with_adapter = PeftModel.from_pretrained(hf_base, str(path))
+        _check_adapter(path, with_adapter)
+        merged = with_adapter.merge_and_unload()
+    except CorruptFileError:
+        raise
+    except Exception as error:  # no common base: an unknown kind of adapter, a key, a shape, a truncated file
+        raise CorruptFileError(
+            f"The adapter in {str(path)!r} does not fit its base {base!r} ({first_line(error)}). Use the base that it "
+            f"was trained on, as base_model_name_or_path of its adapter_config.json."
+        ) from error
+    own = tokenizer is None and (path / "tokenizer_config.json").is_file()
+    return str(path), merged, hf_tokenizer(str(path)) if own else base_tokenizer
+
+
+def _base_of(path: Path) -> str:
+    """The base that an adapter names: a path, one relative to the adapter, or a hub id."""
+    try:
+        base = str(json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorruptFileError(
+            f"{path / 'adapter_config.json'} names no base model ({error!r}). Save the adapter again."
+        ) from error
+    return str(path / base) if not Path(base).is_dir() and (path / base).is_dir() else base
+
+
+def _check_adapter(path: Path, with_adapter: Any) -> None:
+    """Raise unless the adapter's file holds every tensor that its config asks for, and every one of them was taken."""
+    from peft import get_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    stored = load_peft_weights(str(path), device="cpu")
+    taken = get_peft_model_state_dict(with_adapter, save_embedding_layers=False)
+    everything = with_adapter.state_dict()
+    unused = [key for key in stored if key not in taken and key not in everything]
+    changed = [
+        key
+        for key in stored.keys() & taken.keys()
+        if not torch.equal(stored[key].to(taken[key].dtype), taken[key].to("cpu"))
+    ]
+    trouble = {
+        "asked for by its config, but not in its file": [key for key in taken if key not in stored],
+        "in its file, but fit nothing in the base": unused,
+        "in its file, but not what was loaded": changed,
+    }
+    said = [f"{_named(names)} {what}" for what, names in trouble.items() if names]
+    if said or not taken:
+        raise CorruptFileError(
+            f"The adapter in {str(path)!r} is not whole on its base: {'; '.join(said) or 'it changes no module'}. peft "
+            f"would go on without those parts, and the fine-tune would look like no change. Save the adapter again "
+            f"with peft_model.save_pretrained(…), and check base_model_name_or_path in adapter_config.json."
+        )
+
+
+def in_memory(source: Any, keep: bool, dtype: torch.dtype) -> tuple[str, Any]:
+    """Name and model of a Hugging Face model in memory, copied unless ``keep``."""
+    if hasattr(source, "get_base_model"):  # a PeftModel: the model inside, its adapters with it
+        source = source.get_base_model()
+    config = getattr(source, "config", None)
+    if config is None or not isinstance(source, torch.nn.Module):
+        raise UsageError(
+            f"A {type(source).__name__} is neither a path, a hub id nor a Hugging Face model, so there is nothing to "
+            f"load. A TransformerLens model needs no loading: use it as it is."
+        )
+    check_kind(config, type(source).__name__)
+    if any(parameter.is_meta for parameter in source.parameters()):
+        raise ModelError(
+            f"The weights of this {type(source).__name__} are on the meta device: they have shapes and no values. Load "
+            f"them, e.g. with {type(source).__name__}.from_pretrained(…)."
+        )
+    hf_model: Any = source if keep else copy.deepcopy(source)
+    if not getattr(config, "architectures", None):
+        hf_model.config.architectures = [type(source).__name__]
+    return str(getattr(config, "name_or_path", "") or type(source).__name__), hf_model.to(dtype)
+
+
+def tokenizer_of(hf_model: Any) -> Any:
+    """The tokenizer of where a model in memory came from, if that is on this machine: nobody asked to download one."""
+    name = str(getattr(hf_model.config, "name_or_path", "") or "")
+    try:
+        return hf_tokenizer(name, local_files_only=True) if name else None
+    except (ModelNotFoundError, CorruptFileError):
+        return None
+
+
+def language_model(hf_model: Any) -> Any:
+    """The language model alone of one that reads images or sound as well; any other model as it is.
+
+    Raises:
+        ModelError: transformers has no class for it alone, or its weights do not fit there.
+    """
+    if not reads_more_than_text(hf_model.config):
+        return hf_model
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING as CAUSAL
+
+    config = copy.deepcopy(hf_model.config.get_text_config())
+    kind = CAUSAL.get(type(config), None)
+    try:
+        if kind is None or reads_more_than_text(config):
+            raise LookupError(f"there is no causal language model of a {type(config).__name__} alone")
+        weight = next(hf_model.parameters())
+        alone = kind._from_config(config, dtype=weight.dtype, attn_implementation="eager")
+        alone.load_state_dict(_text_weights(hf_model, alone), strict=True, assign=True)
+        alone.tie_weights()
+    except Exception as error:  # no common base: the parts of such models have no common layout
+        raise ModelError(
+            f"This {type(hf_model).__name__} reads more than text, and its language model could not be taken out alone "
+            f"({first_line(error)}), so its text path cannot be proven. Load a text-only model of the family."
+        ) from error
+    alone.config.architectures = [type(alone).__name__]
+    alone.generation_config = hf_model.generation_config
+    return alone.to(weight.device).eval()
+
+
+def _text_weights(hf_model: Any, alone: Any) -> dict[str, torch.Tensor]:
+    """The weights of the decoder and of the unembedding, under the names that they have in ``alone``."""
+    decoder, head = hf_model.get_decoder(), hf_model.get_output_embeddings()
+    inner, outer = alone.get_decoder(), alone.get_output_embeddings()
+    prefix = next(name for name, module in alone.named_modules() if module is inner)
+    ending = next(name for name, module in alone.named_modules() if module is outer)
+    taken = {f"{prefix}.{key}": value for key, value in decoder.state_dict().items()}
+    return taken | {f"{ending}.{key}": value for key, value in head.state_dict().items()}
+
+
+def check_weights(model: torch.nn.Module) -> None:
+    """Raise ``NonFiniteError``, naming the parameter, when a weight is NaN or infinite.
+
+    Example:
+        >>> layer = torch.nn.Linear(2, 2)
+        >>> _ = layer.weight.data.fill_(float("nan"))
+        >>> check_weights(layer)
+        Traceback (most recent call last):
+        ...
+        tl_em.errors.NonFiniteError: The parameter 'weight' holds 4 ...
+    """
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter.sum())):  # one pass; counted exactly only where something is wrong
+            wrong = int((~torch.isfinite(parameter)).sum())
+            if wrong:
+                raise NonFiniteError(
+                    f"The parameter {name!r} holds {wrong} values that are NaN or infinite, so would everything "
+                    f"computed from it. The training diverged or the file is damaged: load another checkpoint."
+                )
+
+

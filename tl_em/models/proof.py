@@ -1,0 +1,360 @@
+"""What a surface must show before it is trusted: that it computes what the model in the files computes.
+
+TransformerLens rebuilds a model from its parts, and a part that is misread gives a model that runs, writes fluent text
+and is another one. So, once per model, before anything is measured on it:
+
+    forward     one prompt, longer than every sliding window and rotary boundary that the config names, against the
+                Hugging Face model before anything was built around it
+    batch       two prompts of different lengths, padded on the right, against each of them alone; it fails for a
+                model that looks ahead (BERT), where "the activation at a token" would depend on what follows
+    cache       generation with the key-value cache against reading the whole text again, step by step
+
+Every gap is the largest difference of log-probabilities, divided by the spread (the standard deviation over the
+vocabulary) of the reference's own logits: an absolute bound would pass any model whose logits are flat. A part that
+fails costs that part only: without a cache, ``generate`` reads the whole text again; without the others nothing is left
+to use, and the model is refused.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_em.errors import CacheWarning, ModelError
+from tl_em.models.cache import has_cache, steps
+from tl_em.models.capture import batch_logits
+from tl_em.models.hooks import LensModel, hook_points, probing
+from tl_em.models.prompts import EncodedPrompt, make_batch
+from tl_em.models.quiet import first_line
+from tl_em.models.source import Boundaries, boundaries_of
+
+log = logging.getLogger(__name__)
+
+BOUNDS = {torch.float32: 1e-3, torch.float64: 1e-3}
+"""Largest gap that is rounding, in spreads of the logits. Surfaces sum in another order: 1e-6 to 1e-4 in float32. What
+TransformerLens has been seen to misread gives .02 to 3."""
+HALF = 0.25
+"""The same for bfloat16 and float16, whose rounding alone gives up to .1 in a few dozen layers."""
+STEPS = 12
+"""Tokens that are generated with and without a cache."""
+_SHORT, _MIDDLE, _LEAST, _MARGIN = 7, 40, 64, 8
+_POSITIONS = 64
+_CPU, _DEVICE = (2e12, 2**30), (1e15, 2**32)
+"""What one proving pass may cost on a CPU and on a device: operations, and bytes of attention scores."""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was shown of a model with hook points. Gaps are in spreads (standard deviations) of the reference's logits.
+
+    Args:
+        tokens: length of the single prompt on which the forward pass was compared.
+        forward: its gap to the Hugging Face model; None where there was none to compare with.
+        batch: gap of padded prompts to single ones; None where it was not looked at.
+        cache: gap of cached to uncached generation over ``STEPS`` tokens of two prompts; None without a usable cache.
+        trouble: why the cache is not used, None where it is.
+        beyond: boundaries that the config names and that proving was too costly to cross.
+        dtype: of the weights.
+        seconds: what the proof took.
+    """
+
+    tokens: int
+    forward: float | None
+    batch: float | None
+    cache: float | None
+    trouble: str | None
+    beyond: tuple[int, ...]
+    dtype: str
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        """One line, e.g. for a log."""
+        shown = [] if self.forward is None else [f"forward over {self.tokens} tokens ({self.forward:.0e})"]
+        shown += [] if self.batch is None else [f"padded batch ({self.batch:.0e})"]
+        shown += [] if self.cache is None else [f"cached generation ({self.cache:.0e})"]
+        line = f"shown equal in {self.dtype}: {', '.join(shown) or 'nothing'}, in spreads of the logits"
+        line += f"; no cache: {self.trouble}" if self.trouble else ""
+        return line + (f"; not shown beyond {min(self.beyond)} tokens" if self.beyond else "")
+
+
+class Reference(NamedTuple):
+    """What the Hugging Face model computes, taken before anything is built around it."""
+
+    tokens: Int[Tensor, " pos"]
+    positions: Int[Tensor, " position"]
+    logits: Float[Tensor, "position d_vocab"]
+    middle: Float[Tensor, " d_vocab"]
+    """After the first ``middle_length`` tokens alone."""
+    middle_length: int
+    beyond: tuple[int, ...]
+
+
+# --- The reference ----------------------------------------------------------------------------------------------------
+
+
+def reference(hf_model: Any, boundaries: Boundaries) -> Reference:
+    """Log-probabilities of the Hugging Face model at some tokens of one long prompt, and after its beginning alone.
+
+    Raises:
+        ModelError: it is no causal language model: no logits over the vocabulary, or a token sees what follows it.
+    """
+    embedding = _embedding(hf_model)
+    length, beyond = _length(hf_model, boundaries)
+    tokens = torch.randint(int(embedding.shape[0]), (length,), generator=torch.Generator().manual_seed(0))
+    positions = torch.linspace(0, length - 1, min(length, _POSITIONS)).round().long().unique()
+    short = min([_MIDDLE, length, *(at - STEPS - 1 for at in boundaries.turns if at > STEPS + _SHORT + 1)])
+    logits = _hf_logits(hf_model, tokens, positions)
+    middle = _hf_logits(hf_model, tokens[:short], torch.tensor([min(_SHORT, short) - 1, short - 1]))
+    alone = _hf_logits(hf_model, tokens[: min(_SHORT, short)], torch.tensor([min(_SHORT, short) - 1]))
+    if _gap(middle[:1], alone) > _bound(embedding.dtype) / 4:  # of one model to itself: rounding alone
+        raise ModelError(
+            f"In this {type(hf_model).__name__} a token sees those that follow it (the log-probabilities after "
+            f"{_SHORT} tokens move by {_gap(middle[:1], alone):.2g} spreads of the logits when more are appended), so "
+            f"an activation at a token of a prompt is not defined by what precedes it. Load a causal language model."
+        )
+    return Reference(tokens, positions, logits, middle[1], short, beyond)
+
+
+def _length(hf_model: Any, boundaries: Boundaries) -> tuple[int, tuple[int, ...]]:
+    """Tokens of the single prompt, and the boundaries that it would cost too much to cross."""
+    room = context_length(hf_model.config)
+    within = [at for at in boundaries.all if at + _MARGIN <= room]
+    paid = [at for at in within if _affordable(hf_model, at + _MARGIN)]
+    length = max([_LEAST, *(at + _MARGIN for at in paid)])
+    return min(length, room), tuple(at for at in within if at not in paid)
+
+
+def context_length(config: Any) -> int:
+    """The longest prompt that a Hugging Face config admits; a large number where it names none."""
+    text = getattr(config, "text_config", None) or config
+    names = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length", "max_sequence_length")
+    found = [getattr(text, name, None) for name in names]
+    return next((int(each) for each in found if isinstance(each, int) and each > 0), 2**20)
+
+
+def _affordable(hf_model: Any, length: int) -> bool:
+    weight = next(hf_model.parameters())
+    operations, memory = _CPU if weight.device.type == "cpu" else _DEVICE
+    text = getattr(hf_model.config, "text_config", None) or hf_model.config
+    heads = int(getattr(text, "num_attention_heads", None) or getattr(text, "n_head", None) or 16)
+    size = sum(parameter.numel() for parameter in hf_model.parameters())
+    return 2 * size * length <= operations and 8 * heads * length**2 <= memory
+
+
+def _hf_logits(
+    hf_model: Any, tokens: Int[Tensor, " pos"], positions: Int[Tensor, " position"]
+) -> Float[Tensor, "position d_vocab"]:
+    """Float32 on the CPU; only the wanted positions are unembedded where the model can do that."""
+    device = next(hf_model.parameters()).device
+    takes = inspect.signature(hf_model.forward).parameters
+    options = {"logits_to_keep": positions.to(device)} if "logits_to_keep" in takes else {}
+    try:
+        with torch.no_grad():
+            logits = getattr(hf_model(input_ids=tokens[None].to(device), **options), "logits", None)
+    except Exception as error:  # no common base: a model that wants something else raises whatever its code meets
+        raise ModelError(
+            f"This {type(hf_model).__name__} does not run on text tokens alone ({type(error).__name__}: "
+            f"{first_line(error)}), so it cannot be read as a language model. Load a causal language model."
+        ) from error
+    if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[-1] < 0.5 * len(_embedding(hf_model)):
+        raise ModelError(
+            f"A {type(hf_model).__name__} gives no logits over its vocabulary, so there is nothing to measure or "
+            f"generate. Load the model with its language-modelling head, e.g. with AutoModelForCausalLM."
+        )
+    return (logits[0] if options and logits.shape[1] == len(positions) else logits[0, positions]).float().cpu()
+
+
+def _embedding(hf_model: Any) -> Float[Tensor, "d_vocab d_model"]:
+    try:
+        return hf_model.get_input_embeddings().weight
+    except (AttributeError, NotImplementedError) as error:
+        raise ModelError(
+            f"A {type(hf_model).__name__} has no embedding of tokens, so it reads no text. Load a causal one."
+        ) from error
+
+
+# --- The proof --------------------------------------------------------------------------------------------------------
+
+
+def prove(model: LensModel, expected: Reference, explain: str) -> Proof:
+    """Compare a surface with the model that it was built from.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge, as built.
+        expected: from ``reference``.
+        explain: what to do when the forward pass differs, for the message.
+
+    Raises:
+        ModelError: the forward pass, or a padded batch, is not that of the reference.
+    """
+    start = time.perf_counter()
+    dtype = next(iter(model.parameters())).dtype  # pyright: ignore[reportAttributeAccessIssue]
+    with _alone(model):
+        forward = _forward_gap(model, expected)
+        _refuse_beyond(_bound(dtype), forward, model, f"over {len(expected.tokens)} tokens", explain)
+        batch = _batch_gap(model, expected)
+        _refuse_beyond(_bound(dtype), batch, model, "in a padded batch", explain)
+        proof = Proof(len(expected.tokens), forward, batch, None, None, expected.beyond, str(dtype).split(".")[-1])
+        proof = _with_cache(model, proof, expected.tokens, expected.middle_length, _bound(dtype))
+    proof = replace(proof, seconds=time.perf_counter() - start)
+    _PROOFS[model] = proof
+    log.info("%s: %s", getattr(model.cfg, "model_name", type(model).__name__), proof)
+    return proof
+
+
+def _forward_gap(model: LensModel, expected: Reference) -> float:
+    found = _logits(model, [expected.tokens], expected.positions.new_zeros(len(expected.positions)), expected.positions)
+    return _gap(expected.logits, found)
+
+
+def _batch_gap(model: LensModel, expected: Reference) -> float:
+    """Of two prompts of different lengths in one batch, the shorter padded, to each of them alone."""
+    short, middle = min(_SHORT, expected.middle_length), expected.middle_length
+    prompts = [expected.tokens[:short], expected.tokens[:middle]]
+    found = _logits(model, prompts, torch.tensor([0, 1]), torch.tensor([short - 1, middle - 1]))
+    alone = _logits(model, prompts[:1], torch.tensor([0]), torch.tensor([short - 1]))
+    return max(_gap(alone, found[:1]), _gap(expected.middle[None], found[1:]))
+
+
+def _logits(model: LensModel, prompts: list[Tensor], rows: Tensor, columns: Tensor) -> Tensor:
+    encoded = [EncodedPrompt.from_ids(tokens.tolist()) for tokens in prompts]
+    return batch_logits(model, make_batch(encoded, range(len(encoded))), rows, columns).float().cpu()
+
+
+def _gap(expected: Float[Tensor, "token d_vocab"], found: Float[Tensor, "token d_vocab"]) -> float:
+    """Largest difference of log-probabilities, in spreads of the expected logits; infinite where the widths differ."""
+    if expected.shape[-1] != found.shape[-1]:
+        return float("inf")
+    finite = expected.isfinite()
+    spread = torch.stack([row[kept].std() for row, kept in zip(expected, finite, strict=True)]).clamp_min(1e-12)
+    differences = (expected.log_softmax(-1) - found.log_softmax(-1)).abs() / spread[:, None]
+    differences = torch.where(finite, differences, torch.where(found == expected, 0.0, torch.inf))
+    return float(differences.nan_to_num(nan=torch.inf).max())
+
+
+def _bound(dtype: torch.dtype) -> float:
+    return BOUNDS.get(dtype, HALF)
+
+
+def _refuse_beyond(bound: float, gap: float, model: LensModel, where: str, explain: str) -> None:
+    if gap <= bound:
+        return
+    raise ModelError(
+        f"The {type(model).__name__} built from {model.cfg.model_name!r} is not the same function as the Hugging Face "
+        f"model: {where}, log-probabilities differ by {gap:.2g} spreads of its logits (rounding gives at most "
+        f"{bound:g}). {explain}"
+    )
+
+
+# --- The cache --------------------------------------------------------------------------------------------------------
+
+
+def _with_cache(model: LensModel, proof: Proof, tokens: Tensor, middle: int, bound: float) -> Proof:
+    if not has_cache(model):
+        return replace(proof, trouble="the model takes none that is known here")
+    try:
+        gap = max(_cache_gap(model, tokens[:length]) for length in _begun(model, tokens, middle))
+    except Exception as error:  # whatever a cache of somebody else's raises: without it, everything else still works
+        return replace(proof, trouble=f"{type(error).__name__}: {first_line(error)}")
+    if gap > bound:
+        return replace(proof, trouble=f"with it, log-probabilities differ by {gap:.2g} spreads of the logits")
+    return replace(proof, cache=gap)
+
+
+def _begun(model: LensModel, tokens: Tensor, middle: int) -> Iterator[int]:
+    """Lengths of two prompts: a short one, and one whose answer crosses the first window that can be crossed."""
+    room = min(len(tokens), max(2, int(model.cfg.n_ctx) - STEPS))
+    turns = [at - STEPS for at in boundaries_of(model).turns]
+    windows = [at - STEPS // 2 for at in boundaries_of(model).windows if _SHORT < at - STEPS // 2 <= room]
+    last = min([room, min(windows, default=middle), *(at for at in turns if at > 0)])
+    yield max(1, min(_SHORT, last - 1))
+    yield max(1, last)
+
+
+def _cache_gap(model: LensModel, tokens: Int[Tensor, " pos"]) -> float:
+    """Of generation with a cache to one pass over all that was generated, at every step."""
+    made, found, new = tokens[None], [], tokens[None]
+    with torch.no_grad(), steps(model, cached=True) as step:
+        for _ in range(min(STEPS, int(model.cfg.n_ctx) - len(tokens))):
+            found.append(step(new).float().cpu())
+            new = found[-1].argmax(-1)[:, None]
+            made = torch.cat([made, new], 1)
+    columns = torch.arange(len(tokens) - 1, made.shape[1] - 1)
+    return _gap(_logits(model, [made[0]], torch.zeros_like(columns), columns), torch.cat(found))
+
+
+# --- What is known ----------------------------------------------------------------------------------------------------
+
+_PROOFS: WeakKeyDictionary[Any, Proof] = WeakKeyDictionary()
+_WARNED: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+
+
+def proof(model: LensModel) -> Proof | None:
+    """What was shown of ``model`` when it was loaded, or before it first generated; None where nothing was.
+
+    Example:
+        >>> import tl_em as em
+        >>> shown = em.proof(em.load_pair("toy/insecure").tuned)
+        >>> shown.forward < 1e-3 and shown.cache < 1e-3
+        True
+    """
+    return _PROOFS.get(model)
+
+
+def may_use_cache(model: LensModel, length: int) -> bool:
+    """Whether generating up to ``length`` tokens with a cache was shown to equal reading everything again.
+
+    A model that nobody proved is proved now, as far as it can be without the files: cached against uncached. Warns once
+    per model where the cache cannot be used.
+    """
+    shown = _PROOFS.get(model)
+    if shown is None:
+        shown = _PROOFS[model] = _own_proof(model)
+    if shown.trouble is not None and model not in _WARNED:
+        _WARNED[model] = True
+        warnings.warn(
+            f"Generation with a key-value cache was not shown to be right on this {type(model).__name__} "
+            f"({shown.trouble}), so every token is made by reading the whole text again: right, and slower. Another "
+            f"surface= or version of TransformerLens may do better.",
+            CacheWarning,
+            stacklevel=3,
+        )
+    return shown.cache is not None and not any(at < length for at in boundaries_of(model).turns)
+
+
+def _own_proof(model: LensModel) -> Proof:
+    """Of a model that came ready-made: its cached generation against its own uncached generation."""
+    weight = next(iter(model.parameters()))  # pyright: ignore[reportAttributeAccessIssue]
+    room = int(model.cfg.n_ctx)
+    tokens = torch.randint(int(model.cfg.d_vocab), (min(room, 2048),), generator=torch.Generator().manual_seed(0))
+    begun = Proof(0, None, None, None, None, (), str(weight.dtype).split(".")[-1])
+    with _alone(model):
+        return _with_cache(model, begun, tokens, min(_MIDDLE, room), _bound(weight.dtype))
+
+
+@contextmanager
+def _alone(model: LensModel) -> Iterator[None]:
+    """Without the hooks at hook points, so that no intervention or recorder of the user's takes part in a proof."""
+    held: list[tuple[Any, Mapping[int, Any]]] = []
+    looking = probing.set(True)
+    try:
+        for point in dict.fromkeys(hook_points(model).values()):
+            if point._forward_hooks:
+                held.append((point, dict(point._forward_hooks)))
+                point._forward_hooks.clear()
+        yield
+    finally:
+        probing.reset(looking)
+        for point, hooks in held:
+            point._forward_hooks.update(hooks)

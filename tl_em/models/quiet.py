@@ -1,0 +1,107 @@
+"""While a model is built: upstream's chatter held back, its warnings kept, the caller's settings of torch set aside.
+
+TransformerLens and transformers say much about themselves, on standard output, as warnings and in logs. What is known
+to be chatter is dropped; any other warning is given once the model is there, because it may be about a result. Building
+under the caller's modes of torch (inference mode, another default dtype or device, autocast) would give another model;
+they are set aside and put back, and so are log handlers and the random state.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from io import StringIO
+
+import torch
+
+_LOGGERS = ("", "transformers", "transformer_lens", "huggingface_hub", "peft", "accelerate")
+_CHATTER = re.compile(
+    "|".join(
+        (
+            "is deprecated|was deprecated|are deprecated|will be removed|DEPRECATED",
+            "loaded pretrained model|moving model to device",
+            "load report|copying from the old one",  # what is missing is an error of checkpoint.py
+            "not using an official model|you are not using layernorm|not folding|setting to model",
+            "support for .* in hookedtransformer is currently experimental",
+            "float32 by default|default_padding_side|changing model dtype",
+            "`?torch_dtype`? is|attention implementation|set `is_decoder=true`|if you want to use",
+            "is falling back to its reference pytorch implementation",
+            "special tokens have been added|tokenizer.*(bos|eos|pad)_token",
+        )
+    ),
+    re.IGNORECASE,
+)
+"""What upstream is known to say on loading that is no fault of the model."""
+
+
+class _Held(logging.Handler):
+    """Keeps records, each once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: dict[int, logging.LogRecord] = {}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records[id(record)] = record
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Hold back what upstream says while a model is built; warnings that are no chatter are given afterwards."""
+    from transformers.utils import logging as hf_logging
+
+    held, loggers = _Held(), [logging.getLogger(name) for name in _LOGGERS]
+    before = [(logger, logger.handlers[:], logger.level) for logger in loggers]
+    bars = hf_logging.is_progress_bar_enabled()
+    with ExitStack() as stack:
+        caught = stack.enter_context(warnings.catch_warnings(record=True))
+        warnings.simplefilter("always")
+        stack.enter_context(redirect_stdout(StringIO()))
+        hf_logging.disable_progress_bar()
+        for logger in loggers:
+            logger.handlers[:] = [held]
+        try:
+            yield
+        finally:
+            for logger, handlers, level in before:
+                logger.handlers[:] = handlers
+                logger.setLevel(level)
+            if bars:
+                hf_logging.enable_progress_bar()
+    _say_again(list(caught or ()), list(held.records.values()))
+
+
+def _say_again(caught: list[warnings.WarningMessage], records: list[logging.LogRecord]) -> None:
+    for each in caught:
+        aging = issubclass(each.category, DeprecationWarning | PendingDeprecationWarning | FutureWarning)
+        if not aging and not _CHATTER.search(str(each.message)):
+            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
+    for record in records:
+        if record.levelno >= logging.WARNING and not _CHATTER.search(record.getMessage()):
+            logging.getLogger(record.name).handle(record)
+
+
+@contextmanager
+def plain_torch() -> Iterator[None]:
+    """float32 on the CPU with gradients, whatever modes of torch the caller has on; the random state is put back."""
+    dtype = torch.get_default_dtype()
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.device("cpu"))
+        for device in {"cpu", *(["cuda"] if torch.cuda.is_available() else [])}:
+            stack.enter_context(torch.autocast(device, enabled=False))
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
+
+
+def first_line(error: BaseException) -> str:
+    """Of what an error says, or the name of its class."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]

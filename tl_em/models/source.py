@@ -1,0 +1,119 @@
+"""What a model's source says that a surface of TransformerLens has no place for: end tokens, and where behaviour turns.
+
+A HookedTransformer keeps neither ``generation_config`` nor the Hugging Face config, so a model that ``load_model``
+made is remembered with them, weakly. A Bridge holds the Hugging Face model, and is read directly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+
+@dataclass(frozen=True)
+class Boundaries:
+    """Lengths, in tokens, at which a model begins to compute something else.
+
+    Args:
+        windows: widths of sliding windows and chunks of attention: beyond one, a token no longer sees the first.
+        turns: lengths at which the rotary frequencies of *all* tokens change (longrope): prompts on different sides
+            of one cannot share a padded batch, nor a cache be carried across it.
+        scaled: lengths that the rotary scaling stretches (llama3, yarn); nothing changes there if it is read rightly.
+    """
+
+    windows: tuple[int, ...] = ()
+    turns: tuple[int, ...] = ()
+    scaled: tuple[int, ...] = ()
+
+    @property
+    def all(self) -> tuple[int, ...]:
+        """Every boundary, shortest first."""
+        return tuple(sorted({*self.windows, *self.turns, *self.scaled}))
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is remembered of where a model came from."""
+
+    ends: tuple[int, ...]
+    boundaries: Boundaries
+    proven: bool
+
+
+_SOURCES: WeakKeyDictionary[Any, Source] = WeakKeyDictionary()
+
+
+def remember(model: Any, hf_model: Any, *, proven: bool) -> None:
+    """Keep what ``hf_model`` says for ``model``, which was built from it, and whether the two were compared."""
+    _SOURCES[model] = Source(tuple(_ends(hf_model)), boundaries(hf_model.config), proven)
+
+
+def was_proven(model: Any) -> bool | None:
+    """Whether ``load_model`` compared the model with its source; None of a model that came ready-made."""
+    known = _SOURCES.get(model)
+    return None if known is None else known.proven
+
+
+def end_tokens(model: Any) -> list[int]:
+    """The end-of-text tokens that the model can produce (a loader may have invented one that it cannot)."""
+    known = _SOURCES.get(model)
+    configured = known.ends if known is not None else _ends(getattr(model, "original_model", None))
+    own = getattr(getattr(model, "tokenizer", None), "eos_token_id", None)
+    found = {*configured, *([] if own is None else [int(own)])}
+    return sorted(token for token in found if 0 <= token < int(model.cfg.d_vocab))
+
+
+def _ends(hf_model: Any) -> Iterator[int]:
+    for holder in (getattr(hf_model, "generation_config", None), getattr(hf_model, "config", None)):
+        found = getattr(holder, "eos_token_id", None)
+        if found is not None:
+            yield from (int(token) for token in (found if isinstance(found, list | tuple) else [found]))
+
+
+def boundaries_of(model: Any) -> Boundaries:
+    """Of a model with hook points; none where its config is not known."""
+    known = _SOURCES.get(model)
+    if known is not None:
+        return known.boundaries
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    return Boundaries() if config is None else boundaries(config)
+
+
+_WINDOWS = ("sliding_window", "window_size", "attention_window_size", "attention_chunk_size", "local_attention")
+
+
+def boundaries(config: Any) -> Boundaries:
+    """Every window and rotary boundary that a Hugging Face config names.
+
+    Example:
+        >>> class Config:
+        ...     sliding_window, max_position_embeddings = 512, 4096
+        ...     rope_parameters = {"rope_type": "longrope", "original_max_position_embeddings": 1024}
+        >>> boundaries(Config())
+        Boundaries(windows=(512,), turns=(1024,), scaled=())
+    """
+    text = getattr(config, "text_config", None) or config
+    windows = {width for name in _WINDOWS for width in _lengths(getattr(text, name, None))}
+    ropes = list(_ropes(getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None)))
+    turns, scaled = set(), set()
+    for rope in ropes:
+        kind = rope.get("rope_type", rope.get("type"))
+        at = rope.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None)
+        if kind == "dynamic":
+            at = getattr(text, "max_position_embeddings", None)
+        if kind not in (None, "default"):
+            (turns if kind in ("longrope", "dynamic") else scaled).update(_lengths(at))
+    return Boundaries(*(tuple(sorted(each)) for each in (windows, turns, scaled)))
+
+
+def _lengths(value: Any) -> Iterable[int]:
+    return [int(value)] if isinstance(value, int) and not isinstance(value, bool) and value > 0 else []
+
+
+def _ropes(parameters: Any) -> Iterator[dict[str, Any]]:
+    """One set of parameters, or one a kind of layer."""
+    if isinstance(parameters, dict):
+        nested = [each for each in parameters.values() if isinstance(each, dict)]
+        yield from nested or [parameters]
