@@ -53,6 +53,7 @@ NAMES = [
     "SparseDictionary",
     "TextLogprob",
     "TlEmError",
+    "UnprovenWarning",
     "attention_view",
     "attribute",
     "attribute_over",

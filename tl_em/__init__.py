@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from tl_em.errors import HiddenSteerWarning as HiddenSteerWarning
     from tl_em.errors import NuisanceWarning as NuisanceWarning
     from tl_em.errors import TlEmError as TlEmError
+    from tl_em.errors import UnprovenWarning as UnprovenWarning
     from tl_em.features.cards import FeatureCards as FeatureCards
     from tl_em.features.cards import feature_cards as feature_cards
     from tl_em.features.checks import FeatureCheck as FeatureCheck
@@ -153,6 +154,7 @@ _HOME = {
     "SparseDictionary": "dictionaries",
     "TextLogprob": "selection.instructions",
     "TlEmError": "errors",
+    "UnprovenWarning": "errors",
     "attention_view": "graph.attention",
     "attribute": "graph.attribution",
     "attribute_over": "graph.several",

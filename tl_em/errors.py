@@ -30,10 +30,11 @@
     └── UsageError                      arguments that contradict each other
         └── GraphTooLargeError          an attribution graph that would not fit into the memory that it may take
 
-And three warnings, all UserWarnings:
+And four warnings, all UserWarnings:
 
     CacheWarning                        generation cannot use the key-value cache, and reads the whole text every step
     HiddenSteerWarning                  an ablation to zero that removes a mean far from zero
+    UnprovenWarning                     a text beyond the longest on which a model was compared with its source
     NuisanceWarning                     classes of a contrast set that differ in length, and so in more than the concept
 """
 
@@ -169,6 +170,10 @@ class CacheWarning(UserWarning):
 
 class HiddenSteerWarning(UserWarning):
     """An ablation to zero moves prompts that have nothing to do with the concept: their mean is far from zero."""
+
+
+class UnprovenWarning(UserWarning):
+    """A text crosses a boundary of the model that was too costly to cross when the model was proven."""
 
 
 class NuisanceWarning(UserWarning):

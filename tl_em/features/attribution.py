@@ -34,6 +34,7 @@ from tl_em.interventions.intervene import intervene
 from tl_em.models.capture import _forward, _inside, _unembed_only, sequence_logprobs
 from tl_em.models.hooks import LensModel, hook_name, hooked
 from tl_em.models.prompts import Batch, EncodedPrompt, batches
+from tl_em.models.source import boundaries_of
 
 _READ_TOKENS = 2048
 _CHUNK_LATENTS = 2**21
@@ -99,7 +100,7 @@ def attribution_parts(
     sums, moved = [_ClassSums(rows), _ClassSums(rows)], _ClassSums(rows)
     for label, (encoded, part) in enumerate(zip(classes, parts, strict=True)):
         of_prompt = torch.tensor(part, device=device)
-        for batch in batches(encoded, max_tokens=_READ_TOKENS):
+        for batch in batches(encoded, max_tokens=_READ_TOKENS, turns=boundaries_of(model).turns):
             g, x, owner = _gradients(model, dictionary, encoded, batch)
             at = of_prompt[torch.tensor(batch.rows, device=device)[owner]]
             sums[label].add(g, x, at, 1 / len(encoded))

@@ -22,6 +22,7 @@ from tl_em.models.hooks import LensModel, hook_name, hooked, read_point
 from tl_em.models.points import resolve
 from tl_em.models.prompts import Batch, EncodedPrompt, Prompt, batches, encode, token_index
 from tl_em.models.sites import Position, Site
+from tl_em.models.source import boundaries_of
 
 _MAX_TOKENS = 8192
 _READ_TOKENS = 2048
@@ -86,7 +87,7 @@ def next_token_logits(model: LensModel, prompts: Sequence[Prompt | EncodedPrompt
     """
     encoded = encoded_prompts(model, prompts)
     out: Tensor | None = None
-    for batch in batches(encoded, max_tokens=_batch_tokens(model)):
+    for batch in _batches(model, encoded, _batch_tokens(model)):
         logits = batch_logits(model, batch, torch.arange(len(batch.rows)), batch.lengths - 1).float().cpu()
         out = torch.empty(len(encoded), logits.shape[-1]) if out is None else out
         out[list(batch.rows)] = logits
@@ -119,7 +120,7 @@ def sequence_logprobs(
     encoded = encoded_prompts(model, prompts)
     spans = spans_of(encoded, ["response_mean"])[:, 0]
     out = torch.empty(len(encoded))
-    for batch in batches(encoded, max_tokens=_batch_tokens(model, every_token=True)):
+    for batch in _batches(model, encoded, _batch_tokens(model, every_token=True)):
         inside = _inside(spans[list(batch.rows)], batch.tokens.shape[1])
         rows, columns = inside.nonzero(as_tuple=True)
         logprobs = batch_logits(model, batch, rows, columns - 1).float().log_softmax(-1)
@@ -157,6 +158,10 @@ class _EverythingRead(Exception):
     """Raised by the last reader of a batch: later blocks, and the unembedding, would be work for nothing."""
 
 
+def _batches(model: LensModel, encoded: Sequence[EncodedPrompt], max_tokens: int) -> Iterator[Batch]:
+    return batches(encoded, max_tokens=max_tokens, turns=boundaries_of(model).turns)
+
+
 def _read_tokens(model: LensModel) -> int:
     return _READ_TOKENS if torch.device(model.cfg.device).type == "cpu" else 8 * _READ_TOKENS
 
@@ -186,7 +191,7 @@ def stream(
 
     reads = [(point.name, partial(read, site)) for site, point in enumerate(points)]
     with torch.no_grad(), hooked(model, reads, check=False):
-        for batch in batches(encoded, max_tokens=_read_tokens(model)):
+        for batch in _batches(model, encoded, _read_tokens(model)):
             waiting.update(range(len(sites)))
             current.update(rows=torch.tensor(batch.rows), pool=_pooling(spans[list(batch.rows)], batch.tokens.shape[1]))
             try:

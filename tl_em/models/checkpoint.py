@@ -286,7 +286,7 @@ def language_model(hf_model: Any) -> Any:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING as CAUSAL
 
     config = copy.deepcopy(hf_model.config.get_text_config())
-    kind = CAUSAL.get(type(config), None)
+    kind: Any = CAUSAL.get(type(config), None)
     try:
         if kind is None or reads_more_than_text(config):
             raise LookupError(f"there is no causal language model of a {type(config).__name__} alone")

@@ -20,7 +20,7 @@ from tl_em.models.capture import generating
 from tl_em.models.hooks import LensModel
 from tl_em.models.prompts import EncodedPrompt, Prompt, encode, make_batch
 from tl_em.models.proof import may_use_cache
-from tl_em.models.source import end_tokens
+from tl_em.models.source import end_tokens, warn_beyond_proof
 
 _MAX_ROWS = 64
 
@@ -58,6 +58,7 @@ def generate(
     temperature, seed = finite("temperature", temperature, low=0), whole("seed", seed)
     encoded, end = encode(model, prompts), end_tokens(model)
     _check_room(encoded, int(model.cfg.n_ctx), max_new_tokens)
+    warn_beyond_proof(model, max(map(len, encoded), default=0) + max_new_tokens)
     by_length: dict[int, list[int]] = defaultdict(list)
     for i, prompt in enumerate(encoded):
         by_length[len(prompt)].append(i)

@@ -101,7 +101,7 @@ def _on_surface(
     check_built(surface)
     build = as_hooked if surface == "hooked" else as_bridge
     model = build(name, hf_model, tokenizer, dtype, device)
-    remember(model, hf_model, proven=proven)
+    remember(model, hf_model, proven=proven, beyond=() if expected is None else expected.beyond)
     if expected is not None:
         prove(model, expected, advice(model, hf_model))
     return model
@@ -161,6 +161,7 @@ def _mismatches(base: LensModel, tuned: LensModel) -> list[str]:
     tokenizers = [getattr(model, "tokenizer", None) for model in (base, tuned)]
     if vocabulary_hash(tokenizers[0]) != vocabulary_hash(tokenizers[1]):
         found.append("their tokenizers have different vocabularies")
-    if getattr(tokenizers[0], "chat_template", None) != getattr(tokenizers[1], "chat_template", None):
-        found.append("their tokenizers have different chat templates")
+    for field, what in (("chat_template", "chat templates"), ("chat_template_kwargs", "chat_template_kwargs")):
+        if (getattr(tokenizers[0], field, None) or None) != (getattr(tokenizers[1], field, None) or None):
+            found.append(f"their tokenizers have different {what}")
     return found

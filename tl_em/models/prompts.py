@@ -8,6 +8,7 @@ words occur twice, or how many tokens a header takes.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from tl_em.errors import PositionError, PromptError, PromptTooLongError, Unknown
 from tl_em.models.contrasts import ContrastSet, Message, Prompt, Splits, as_prompts, built_in_sets
 from tl_em.models.hooks import LensModel
 from tl_em.models.sites import Position, check_position
+from tl_em.models.source import warn_beyond_proof
 
 __all__ = [
     "Batch",
@@ -111,6 +113,7 @@ def encode(
             encoded[key] = prompt if isinstance(prompt, EncodedPrompt) else _encode_turns(tokenizer, prompt)
     found = [encoded[id(prompt)] for prompt in prompts]
     _check_lengths(found, int(model.cfg.n_ctx))
+    warn_beyond_proof(model, max(map(len, found), default=0))
     return found
 
 
@@ -375,23 +378,35 @@ _A_PASS = 8
 """What a pass costs beside its tokens: as much as this part of ``max_tokens``."""
 
 
-def batches(encoded: Sequence[EncodedPrompt], *, max_tokens: int = 8192) -> Iterator[Batch]:
+def batches(
+    encoded: Sequence[EncodedPrompt], *, max_tokens: int = 8192, turns: Sequence[int] = ()
+) -> Iterator[Batch]:
     """Batches of prompts of similar length, right-padded, at most ``max_tokens`` tokens each, padding included.
 
     Cut where padding and passes together cost least. Right padding is exact on every surface, left padding without a
     mask is not.
 
+    Args:
+        encoded: the prompts.
+        max_tokens: of a batch.
+        turns: lengths beyond which the model treats *all* tokens of a pass differently (``Boundaries.turns``): no batch
+            holds prompts of both sides.
+
     Example:
-        >>> [b.rows for b in batches([EncodedPrompt.from_ids(range(n)) for n in (5, 2, 4)], max_tokens=10)]
-        [(0, 2), (1,)]
+        >>> prompts = [EncodedPrompt.from_ids(range(n)) for n in (5, 2, 4)]
+        >>> [b.rows for b in batches(prompts, max_tokens=10)], [b.rows for b in batches(prompts, turns=[4])]
+        ([(0, 2), (1,)], [(0,), (2, 1)])
     """
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]), reverse=True)
     counts = np.arange(1, len(order) + 1)
     least = np.zeros(len(order) + 1)  # tokens, passes counted as tokens, of the prompts from here on
     ends = [0] * len(order)
+    sides = [bisect_left(turns, len(encoded[i])) for i in order]
+    alike = 0  # prompts from here on that lie on the same side
     for i in reversed(range(len(order))):
         longest = len(encoded[order[i]])
-        n = min(max(1, max_tokens // longest), len(order) - i)
+        alike = alike + 1 if i + 1 < len(order) and sides[i] == sides[i + 1] else 1
+        n = min(max(1, max_tokens // longest), alike)
         costs = longest * counts[:n] + max_tokens / _A_PASS + least[i + 1 : i + n + 1]
         best = int(costs.argmin())
         least[i], ends[i] = costs[best], i + best + 1

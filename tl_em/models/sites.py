@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 from weakref import WeakKeyDictionary
 
 from tl_em.errors import CorruptFileError, PositionError, ProvenanceError, UnknownHookError, WidthError
+from tl_em.models.source import was_proven
 
 Stream = Literal["resid_pre", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post"]
 Position = Literal["instruction_end", "prompt_end", "response_mean", "all"] | int
@@ -110,6 +111,8 @@ class Provenance:
         data: hash of the data, where any was used.
         seed: seed, where one was used.
         versions: versions of the libraries.
+        proven: whether ``load_model`` showed the model to compute what its source computes; None for a model that came
+            ready-made.
     """
 
     model: str
@@ -123,6 +126,7 @@ class Provenance:
     data: str | None = None
     seed: int | None = None
     versions: Mapping[str, str] = field(default_factory=dict, hash=False)
+    proven: bool | None = None
 
     @classmethod
     def of(cls, model: Any, data: str | None = None, seed: int | None = None) -> Provenance:
@@ -140,6 +144,7 @@ class Provenance:
             data=data,
             seed=seed,
             versions=dict(_versions()),
+            proven=was_proven(model),
         )
 
     def differences(self, model: Any) -> list[str]:

@@ -6,10 +6,13 @@ made is remembered with them, weakly. A Bridge holds the Hugging Face model, and
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
+
+from tl_em.errors import UnprovenWarning
 
 
 @dataclass(frozen=True)
@@ -40,14 +43,37 @@ class Source:
     ends: tuple[int, ...]
     boundaries: Boundaries
     proven: bool
+    beyond: tuple[int, ...]
 
 
 _SOURCES: WeakKeyDictionary[Any, Source] = WeakKeyDictionary()
 
 
-def remember(model: Any, hf_model: Any, *, proven: bool) -> None:
-    """Keep what ``hf_model`` says for ``model``, which was built from it, and whether the two were compared."""
-    _SOURCES[model] = Source(tuple(_ends(hf_model)), boundaries(hf_model.config), proven)
+def remember(model: Any, hf_model: Any, *, proven: bool, beyond: Sequence[int] = ()) -> None:
+    """Keep what ``hf_model`` says for ``model``, which was built from it, and whether the two were compared.
+
+    ``beyond`` are the boundaries that lie past the longest prompt on which they were.
+    """
+    _SOURCES[model] = Source(tuple(_ends(hf_model)), boundaries(hf_model.config), proven, tuple(beyond))
+
+
+_WARNED: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+
+
+def warn_beyond_proof(model: Any, length: int) -> None:
+    """Warn, once a model, of a text longer than a boundary that was too costly to cross when the model was proven."""
+    known = _SOURCES.get(model)
+    crossed = [] if known is None else [at for at in known.beyond if at < length]
+    if crossed and model not in _WARNED:
+        _WARNED[model] = True
+        warnings.warn(
+            f"A text of {length} tokens is longer than the sliding window or rotary boundary of {crossed[0]} that the "
+            f"model's config names, and proving this model beyond it was too costly on this machine when it was "
+            f"loaded, so what is measured on such a text is not shown to be right. Use texts of at most {crossed[0]} "
+            f"tokens, or load the model on a GPU.",
+            UnprovenWarning,
+            stacklevel=4,
+        )
 
 
 def was_proven(model: Any) -> bool | None:
