@@ -166,7 +166,7 @@ def hf_tokenizer(source: str, *, local_files_only: bool = False) -> Any:
     from transformers import AutoTokenizer
 
     directory = Path(source)
-    if directory.is_dir() and not any(directory.glob("*token*")) and not any(directory.glob("vocab*")):
+    if directory.is_dir() and not any(map(_of_a_tokenizer, directory.iterdir())):
         return None
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=local_files_only)
@@ -178,6 +178,11 @@ def hf_tokenizer(source: str, *, local_files_only: bool = False) -> Any:
         raise ModelNotFoundError(
             f"{source!r} has no tokenizer that can be loaded ({first_line(error)}). Pass one with tokenizer=."
         ) from error
+
+
+def _of_a_tokenizer(file: Path) -> bool:
+    named = "token" in file.name or file.name.startswith("vocab") or file.suffix in (".model", ".tiktoken")
+    return named and file.suffix != ".py"
 
 
 def _merged_adapter(path: Path, tokenizer: Any, dtype: torch.dtype) -> tuple[str, Any, Any]:

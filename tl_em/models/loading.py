@@ -6,6 +6,7 @@ residual stream and a direction made on one holds on the others.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,11 +19,13 @@ from tl_em.errors import PairMismatchError, UsageError
 from tl_em.models.checkpoint import check_weights, from_path_or_hub, in_memory, language_model, tokenizer_of
 from tl_em.models.hooks import LensModel
 from tl_em.models.prompts import ContrastSet
-from tl_em.models.proof import prove, reference
+from tl_em.models.proof import proof, prove, reference
 from tl_em.models.quiet import plain_torch, quiet
 from tl_em.models.sites import vocabulary_hash
 from tl_em.models.source import boundaries, remember
 from tl_em.models.surfaces import advice, as_bridge, as_hooked, check_built, reloadable
+
+log = logging.getLogger(__name__)
 
 Surface = Literal["bridge", "hooked"]
 
@@ -86,6 +89,7 @@ def load_model(
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         check_weights(hf_model.to(device).eval())
         model = _on_surface(surface, name, hf_model, tokenizer, dtype, device, prove)
+    log.info("%s: %s", model.cfg.model_name, proof(model) or "not compared with its source (prove=False)")
     model.eval()
     if chat_template_kwargs is not None and model.tokenizer is not None:
         model.tokenizer.chat_template_kwargs = dict(chat_template_kwargs)

@@ -18,7 +18,6 @@ to use, and the model is refused.
 from __future__ import annotations
 
 import inspect
-import logging
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -38,8 +37,6 @@ from tl_em.models.hooks import LensModel, hook_points, probing
 from tl_em.models.prompts import EncodedPrompt, make_batch
 from tl_em.models.quiet import first_line
 from tl_em.models.source import Boundaries, boundaries_of
-
-log = logging.getLogger(__name__)
 
 BOUNDS = {torch.float32: 1e-3, torch.float64: 1e-3}
 """Largest gap that is rounding, in spreads of the logits. Surfaces sum in another order: 1e-6 to 1e-4 in float32. What
@@ -209,7 +206,6 @@ def prove(model: LensModel, expected: Reference, explain: str) -> Proof:
         proof = _with_cache(model, proof, expected.tokens, expected.middle_length, _bound(dtype))
     proof = replace(proof, seconds=time.perf_counter() - start)
     _PROOFS[model] = proof
-    log.info("%s: %s", getattr(model.cfg, "model_name", type(model).__name__), proof)
     return proof
 
 

@@ -92,10 +92,12 @@ def end_tokens(model: Any) -> list[int]:
 
 
 def _ends(hf_model: Any) -> Iterator[int]:
+    """As transformers reads them: the generation config decides, the config only where that names none."""
     for holder in (getattr(hf_model, "generation_config", None), getattr(hf_model, "config", None)):
         found = getattr(holder, "eos_token_id", None)
         if found is not None:
             yield from (int(token) for token in (found if isinstance(found, list | tuple) else [found]))
+            return
 
 
 def boundaries_of(model: Any) -> Boundaries:
