@@ -29,11 +29,15 @@ def reloadable(tokenizer: Any, stack: ExitStack) -> Any:
 
 def check_built(surface: str) -> None:
     """Raise ``ModelError`` where this TransformerLens does not have the surface."""
-    if surface == "hooked" and find_spec("transformer_lens.HookedTransformer") is None:
+    if surface == "hooked" and not _has_hooked():
         raise ModelError(
             "This TransformerLens has no HookedTransformer (it was removed in version 4), so surface='hooked' cannot "
             "be built. Use surface='bridge', or install 'transformer-lens<4'."
         )
+
+
+def _has_hooked() -> bool:
+    return find_spec("transformer_lens.HookedTransformer") is not None
 
 
 def as_bridge(name: str, hf_model: Any, tokenizer: Any, dtype: torch.dtype, device: Any) -> Any:
@@ -44,9 +48,10 @@ def as_bridge(name: str, hf_model: Any, tokenizer: Any, dtype: torch.dtype, devi
     try:
         model = TransformerBridge.boot_transformers(name, hf_model=hf_model, tokenizer=stand_in, **options)
     except Exception as error:  # no common base: an architecture without an adapter, a field that it does not expect
+        other = "surface='hooked', or " if _has_hooked() else ""
         raise ModelError(
             f"TransformerLens cannot build a TransformerBridge of this {kind} ({type(error).__name__}: "
-            f"{first_line(error)}). Try surface='hooked' (TransformerLens 3), or another version of TransformerLens."
+            f"{first_line(error)}). Try {other}another version of TransformerLens."
         ) from error
     if tokenizer is None:
         model.tokenizer = None
@@ -111,7 +116,7 @@ def _hooked_fields(config: Any, directory: str) -> dict[str, Any]:
 def _unsupported(config: Any, error: Exception) -> ModelError:
     return ModelError(
         f"TransformerLens cannot build a HookedTransformer of this {config.architectures[0]} ({first_line(error)}). "
-        f"Use surface='bridge'."
+        f"Try surface='bridge'."
     )
 
 
@@ -152,5 +157,6 @@ def advice(model: Any, hf_model: Any) -> str:
             "TransformerLens copies weights without their adapter, a Bridge where it splits a joint matrix. Merge a "
             "copy: em.load_model(peft_model.merge_and_unload())."
         )
-    other = "another version of TransformerLens" if hasattr(model, "original_model") else "surface='bridge'"
-    return f"TransformerLens misreads its config. Use {other}."
+    other = "hooked" if hasattr(model, "original_model") and _has_hooked() else "bridge"
+    tried = "" if other == "bridge" and hasattr(model, "original_model") else f"surface={other!r}, or "
+    return f"TransformerLens misreads its config. Try {tried}another version of TransformerLens."
