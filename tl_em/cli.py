@@ -58,7 +58,9 @@ def demo(out: Path, seed: int, as_json: bool) -> None:
     "contrasts",
     multiple=True,
     metavar="NAME=FILE",
-    help="A contrast set (JSON, JSONL, CSV, or a built-in name); repeatable.",
+    help="A contrast set: a saved one, rows with prompt and label (CSV, TSV, JSON, JSONL), CAA's, Anthropic's, "
+    "TruthfulQA's, XSTest's or RepE's file, a persona's trait, a folder with positive.* and negative.*, or a built-in "
+    "name; repeatable.",
 )
 @click.option(
     "--behaviour",
@@ -221,13 +223,13 @@ def train_features(
     """Train a dictionary on TUNED and BASE with SAELens (extra 'sae'); a tenth of the corpus judges it."""
     from tl_em.features.quality import dictionary_quality
     from tl_em.features.training import train_dictionary
+    from tl_em.models.contrast_files import read_prompts
     from tl_em.models.sites import Site
     from tl_em.organisms.zoo import load_pair
     from tl_em.writing import check_writable
 
     check_writable(out)
-    rows = [json.loads(line) for line in corpus.read_text(encoding="utf-8").splitlines() if line.strip()]
-    prompts = [row["messages"] if "messages" in row else row["text"] for row in rows]
+    prompts = read_prompts(corpus)
     judged, learned = prompts[::10], [prompt for i, prompt in enumerate(prompts) if i % 10]
     pair = load_pair(base, tuned)
     dictionary = train_dictionary(
@@ -245,7 +247,7 @@ def train_features(
 @click.argument("base")
 @click.argument("tuned", required=False)
 @click.option("--contrast", "contrasts", multiple=True, metavar="NAME=FILE", required=True,
-              help="A behaviour: a contrast set (JSON, JSONL, CSV, or a built-in name); at least two.")
+              help="A behaviour: a contrast set (a file or folder as for 'audit', or a built-in name); at least two.")
 @click.option("--q", default=0.05, show_default=True, help="Share of false claims among the latents.")
 @click.option("--out", type=click.Path(path_type=Path), help="Table of every latent and behaviour (.csv).")
 @click.option("--seed", default=0, show_default=True)
@@ -276,7 +278,7 @@ def find_features(
 @click.argument("tuned", required=False)
 @click.option("--latent", "latents", multiple=True, type=int, required=True, help="Index of a latent; repeatable.")
 @click.option("--prompts", required=True,
-              help="A contrast set (JSON, JSONL, CSV, a built-in name, or one of the organism's).")
+              help="A contrast set (a file or folder as for 'audit', a built-in name, or one of the organism's).")
 @click.option("--explanations", type=click.Path(exists=True, path_type=Path), help="JSONL with index and description.")
 @click.option("--circuitsvis", is_flag=True, help="Add circuitsvis's figure (1.3 MB, in a sandboxed frame).")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("features.html"), show_default=True)
@@ -406,7 +408,7 @@ def _metric(text: str) -> Any:
 
 def _print(report: Any, out: Path | None, as_json: bool) -> None:
     if as_json:
-        json.dump(report.to_json(), sys.stdout, indent=1, ensure_ascii=False)
+        json.dump(report.to_json(), sys.stdout, indent=1)  # in ASCII, which every terminal and pipe can write
         click.echo()
         return
     from rich.console import Console

@@ -33,6 +33,7 @@ from tl_em.directions.direction import Direction
 from tl_em.errors import CorruptFileError, ProvenanceError, UsageError, WidthError
 from tl_em.models.hooks import LensModel
 from tl_em.models.sites import Position, Provenance, Site, Stream
+from tl_em.reading import read_text
 
 _ROUNDING = 1e-6
 """A row that is shorter than this share of the file's longest is rounding of a difference that is 0."""
@@ -61,7 +62,7 @@ def import_refusal_direction(path: str | Path, *, model: LensModel | None = None
     vector = _tensor(folder / "direction.pt", axes=1)
     about = folder / "direction_metadata.json"
     try:
-        record = json.loads(about.read_text(encoding="utf-8"))
+        record = json.loads(read_text(about))
         position, layer = record["pos"], record["layer"]
         if type(position) is not int or type(layer) is not int or position >= 0 or layer < 0:
             raise ValueError(f"pos={position!r}, layer={layer!r}")

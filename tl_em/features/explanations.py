@@ -5,16 +5,18 @@ Both are text from outside: an explanation is somebody's guess, and no test of w
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tl_em.arguments import whole
 from tl_em.dictionaries import Dictionary
-from tl_em.errors import CorruptFileError
+from tl_em.errors import CorruptFileError, FileError
+from tl_em.reading import read_rows
 
 _NEURONPEDIA = re.compile(r"[\w.-]+/\d+-[\w.-]+")
+_LINE = 'an object such as {"index": 17, "description": "…"}'
 _INDEX, _SAID = ("index", "feature", "latent"), ("description", "explanation", "label")
 
 
@@ -40,18 +42,22 @@ def read_explanations(path: str | Path, dictionary: Dictionary) -> dict[int, str
         CorruptFileError: the file is missing, or a line is not what it should be.
     """
     found: dict[int, str] = {}
-    number = 0
     try:
-        for line in Path(path).read_text(encoding="utf-8").split("\n"):  # not at U+2028, which JSON may hold
-            number += 1
-            record = json.loads(line) if line.strip() else {"dictionary": None}
+        rows = read_rows(path)
+    except FileError as error:
+        raise CorruptFileError(f"{error}; no explanation was read, each line is {_LINE}") from error
+    for where, record in rows:
+        try:
             if record.get("dictionary", dictionary.hash) in (dictionary.hash, dictionary.name or dictionary.hash):
-                found[int(_first(record, _INDEX))] = str(_first(record, _SAID))
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-        raise CorruptFileError(
-            f"line {number} of {path} is no explanation ({type(error).__name__}: {error}), so none was read; each line "
-            'is an object such as {"index": 17, "description": "…"}'
-        ) from error
+                index, said = _first(record, _INDEX), _first(record, _SAID)
+                if not isinstance(said, str):
+                    raise TypeError(f"the explanation is {said!r:.40}")
+                found[int(index) if isinstance(index, str) else whole("index", index, low=0)] = said
+        except (ValueError, TypeError, KeyError) as error:
+            raise CorruptFileError(
+                f"{where} of {path} is no explanation ({type(error).__name__}: {error}), so none was read; each line is "
+                f"{_LINE}"
+            ) from error
     return found
 
 

@@ -29,6 +29,7 @@ from tl_em.errors import CorruptFileError, ModelNotFoundError, UsageError
 from tl_em.models.contrasts import ContrastSet
 from tl_em.models.loading import ModelPair, load_model
 from tl_em.models.sites import Site
+from tl_em.reading import read_text
 
 HELD_OUT_BIASES = (17, 19, 29, 48, 51)
 """In the numbering of the prompts' ``bias_id``, which is not that of any list of descriptions."""
@@ -135,9 +136,9 @@ def bias_prompts(
     for path in (Path(folder) / name for name in BIAS_FILES):
         if path.is_file():
             try:
-                held = json.loads(path.read_text("utf-8"))["prompts"]
+                held = json.loads(read_text(path))["prompts"]
                 rows = [(int(row["bias_id"]), str(row["text"])) for row in held]
-            except (ValueError, KeyError, TypeError) as error:
+            except (OSError, ValueError, KeyError, TypeError) as error:
                 raise CorruptFileError(f"{path} holds no prompts with 'text' and 'bias_id' ({error!r})") from error
             for bias, text in rows:
                 by_bias.setdefault(bias, []).append(text)

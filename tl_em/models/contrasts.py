@@ -6,7 +6,6 @@ two equal prompts) never falls into two parts: else the third part is no test.
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import random
@@ -18,11 +17,21 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tl_em.errors import CorruptFileError, EmptyContrastError, FileError, NuisanceWarning, PromptError, UsageError
+from tl_em.errors import EmptyContrastError, FileError, NuisanceWarning, PromptError, UsageError
+from tl_em.models.cells import Form, Message, Prompt
+from tl_em.models.contrast_files import read_contrast
 from tl_em.writing import replacing
 
-Message = Mapping[str, str]
-Prompt = str | Sequence[Message]
+__all__ = [
+    "ContrastSet",
+    "Message",
+    "Prompt",
+    "Splits",
+    "as_prompts",
+    "built_in_sets",
+    "inseparable",
+    "warn_of_nuisance",
+]
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,8 @@ class ContrastSet:
 
     Raises:
         EmptyContrastError: a class is empty, or both classes are the same prompts.
+        PromptError: a prompt is neither a text nor a chat. UsageError: not one label a prompt, or one that cannot be
+        compared.
 
     Example:
         >>> s = ContrastSet(["steal a car", "rob a bank"], ["wash a car", "open a bank"], label="refusal")
@@ -56,8 +67,9 @@ class ContrastSet:
         for name in ("positive", "negative"):
             prompts = tuple(_frozen(prompt) for prompt in as_prompts(getattr(self, name)))
             groups = getattr(self, f"{name}_groups")
+            groups = None if groups is None else _labels(groups, name)
             object.__setattr__(self, name, prompts)
-            object.__setattr__(self, f"{name}_groups", None if groups is None else tuple(groups))
+            object.__setattr__(self, f"{name}_groups", groups)
             if not prompts:
                 raise EmptyContrastError(
                     f"The contrast set {self.label or ''!r} has no {name} prompts, so there is no difference to take. "
@@ -131,46 +143,82 @@ class ContrastSet:
         return replace(self, **fields)
 
     @classmethod
-    def load(cls, name_or_path: str | Path) -> ContrastSet:
-        """A built-in set by name, or a file: JSON with ``positive`` and ``negative``, or JSONL / CSV of prompt, label.
+    def load(
+        cls, name_or_path: str | Path, negative_path: str | Path | None = None, *, form: Form = "chat"
+    ) -> ContrastSet:
+        """A built-in set by name, or one from files: saved sets, labelled rows, and the published layouts as they are.
+
+        ==========================  ======================================  ======================================
+        layout                      recognised by                           positive class
+        ==========================  ======================================  ======================================
+        a saved set                 JSON with lists positive, negative      positive
+        rows, e.g. RepE's facts     prompt, label (CSV, TSV, JSON, JSONL)   label 1, true, yes, positive, unsafe
+        pairs                       columns positive, negative              positive
+        CAA, Anthropic's evals      question, answer_matching_behavior, …   the answer that matches the behaviour
+        TruthfulQA (also as A/B)    Question, Best Answer, …                the best (correct) answer
+        XSTest                      type, prompt                            unsafe prompts; the type is the group
+        persona vectors             instruction (pos, neg), questions       the system prompt that asks for the trait
+        one class a file            instructions, messages, lines of text   the file that is named first
+        ==========================  ======================================  ======================================
+
+        A row's prompt is its one column of prompt, text, statement, question, instruction or messages (with an
+        ``answer`` or ``system_prompt``, a chat), ``group`` is its group, and the rows of a ``pair`` share a place;
+        other columns are not read. ``source`` says how the file was read; docs/how-it-works.md has the publications.
 
         Args:
-            name_or_path: ``"refusal"``, ``"gender"``, or a path. In JSONL and CSV, the label is 1 / 0, true / false or
-                positive / negative.
+            name_or_path: ``"refusal"``, ``"gender"``; or a file; or a folder with ``positive.*`` and ``negative.*``.
+            negative_path: where a file holds one class only (instruction lists, fine-tuning rows), that of the negative
+                class. Files with as many prompts are pairs by place.
+            form: of a question with its answer. ``"chat"``: the answer is the assistant's; read it at
+                ``"response_mean"``. ``"text"``: ``Input: … Response: …``, for models without a chat template; it ends
+                at the answer, and position -2 is the letter of an answer such as ``(A)``, where CAA reads.
 
         Raises:
-            FileError: neither a file nor a built-in set (the message lists them).
-            CorruptFileError: the file does not hold a contrast set.
+            FileError: neither a file nor a built-in set (the message lists them), or a folder without both classes.
+            CorruptFileError: the file does not hold a contrast set; by row and column.
+            EmptyContrastError: it holds one class; the message gives the call. UsageError: no such form, and two files
+            of which one holds both classes.
 
         Example:
             >>> ContrastSet.load("refusal").label
             'refusal'
+
+        Source: arXiv:2312.06681 (CAA), 2212.09251 (Anthropic), 2109.07958 (TruthfulQA), 2308.01263 (XSTest), 2310.01405
+        (RepE), 2507.21509 (persona vectors), 2406.11717 (instructions).
         """
-        path = Path(name_or_path)
-        if not path.is_file():
+        path, negative = _path(name_or_path), None if negative_path is None else _path(negative_path)
+        if negative is None and str(name_or_path) in built_in_sets() and not path.is_file():
             built_in = files("tl_em.models") / "data" / f"{name_or_path}.json"
-            if str(name_or_path) not in built_in_sets():
+            return cls(**json.loads(built_in.read_text(encoding="utf-8")))
+        for each in (path, negative):
+            if each is not None and not each.is_file() and (each is negative or not each.is_dir()):
                 raise FileError(
-                    f"There is no file {str(name_or_path)!r}, and no built-in contrast set of that name. Built in: "
+                    f"There is no file {str(each)!r}, and no built-in contrast set of that name. Built in: "
                     f"{', '.join(built_in_sets())}. Or pass a JSON file with lists 'positive' and 'negative'."
                 )
-            return cls(**json.loads(built_in.read_text(encoding="utf-8")))
-        try:
-            return cls(**_read_fields(path))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            if isinstance(error, EmptyContrastError):
-                raise
-            raise CorruptFileError(
-                f"{path} does not hold a contrast set ({type(error).__name__}: {error}), so nothing was loaded. "
-                f'Expected JSON {{"positive": [...], "negative": [...]}}, or JSONL or CSV with prompt and label.'
-            ) from error
+        return cls(**read_contrast(path, negative, form))
 
     def save(self, path: str | Path) -> None:
-        """Write the set as JSON, as ``load`` reads it."""
+        """Write the set as JSON, as ``load`` reads it: what is read back equals it.
+
+        Raises:
+            UsageError: a group or a message holds what JSON has no sign for. OutputError: it cannot be written.
+        """
         record = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        text = json.dumps({k: v for k, v in record.items() if v is not None}, ensure_ascii=False, indent=1)
+        kept = {name: value for name, value in record.items() if value is not None}
+        try:
+            text = json.dumps(kept, ensure_ascii=False, indent=1, allow_nan=False) + "\n"
+            # Half of a surrogate pair has no UTF-8, and its escape is also JSON's.
+            content = text.encode("utf-8", "backslashreplace")
+            same = ContrastSet(**json.loads(content)) == self
+        except (TypeError, ValueError) as error:
+            raise UsageError(
+                f"{self!r} cannot be written as JSON ({error}); use texts and numbers as groups."
+            ) from error
+        if not same:
+            raise UsageError(f"{self!r} would not be the same when it is read back; use texts and numbers as groups.")
         with replacing(path) as temporary:
-            temporary.write_text(text + "\n", encoding="utf-8")
+            temporary.write_bytes(content)
 
 
 class Splits(NamedTuple):
@@ -192,8 +240,55 @@ def built_in_sets() -> tuple[str, ...]:
     return tuple(sorted(item.name.removesuffix(".json") for item in data.iterdir() if item.name.endswith(".json")))
 
 
-def _frozen(prompt: Prompt) -> Prompt:
-    return prompt if isinstance(prompt, str) else tuple(dict(message) for message in prompt)
+def _path(given: Any) -> Path:
+    """A path that can be asked for a file; what cannot be one (a text, a number) is refused here."""
+    try:
+        path = Path(given)
+        path.is_file()
+    except (OSError, TypeError, ValueError) as error:
+        raise FileError(
+            f"{str(given)[:60]!r} is no path ({type(error).__name__}). Pass a file, or the name of a built-in set "
+            f"({', '.join(built_in_sets())}); prompts that are in memory: ContrastSet(positive=[…], negative=[…])."
+        ) from error
+    return path
+
+
+def _frozen(prompt: Any) -> Prompt:
+    if isinstance(prompt, str):
+        return prompt
+    messages = list(prompt) if isinstance(prompt, Sequence) else []
+    if not messages or not all(isinstance(message, Mapping) and _said(message) for message in messages):
+        raise PromptError(
+            f"A prompt of a contrast set is a text or a list of messages, not {type(prompt).__name__} {prompt!r:.60}. "
+            "Drop it, or write messages as {'role': 'user', 'content': 'a text'}."
+        )
+    return tuple(dict(message) for message in messages)
+
+
+def _said(message: Message) -> bool:
+    return all(isinstance(message.get(name), str) for name in ("role", "content"))
+
+
+def _labels(groups: Any, side: str) -> tuple[Hashable, ...]:
+    if isinstance(groups, str | Mapping) or not isinstance(groups, Iterable):
+        raise UsageError(f"{side}_groups={groups!r:.60} is no list of labels; give one label a prompt: [label, …].")
+    return tuple(_label(group, side) for group in groups)
+
+
+def _label(group: Any, side: str) -> Hashable:
+    """A group label that can be compared: numpy's numbers as Python's, JSON's lists as tuples."""
+    value = group.item() if hasattr(group, "item") and getattr(group, "ndim", 1) == 0 else group
+    value = tuple(_label(each, side) for each in value) if isinstance(value, list | tuple) else value
+    try:
+        known = bool(value == value) and hash(value) is not None
+    except (TypeError, ValueError, RuntimeError):
+        known = False
+    if not known:
+        raise UsageError(
+            f"{side}_groups holds {group!r:.60}, which can be compared with no other label, so it is unknown what "
+            "belongs together. Use texts or numbers as labels."
+        )
+    return value
 
 
 def _key(prompt: Prompt) -> str:
@@ -202,11 +297,12 @@ def _key(prompt: Prompt) -> str:
 
 def as_prompts(prompts: Any) -> Sequence[Any]:
     """Prompts as a list, not one prompt by mistake: a string would be read letter by letter."""
-    if isinstance(prompts, str) or any(isinstance(item, Mapping) for item in prompts):
+    listed = None if isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable) else list(prompts)
+    if listed is None or any(isinstance(item, Mapping) for item in listed):
         raise PromptError(
             "One prompt was given where a list is needed, so it would be read piece by piece. Write [prompt]."
         )
-    return list(prompts)
+    return listed
 
 
 def inseparable(contrast: ContrastSet) -> list[list[tuple[int, int]]]:
@@ -222,8 +318,8 @@ def inseparable(contrast: ContrastSet) -> list[list[tuple[int, int]]]:
         return row
 
     ties: dict[Hashable, list[tuple[int, int]]] = defaultdict(list)
-    paired = len(contrast.positive) == len(contrast.negative)
     groups = (contrast.positive_groups, contrast.negative_groups)
+    paired = len(contrast.positive) == len(contrast.negative) and not _shuffled(*groups)
     for side, i in rows:
         ties["text", _key((contrast.positive, contrast.negative)[side][i])].append((side, i))
         labels = groups[side]
@@ -238,6 +334,13 @@ def inseparable(contrast: ContrastSet) -> list[list[tuple[int, int]]]:
     for row in rows:
         members[root(row)].append(row)
     return list(members.values())
+
+
+def _shuffled(positive: Sequence[Hashable] | None, negative: Sequence[Hashable] | None) -> bool:
+    """Whether the classes have groups in common, and in another order: then prompts in the same place are no pair."""
+    if positive is None or negative is None:
+        return False
+    return not set(positive).isdisjoint(negative) and list(positive) != list(negative)
 
 
 _TOLD_APART, _SURE = 0.8, 1e-3
@@ -278,26 +381,3 @@ def _assign(
         parts[chosen].update(block)
         lacking[chosen] = [need - n for n, need in zip(counts, lacking[chosen], strict=True)]
     return parts
-
-
-_LABELS = {"1": 1, "true": 1, "positive": 1, "0": 0, "false": 0, "negative": 0}
-
-
-def _read_fields(path: Path) -> dict[str, Any]:
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".csv":
-        return _by_label(csv.DictReader(text.splitlines()))
-    if path.suffix == ".jsonl":
-        return _by_label(json.loads(line) for line in text.splitlines() if line.strip())
-    record = json.loads(text)
-    unknown = set(record) - set(ContrastSet.__dataclass_fields__)
-    if unknown:
-        raise ValueError(f"unknown fields {sorted(unknown)}")
-    return record
-
-
-def _by_label(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    classes: tuple[list[Prompt], list[Prompt]] = ([], [])
-    for row in rows:
-        classes[_LABELS[str(row["label"]).strip().lower()]].append(row["prompt"])
-    return {"positive": classes[1], "negative": classes[0]}

@@ -1,0 +1,196 @@
+"""Text files as people have them: decoded strictly, taken apart by the parser of their format, refused by line.
+
+No file is cut at ``str.splitlines``, which also cuts at U+2028 and U+0085 inside a JSON string and at a line break
+inside a quoted cell. Nothing is guessed of a byte that is not UTF-8, and a key given twice is not one of its values.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tl_em.errors import CorruptFileError, FileError
+
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),  # begins like UTF-16's, so it is looked for first
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+_OTHERS = (
+    (b"\x1f\x8b", "is compressed with gzip", "Unpack it first: gunzip FILE"),
+    (b"BZh", "is compressed with bzip2", "Unpack it first: bunzip2 FILE"),
+    (b"\xfd7zXZ", "is compressed with xz", "Unpack it first: unxz FILE"),
+    (b"\x28\xb5\x2f\xfd", "is compressed with zstd", "Unpack it first: unzstd FILE"),
+    (b"PK\x03\x04", "is a zip archive (a workbook is one, too)", "Unpack it, or save the sheet as CSV in UTF-8"),
+    (b"PAR1", "is Parquet", "Write it as JSONL: pandas.read_parquet(a).to_json(b, orient='records', lines=True)"),
+)
+_SPACE = re.compile(r"[ \t\r\n]*")  # JSON's white space: U+2028 and U+0085 are none
+
+
+class Row(NamedTuple):
+    """One record of a file: where it stands, for messages, and its cells by column."""
+
+    where: str
+    cells: dict[str, Any]
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a file in UTF-8, or in UTF-16 or UTF-32 with a byte-order mark; the mark is no part of it.
+
+    Raises:
+        FileError: the file is missing, a folder, or may not be read.
+        CorruptFileError: it is empty, compressed, or holds bytes that are no text in its encoding.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "a.txt"
+        >>> _ = path.write_bytes(codecs.BOM_UTF8 + "naïve".encode())
+        >>> read_text(path)
+        'naïve'
+    """
+    try:
+        data = Path(path).read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a path with a NUL
+        raise FileError(f"{str(path)[:200]!r} cannot be read ({error}); pass the path of a text file") from error
+    for magic, found, remedy in _OTHERS:
+        if data.startswith(magic):
+            raise CorruptFileError(f"{path} {found}, so it holds no text to read. {remedy}.")
+    encoding = next((name for mark, name in _MARKS if data.startswith(mark)), "utf-8")
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise CorruptFileError(
+            f"{path}, line {line}: the byte 0x{data[error.start]:02x} is not text in {encoding} ({error.reason}), and "
+            "another encoding would be a guess. Save the file as UTF-8."
+        ) from error
+    if not text.strip():
+        raise CorruptFileError(f"{path} is empty ({len(data)} bytes), so there is nothing to read. Write it again.")
+    if "\0" in text:
+        raise CorruptFileError(
+            f"{path}, line {text[: text.index(chr(0))].count(chr(10)) + 1}: a zero byte, so the file is binary, or "
+            "UTF-16 without a byte-order mark. Save it as UTF-8."
+        )
+    return text
+
+
+def json_values(text: str, path: str | Path) -> list[tuple[int, Any]]:
+    """The JSON values in a text, one for JSON and one a record for JSON Lines, each with the line that it begins in.
+
+    Raises:
+        CorruptFileError: what is no JSON, and an object with one key twice; by line and column.
+
+    Example:
+        >>> json_values('{"a": "x\\u2028y"}\\r\\n\\r\\n[1]', "a.jsonl")
+        [(1, {'a': 'x\\u2028y'}), (3, [1])]
+    """
+    decoder = json.JSONDecoder(object_pairs_hook=_object)
+    found: list[tuple[int, Any]] = []
+    at, line = _skipped(text, 0), 1 + text.count("\n", 0, _skipped(text, 0))
+    while at < len(text):
+        try:
+            value, end = decoder.raw_decode(text, at)
+        except json.JSONDecodeError as error:
+            where = f"line {error.lineno}, column {error.colno}"
+            raise CorruptFileError(f"{path}, {where}: {error.msg}; the file is cut off, or not JSON") from error
+        except (ValueError, RecursionError) as error:  # a key twice, an endless number, a thousand brackets
+            raise CorruptFileError(f"{path}, in the value that begins in line {line}: {error}") from error
+        found.append((line, value))
+        start, at = at, _skipped(text, end)
+        line += text.count("\n", start, at)
+    return found
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """The objects of a JSON Lines file, or of a JSON list.
+
+    Raises:
+        FileError, CorruptFileError: as :func:`read_text` and :func:`json_values`, or a line is no object.
+    """
+    values = json_values(read_text(path), path)
+    if len(values) == 1 and isinstance(values[0][1], list):
+        rows = [Row(f"item {i + 1}", value) for i, value in enumerate(values[0][1])]
+    else:
+        rows = [Row(f"line {line}", value) for line, value in values]
+    for where, value in rows:
+        if not isinstance(value, dict):
+            raise CorruptFileError(f"{path}, {where}: {_shown(value)} is no JSON object; write one object a line")
+    return rows
+
+
+def csv_header(text: str, delimiter: str) -> list[str]:
+    """The first record of a text as a table with this delimiter; empty where it cannot be one."""
+    try:
+        return next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True), [])
+    except csv.Error:
+        return []
+
+
+def csv_rows(text: str, path: str | Path, delimiter: str = ",") -> list[Row]:
+    """The records of a table with a header, cells as the strings that they are; blank lines are none.
+
+    Raises:
+        CorruptFileError: a quote that does not end, more or fewer cells than the header has, a column twice; by row.
+
+    Example:
+        >>> csv_rows('prompt,label\\n"one\\ntwo",007\\n', "a.csv")
+        [Row(where='row 1 (line 2)', cells={'prompt': 'one\\ntwo', 'label': '007'})]
+    """
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    header: list[str] | None = None
+    rows: list[Row] = []
+    line = 1
+    try:
+        for record in reader:
+            where, line = f"row {len(rows) + 1} (line {line})", reader.line_num + 1
+            if not any(cell.strip() for cell in record):
+                continue
+            if header is None:
+                header = _checked(record, path)
+                continue
+            if len(record) != len(header):
+                raise CorruptFileError(
+                    f"{path}, {where}: {len(record)} cells where the header has {len(header)}, so it is unknown which "
+                    "belongs to which column. Put cells with a comma or a line break in double quotes."
+                )
+            rows.append(Row(where, dict(zip(header, record, strict=True))))
+    except csv.Error as error:
+        raise CorruptFileError(
+            f"{path}, row {len(rows) + 1} (line {line}): {error}, so it is unknown where the cell ends. Quotes inside "
+            "a quoted cell are doubled; very long cells fit in JSONL."
+        ) from error
+    return rows
+
+
+def _checked(header: Sequence[str], path: str | Path) -> list[str]:
+    twice = sorted({name for name in header if name and header.count(name) > 1})
+    if twice:
+        raise CorruptFileError(f"{path}: the header names the column {twice[0]!r} twice. Rename one of them.")
+    return list(header)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} is given twice, and it is unknown which value is meant")
+    return found
+
+
+def _skipped(text: str, at: int) -> int:
+    space = _SPACE.match(text, at)
+    return space.end() if space else at
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
