@@ -8,10 +8,20 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tl_em.errors import CorruptFileError, EmptyContrastError, FileError, NuisanceWarning, PromptError, UsageError
-from tl_em.models.contrasts import ContrastSet, Splits, as_prompts, built_in_sets, warn_of_nuisance
+from tl_em.models.contrasts import (
+    ContrastSet,
+    Splits,
+    _frozen,
+    _labels,
+    as_prompts,
+    built_in_sets,
+    inseparable,
+    warn_of_nuisance,
+)
 
 
 def numbered(n_positive: int, n_negative: int, **fields: object) -> ContrastSet:
@@ -147,13 +157,48 @@ def test_labelled_files(tmp_path: Path, name: str, text: str) -> None:
         ("a.json", '{"positive": ["a"], "negative": [3]}'),
         ("a.json", '{"positive": ["a"], "negative": ["b"], "other": 1}'),
         ("a.jsonl", '{"prompt": "a", "label": "maybe"}'),
-        ("a.csv", "text,label\na,1\n"),
+        ("a.csv", "body,label\na,1\n"),
     ],
 )
 def test_files_that_are_no_contrast_set(tmp_path: Path, name: str, text: str) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(CorruptFileError, match="does not hold a contrast set"):
         ContrastSet.load(tmp_path / name)
+
+
+def test_what_is_no_prompt_and_what_is_no_label_is_refused() -> None:
+    assert _frozen([{"role": "user", "content": "a"}]) == ({"role": "user", "content": "a"},)
+    for wrong in (
+        None,
+        3,
+        [],
+        ["a"],
+        {"role": "user", "content": "a"},
+        [{"role": "user"}],
+        [{"role": "user", "content": None}],
+    ):
+        with pytest.raises(PromptError, match="a text or a list of messages"):
+            _frozen(wrong)
+    assert _labels([np.int64(3), np.float32(0.5), ["a", [1]], None], "positive") == (3, 0.5, ("a", (1,)), None)
+    for groups in ("ab", 3, [float("nan")], [np.array([1, 2])], [{"a": 1}], [("a", {})]):
+        with pytest.raises(UsageError, match="positive_groups"):
+            _labels(groups, "positive")
+
+
+def test_prompts_may_come_one_by_one() -> None:
+    assert as_prompts(f"p{i}" for i in range(3)) == ["p0", "p1", "p2"]
+    assert as_prompts(np.array(["a", "b"])) == ["a", "b"]
+    for wrong in ({"a": 1}, None, 3, (m for m in [{"role": "user", "content": "a"}])):
+        with pytest.raises(PromptError, match=r"Write \[prompt\]"):
+            as_prompts(wrong)
+
+
+def test_groups_in_another_order_say_that_places_are_no_pairs() -> None:
+    labels = [i // 5 for i in range(40)]
+    shuffled = numbered(40, 40, positive_groups=labels, negative_groups=labels[::-1])
+    assert sorted(map(len, inseparable(shuffled))) == [10] * 8
+    alike = numbered(40, 40, positive_groups=range(40), negative_groups=range(40, 80))
+    assert sorted(map(len, inseparable(alike))) == [2] * 40, "labels that share nothing leave pairs as they are"
 
 
 def test_a_file_with_an_empty_class_says_so(tmp_path: Path) -> None:

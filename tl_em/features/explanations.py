@@ -55,7 +55,7 @@ def read_explanations(path: str | Path, dictionary: Dictionary) -> dict[int, str
                 found[int(index) if isinstance(index, str) else whole("index", index, low=0)] = said
         except (ValueError, TypeError, KeyError) as error:
             raise CorruptFileError(
-                f"{where} of {path} is no explanation ({type(error).__name__}: {error}), so none was read; each line is "
+                f"{where} of {path} is no explanation ({type(error).__name__}: {error}), so none was read; each is "
                 f"{_LINE}"
             ) from error
     return found

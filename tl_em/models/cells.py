@@ -113,7 +113,7 @@ def label_of(row: Row) -> int:
     with suppress(ValueError):  # 1.0, as a table writes a column that has gaps
         said = str(int(float(said))) if float(said) in (0.0, 1.0) else said
     if said not in (*POSITIVE, *NEGATIVE):
-        found = "missing" if value is None or said == "" else repr(value)
+        found = "missing" if value is None or value == "" else repr(value)
         raise Unreadable(
             f"{row.where}, column {LABEL!r}: {found}, neither {' / '.join(POSITIVE)} nor {' / '.join(NEGATIVE)}"
         )

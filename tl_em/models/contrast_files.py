@@ -14,9 +14,9 @@ _OPEN = ("open_ended", "open")
 _OPPOSITES = (("positive", "negative"), ("harmful", "harmless"), ("unsafe", "safe"), ("insecure", "secure"))
 
 
-def read_contrast(path: Path, negative: Path | None, form: Form) -> dict[str, Any]:
+def read_contrast(path: Path, negative: Path | None, form: Form | str) -> dict[str, Any]:
     """Fields of a ``ContrastSet`` from a file, a folder, or the files of two classes; errors as of its ``load``."""
-    if form not in ("chat", "text"):
+    if form != "chat" and form != "text":
         raise UsageError(f"form={form!r}: there are 'chat' (an answer is the assistant's) and 'text' (no template).")
     if negative is None and path.is_dir():
         label, (path, negative) = path.resolve().name, _in_folder(path)

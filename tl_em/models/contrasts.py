@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from tl_em.errors import EmptyContrastError, FileError, NuisanceWarning, PromptError, UsageError
 from tl_em.models.cells import Form, Message, Prompt
 from tl_em.models.contrast_files import read_contrast
+from tl_em.models.layouts import from_saved
 from tl_em.writing import replacing
 
 __all__ = [
@@ -144,7 +145,7 @@ class ContrastSet:
 
     @classmethod
     def load(
-        cls, name_or_path: str | Path, negative_path: str | Path | None = None, *, form: Form = "chat"
+        cls, name_or_path: str | Path, negative_path: str | Path | None = None, *, form: Form | str = "chat"
     ) -> ContrastSet:
         """A built-in set by name, or one from files: saved sets, labelled rows, and the published layouts as they are.
 
@@ -210,7 +211,7 @@ class ContrastSet:
             text = json.dumps(kept, ensure_ascii=False, indent=1, allow_nan=False) + "\n"
             # Half of a surrogate pair has no UTF-8, and its escape is also JSON's.
             content = text.encode("utf-8", "backslashreplace")
-            same = ContrastSet(**json.loads(content)) == self
+            same = ContrastSet(**from_saved(json.loads(content))) == self
         except (TypeError, ValueError) as error:
             raise UsageError(
                 f"{self!r} cannot be written as JSON ({error}); use texts and numbers as groups."

@@ -179,7 +179,7 @@ Answers = tuple[str, str, str]
 
 def from_record(record: dict[str, Any], form: Form) -> Found | dict[str, Any]:
     """A persona, or the fields of a saved set; ``Unreadable`` where the record is neither."""
-    return _persona(record, form) if "instruction" in record else _saved(record)
+    return _persona(record, form) if "instruction" in record else from_saved(record)
 
 
 def from_rows(rows: list[Row], form: Form) -> Found | OneClass:
@@ -346,7 +346,7 @@ def _persona(record: dict[str, Any], form: Form) -> Found:
     return Found("persona", *sides, (groups, list(groups)))
 
 
-def _saved(record: dict[str, Any]) -> dict[str, Any]:
+def from_saved(record: dict[str, Any]) -> dict[str, Any]:
     """The fields of a saved set; one that is unknown may be a known one misspelt."""
     unknown = sorted(set(record) - set(FIELDS))
     missing = [side for side in FIELDS[:2] if not isinstance(record.get(side), list)]

@@ -131,7 +131,8 @@ def _encode_turns(tokenizer: Any, prompt: Prompt) -> EncodedPrompt:
     if getattr(tokenizer, "chat_template", None) is None:
         raise PromptError(
             "Chat messages were given, but the tokenizer has no chat template, so it is unknown how the model was "
-            "shown turns. Pass plain strings, or set model.tokenizer.chat_template."
+            "shown turns. Pass plain strings (of a file: ContrastSet.load(path, form='text')), or set "
+            "model.tokenizer.chat_template."
         )
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
     return _encode_chat(tokenizer, messages)
