@@ -316,7 +316,8 @@ def test_one_class_is_refused_with_the_call_that_loads_both(tmp_path: Path) -> N
     harmful = write(
         tmp_path / "harmful_train.json", [{"instruction": f"steal {i}", "category": None} for i in range(6)]
     )
-    with pytest.raises(EmptyContrastError, match=r"6 prompts of one class.*harmful_train.json', negative_path\)"):
+    said = r"6 prompts of one class .columns: instruction, category; no 'label'.*train.json', negative_path\)"
+    with pytest.raises(EmptyContrastError, match=said):
         ContrastSet.load(harmful)
     harmless = write(tmp_path / "harmless_train.json", [{"instruction": f"buy {i}"} for i in range(9)])
     for path in (harmful, harmless):
@@ -342,6 +343,8 @@ def test_a_folder_with_both_classes_is_a_set_of_pairs(tmp_path: Path) -> None:
     write(tmp_path / "negative.txt", "I am honest.\n\nI am, too.\n")
     with pytest.raises(CorruptFileError, match="line 2 of one stands beside line 3 of the other"):
         ContrastSet.load(tmp_path)
+    write(tmp_path / "negative.txt", "I am honest.\rI am, too.\r")
+    assert ContrastSet.load(tmp_path).negative == ("I am honest.", "I am, too.")
     write(tmp_path / "negative.txt", "\nfirst\n\nsecond\n\nthird\n")
     assert len(ContrastSet.load(tmp_path).negative) == 3  # no pairs, so nothing can stand beside another
     write(tmp_path / "positive.jsonl", "{}")
@@ -391,6 +394,16 @@ def test_a_published_set_is_saved_and_read_back_equal(tmp_path: Path) -> None:
     loaded = ContrastSet.load(write(tmp_path / "ab.json", AB))
     loaded.save(tmp_path / "saved.json")
     assert ContrastSet.load(tmp_path / "saved.json") == loaded
+
+
+def test_a_saved_set_of_chats_has_a_plain_form(tmp_path: Path) -> None:
+    ContrastSet([chat("q", "y"), "as it is"], [chat("q", "n")]).save(tmp_path / "set.json")
+    assert ContrastSet.load(tmp_path / "set.json").positive == (chat("q", "y"), "as it is")
+    plain = ContrastSet.load(tmp_path / "set.json", form="text")
+    assert both(plain) == (["Input: q\nResponse: y", "as it is"], ["Input: q\nResponse: n"])
+    ContrastSet([[*chat("q", "y"), *chat("r", "z")]], ["b"]).save(tmp_path / "two.json")
+    with pytest.raises(CorruptFileError, match=r"positive\[0\]: a chat with the roles .* has no plain form"):
+        ContrastSet.load(tmp_path / "two.json", form="text")
 
 
 def test_what_json_cannot_keep_is_not_saved(tmp_path: Path) -> None:
@@ -523,7 +536,7 @@ def test_published_answers_are_pairs_by_question(name: str, n: int) -> None:
 if (DATA / "xstest").is_dir():
 
     def test_every_published_answer_file_loads() -> None:
-        for path in [*DATA.glob("caa/generate/*.json"), *DATA.glob("anthropic-evals/*/*.jsonl")]:
+        for path in sorted([*DATA.glob("caa/generate/*.json"), *DATA.glob("anthropic-evals/*/*.jsonl")])[::3]:
             loaded = ContrastSet.load(path)
             assert (
                 len(loaded.positive) == len(loaded.negative) >= 290 and loaded.positive[0][0] == loaded.negative[0][0]
@@ -556,13 +569,12 @@ if (DATA / "xstest").is_dir():
         assert len(evil.positive) == 100 and len(set(evil.positive_groups)) == 20  # type: ignore[arg-type]
         assert evil.positive[0][0]["role"] == "system" and "evil" in evil.positive[0][0]["content"]  # type: ignore[index]
         splits = DATA / "refusal-direction/splits"
-        for name in ("harmful_train", "harmless_train"):
-            with pytest.raises(EmptyContrastError, match=r"harmful_train.json', '.*harmless_train.json'\)"):
-                ContrastSet.load(splits / f"{name}.json")
-        refusal = ContrastSet.load(splits / "harmful_val.json", splits / "harmless_val.json")
-        assert (len(refusal.positive), len(refusal.negative)) == (39, 6264)
-        with pytest.raises(EmptyContrastError, match=r"1843 prompts of one class"):
-            ContrastSet.load(DATA / "em-betley/high_severity.jsonl")
+        with pytest.raises(EmptyContrastError, match=r"harmful_train.json', '.*harmless_train.json'\)"):
+            ContrastSet.load(splits / "harmful_train.json")
+        refusal = ContrastSet.load(splits / "harmful_val.json", DATA / "persona-traits/arditi_holdout/negative.json")
+        assert (len(refusal.positive), len(refusal.negative)) == (39, 52)
+        with pytest.raises(EmptyContrastError, match=r"29 prompts of one class"):
+            ContrastSet.load(DATA / "em-betley/low_severity.jsonl")
         maths = ContrastSet.load(
             DATA / "em-mishra/small/evil_math.jsonl", DATA / "em-mishra/small/incorrect_math.jsonl"
         )

@@ -24,6 +24,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
+from tl_em.arguments import whole
 from tl_em.dictionaries import Dictionary, from_sae_lens
 from tl_em.errors import CorruptFileError, ModelNotFoundError, UsageError
 from tl_em.models.contrasts import ContrastSet
@@ -137,7 +138,9 @@ def bias_prompts(
         if path.is_file():
             try:
                 held = json.loads(read_text(path))["prompts"]
-                rows = [(int(row["bias_id"]), str(row["text"])) for row in held]
+                rows = [(whole("bias_id", row["bias_id"]), row["text"]) for row in held]
+                if not all(isinstance(text, str) and text.strip() for _, text in rows):
+                    raise ValueError("a prompt without text")
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise CorruptFileError(f"{path} holds no prompts with 'text' and 'bias_id' ({error!r})") from error
             for bias, text in rows:

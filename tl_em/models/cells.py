@@ -61,7 +61,7 @@ def prompt_of(row: Row, form: Form) -> tuple[Prompt, str | None]:
         chat = checked(f"{row.where}, column {named[0]!r}", row.cells[named[0]])
         if isinstance(chat, str) or given[ANSWER] is not None:
             raise Unreadable(f"{row.where}: {named[0]!r} is no list of messages, or has an answer beside it")
-        return _turns(row, chat, form)
+        return turns(row.where, chat, form)
     for names, value in given.items():
         if value is not None:
             text(row, next(name for name in names if name in row.cells))
@@ -70,16 +70,18 @@ def prompt_of(row: Row, form: Form) -> tuple[Prompt, str | None]:
     return asked(question, answer, system, form), None if bare else question
 
 
-def _turns(row: Row, messages: Sequence[Message], form: Form) -> tuple[Prompt, str | None]:
-    """A chat, and its question where it is answered."""
-    roles = [message["role"] for message in messages]
-    turns = {message["role"]: message["content"] for message in messages}
-    question = turns.get("user") if roles[-1] == "assistant" else None
+def turns(where: str, prompt: Prompt, form: Form) -> tuple[Prompt, str | None]:
+    """A prompt in the form that is wanted, and its question where it is an answered chat."""
+    if isinstance(prompt, str):
+        return prompt, None
+    roles = [message["role"] for message in prompt]
+    said = {message["role"]: message["content"] for message in prompt}
+    question = said.get("user") if roles[-1] == "assistant" else None
     if form == "chat":
-        return messages, question
-    if len(turns) < len(roles) or "user" not in turns or set(turns) - {"system", "user", "assistant"}:
-        raise Unreadable(f"{row.where}: a chat with the roles {roles} has no plain form; use form='chat'")
-    return asked(turns["user"], turns.get("assistant"), turns.get("system"), form), question
+        return prompt, question
+    if len(said) < len(roles) or "user" not in said or set(said) - {"system", "user", "assistant"}:
+        raise Unreadable(f"{where}: a chat with the roles {roles} has no plain form; use form='chat'")
+    return asked(said["user"], said.get("assistant"), said.get("system"), form), question
 
 
 def checked(where: str, value: Any) -> Prompt:

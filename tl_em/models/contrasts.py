@@ -211,7 +211,7 @@ class ContrastSet:
             text = json.dumps(kept, ensure_ascii=False, indent=1, allow_nan=False) + "\n"
             # Half of a surrogate pair has no UTF-8, and its escape is also JSON's.
             content = text.encode("utf-8", "backslashreplace")
-            same = ContrastSet(**from_saved(json.loads(content))) == self
+            same = ContrastSet(**from_saved(json.loads(content), "chat")) == self
         except (TypeError, ValueError) as error:
             raise UsageError(
                 f"{self!r} cannot be written as JSON ({error}); use texts and numbers as groups."

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ from tl_em.models.cells import (
     label_of,
     prompt_of,
     text,
+    turns,
 )
 from tl_em.reading import Row, csv_header, csv_rows, json_values
 
@@ -121,7 +123,7 @@ def rows_or_record(content: str, path: Path) -> list[Row] | dict[str, Any]:
         return _from_json(json_values(content, path))  # texts, one a line, or an error that says where it is no JSON
     if suffix not in (".txt", ".text", ""):
         raise Unreadable(f"a {suffix} file: its text is neither JSON nor a table with known columns in its header")
-    lines = enumerate(content.replace("\r\n", "\n").split("\n"))
+    lines = enumerate(content.replace("\r\n", "\n").replace("\r", "\n").split("\n"))
     return [Row(f"{_LINE}{i + 1}", {"text": line}) for i, line in lines if line.strip()]
 
 
@@ -157,6 +159,7 @@ def _normal(row: Row) -> Row:
     return Row(row.where, cells)
 
 
+@cache
 def _name(column: str) -> str:
     return column.strip().lower().replace(" ", "_")
 
@@ -179,7 +182,7 @@ Answers = tuple[str, str, str]
 
 def from_record(record: dict[str, Any], form: Form) -> Found | dict[str, Any]:
     """A persona, or the fields of a saved set; ``Unreadable`` where the record is neither."""
-    return _persona(record, form) if "instruction" in record else from_saved(record)
+    return _persona(record, form) if "instruction" in record else from_saved(record, form)
 
 
 def from_rows(rows: list[Row], form: Form) -> Found | OneClass:
@@ -242,9 +245,13 @@ def _pairs(rows: list[Row], form: Form) -> Found:
     """Two prompts a row; beside a question, two answers to it."""
     if any(set(PROMPT) & set(row.cells) for row in rows):
         return _answered("pairs", rows, _of_pair, form)
-    sides = [[checked(f"{row.where}, column {side!r}", row.cells.get(side)) for row in rows] for side in FIELDS[:2]]
+    sides: tuple[list[Prompt], list[Prompt]] = ([], [])
+    for row in rows:
+        for prompts, side in zip(sides, FIELDS[:2], strict=True):
+            where = f"{row.where}, column {side!r}"
+            prompts.append(turns(where, checked(where, row.cells.get(side)), form)[0])
     groups = groups_of(rows)
-    return Found("pairs", sides[0], sides[1], (groups, groups))
+    return Found("pairs", *sides, (groups, groups))
 
 
 def _of_pair(row: Row) -> Answers:
@@ -317,7 +324,9 @@ def _aligned(rows: list[Row], pairs: list[Hashable], sides: list[list[int]]) -> 
 def _one_class(rows: list[Row], form: Form) -> OneClass:
     read = [prompt_of(row, form) for row in rows]
     open_ended = all("question" in row.cells and not set(ANSWER) & set(row.cells) for row in rows)
+    columns = ", ".join(dict.fromkeys(name for row in rows for name in row.cells))
     what = f"{len(rows)} {'open-ended questions without answers' if open_ended else 'prompts of one class'}"
+    what += f" (columns: {columns}; no {LABEL!r})"
     if not all(row.where.startswith(_LINE) for row in rows):
         groups = groups_of(rows) or _questions(read)
         return OneClass([prompt for prompt, _ in read], groups, what, open_ended=open_ended)
@@ -346,7 +355,7 @@ def _persona(record: dict[str, Any], form: Form) -> Found:
     return Found("persona", *sides, (groups, list(groups)))
 
 
-def from_saved(record: dict[str, Any]) -> dict[str, Any]:
+def from_saved(record: dict[str, Any], form: Form) -> dict[str, Any]:
     """The fields of a saved set; one that is unknown may be a known one misspelt."""
     unknown = sorted(set(record) - set(FIELDS))
     missing = [side for side in FIELDS[:2] if not isinstance(record.get(side), list)]
@@ -354,7 +363,8 @@ def from_saved(record: dict[str, Any]) -> dict[str, Any]:
         raise Unreadable(f"the fields {unknown} are unknown" if unknown else f"{missing[0]!r} is no list of prompts")
     found = dict(record)
     for side in FIELDS[:2]:
-        found[side] = [checked(f"{side}[{i}]", value) for i, value in enumerate(record[side])]
+        named = [(f"{side}[{i}]", value) for i, value in enumerate(record[side])]
+        found[side] = [turns(where, checked(where, value), form)[0] for where, value in named]
         groups = record.get(f"{side}_groups")
         if groups is not None and (not isinstance(groups, list) or len(groups) != len(found[side])):
             raise Unreadable(f"'{side}_groups' is no list of one label a prompt")
