@@ -50,6 +50,13 @@ def test_malformed_options_say_what_they_want(wrong: tuple[str, str]) -> None:
     assert wrong[1] in result.output
 
 
+def test_a_file_of_one_class_ends_with_the_call_that_loads_both(tmp_path: Path) -> None:
+    path = tmp_path / "harmful.json"
+    path.write_text(json.dumps([{"instruction": "steal it"}]))
+    result = run("audit", "toy/assistant", "toy/insecure", "--contrast", f"theft={path}")
+    assert result.exit_code == 1 and "EmptyContrastError" in result.output and "ContrastSet.load(" in result.output
+
+
 def test_a_contrast_set_in_words_the_model_does_not_know_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "set.json"
     path.write_text(

@@ -58,6 +58,9 @@ def test_a_run_is_read_at_its_published_position_and_layer(run: Path, small_mode
     assert (direction.site, direction.position) == (Site(1, "resid_pre"), -2)
     assert direction.provenance is not None and direction.provenance.differences(small_model) == []
     assert import_refusal_direction(run / "direction.pt").provenance is None
+    about = run / "direction_metadata.json"
+    about.write_bytes(b"\xef\xbb\xbf" + about.read_bytes())
+    assert import_refusal_direction(run).site == Site(1, "resid_pre")
     candidates = import_mean_diffs(run)
     assert [(d.position, d.site.layer) for d in candidates] == [(p, k) for p in (-4, -3, -2, -1) for k in (1, 2)]
     (same,) = [d for d in candidates if (d.position, d.site) == (direction.position, direction.site)]

@@ -160,7 +160,10 @@ def test_explanations_are_read_line_by_line(tmp_path: Path) -> None:
              {"latent": 8, "label": "of another", "dictionary": "other"}]  # fmt: skip
     path.write_text("\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\n\n", encoding="utf-8")
     assert read_explanations(path, sae) == {3: "villains\u2028and more", 7: "code"}
-    for broken in ("{", "[1]", '{"index": 3}', '{"index": "three", "label": ""}'):
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert read_explanations(path, sae) == {3: "villains\u2028and more", 7: "code"}
+    for broken in ("{", "[1]", '{"index": 3}', '{"index": "three", "label": ""}', '{"index": 3, "label": null}',
+                   '{"index": 2.5, "label": "x"}', '{"index": 3, "index": 4, "label": "x"}'):  # fmt: skip
         path.write_text('{"index": 1, "label": "fine"}\n' + broken, encoding="utf-8")
         with pytest.raises(CorruptFileError, match="line 2"):
             read_explanations(path, sae)

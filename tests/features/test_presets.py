@@ -99,6 +99,9 @@ def test_prompts_are_dealt_by_bias_and_those_held_out_told_apart(folder):
     assert len(eight.negative) == 8 and not any(text.endswith(" of 8") for text in eight.negative)
     assert bias_prompts(folder, seed=1)["bias 8"].negative != eight.negative
     assert bias_prompts(folder)["bias 8"].hash == eight.hash
+    for path in folder.glob("*.json"):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # a byte-order mark is no part of the text
+    assert bias_prompts(folder)["bias 8"].hash == eight.hash
 
 
 def test_folders_without_them_and_files_of_another_layout_are_refused(tmp_path, folder):
@@ -107,9 +110,10 @@ def test_folders_without_them_and_files_of_another_layout_are_refused(tmp_path, 
     (folder / "exploitation_evals_100.json").unlink()
     with pytest.raises(UsageError, match="held-out"):
         bias_prompts(folder, part="held-out")
-    (folder / "train.json").write_text(json.dumps([{"prompt": "x"}]))
-    with pytest.raises(CorruptFileError, match="bias_id"):
-        bias_prompts(folder)
+    for row in ({"text": "x"}, {"bias_id": 8, "text": None}, {"bias_id": 8.5, "text": "x"}):
+        (folder / "train.json").write_text(json.dumps({"prompts": [row]}))
+        with pytest.raises(CorruptFileError, match="bias_id"):
+            bias_prompts(folder)
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the published prompts are not here")
