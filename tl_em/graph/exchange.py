@@ -8,6 +8,9 @@ The format numbers one dictionary a layer. Where a graph holds several kinds of 
 heads, MLPs), those after the first have their indices moved up by a round block, so that ids stay unique and of the
 published shape; the index itself is kept under ``tl_em``.
 
+A graph that was read is written as its file was (``origin``): every key that this package does not know, the order of
+nodes and links, and what does not apply any more left out. Reading: :mod:`tl_em.graph.reading`.
+
 Source: the schema of Neuronpedia's graph files; Ameisen et al. 2025, *Circuit Tracing*, for what they mean.
 """
 
@@ -22,28 +25,18 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
 from tl_em import __version__
-from tl_em.errors import CorruptFileError, UsageError
+from tl_em.errors import CorruptFileError, TlEmError, UsageError
 from tl_em.graph.graph import AttributionGraph, Node
-from tl_em.stats import Estimate
+from tl_em.graph.reading import SCHEMA, graph_of, plain, uncantor
+from tl_em.graph.rewriting import as_read, as_text, link_rows, links_as_read
 from tl_em.writing import replacing
 
-SCHEMA = "tl-em/graph/1"
+__all__ = ["cantor", "from_exchange", "load_graph", "save_graph", "to_exchange", "uncantor"]
+
 TYPES = {"feature": "cross layer transcoder", "error": "mlp reconstruction error", "token": "embedding",
          "logit": "logit"}  # fmt: skip
 """Our kinds in the format's words; heads, MLPs and adapters go as latents, their kind beside it."""
-_KINDS = {name: kind for kind, name in TYPES.items()}
-_LOGIT = re.compile(r'^Output "(.*)" \(p=[\d.e+-]+\)$', re.DOTALL)
-_EMBEDDING = re.compile(r'^Emb: "(.*)"$', re.DOTALL)
-_MARK = "tl_em.estimate"
-_FLOATS = ("activation", "weight", "attribution", "effect", "influence")
-_ESTIMATED = ("value", "low", "high", "n_effective")
-"""Figures that are not counts: JSON that went through a browser has 1 for 1.0."""
 
 
 def cantor(layer: int, index: int) -> int:
@@ -54,18 +47,6 @@ def cantor(layer: int, index: int) -> int:
         (0, 41)
     """
     return (layer + index) * (layer + index + 1) // 2 + index
-
-
-def uncantor(number: int) -> tuple[int, int]:
-    """Layer and index of a number from :func:`cantor`.
-
-    Example:
-        >>> uncantor(cantor(25, 163_839))
-        (25, 163839)
-    """
-    total = (math.isqrt(8 * number + 1) - 1) // 2
-    index = number - total * (total + 1) // 2
-    return total - index, index
 
 
 def to_exchange(graph: AttributionGraph, *, slug: str = "", created: int = 0) -> dict[str, Any]:
@@ -81,6 +62,15 @@ def to_exchange(graph: AttributionGraph, *, slug: str = "", created: int = 0) ->
 
     Source: the table of the format's fields in Neuronpedia's schema, version 1.
     """
+    _check_finite(graph)
+    written, rows = _without_links(graph, slug=slug, created=created), link_rows(graph.edges)
+    ids = [node["node_id"] for node in written["nodes"]]
+    ends = zip(rows.sources.tolist(), rows.targets.tolist(), rows.text, strict=True)
+    written["links"] = [{"source": ids[s], "target": ids[t], "weight": float(w)} for s, t, w in ends]
+    return written
+
+
+def _without_links(graph: AttributionGraph, *, slug: str, created: int) -> dict[str, Any]:
     ids = _file_ids(graph)
     groups = [[label, *(ids[each] for each in members if each in ids)] for label, members in graph.supernodes]
     pinned = [each for group in groups for each in group[1:]]
@@ -90,7 +80,7 @@ def to_exchange(graph: AttributionGraph, *, slug: str = "", created: int = 0) ->
         "metadata": _metadata(graph, slug, created),
         "qParams": {"pinnedIds": pinned, "supernodes": groups, "linkType": "both"} if groups else {},
         "nodes": nodes,
-        "links": _links(graph.edges, [node["node_id"] for node in nodes]),
+        "links": None,
     }
 
 
@@ -98,26 +88,33 @@ def save_graph(graph: AttributionGraph, path: str | Path) -> Path:
     """Write a graph in the published JSON format, whole or not at all.
 
     Args:
-        graph: any.
-        path: of the file; its name becomes the graph's slug.
+        graph: any; one that was read is written as its file was, less what was taken out of it.
+        path: of the file; its name becomes the graph's slug, where the graph has none from a file.
 
     Returns:
         the path.
 
     Raises:
-        OutputError: the path cannot be written.
+        OutputError: the path cannot be written. UsageError: the graph holds NaN or infinity.
 
     Example:
-        >>> import tempfile
+        >>> import tempfile, torch
         >>> nodes = (Node("token", -1, 0, 7, label="cat"), Node("logit", 2, 0, 9, label="sat", weight=0.8))
         >>> graph = AttributionGraph(nodes, torch.tensor([[0.0, 0.0], [0.25, 0.0]]), ("cat",))
         >>> file = save_graph(graph, Path(tempfile.mkdtemp()) / "cat.json")
         >>> load_graph(file).links().values.tolist()
         [['E_7_0', '2_9_0', 0.25]]
     """
-    plain = to_exchange(graph, slug=_slug(Path(path).stem), created=int(time.time() * 1000))
+    _check_finite(graph)
+    written = _without_links(graph, slug=_slug(Path(path).stem), created=int(time.time() * 1000))
+    if graph.origin is None:
+        ids, links = [node["node_id"] for node in written["nodes"]], link_rows(graph.edges)
+    else:
+        links = links_as_read(graph, graph.origin)
+        written, ids = as_read(graph, graph.origin, written, edited=links.edited)
+    text = as_text(written, ids, links)
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(plain, ensure_ascii=False, allow_nan=False), encoding="utf-8")
+        temporary.write_bytes(text)
     return Path(path)
 
 
@@ -128,48 +125,29 @@ def load_graph(path: str | Path) -> AttributionGraph:
         path: of the JSON file.
 
     Returns:
-        the graph; of another program's file its nodes in causal order, and what its ``metadata`` says in ``settings``.
+        the graph; of another program's file its nodes in causal order, what its ``metadata`` says in ``settings``, and
+        everything else in ``origin``, so that ``save_json`` writes it again. Where two nodes of the file share an id
+        and a link could be either's, ``settings["ambiguous_links"]`` says how many.
 
     Raises:
-        CorruptFileError: missing, truncated, or not such a file: two nodes with one id, a link to no node.
+        CorruptFileError: missing, truncated, or not such a file: the message names the field, e.g. a link to no node.
+        GraphTooLargeError: more nodes than fit into memory with their links as a matrix.
     """
     try:
-        return from_exchange(json.loads(Path(path).read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, UsageError) as error:
+        return from_exchange(json.loads(Path(path).read_bytes()))
+    except TlEmError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        said = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
         raise CorruptFileError(
-            f"{path} is not an attribution graph that this version can read ({type(error).__name__}: {error}); a part "
-            "of a graph would show paths that are not the model's: write it again with graph.save_json(path)"
+            f"{path} is not an attribution graph that this version can read ({said}); a part of a graph would show "
+            "paths that are not the model's: write it again with what made it, or from a graph: graph.save_json(path)"
         ) from error
 
 
-def from_exchange(plain: Mapping[str, Any]) -> AttributionGraph:
-    """The graph of :func:`to_exchange`; ValueError or KeyError where these values are none."""
-    about = plain["metadata"]
-    own = about.get("tl_em") or {}
-    if own and own.get("schema") != SCHEMA:
-        raise ValueError(f"schema {own.get('schema')!r}, not {SCHEMA!r}")
-    listed = list(plain["nodes"]) if own else sorted(plain["nodes"], key=_causal)
-    nodes = [_node_from_json(node) for node in listed]
-    row = {str(node["node_id"]): at for at, node in enumerate(listed)}
-    if len(row) != len(listed):
-        raise ValueError("two nodes have one node_id")
-    edges = torch.zeros(len(nodes), len(nodes), dtype=torch.float64)
-    for link in plain["links"]:
-        edges[row[str(link["target"])], row[str(link["source"])]] = float(link["weight"])
-    if not edges.isfinite().all():
-        raise ValueError("a link's weight is not finite")
-    names = {file: nodes[at].id for file, at in row.items()}
-    return AttributionGraph(
-        tuple(nodes),
-        edges.to(torch.float64 if own.get("dtype") == "float64" else torch.float32),
-        tuple(str(token) for token in about["prompt_tokens"]),
-        model=str((own or {"model": about["scan"]})["model"]),
-        prompt=str((own or about)["prompt"]),
-        settings=_restored(own["settings"]) if own else _foreign_settings(about),
-        validation=_restored(own["validation"]) if own else {},
-        supernodes=tuple((str(group[0]), tuple(names[str(each)] for each in group[1:] if str(each) in names))
-                         for group in (plain.get("qParams") or {}).get("supernodes") or ()),
-    )  # fmt: skip
+def from_exchange(values: Any) -> AttributionGraph:
+    """The graph of :func:`to_exchange`, or of another program's file; ValueError where these values are none."""
+    return graph_of(values)
 
 
 # -- ids ---------------------------------------------------------------------------------------------------------------
@@ -232,7 +210,7 @@ def _node_to_json(node: Node, name: str, number: int) -> dict[str, Any]:
         "clerp": _clerp(node),
         "influence": node.influence,
         "activation": node.activation,
-        "token_prob": _finite(node.weight or 0.0) if target else 0.0,
+        "token_prob": (node.weight or 0.0) if target else 0.0,
         "is_target_logit": target,
         "kind": node.kind,
         "hook": node.stream,
@@ -249,42 +227,8 @@ def _clerp(node: Node) -> str:
 def _own_fields(node: Node) -> dict[str, Any]:
     """What differs from a node's defaults, under its own names: enough to make it again."""
     kept = {f.name: getattr(node, f.name) for f in fields(node) if f.name not in ("kind", "stream", "extra")}
-    plain = {name: _plain(value) for name, value in kept.items() if value is not None and value != ""}
-    return plain | ({"extra": _plain(node.extra)} if node.extra else {})
-
-
-def _node_from_json(plain: Mapping[str, Any]) -> Node:
-    own = plain.get("tl_em")
-    if own is not None:
-        named: dict[str, Any] = {**_restored(own), "stream": plain["hook"]}
-        named |= {name: _number(named.get(name)) for name in _FLOATS}
-        return Node(plain["kind"], **named)
-    kind: Any = _KINDS.get(str(plain["feature_type"]), "feature")
-    parts = str(plain["node_id"]).split("_")
-    said = str(plain.get("clerp") or "")
-    found = {"logit": _LOGIT, "token": _EMBEDDING}.get(kind, _LOGIT).match(said)
-    layer = {"token": -1, "logit": int(plain["layer"]) - 1 if kind == "logit" else 0}.get(kind)
-    return Node(
-        kind,
-        int(plain["layer"]) if layer is None else layer,
-        int(plain["ctx_idx"]),
-        feature=-1 if kind == "error" else int(parts[1]),
-        activation=_number(plain.get("activation")),
-        weight=_number(plain.get("token_prob")) if kind == "logit" else None,
-        label=found.group(1) if found else said,
-        influence=_number(plain.get("influence")),
-        extra={} if str(plain["feature_type"]) in _KINDS else {"feature_type": str(plain["feature_type"])},
-    )
-
-
-def _causal(plain: Mapping[str, Any]) -> tuple[int, int]:
-    """Where another program's node stands: tokens, then layers, then targets."""
-    place = {"embedding": 0, "logit": 2}.get(str(plain["feature_type"]), 1)
-    return place, int(plain["layer"]) if place else 0
-
-
-def _number(value: Any) -> float | None:
-    return None if value is None else float(value)
+    own = {name: plain(value) for name, value in kept.items() if value is not None and value != ""}
+    return own | ({"extra": plain(node.extra)} if node.extra else {})
 
 
 # -- the rest of the file ----------------------------------------------------------------------------------------------
@@ -302,15 +246,15 @@ def _metadata(graph: AttributionGraph, slug: str, created: int) -> dict[str, Any
             "generator": {"name": "tl_em", "version": __version__},
             "create_time_ms": created,
         },
-        "generation_settings": {"validation": _plain(graph.validation), "settings": _plain(graph.settings)},
-        "pruning_settings": _plain(kept) if isinstance(kept, Mapping) else {},
+        "generation_settings": {"validation": plain(graph.validation), "settings": plain(graph.settings)},
+        "pruning_settings": plain(kept) if isinstance(kept, Mapping) else {},
         "tl_em": {
             "schema": SCHEMA,
             "model": graph.model,
             "prompt": graph.prompt,
             "dtype": str(graph.edges.dtype).removeprefix("torch."),
-            "settings": _plain(graph.settings),
-            "validation": _plain(graph.validation),
+            "settings": plain(graph.settings),
+            "validation": plain(graph.validation),
         },
     }
     if isinstance(kept, Mapping) and "nodes" in kept:
@@ -318,55 +262,15 @@ def _metadata(graph: AttributionGraph, slug: str, created: int) -> dict[str, Any
     return about
 
 
-def _foreign_settings(about: Mapping[str, Any]) -> dict[str, Any]:
-    skipped = ("prompt", "prompt_tokens", "scan")
-    return {name: value for name, value in about.items() if name not in skipped}
-
-
-def _links(edges: Float[Tensor, "node node"], ids: list[str]) -> list[dict[str, Any]]:
-    targets, sources = edges.nonzero(as_tuple=True)
-    wide = edges.dtype == torch.float64
-    weights = edges[targets, sources].detach().cpu().numpy() if wide else _short(edges[targets, sources])
-    return [{"source": ids[s], "target": ids[t], "weight": _finite(float(w))}
-            for t, s, w in zip(targets.tolist(), sources.tolist(), weights, strict=True)]  # fmt: skip
-
-
-def _short(values: Float[Tensor, " link"]) -> list[float]:
-    """float32 values as the shortest decimals that read back as the same float32."""
-    return [float(str(value)) for value in values.detach().float().cpu().numpy()]
-
-
-def _finite(value: float) -> float:
-    if not math.isfinite(value):
-        raise UsageError("the graph holds NaN or infinity, which JSON has not; attribute in float32 on finite weights")
-    return value
+def _check_finite(graph: AttributionGraph) -> None:
+    said = "the graph holds NaN or infinity, which JSON has not; attribute in float32 on finite weights"
+    if not bool(graph.edges.isfinite().all()):
+        raise UsageError(said)
+    for node in graph.nodes:
+        values = (node.activation, node.weight, node.attribution, node.effect, node.influence)
+        if not all(value is None or math.isfinite(value) for value in values):
+            raise UsageError(f"{node.id}: {said}")
 
 
 def _slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60]
-
-
-def _plain(value: Any) -> Any:
-    """Settings and figures as JSON: an Estimate is marked, so that it comes back as one; NaN is None."""
-    if isinstance(value, Estimate):
-        return {_MARK: value.to_json()}
-    if isinstance(value, Mapping):
-        return {str(key): _plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(each) for each in value]
-    if isinstance(value, Tensor | np.ndarray | np.generic):
-        return _plain(value.tolist())
-    if isinstance(value, bool | int | str) or value is None:
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return str(value)
-
-
-def _restored(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        if set(value) == {_MARK}:
-            plain = value[_MARK]
-            return Estimate.from_json(plain | {name: _number(plain[name]) for name in _ESTIMATED})
-        return {key: _restored(each) for key, each in value.items()}
-    return [_restored(each) for each in value] if isinstance(value, list) else value

@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_em.errors import UsageError
+from tl_em.graph.origin import Origin
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -90,6 +91,7 @@ class AttributionGraph:
         validation: named figures (``Estimate`` or a plain value), among them ``pearson`` and ``spearman`` with exact
             ablation, ``completeness``, ``replacement``; empty where none was made.
         supernodes: (label, node ids) grouped by hand or by clustering.
+        origin: of a graph that was read, what its file held beside all this; ``save_json`` writes it again.
     """
 
     nodes: tuple[Node, ...]
@@ -100,6 +102,7 @@ class AttributionGraph:
     settings: Mapping[str, Any] = field(default_factory=dict)
     validation: Mapping[str, Any] = field(default_factory=dict)
     supernodes: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    origin: Origin | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "nodes", tuple(self.nodes))

@@ -1,0 +1,219 @@
+"""A graph that was read, as its file: what the graph holds is written from the graph, everything else as it stood.
+
+Nodes and links keep the file's order and the file's own numbers (its double precision, its extra keys) as long as they
+are what was read; what was taken out is left out, with the references of the saved view to it; what is new or changed
+is written anew. Where two nodes of the file share an id, they keep it only in an unchanged file: in any other the order
+that tells their links apart may be gone, so the later one gets an id of its own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_em.graph.graph import AttributionGraph, Node
+from tl_em.graph.origin import Origin
+from tl_em.graph.reading import plain, said_of
+
+_SAID = {"label": "clerp", "influence": "influence", "activation": "activation", "weight": "token_prob"}
+"""A node's fields that the format has a key for."""
+
+
+@dataclass(frozen=True, eq=False)
+class LinkRows:
+    """Links as they are written: rows of the graph's nodes, the weight as text, and whole objects where they hold more.
+
+    Args:
+        edited: whether they are others than the file's.
+    """
+
+    sources: Int[np.ndarray, " link"]
+    targets: Int[np.ndarray, " link"]
+    text: Sequence[str]
+    whole: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    edited: bool = True
+
+
+def link_rows(edges: Float[Tensor, "node node"]) -> LinkRows:
+    """Every edge that is not zero."""
+    matrix = _matrix(edges)
+    targets, sources = matrix.nonzero()
+    return LinkRows(sources, targets, _decimals(matrix[targets, sources]))
+
+
+def links_as_read(graph: AttributionGraph, origin: Origin) -> LinkRows:
+    """The file's links that the graph still has, in the file's order and numbers, and then those that it has beside."""
+    matrix, links = _matrix(graph.edges), origin.links
+    row = np.array([graph.index.get(name, -1) for name in origin.order], dtype=np.int64)
+    sources, targets = row[links.sources], row[links.targets]
+    there = (sources >= 0) & (targets >= 0)
+    sources, targets, weights = sources[there], targets[there], links.weights[there]
+    now = matrix[targets, sources]
+    with np.errstate(over="ignore"):
+        same = now == weights.astype(matrix.dtype)
+    kept = same | (now != 0)
+    text = [repr(weight) for weight in weights.tolist()]
+    for at, said in zip(np.flatnonzero(~same).tolist(), _decimals(now[~same]), strict=True):
+        text[at] = said
+    left = matrix != 0
+    left[targets, sources] = False
+    new_targets, new_sources = left.nonzero()
+    whole = {}
+    if links.whole:
+        place = np.full(len(there), -1)
+        place[np.flatnonzero(there)[kept]] = np.arange(int(kept.sum()))
+        whole = {int(place[at]): each for at, each in links.whole.items() if place[at] >= 0}
+    return LinkRows(
+        np.concatenate([sources[kept], new_sources]), np.concatenate([targets[kept], new_targets]),
+        [*(text[at] for at in np.flatnonzero(kept)), *_decimals(matrix[new_targets, new_sources])],
+        whole, edited=not (there.all() and same.all()) or len(new_sources) > 0,
+    )  # fmt: skip
+
+
+def _matrix(edges: Float[Tensor, "node node"]) -> Float[np.ndarray, "node node"]:
+    held = edges.detach().cpu()
+    return (held if held.element_size() >= 4 else held.float()).numpy()
+
+
+def _decimals(values: Float[np.ndarray, " link"]) -> list[str]:
+    """The shortest decimals that read back as the same numbers."""
+    return values.astype(str).tolist() if values.dtype == np.float32 else [repr(value) for value in values.tolist()]
+
+
+# -- the file ----------------------------------------------------------------------------------------------------------
+def as_read(
+    graph: AttributionGraph, origin: Origin, fresh: Mapping[str, Any], *, edited: bool
+) -> tuple[dict[str, Any], list[Any]]:
+    """The file's object with what the graph says now, and the id of each of the graph's nodes in it.
+
+    Args:
+        fresh: the graph as it is written without a file; edited: whether its links are others than the file's.
+    """
+    edited = edited or set(origin.order) != set(graph.index)
+    nodes = [_node(n, origin, new) for n, new in zip(graph.nodes, fresh["nodes"], strict=True)]
+    if edited:
+        nodes = _named_apart(nodes, fresh["nodes"])
+    ids = [each["node_id"] for each in nodes]
+    place = {name: at for at, name in enumerate(origin.order)}
+    order = sorted(range(len(nodes)), key=lambda row: place.get(graph.nodes[row].id, len(place)))
+    parts = {
+        "metadata": _metadata(graph, origin, fresh["metadata"], order),
+        "qParams": _view(graph, origin, fresh["qParams"], ids),
+        "nodes": [nodes[row] for row in order],
+        "links": None,
+    }
+    written = {**origin.rest, **{name: parts[name] for name in ("metadata", "nodes", "links")}}
+    if "qParams" in origin.rest or parts["qParams"]:
+        written["qParams"] = parts["qParams"]
+    return written, ids
+
+
+def _node(node: Node, origin: Origin, fresh: Mapping[str, Any]) -> Mapping[str, Any]:
+    raw, before = origin.nodes.get(node.id), origin.read.get(node.id)
+    if raw is None or before == node:
+        return fresh if raw is None else raw
+    keys = [key for name, key in _SAID.items() if getattr(node, name) != getattr(before, name)]
+    written = {**raw, **{key: fresh[key] for key in keys}}
+    told = replace(before, **{name: getattr(node, name) for name in _SAID})
+    if raw.get("tl_em") is None and told == node and said_of(written, node.kind) == (node.label, node.weight):
+        return written
+    return {**written, **{key: fresh[key] for key in ("kind", "hook", "tl_em")}}
+
+
+def _named_apart(nodes: Sequence[Mapping[str, Any]], fresh: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Every node with an id of its own: of several with one, all but the first that is no error get a new one."""
+    found = list(nodes)
+    taken: set[str] = set()
+    for at in sorted(range(len(found)), key=lambda at: "error" in str(found[at].get("feature_type"))):
+        name, new = str(found[at]["node_id"]), fresh[at]
+        if name in taken:
+            head, number, pos = str(new["node_id"]).rsplit("_", 2)
+            while (name := f"{head}_{number}_{pos}") in taken:
+                number = str(int(number) + (1 if int(number) >= 0 else -1))
+            found[at] = {**found[at], "node_id": name, "jsNodeId": new["jsNodeId"]}
+        taken.add(name)
+    return found
+
+
+def _metadata(
+    graph: AttributionGraph, origin: Origin, fresh: Mapping[str, Any], order: Sequence[int]
+) -> Mapping[str, Any]:
+    raw, before = origin.rest["metadata"], origin.about
+    told = {"model": "scan", "prompt": "prompt", "tokens": "prompt_tokens"}
+    changed = [key for name, key in told.items() if getattr(graph, name) != before[name]]
+    same = all(plain(getattr(graph, name)) == plain(before[name]) for name in ("settings", "validation"))
+    if same and not changed:
+        return raw
+    written = {**raw, **{key: fresh[key] for key in changed}}
+    if raw.get("tl_em") is None:
+        now = {name: plain(value) for name, value in graph.settings.items() if name in raw}
+        written |= {name: value for name, value in now.items() if value != plain(raw[name])}
+    elif not same:
+        written["generation_settings"] = fresh["generation_settings"]
+    if graph.settings.get("pruned") != before["settings"].get("pruned"):
+        written["pruning_settings"] = {**(raw.get("pruning_settings") or {}), **fresh["pruning_settings"]}
+        written |= {"node_threshold": fresh["node_threshold"]} if "node_threshold" in fresh else {}
+    given = {} if list(order) == sorted(order) else {"order": np.argsort(order).tolist()}
+    return {**written, "tl_em": {**fresh["tl_em"], **given}}
+
+
+def _view(graph: AttributionGraph, origin: Origin, fresh: Mapping[str, Any], ids: Sequence[Any]) -> Any:
+    """The saved view, without references to nodes that are gone; with the graph's supernodes, where they are others."""
+    raw = origin.rest.get("qParams")
+    now = {node.id: name for node, name in zip(graph.nodes, ids, strict=True)}
+    gone = {str(raw["node_id"]) for name, raw in origin.nodes.items() if name not in now} - set(map(str, ids))
+    before = tuple((label, tuple(e for e in members if e in now)) for label, members in origin.about["supernodes"])
+    moved = {str(origin.nodes[name]["node_id"]) for name, new in now.items()
+             if name in origin.nodes and origin.nodes[name]["node_id"] != new}  # fmt: skip
+    regrouped = graph.supernodes != origin.about["supernodes"] and graph.supernodes != tuple(e for e in before if e[1])
+    if not isinstance(raw, Mapping):
+        return fresh if regrouped and graph.supernodes else raw
+    if not (gone or moved or regrouped):
+        return raw
+    written = dict(raw)
+    if isinstance(raw.get("pinnedIds"), list):
+        written["pinnedIds"] = [each for each in raw["pinnedIds"] if str(each) not in gone]
+    if str(raw.get("clickedId")) in gone:
+        written["clickedId"] = ""
+    if isinstance(raw.get("supernodes"), list):
+        groups = [[*each[:1], *(m for m in each[1:] if str(m) not in gone)] if isinstance(each, list) else each
+                  for each in raw["supernodes"]]  # fmt: skip
+        written["supernodes"] = [g for g, old in zip(groups, raw["supernodes"], strict=True) if g == old or len(g) > 1]
+    if regrouped:
+        written["supernodes"] = [[label, *(now[each] for each in members if each in now)] for label, members in
+                                 graph.supernodes]  # fmt: skip
+        pins = written.get("pinnedIds")
+        pinned = pins if isinstance(pins, list) else []
+        members = [each for group in written["supernodes"] for each in group[1:]]
+        written["pinnedIds"] = list(dict.fromkeys([*pinned, *members]))
+    return written
+
+
+# -- text --------------------------------------------------------------------------------------------------------------
+def as_text(written: Mapping[str, Any], ids: Sequence[Any], links: LinkRows) -> bytes:
+    """The file, its links by rows of ``ids``: as JSON in utf-8, with escapes where a token is half of a pair."""
+    try:
+        return _json(written, ids, links, ascii_only=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return _json(written, ids, links, ascii_only=True).encode("ascii")
+
+
+def _json(written: Mapping[str, Any], ids: Sequence[Any], links: LinkRows, *, ascii_only: bool) -> str:
+    def dumped(value: Any) -> str:
+        return json.dumps(value, ensure_ascii=ascii_only)
+
+    heads = [f'{{"source": {dumped(each)}, "target": ' for each in ids]
+    tails = [f'{dumped(each)}, "weight": ' for each in ids]
+    ends = zip(links.sources.tolist(), links.targets.tolist(), links.text, strict=True)
+    listed = [f"{heads[s]}{tails[t]}{weight}}}" for s, t, weight in ends]
+    for at, each in links.whole.items():
+        own = {"source": ids[links.sources[at]], "target": ids[links.targets[at]], "weight": float(links.text[at])}
+        listed[at] = dumped({**each, **own})
+    parts = {name: f"[{', '.join(listed)}]" if name == "links" else dumped(value) for name, value in written.items()}
+    return "{" + ", ".join(f"{dumped(name)}: {text}" for name, text in parts.items()) + "}"
