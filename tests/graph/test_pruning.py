@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from tl_em.errors import UsageError
+from tl_em.errors import NonFiniteError, UsageError
 from tl_em.graph.graph import AttributionGraph, Node
 from tl_em.graph.pruning import influence, normalised, prune, scores, strongest_paths, weights_of
 
@@ -105,3 +109,74 @@ def test_a_share_outside_0_to_1_is_refused(options: dict[str, float]) -> None:
         prune(random_graph(), **options)
     with pytest.raises(UsageError, match="positive"):
         strongest_paths(random_graph(), 0)
+
+
+def every_path(graph: AttributionGraph) -> list[tuple[float, list[str]]]:
+    """All paths by walking back from each target, best first: what the k best are taken from."""
+    shares, weights = normalised(graph.edges).tolist(), weights_of(graph).tolist()
+
+    def into(row: int) -> list[tuple[float, list[int]]]:
+        fed = [(share, s) for s, share in enumerate(shares[row]) if share]
+        return [(w * share, [*path, row]) for share, s in fed for w, path in into(s)] or [(1.0, [row])]
+
+    found = [(w * weights[row], path) for row in graph.row("logit") for w, path in into(row) if len(path) > 1]
+    return sorted(((w, [graph.nodes[row].id for row in path]) for w, path in found), key=lambda each: -each[0])
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("k", [1, 3, 40])
+def test_the_k_best_paths_are_those_of_all_paths(seed: int, k: int) -> None:
+    graph = random_graph(seed, inner=14)
+    g = torch.Generator().manual_seed(seed + 100)
+    graph.edges[:] *= torch.rand(graph.edges.shape, generator=g) < 0.7
+    graph.edges[:] *= torch.tensor([1.0, 1e-3, 1e3])[torch.randint(3, graph.edges.shape, generator=g)]
+    best, found = every_path(graph), strongest_paths(graph, k)
+    assert len(best) > 100 and len(found) == k
+    assert found.weight.tolist() == pytest.approx([w for w, _ in best[:k]], rel=1e-12)  # float64 products
+    for weight, ids in zip(found.weight, found.nodes, strict=True):
+        assert any(ids == path and weight == pytest.approx(w, rel=1e-12) for w, path in best)
+    assert len({tuple(ids) for ids in found.nodes}) == k
+
+
+def test_equal_paths_are_told_in_causal_order_and_none_is_lost() -> None:
+    edges = torch.zeros(6, 6)
+    edges[4, :4] = 1.0  # four equal tokens into one latent
+    edges[5, 4] = -2.0
+    found = strongest_paths(made(edges, "ttttfl"), 3)
+    assert [ids[0] for ids in found.nodes] == ["E_0_0", "E_1_1", "E_2_2"]
+    assert found.weight.tolist() == [0.25] * 3 and found.sign.tolist() == [-1] * 3
+
+
+def test_paths_of_a_dense_graph_of_three_thousand_nodes_take_seconds() -> None:
+    n = 3061
+    edges = torch.randn(n, n, generator=torch.Generator().manual_seed(0)).tril(-1)
+    edges[:20] = 0
+    graph = made(edges, "t" * 20 + "f" * (n - 30) + "l" * 10, (0.1,) * 10)
+    started = time.process_time()
+    assert len(graph.paths(5)) == 5
+    assert time.process_time() - started < 5
+
+
+@pytest.mark.parametrize("call", [lambda g: g.paths(3), lambda g: g.prune(), scores])
+def test_edges_that_are_not_finite_or_lead_back_are_refused(call: Callable[[AttributionGraph], object]) -> None:
+    call(random_graph())
+    for spoil, error in ((float("nan"), NonFiniteError), (float("inf"), NonFiniteError), (None, UsageError)):
+        graph = random_graph()
+        graph.edges[(0, 3) if spoil is None else (4, 3)] = 1.0 if spoil is None else spoil
+        with pytest.raises(error):
+            call(graph)
+
+
+@pytest.mark.parametrize("k", [-1, 1.5, float("nan"), True, np.float32(2)])
+def test_a_number_of_paths_is_whole_and_positive(k: Any) -> None:
+    assert len(random_graph().paths(np.int64(2))) == len(random_graph().paths(torch.tensor(2))) == 2
+    with pytest.raises(UsageError, match="k="):
+        random_graph().paths(k)
+
+
+@pytest.mark.parametrize("share", [float("nan"), float("inf"), -0.1, np.float32("nan"), True])
+def test_a_share_is_a_finite_number(share: Any) -> None:
+    random_graph().prune(nodes=np.float32(0.5), edges=torch.tensor(0.9))
+    for name in ("nodes", "edges"):
+        with pytest.raises(UsageError, match=name):
+            random_graph().prune(**{name: share})

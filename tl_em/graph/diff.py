@@ -16,8 +16,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, SupportsFloat
 
+from tl_em.arguments import finite
 from tl_em.errors import UsageError
 from tl_em.graph.graph import AttributionGraph, Node
 
@@ -117,7 +118,7 @@ class GraphDiff:
         return f"GraphDiff(nodes: {said['node'] or 'none'}; links: {said['link'] or 'none'})"
 
 
-def diff(base: AttributionGraph, tuned: AttributionGraph, *, least: float = LEAST) -> GraphDiff:
+def diff(base: AttributionGraph, tuned: AttributionGraph, *, least: SupportsFloat = LEAST) -> GraphDiff:
     """Compare two graphs of one prompt, node by node (by id) and link by link.
 
     Args:
@@ -140,15 +141,16 @@ def diff(base: AttributionGraph, tuned: AttributionGraph, *, least: float = LEAS
         'stronger'
     """
     _check(base, tuned)
+    share = finite("least", least, low=0)
     sizes = [{node.id: _size(node) for node in graph.nodes} for graph in (base, tuned)]
     floor = _floor(*sizes)
-    nodes = [Change("node", name, _status(b, t, least, floor), b, t) for name, b, t in _matched(*sizes)]
+    nodes = [Change("node", name, _status(b, t, share, floor), b, t) for name, b, t in _matched(*sizes)]
     weights = [{(s, t): w for s, t, w in graph.links().itertuples(index=False)} for graph in (base, tuned)]
     floor = _floor(*weights)
-    links = [Change("link", f"{s} -> {t}", _status(b, w, least, floor), b, w, source=s, target=t)
+    links = [Change("link", f"{s} -> {t}", _status(b, w, share, floor), b, w, source=s, target=t)
              for (s, t), b, w in _matched(*weights)]  # fmt: skip
     rows = (sorted(part, key=lambda row: (-abs(row.change), row.id)) for part in (nodes, links))
-    return GraphDiff(base, tuned, tuple(row for part in rows for row in part), least)
+    return GraphDiff(base, tuned, tuple(row for part in rows for row in part), share)
 
 
 def _check(base: AttributionGraph, tuned: AttributionGraph) -> None:

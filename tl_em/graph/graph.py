@@ -14,8 +14,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, SupportsFloat, SupportsInt, get_args
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -149,26 +150,26 @@ class AttributionGraph:
         import pandas as pd
 
         targets, sources = self.edges.nonzero(as_tuple=True)
-        ids = [node.id for node in self.nodes]
-        pairs = zip(targets.tolist(), sources.tolist(), strict=True)
-        rows = [(ids[s], ids[t], float(self.edges[t, s])) for t, s in pairs]
-        rows.sort(key=lambda row: -abs(row[2]))
-        return pd.DataFrame(rows, columns=["source", "target", "weight"])
+        weights = self.edges[targets, sources].detach().double()
+        order = weights.abs().sort(descending=True, stable=True).indices
+        ids = np.array([node.id for node in self.nodes], dtype=object)
+        columns = (ids[sources[order].numpy()], ids[targets[order].numpy()], weights[order].numpy())
+        return pd.DataFrame(dict(zip(("source", "target", "weight"), columns, strict=True)))
 
     # -- what other modules do with it, as methods, because that is where people look for them -------------------------
-    def prune(self, *, nodes: float = 0.8, edges: float = 0.98) -> AttributionGraph:
+    def prune(self, *, nodes: SupportsFloat = 0.8, edges: SupportsFloat = 0.98) -> AttributionGraph:
         """See :func:`tl_em.graph.pruning.prune`."""
         from tl_em.graph.pruning import prune
 
         return prune(self, nodes=nodes, edges=edges)
 
-    def paths(self, k: int = 10) -> pd.DataFrame:
+    def paths(self, k: SupportsInt = 10) -> pd.DataFrame:
         """See :func:`tl_em.graph.pruning.strongest_paths`."""
         from tl_em.graph.pruning import strongest_paths
 
         return strongest_paths(self, k)
 
-    def cluster(self, *, distance: float = 0.5) -> AttributionGraph:
+    def cluster(self, *, distance: SupportsFloat = 0.5) -> AttributionGraph:
         """See :func:`tl_em.graph.supernodes.clustered`: nodes of one role become supernodes."""
         from tl_em.graph.supernodes import clustered
 

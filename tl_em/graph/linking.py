@@ -44,7 +44,8 @@ def links_of(value: Any, nodes: Sequence[Node], by_id: Mapping[str, list[int]]) 
     shared = {places[0]: places for places in by_id.values() if len(places) > 1}
     doubtful = _told_apart(sources, targets, nodes, shared) if shared else 0
     _check_repeated(sources, targets, weights, len(nodes))
-    whole = {at: link for at, link in enumerate(listed) if len(link) != 3}
+    plain = set(map(len, listed)) <= {3}
+    whole = {} if plain else {at: link for at, link in enumerate(listed) if len(link) != 3}
     return FileLinks(sources, targets, weights, whole), doubtful
 
 

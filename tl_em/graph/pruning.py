@@ -19,13 +19,15 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, SupportsFloat, SupportsInt
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_em.errors import UsageError
+from tl_em.arguments import finite, whole
+from tl_em.errors import NonFiniteError, UsageError
 from tl_em.graph.graph import AttributionGraph
 
 if TYPE_CHECKING:
@@ -42,8 +44,17 @@ class Scores(NamedTuple):
 
 
 def normalised(edges: Float[Tensor, "node node"]) -> Float[Tensor, "node node"]:
-    """Share of each source in a target's input, by absolute value."""
-    size = edges.abs()
+    """Share of each source in a target's input, by absolute value.
+
+    Raises:
+        NonFiniteError: an edge is NaN or infinite, and so would be every share of its target.
+    """
+    size = edges.detach().abs()
+    if not bool(size.isfinite().all()):
+        raise NonFiniteError(
+            f"{int((~size.isfinite()).sum())} of the graph's edges are NaN or infinite, so no share of influence is "
+            "defined; attribute in float32 or float64 on finite weights, or take those edges out"
+        )
     return size / size.sum(1, keepdim=True).clamp(min=_EMPTY)
 
 
@@ -62,13 +73,17 @@ def influence(shares: Float[Tensor, "node node"], weights: Float[Tensor, " node"
         >>> influence(chain, torch.tensor([0., 0., 1.])).tolist()
         [1.0, 0.5, 0.0]
     """
-    if bool(shares.triu().any()):
-        raise UsageError("an edge points backwards, so influence is no finite sum; order the nodes causally")
+    _check_order(shares)
     total = weights.clone()
     for row in range(len(shares) - 1, -1, -1):
         if total[row] != 0:
             total[:row] += total[row] * shares[row, :row]
     return total - weights
+
+
+def _check_order(shares: Float[Tensor, "node node"]) -> None:
+    if bool(shares.triu().any()):
+        raise UsageError("an edge points backwards, so influence is no finite sum; order the nodes causally")
 
 
 def scores(graph: AttributionGraph) -> Scores:
@@ -82,7 +97,7 @@ def scores(graph: AttributionGraph) -> Scores:
     return Scores(float(tokens) / known if known else math.nan, float((explained * reached).sum() / reached.sum()))
 
 
-def prune(graph: AttributionGraph, *, nodes: float = 0.8, edges: float = 0.98) -> AttributionGraph:
+def prune(graph: AttributionGraph, *, nodes: SupportsFloat = 0.8, edges: SupportsFloat = 0.98) -> AttributionGraph:
     """The part of a graph that holds most of the influence on its targets.
 
     Args:
@@ -94,7 +109,8 @@ def prune(graph: AttributionGraph, *, nodes: float = 0.8, edges: float = 0.98) -
     Raises:
         UsageError: a share outside (0, 1].
     """
-    for name, share in (("nodes", nodes), ("edges", edges)):
+    nodes, edges = kept_share = finite("nodes", nodes), finite("edges", edges)
+    for name, share in zip(("nodes", "edges"), kept_share, strict=True):
         if not 0 < share <= 1:
             raise UsageError(f"{name}={share} is no share; give one in (0, 1], e.g. prune(nodes=.8, edges=.98)")
     shares, weights = normalised(graph.edges), weights_of(graph)
@@ -147,10 +163,12 @@ def _connected(
 # --- Paths ------------------------------------------------------------------------------------------------------------
 
 
-def strongest_paths(graph: AttributionGraph, k: int = 10) -> pd.DataFrame:
+def strongest_paths(graph: AttributionGraph, k: SupportsInt = 10) -> pd.DataFrame:
     """The k paths into the targets whose product of shares ``A`` (times the target's weight) is largest.
 
-    A path begins at a node without a cause in the graph (a token, an error, whatever nothing feeds).
+    A path begins at a node without a cause in the graph (a token, an error, whatever nothing feeds). Exact, by dynamic
+    programming in causal order: the k best paths into a node end in one of the k best into one of its sources, and only
+    the k sources with the best first path can be among them. Of equal paths the one through the earlier node is first.
 
     Args:
         k: how many.
@@ -160,28 +178,74 @@ def strongest_paths(graph: AttributionGraph, k: int = 10) -> pd.DataFrame:
         first) and path (text). The weights of all paths sum to the targets' weights.
 
     Raises:
-        UsageError: k is not positive.
+        UsageError: k is no positive whole number, or an edge points backwards. NonFiniteError: an edge is NaN.
     """
     import pandas as pd
 
-    if k < 1:
-        raise UsageError(f"k={k} paths were asked for; give a positive number")
-    shares, weights = normalised(graph.edges).tolist(), weights_of(graph)
-    best: list[list[tuple[float, tuple[int, ...]]]] = []
-    for row, into in enumerate(shares):
-        found = [
-            (share * weight, (*path, row)) for s, share in enumerate(into) if share for weight, path in best[s]
-        ] or [(1.0, (row,))]
-        best.append(sorted(found, key=lambda each: -each[0])[:k])
-    ends = [(weight * float(weights[row]), path) for row in graph.row("logit") for weight, path in best[row]]
-    ends = sorted((each for each in ends if len(each[1]) > 1), key=lambda each: -each[0])[:k]
+    if (count := whole("k", k)) < 1:
+        raise UsageError(f"k={count} paths were asked for; give a positive number")
+    best = _best_paths(_causal(graph), count)
+    weights = weights_of(graph).double().tolist()
+    ends = [(float(w) * weights[row], row, at) for row in graph.row("logit") for at, w in enumerate(best.weights[row])]
     rows = []
-    for weight, path in ends:
-        product = math.prod(float(graph.edges[t, s]) for s, t in pairwise(path))
-        ids = [graph.nodes[row].id for row in path]
-        text = " -> ".join(_said(graph, row) for row in path)
-        rows.append((weight, 1 if product >= 0 else -1, len(path), ids, text))
+    for weight, row, at in sorted((end for end in ends if best.sources[end[1]].size), key=lambda end: -end[0])[:count]:
+        path = best.path(row, at)
+        negative = sum(float(graph.edges[t, s]) < 0 for s, t in pairwise(path)) % 2
+        ids, text = [graph.nodes[each].id for each in path], " -> ".join(_said(graph, each) for each in path)
+        rows.append((weight, -1 if negative else 1, len(path), ids, text))
     return pd.DataFrame(rows, columns=["weight", "sign", "length", "nodes", "path"])
+
+
+class _Best(NamedTuple):
+    """The best paths into each node, best first: product of shares, and by which source's which path it goes on."""
+
+    weights: list[np.ndarray]
+    sources: list[np.ndarray]
+    ranks: list[np.ndarray]
+
+    def path(self, row: int, at: int) -> list[int]:
+        found = [row]
+        while self.sources[row].size:
+            row, at = int(self.sources[row][at]), int(self.ranks[row][at])
+            found.append(row)
+        return found[::-1]
+
+
+def _best_paths(shares: Float[np.ndarray, "node node"], k: int) -> _Best:
+    first, best = np.ones(len(shares)), _Best([], [], [])
+    none = np.zeros(0, dtype=np.int64)
+    for row, into in enumerate(shares):
+        fed = np.flatnonzero(into)
+        sources = fed[_largest(into[fed] * first[fed], k)]
+        if not len(fed):  # a beginning
+            best.weights.append(np.ones(1))
+            best.sources.append(none)
+            best.ranks.append(none)
+            continue
+        sizes = [min(len(best.weights[s]), k) for s in sources]
+        values = np.concatenate([into[s] * best.weights[s] for s in sources])
+        chosen = _largest(values, k)
+        best.weights.append(values[chosen])
+        best.sources.append(np.repeat(sources, sizes)[chosen])
+        best.ranks.append(np.concatenate([np.arange(n) for n in sizes])[chosen])
+        first[row] = best.weights[row][0]
+    return best
+
+
+def _largest(values: Float[np.ndarray, " value"], k: int) -> Int[np.ndarray, " chosen"]:
+    """Places of the k largest, largest first and of equal ones the earlier first."""
+    if len(values) > k:
+        least = np.partition(values, len(values) - k)[len(values) - k]
+        some = np.flatnonzero(values >= least)
+        return some[np.argsort(-values[some], kind="stable")][:k]
+    return np.argsort(-values, kind="stable")
+
+
+def _causal(graph: AttributionGraph) -> Float[np.ndarray, "node node"]:
+    """The shares, where every edge leads from an earlier row to a later one."""
+    shares = normalised(graph.edges)
+    _check_order(shares)
+    return shares.double().cpu().numpy()
 
 
 def _said(graph: AttributionGraph, row: int) -> str:

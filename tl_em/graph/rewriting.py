@@ -61,6 +61,8 @@ def links_as_read(graph: AttributionGraph, origin: Origin) -> LinkRows:
     text = [repr(weight) for weight in weights.tolist()]
     for at, said in zip(np.flatnonzero(~same).tolist(), _decimals(now[~same]), strict=True):
         text[at] = said
+    if not kept.all():
+        text = [text[at] for at in np.flatnonzero(kept).tolist()]
     left = matrix != 0
     left[targets, sources] = False
     new_targets, new_sources = left.nonzero()
@@ -71,7 +73,7 @@ def links_as_read(graph: AttributionGraph, origin: Origin) -> LinkRows:
         whole = {int(place[at]): each for at, each in links.whole.items() if place[at] >= 0}
     return LinkRows(
         np.concatenate([sources[kept], new_sources]), np.concatenate([targets[kept], new_targets]),
-        [*(text[at] for at in np.flatnonzero(kept)), *_decimals(matrix[new_targets, new_sources])],
+        text + _decimals(matrix[new_targets, new_sources]),
         whole, edited=not (there.all() and same.all()) or len(new_sources) > 0,
     )  # fmt: skip
 

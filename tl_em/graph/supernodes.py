@@ -12,19 +12,23 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import replace
+from typing import SupportsFloat, SupportsInt
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_em.errors import UsageError
+from tl_em.arguments import finite, whole
+from tl_em.errors import NonFiniteError, UsageError
 from tl_em.graph.graph import AttributionGraph
 
 GROUPED = ("feature", "head", "mlp")
 
 
-def clustered(graph: AttributionGraph, *, distance: float = 0.5, least: int = 2) -> AttributionGraph:
+def clustered(
+    graph: AttributionGraph, *, distance: SupportsFloat = 0.5, least: SupportsInt = 2
+) -> AttributionGraph:
     """The graph with supernodes by clustering, in place of those that it has.
 
     Args:
@@ -43,15 +47,18 @@ def clustered(graph: AttributionGraph, *, distance: float = 0.5, least: int = 2)
         >>> clustered(AttributionGraph(nodes, edges, ("a",))).supernodes
         (('2 features at 0', ('0_0_0', '0_1_0')),)
     """
-    if distance <= 0 or least < 2:
-        raise UsageError(f"distance={distance} and least={least} group nothing; give a distance above 0, groups of 2")
+    cut, members = finite("distance", distance), whole("least", least)
+    if cut <= 0 or members < 2:
+        raise UsageError(f"distance={cut} and least={members} group nothing; give a distance above 0, groups of 2")
+    if not bool(graph.edges.isfinite().all()):
+        raise NonFiniteError("edges are NaN or infinite, so nodes cannot be compared by them; attribute in float32")
     places: dict[tuple[str, int], list[int]] = defaultdict(list)
     for row in graph.row(GROUPED):
         places[graph.nodes[row].kind, graph.nodes[row].pos].append(row)
     found = []
     for (kind, pos), rows in places.items():
-        for group in _groups(_profiles(graph.edges, rows), distance):
-            if len(group) >= least:
+        for group in _groups(_profiles(graph.edges, rows), cut):
+            if len(group) >= members:
                 found.append((f"{len(group)} {kind}s at {pos}", tuple(graph.nodes[rows[i]].id for i in group)))
     return replace(graph, supernodes=tuple(found))
 
