@@ -97,7 +97,8 @@ def attribute(
     encoded, skipped = prepared(model, prompt, target, skip)
     base = base_of(model, adapter)
     if dictionaries is None:
-        plan = component_plan(model, encoded, target, rule=rule, against=against, adapter=base)
+        plan = component_plan(model, encoded, target, rule=rule, against=against, adapter=base, chunk=chunk,
+                              max_bytes=max_bytes)  # fmt: skip
     else:
         if against is not None or rule == "ig":
             raise UsageError("against= and rule='ig' are for components; with dictionaries leave both out")

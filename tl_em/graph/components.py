@@ -15,6 +15,7 @@ arXiv:2403.17806 (integrated gradients on the input embeddings); Jafari et al. 2
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -27,8 +28,19 @@ from tl_em.errors import UsageError
 from tl_em.graph.adapters import adapter_writes
 from tl_em.graph.freeze import LAST, STREAM, Rule, linearise
 from tl_em.graph.graph import Node
-from tl_em.graph.plan import Pass, Plan, Written, causal, total_gradients
-from tl_em.graph.rows import Reader
+from tl_em.graph.plan import (
+    CHUNK,
+    INSTEAD,
+    MAX_BYTES,
+    Pass,
+    Plan,
+    Written,
+    causal,
+    room,
+    timed,
+    total_gradients,
+)
+from tl_em.graph.rows import MANY, Reader
 from tl_em.graph.targets import Goal, Target, goal_of, text_of
 from tl_em.models.hooks import LensModel, hooked, read_point
 from tl_em.models.prompts import EncodedPrompt, encode
@@ -56,11 +68,13 @@ def component_plan(
     rule: Rule | None = None,
     against: Any = None,
     adapter: LensModel | None = None,
+    chunk: int = CHUNK,
+    max_bytes: int = MAX_BYTES,
 ) -> Plan:
-    """Nodes, reads and writes of a graph of components.
+    """Nodes, reads and writes of a graph of components; what it will cost is told before the work.
 
     Raises:
-        UsageError: a reference of another length, or one that is none.
+        UsageError: a reference of another length, or one that is none. GraphTooLargeError: no room.
     """
     rule = rule or DEFAULT
     tokens, layers = torch.tensor(encoded.ids), range(int(model.cfg.n_layers))
@@ -75,12 +89,13 @@ def component_plan(
         here, there = clean[STREAM], reference[STREAM].expand_as(clean[STREAM])
         starts = [there + (here - there) * (step + 0.5) / STEPS for step in range(STEPS)]
     goal = _goal(model, encoded, target, tokens, goal_point, rule)
+    seconds = _told(model, tokens, points, clean, goal, rule, starts, chunk, max_bytes)
     written = _written(model, encoded, points, clean, reference, parts)
     passes, totals = [], torch.zeros(len(written) + len(goal.nodes), dtype=goal.vectors.dtype)
     for start in starts:
         grads = total_gradients(model, tokens, [*points.all, *extra], goal, rule, start)
         cut = linearise(model, tokens, cuts=points.all, taps=extra, reads=[goal_point], rule=rule, start=start)
-        passes.append(Pass(cut, tuple(_readers(written, grads))))
+        passes.append(Pass(cut, tuple(_readers(written, grads, int(model.cfg.n_heads)))))
         here = [float(grads[each.point][each.node.pos] @ each.vector) for each in written if each.point in grads]
         totals[: len(written)] += torch.tensor(here, dtype=totals.dtype) / len(starts)
     settings = {
@@ -88,7 +103,31 @@ def component_plan(
         "approximation": f"first order ({rule} gradients) of replacing each node by its reference",
         "edges": "into a component: the part of the source's effect on the weighted target that passes directly to it",
     }  # fmt: skip
-    return Plan(encoded, tuple(passes), tuple(written), goal, settings, totals=totals, references=reference)
+    return Plan(encoded, tuple(passes), tuple(written), goal, settings, totals=totals, references=reference,
+                seconds=seconds)  # fmt: skip
+
+
+def _told(
+    model: LensModel, tokens: Tensor, points: _Points, clean: Mapping[str, Tensor], goal: Goal, rule: Rule,
+    starts: Sequence[Tensor | None], chunk: int, max_bytes: int,
+) -> float | None:  # fmt: skip
+    """What the edges should take, from shapes and one chunk at the middle layer: before anything that grows with them.
+
+    Raises:
+        GraphTooLargeError: no room for the edges.
+    """
+    heads, number = int(model.cfg.n_heads), clean[points.mlps[0]].element_size()
+    nodes = len(tokens) * (1 + len(points.mlps) * (1 + heads)) + len(goal.nodes)
+    sizes = sum(x.numel() * x.element_size() for x in clean.values())
+    chunk, size = room(nodes, sizes, number, len(tokens), chunk, max_bytes, INSTEAD["components"])
+    parts = len(starts) * len(points.mlps) * sum(math.ceil(len(tokens) * n / chunk) for n in (heads, 1))
+    if parts < MANY:
+        return None
+    middle = points.mlps[len(points.mlps) // 2]
+    linear = linearise(model, tokens, cuts=points.all, reads=[goal.point], rule=rule, start=starts[0])
+    at = torch.arange(min(chunk, len(tokens) * heads))
+    vectors = torch.ones(len(at), clean[middle].shape[-1], dtype=clean[middle].dtype, device=clean[middle].device)
+    return timed(linear, Reader(middle, at, vectors, at % len(tokens)), parts, size)
 
 
 def _goal(
@@ -179,7 +218,7 @@ def _written(
     return sorted(found, key=causal)
 
 
-def _readers(written: Sequence[Written], grads: Mapping[str, Tensor]) -> list[Reader]:
+def _readers(written: Sequence[Written], grads: Mapping[str, Tensor], heads: int) -> list[Reader]:
     """A component reads whatever moves its write along its own gradient."""
     groups: dict[str, list[int]] = {}
     for row, each in enumerate(written):
@@ -187,18 +226,11 @@ def _readers(written: Sequence[Written], grads: Mapping[str, Tensor]) -> list[Re
             groups.setdefault(each.point, []).append(row)
     found = []
     for point, rows in groups.items():
-        positions = torch.tensor([written[row].node.pos for row in rows])
-        vectors = torch.stack([grads[point][written[row].node.pos] for row in rows])
-        for at, row in enumerate(rows):
-            head, width = written[row].node.feature, vectors.shape[-1]
-            if head is not None:
-                size = width // _heads(written, point)
-                mask = torch.zeros(width)
-                mask[head * size : (head + 1) * size] = 1
-                vectors[at] *= mask.to(vectors)
+        nodes = [written[row].node for row in rows]
+        positions = torch.tensor([node.pos for node in nodes])
+        vectors = grads[point][positions]
+        if nodes[0].kind == "head":
+            own = torch.eye(heads).repeat_interleave(vectors.shape[-1] // heads, dim=1).to(vectors)
+            vectors = vectors * own[torch.tensor([node.feature for node in nodes])]
         found.append(Reader(point, torch.tensor(rows), vectors, positions))
     return found
-
-
-def _heads(written: Sequence[Written], point: str) -> int:
-    return 1 + max(each.node.feature or 0 for each in written if each.point == point)

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_em.errors import GraphTooLargeError, UsageError
+from tl_em.errors import GraphTooLargeError
 from tl_em.graph.freeze import Linearised, Rule, linearise
 from tl_em.graph.graph import AttributionGraph, Node
 from tl_em.graph.rows import MANY, Reader, Writer, adjacency, gradients
@@ -60,6 +60,7 @@ class Plan:
         settings: for the graph.
         totals: total effect of each node and target, where it does not follow from the edges.
         sheets: of dictionaries; references: by hook point, what a component is replaced by.
+        seconds: that the edges should take, where that was told before the plan was made.
     """
 
     encoded: EncodedPrompt
@@ -70,6 +71,7 @@ class Plan:
     totals: Float[Tensor, " node"] | None = None
     sheets: tuple[Any, ...] = ()
     references: Mapping[str, Tensor] = field(default_factory=dict)
+    seconds: float | None = None
 
 
 STAGES = {
@@ -136,39 +138,67 @@ def total_gradients(
 
 
 def planned_cost(plan: Plan, nodes: int, chunk: int, max_bytes: int) -> tuple[int, dict[str, Any]]:
-    """A chunk that fits, and what the run is expected to take.
+    """A chunk that fits, and what the run is expected to take."""
+    leaves = list(plan.passes[0].linear.leaves.values())
+    sizes = sum(leaf.numel() * leaf.element_size() for leaf in leaves)
+    instead = INSTEAD.get(str(plan.settings.get("kind")), INSTEAD["transcoders"])
+    chunk, size = room(nodes, sizes, leaves[0].element_size(), len(plan.encoded), chunk, max_bytes, instead)
+    rows = sum(len(reader.rows) for each in plan.passes for reader in each.readers) + len(plan.goal.nodes)
+    return chunk, {"rows": rows, "bytes_expected": size}
+
+
+INSTEAD = {
+    "transcoders": "pass a smaller max_nodes= (the rest goes into error nodes), or max_bytes=",
+    "components": "pass a shorter prompt (every head and MLP is a node at every token), dictionaries=, which have "
+                  "max_nodes=, or a larger max_bytes=",
+}  # fmt: skip
+"""What to do about a graph that is too large, by its kind."""
+
+
+def room(
+    nodes: int, leaves: int, number: int, tokens: int, chunk: int, max_bytes: int, instead: str
+) -> tuple[int, int]:
+    """A chunk that fits, and the bytes that it takes.
 
     Gradients of a chunk are held at every cut and once more on their way back; edges once, and once more while they
     are pruned.
+
+    Args:
+        leaves: bytes at all cuts of one pass; number: of one number.
+
+    Raises:
+        GraphTooLargeError: none fits.
     """
-    if chunk < 1:
-        raise UsageError(f"chunk={chunk} readers at once; give a positive number, e.g. 256")
-    leaves = list(plan.passes[0].linear.leaves.values())
-    row = 3 * sum(leaf.numel() * leaf.element_size() for leaf in leaves)
-    edges = 2 * nodes * nodes * leaves[0].element_size()
-    room = max_bytes - edges
-    if room < row:
+    row, edges = 3 * leaves, 2 * nodes * nodes * number
+    left = max_bytes - edges
+    if left < row:
         raise GraphTooLargeError(
-            f"{nodes} nodes on {len(plan.encoded)} tokens need {(edges + row) / 2**30:.1f} GiB, more than "
-            f"{max_bytes / 2**30:.1f}; pass a smaller max_nodes= (the rest goes into error nodes), or max_bytes="
+            f"{nodes} nodes on {tokens} tokens need {(edges + row) / 2**30:.1f} GiB, more than "
+            f"{max_bytes / 2**30:.1f}; {instead}"
         )
-    chunk = max(1, min(chunk, room // row, nodes))
-    rows = sum(len(reader.rows) for each in plan.passes for reader in each.readers) + len(plan.goal.nodes)
-    return chunk, {"rows": rows, "bytes_expected": edges + chunk * row}
+    chunk = max(1, min(chunk, left // row, nodes))
+    return chunk, edges + chunk * row
 
 
 def told_seconds(plan: Plan, goal: Reader, chunk: int, size: int) -> float | None:
     """What the edges should take, from one chunk in the middle; said on stderr where that is long. None where short."""
+    if plan.seconds is not None:
+        return plan.seconds
     parts = [part for linear, readers in plan.passes for each in (*readers, goal) for part in each.split(chunk)]
     if len(parts) < MANY:
         return None
     linear, readers = plan.passes[0]
     reader = readers[len(readers) // 2]
+    return timed(linear, next(iter(reader.split(chunk))), len(parts), size)
+
+
+def timed(linear: Linearised, part: Reader, parts: int, size: int) -> float:
+    """Seconds that so many chunks should take, from one of them; said on stderr where that is long."""
     started = time.perf_counter()
-    gradients(linear, next(iter(reader.split(chunk))))
-    expected = (time.perf_counter() - started) * len(parts)
+    gradients(linear, part)
+    expected = (time.perf_counter() - started) * parts
     if expected > LONG:
-        said = f"attribution graph: {len(parts)} chunks, about {expected:.0f} s and {size / 2**20:.0f} MiB"
+        said = f"attribution graph: {parts} chunks, about {expected:.0f} s and {size / 2**20:.0f} MiB"
         print(said, file=sys.stderr)
     return round(expected, 1)
 
