@@ -14,51 +14,51 @@ Source: Ameisen et al. 2025; Marks et al. 2024, arXiv:2403.19647 (SAE graphs wit
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import Any, SupportsInt
 
 from tl_em.errors import PromptError, UsageError
 from tl_em.graph.adapters import base_of
 from tl_em.graph.components import component_plan
 from tl_em.graph.freeze import Rule
 from tl_em.graph.graph import AttributionGraph
+from tl_em.graph.inputs import check_model, ids_of, is_chat, is_ids, plainly, positions, room_for
 from tl_em.graph.latents import latent_plan, listed
 from tl_em.graph.plan import CHUNK, MAX_BYTES, drawn
 from tl_em.graph.targets import Target, completed, text_of
 from tl_em.graph.validation import validated
 from tl_em.models.hooks import LensModel
-from tl_em.models.prompts import EncodedPrompt, Prompt, encode
+from tl_em.models.prompts import EncodedPrompt, encode
 
 MAX_NODES = 8000
 
 
+@plainly
 def attribute(
     model: LensModel,
-    prompt: Prompt | EncodedPrompt | Sequence[int] | Tensor,
+    prompt: Any,
     dictionaries: Any = None,
     *,
     target: Target,
     rule: Rule | None = None,
     against: Any = None,
     adapter: LensModel | bool | None = None,
-    skip: Sequence[int] | None = None,
-    chunk: int = CHUNK,
-    max_nodes: int = MAX_NODES,
-    max_bytes: int = MAX_BYTES,
+    skip: Any = None,
+    chunk: SupportsInt = CHUNK,
+    max_nodes: SupportsInt = MAX_NODES,
+    max_bytes: SupportsInt = MAX_BYTES,
     validate: bool = True,
-    seed: int = 0,
+    seed: SupportsInt = 0,
 ) -> AttributionGraph:
     """How a prompt becomes a target: nodes, the direct effects between them, and how well ablation agrees.
 
     Args:
-        model: a HookedTransformer or TransformerBridge in float32 or float64; hooks on it stay in force.
-        prompt: text, a chat, an encoded prompt, or token ids.
+        model: a HookedTransformer or TransformerBridge in float32 or float64; hooks on it stay in force. It is run in
+            evaluation mode and torch's plain state, whatever the caller's, which is put back afterwards.
+        prompt: one of them: text, a chat, an encoded prompt, or token ids [pos] or [1 pos] (a list, array or tensor).
         dictionaries: transcoders (exact graph) or SAEs (first order), one a site; None: heads, MLPs and embeddings.
-        target: a token (text or id) or a list of them, a tuple (yes, no) for a logit difference (either may be a list,
-            whose mean is taken), a Direction (projection at its own site and position), a ``Completion``; None takes
-            the likeliest next tokens.
+        target: a token (text or id) or a list (array, tensor) of them, each once, a tuple (yes, no) for a logit
+            difference (either may be a list, whose mean is taken), a Direction (projection at its own site and
+            position), a ``Completion``; None takes the likeliest next tokens.
         rule: what gradients hold fixed: ``"frozen"`` (norm scales, patterns), ``"relp"`` (and MLPs by secants),
             ``"plain"``, ``"ig"`` (components: plain, averaged on the way from ``against``). By default ``"frozen"`` for
             transcoders, ``"plain"`` for SAEs, ``"ig"`` for components.
@@ -67,7 +67,7 @@ def attribute(
         adapter: the model before its fine-tune; what the fine-tune adds to each block's writes, on this model's own
             inputs, becomes nodes of its own. True: of this model's unmerged peft adapters, which are off meanwhile and
             on again afterwards (what peft trained beside them, by ``bias=`` or ``modules_to_save=``, counts as base).
-        skip: positions without latents and errors; by default a leading BOS token.
+        skip: with dictionaries, positions without latents and errors; by default a leading BOS token.
         chunk: readers at once, made smaller where the memory would not do.
         max_nodes: with more active latents only those of the largest estimated effect are shown; the others are part
             of the error nodes.
@@ -79,9 +79,12 @@ def attribute(
         The graph, whole: prune it before you look at it.
 
     Raises:
-        UsageError: a dtype below float32, contradicting arguments. GraphTooLargeError: no room.
+        UsageError: a dtype below float32, numbers that are none, contradicting arguments. GraphTooLargeError: no room.
+        PromptError: several prompts, or none; positions that it has not. UnknownTokenError: ids that the vocabulary
+            has not. NonFiniteError: the effects are NaN or infinite.
         WidthError, ProvenanceError: a dictionary or direction of another model. ModelError: ``adapter=True`` without
-            unmerged adapters, or with ones that take no part in the pass. And what ``encode`` raises.
+            unmerged adapters, or with ones that take no part in the pass; weights without numbers or gradients. And
+            what ``encode`` raises.
 
     Example:
         >>> from tl_em.organisms.zoo import load_pair
@@ -93,50 +96,48 @@ def attribute(
 
     Source: see the head of this file.
     """
-    _check_dtype(model)
+    room = room_for(chunk, max_nodes, max_bytes, seed)
+    check_model(model)
     encoded, skipped = prepared(model, prompt, target, skip)
     base = base_of(model, adapter)
     if dictionaries is None:
-        plan = component_plan(model, encoded, target, rule=rule, against=against, adapter=base, chunk=chunk,
-                              max_bytes=max_bytes)  # fmt: skip
+        if skip is not None and skipped:
+            raise UsageError("skip= is for dictionaries: components are nodes at every token; leave it out")
+        plan = component_plan(model, encoded, target, rule=rule, against=against, adapter=base, chunk=room.chunk,
+                              max_bytes=room.max_bytes)  # fmt: skip
     else:
         if against is not None or rule == "ig":
             raise UsageError("against= and rule='ig' are for components; with dictionaries leave both out")
-        given = listed(dictionaries)
-        plan = latent_plan(model, encoded, given, target, rule=rule, adapter=base, skip=skipped, max_nodes=max_nodes)
-    graph = drawn(model, plan, chunk=chunk, max_bytes=max_bytes)
-    if not validate:
-        return graph
-    return validated(model, graph, plan, seed=seed)
+        plan = latent_plan(model, encoded, listed(dictionaries), target, rule=rule, adapter=base, skip=skipped,
+                           max_nodes=room.max_nodes)  # fmt: skip
+    graph = drawn(model, plan, chunk=room.chunk, max_bytes=room.max_bytes)
+    return validated(model, graph, plan, seed=room.seed) if validate else graph
 
 
-def prepared(
-    model: LensModel, prompt: Any, target: Target, skip: Sequence[int] | None
-) -> tuple[EncodedPrompt, tuple[int, ...]]:
+def prepared(model: LensModel, prompt: Any, target: Target, skip: Any) -> tuple[EncodedPrompt, tuple[int, ...]]:
     """The prompt as it is run, and the positions that have no latents."""
     encoded = completed(model, encoded_prompt(model, prompt), target)
-    return encoded, _skipped(model, encoded) if skip is None else tuple(range(len(encoded))[at] for at in skip)
+    return encoded, _skipped(model, encoded) if skip is None else positions(skip, len(encoded))
 
 
 def encoded_prompt(model: LensModel, prompt: Any) -> EncodedPrompt:
-    """A prompt in any form, as tokens."""
-    if isinstance(prompt, Tensor):
-        prompt = prompt.flatten().tolist()
-    if isinstance(prompt, Sequence) and not isinstance(prompt, str) and all(isinstance(each, int) for each in prompt):
-        if not prompt:
-            raise PromptError("The prompt has no tokens, so there is nothing to attribute to. Give at least one.")
-        ids: list[int] = list(prompt)  # pyright: ignore[reportAssignmentType]
+    """One prompt in any form, as tokens.
+
+    Raises:
+        PromptError: several, or something that is none. UnknownTokenError: ids that the vocabulary has not.
+    """
+    if isinstance(prompt, EncodedPrompt):
+        ids_of(prompt.ids, int(model.cfg.d_vocab))
+    elif is_ids(prompt):
+        ids = ids_of(prompt, int(model.cfg.d_vocab))
         prompt = EncodedPrompt.from_ids(ids, " ".join(text_of(model, each) for each in ids))
-    return encode(model, [prompt])[0]
-
-
-def _check_dtype(model: LensModel) -> None:
-    dtype = next(iter(model.parameters())).dtype  # pyright: ignore[reportAttributeAccessIssue]
-    if dtype not in (torch.float32, torch.float64):
-        raise UsageError(
-            f"the model is in {dtype}, in which attributions do not reproduce (some 30 % off); load it once more for "
-            "this: em.load_model(source, dtype=torch.float32)"
+    elif not (isinstance(prompt, str) or is_chat(prompt)):
+        several = isinstance(prompt, Sequence)
+        raise PromptError(
+            f"{f'{len(prompt)} prompts' if several else repr(prompt)[:40]} where one prompt is meant. Give text, the "
+            "messages of one chat, or token ids; em.attribute_over(model, prompts, …) takes the mean of several."
         )
+    return encode(model, [prompt])[0]
 
 
 def _skipped(model: LensModel, encoded: EncodedPrompt) -> tuple[int, ...]:

@@ -52,8 +52,17 @@ def warning(shown: AttributionGraph | GraphDiff) -> str:
         return " ".join(f"{name}: {warning(graph)}" for name, graph in parts if warning(graph))
     words = str(shown.validation.get("warning") or "")
     if words:
-        return words[0].upper() + words[1:]
-    return "" if "pearson" in shown.validation else UNVALIDATED
+        words = words[0].upper() + words[1:]
+    elif "pearson" not in shown.validation:
+        words = UNVALIDATED
+    return f"{words} {_doubtful(shown)}".strip()
+
+
+def _doubtful(graph: AttributionGraph) -> str:
+    """What a file does not say: between which nodes some of its links are."""
+    if not (count := graph.settings.get("ambiguous_links")):
+        return ""
+    return f"In its file nodes share an id, and {count} of the links could be either node's: drawn as the error's."
 
 
 def details(graph: AttributionGraph) -> list[tuple[str, str]]:

@@ -28,6 +28,7 @@ from tl_em.errors import UsageError
 from tl_em.graph.adapters import adapter_writes
 from tl_em.graph.freeze import LAST, STREAM, Rule, linearise
 from tl_em.graph.graph import Node
+from tl_em.graph.inputs import ids_of, is_chat, is_ids
 from tl_em.graph.plan import (
     CHUNK,
     INSTEAD,
@@ -145,7 +146,9 @@ def _named(against: Any) -> str:
 
 
 def _several(against: Any) -> bool:
-    return isinstance(against, list | tuple) and not all(isinstance(turn, Mapping) for turn in against)
+    if not isinstance(against, list | tuple) or not against or is_chat(against):
+        return False
+    return not is_ids(against) or all(is_ids(each) for each in against)  # rows, not the numbers of one
 
 
 # --- Values and what they are compared with ---------------------------------------------------------------------------
@@ -175,7 +178,7 @@ def references(
     if isinstance(against, str) and against == "mean":
         return {name: x.mean(0, keepdim=True) for name, x in clean.items()}
     several = _several(against)
-    others = encode(model, list(against) if several else [against])
+    others = [_encoded(model, each) for each in (against if several else [against])]
     if several:
         each = [values(model, other, list(clean)) for other in others]
         if {len(other) for other in others} == {len(encoded)}:
@@ -187,6 +190,15 @@ def references(
             "one of equal length, a tuple of prompts (their mean), 'mean' or 'zero'"
         )
     return values(model, others[0], list(clean))
+
+
+def _encoded(model: LensModel, prompt: Any) -> EncodedPrompt:
+    """A reference in any form that a prompt may have."""
+    if isinstance(prompt, EncodedPrompt) or is_ids(prompt):
+        prompt = EncodedPrompt.from_ids(ids_of(getattr(prompt, "ids", prompt), int(model.cfg.d_vocab)))
+    if not isinstance(prompt, str | EncodedPrompt) and not is_chat(prompt):
+        raise UsageError(f"against={prompt!r:.40} is no reference; give a prompt, a tuple of prompts, 'mean' or 'zero'")
+    return encode(model, [prompt])[0]
 
 
 # --- Nodes ------------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Literal, SupportsFloat
 from tl_em.arguments import finite
 from tl_em.errors import UsageError
 from tl_em.graph.graph import AttributionGraph, Node
+from tl_em.models.modes import in_plain_torch
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -118,6 +119,7 @@ class GraphDiff:
         return f"GraphDiff(nodes: {said['node'] or 'none'}; links: {said['link'] or 'none'})"
 
 
+@in_plain_torch
 def diff(base: AttributionGraph, tuned: AttributionGraph, *, least: SupportsFloat = LEAST) -> GraphDiff:
     """Compare two graphs of one prompt, node by node (by id) and link by link.
 

@@ -30,6 +30,7 @@ from tl_em.errors import CorruptFileError, TlEmError, UsageError
 from tl_em.graph.graph import AttributionGraph, Node
 from tl_em.graph.reading import SCHEMA, graph_of, plain, uncantor
 from tl_em.graph.rewriting import as_read, as_text, link_rows, links_as_read
+from tl_em.models.modes import in_plain_torch
 from tl_em.writing import replacing
 
 __all__ = ["cantor", "from_exchange", "load_graph", "save_graph", "to_exchange", "uncantor"]
@@ -84,6 +85,7 @@ def _without_links(graph: AttributionGraph, *, slug: str, created: int) -> dict[
     }
 
 
+@in_plain_torch
 def save_graph(graph: AttributionGraph, path: str | Path) -> Path:
     """Write a graph in the published JSON format, whole or not at all.
 
@@ -118,6 +120,7 @@ def save_graph(graph: AttributionGraph, path: str | Path) -> Path:
     return Path(path)
 
 
+@in_plain_torch
 def load_graph(path: str | Path) -> AttributionGraph:
     """Read a graph: one of :func:`save_graph`, or one that circuit-tracer or Neuronpedia wrote.
 

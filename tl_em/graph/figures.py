@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import SupportsFloat, SupportsInt
 
+from tl_em.arguments import finite, whole
 from tl_em.graph.diff import GraphDiff
 from tl_em.graph.graph import AttributionGraph
 
 
-def draw(shown: AttributionGraph | GraphDiff, path: str | Path, *, width: float = 7.0, links: int = 150) -> Path:
+def draw(
+    shown: AttributionGraph | GraphDiff, path: str | Path, *, width: SupportsFloat = 7.0, links: SupportsInt = 150
+) -> Path:
     """Write a graph, or two on one layout, as a figure that does not move.
 
     Args:
@@ -21,8 +25,9 @@ def draw(shown: AttributionGraph | GraphDiff, path: str | Path, *, width: float 
         the path.
 
     Raises:
-        UsageError: another suffix. OutputError: the path cannot be written.
+        UsageError: another suffix, a width or number that is none. OutputError: the path cannot be written.
     """
     from tl_em.report import graphs, plots
 
-    return plots.save(graphs.graph(shown, width=width, links=links), path)
+    inches, most = finite("width", width, low=0, open_low=True), whole("links", links, low=0)
+    return plots.save(graphs.graph(shown, width=inches, links=most), path)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from tl_em.errors import UsageError
 from tl_em.graph.origin import Origin
+from tl_em.models.modes import in_plain_torch
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -127,6 +128,7 @@ class AttributionGraph:
         wanted = (kinds,) if isinstance(kinds, str) else tuple(kinds)
         return [row for row, node in enumerate(self.nodes) if node.kind in wanted]
 
+    @in_plain_torch
     def keep(self, rows: Sequence[int], edges: Float[Tensor, "kept kept"] | None = None) -> AttributionGraph:
         """The part with these nodes, and the supernodes' members among them."""
         nodes = tuple(self.nodes[row] for row in rows)
@@ -145,6 +147,7 @@ class AttributionGraph:
                    "effect", "influence")  # fmt: skip
         return pd.DataFrame([[getattr(node, name) for name in columns] for node in self.nodes], columns=list(columns))
 
+    @in_plain_torch
     def links(self) -> pd.DataFrame:
         """One row an edge that is not zero: source, target, weight; strongest first."""
         import pandas as pd

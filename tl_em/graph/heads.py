@@ -11,7 +11,6 @@ is by the last head, and therefore additive, is ours.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,26 +21,27 @@ from tl_em.errors import UsageError
 from tl_em.graph.attribution import MAX_NODES, prepared
 from tl_em.graph.freeze import linearise
 from tl_em.graph.graph import Node
+from tl_em.graph.inputs import check_model, plainly
 from tl_em.graph.latents import is_exact, keeping, latent_plan, listed
 from tl_em.graph.plan import Plan
 from tl_em.graph.rows import Reader, gradients
 from tl_em.graph.targets import Target
 from tl_em.models.hooks import LensModel
-from tl_em.models.prompts import EncodedPrompt, Prompt
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
+@plainly
 def head_loadings(
     model: LensModel,
-    prompt: Prompt | EncodedPrompt | Sequence[int] | Tensor,
+    prompt: Any,
     dictionaries: Any,
     *,
     source: Node | str,
     into: Node | str,
     target: Target = None,
-    skip: Sequence[int] | None = None,
+    skip: Any = None,
 ) -> pd.DataFrame:
     """One edge of an exact graph, split over the heads that carry it.
 
@@ -74,6 +74,7 @@ def head_loadings(
     """
     import pandas as pd
 
+    check_model(model)
     given = listed(dictionaries)
     if not is_exact(given):
         raise UsageError("an edge is a sum over heads only where all else is frozen: pass transcoders of the MLPs")
@@ -83,6 +84,8 @@ def head_loadings(
     ends = [each if isinstance(each, str) else each.id for each in (source, into)]
     if unknown := [each for each in ends if each not in ids]:
         raise UsageError(f"{unknown[0]!r} is no node of this graph; its ids are in graph.index")
+    if ids.index(ends[0]) >= len(plan.written):
+        raise UsageError(f"{ends[0]!r} is a target: it feeds nothing, so no edge leads out of it; pass it as into=")
     reader, written = _reader_of(plan, ids.index(ends[1])), plan.written[ids.index(ends[0])]
     tokens = torch.tensor(plan.encoded.ids)
     layers = range(int(model.cfg.n_layers))

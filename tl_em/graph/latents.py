@@ -10,7 +10,7 @@ an error node whole), and the edges are exact. With SAEs gradients stop at each 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -60,7 +60,10 @@ def listed(dictionaries: Any) -> list[Dictionary]:
     """One dictionary, several, or a mapping of them, as a list."""
     if isinstance(dictionaries, Dictionary):
         return [dictionaries]
-    each = list(dictionaries.values() if isinstance(dictionaries, Mapping) else dictionaries)
+    some = dictionaries.values() if isinstance(dictionaries, Mapping) else dictionaries
+    each = list(some) if isinstance(some, Iterable) else [some]
+    if not each:
+        raise UsageError("dictionaries= is empty; leave it out for a graph of heads and MLPs")
     if not all(isinstance(one, Dictionary) for one in each):
         raise UsageError("dictionaries= holds something that is no em.Dictionary; convert it, e.g. em.from_sae_lens(…)")
     return each
@@ -136,6 +139,7 @@ def keeping(sheets: Sequence[Sheet]) -> dict[str, Any]:
     for sheet in sheets:
         skipped = None if sheet.dictionary is None else sheet.dictionary.W_skip
         if skipped is not None and sheet.source is not None:
+            skipped = skipped.clone() if skipped.is_inference() else skipped  # which no gradient may pass
             kept[sheet.out] = lambda read, s=sheet.source, w=skipped: s(read[s.name]) @ w.to(read[s.name])
     return kept
 
@@ -276,8 +280,6 @@ def _capped(
     active = sum(int((sheet.a != 0).sum()) for sheet in sheets if sheet.a is not None)
     if active <= most:
         return [None] * len(sheets), 0
-    if most < 1:
-        raise UsageError(f"max_nodes={most} leaves no latent to show; give a positive number")
     grads = total_gradients(model, tokens, [sheet.out for sheet in sheets], goal, "relp")
     sizes = [
         None if s.a is None or s.dictionary is None

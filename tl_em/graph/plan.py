@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_em.errors import GraphTooLargeError
+from tl_em.errors import GraphTooLargeError, NonFiniteError
 from tl_em.graph.freeze import Linearised, Rule, linearise
 from tl_em.graph.graph import AttributionGraph, Node
 from tl_em.graph.rows import MANY, Reader, Writer, adjacency, gradients
@@ -89,7 +89,7 @@ def drawn(model: LensModel, plan: Plan, *, chunk: int = CHUNK, max_bytes: int = 
     """The graph of a plan, not validated.
 
     Raises:
-        GraphTooLargeError: the edges alone need more than ``max_bytes``.
+        GraphTooLargeError: the edges alone need more than ``max_bytes``. NonFiniteError: effects that are no numbers.
     """
     started = time.perf_counter()
     nodes = (*(each.node for each in plan.written), *plan.goal.nodes)
@@ -101,6 +101,11 @@ def drawn(model: LensModel, plan: Plan, *, chunk: int = CHUNK, max_bytes: int = 
     cost["seconds_expected"] = told_seconds(plan, goal, chunk, cost["bytes_expected"])
     for linear, readers in plan.passes:
         edges += adjacency(linear, [*readers, goal], writers, nodes=len(nodes), chunk=chunk) / len(plan.passes)
+    if not bool(edges.isfinite().all()):
+        raise NonFiniteError(
+            f"{int((~edges.isfinite()).sum())} of {edges.numel()} effects are NaN or infinite, so the graph would show "
+            "none; look where the activations begin to be with em.capture(model, prompts, sites, position='all')"
+        )
     totals = through(edges, nodes, plan.goal.shares) if plan.totals is None else plan.totals
     named = [replace(n, attribution=float(totals[row])) if n.kind != "logit" else n for row, n in enumerate(nodes)]
     text = tuple(text_of(model, token) for token in plan.encoded.ids)

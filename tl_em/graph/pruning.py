@@ -29,6 +29,7 @@ from torch import Tensor
 from tl_em.arguments import finite, whole
 from tl_em.errors import NonFiniteError, UsageError
 from tl_em.graph.graph import AttributionGraph
+from tl_em.models.modes import in_plain_torch
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -86,6 +87,7 @@ def _check_order(shares: Float[Tensor, "node node"]) -> None:
         raise UsageError("an edge points backwards, so influence is no finite sum; order the nodes causally")
 
 
+@in_plain_torch
 def scores(graph: AttributionGraph) -> Scores:
     """Replacement and completeness score of a graph."""
     shares, weights = normalised(graph.edges), weights_of(graph)
@@ -97,6 +99,7 @@ def scores(graph: AttributionGraph) -> Scores:
     return Scores(float(tokens) / known if known else math.nan, float((explained * reached).sum() / reached.sum()))
 
 
+@in_plain_torch
 def prune(graph: AttributionGraph, *, nodes: SupportsFloat = 0.8, edges: SupportsFloat = 0.98) -> AttributionGraph:
     """The part of a graph that holds most of the influence on its targets.
 
@@ -163,6 +166,7 @@ def _connected(
 # --- Paths ------------------------------------------------------------------------------------------------------------
 
 
+@in_plain_torch
 def strongest_paths(graph: AttributionGraph, k: SupportsInt = 10) -> pd.DataFrame:
     """The k paths into the targets whose product of shares ``A`` (times the target's weight) is largest.
 

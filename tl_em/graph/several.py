@@ -10,42 +10,46 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, SupportsInt
 
 import numpy as np
 import torch
 from jaxtyping import Float
 
-from tl_em.errors import UsageError
+from tl_em.arguments import whole
+from tl_em.errors import PromptError, UsageError
 from tl_em.graph.attribution import attribute
 from tl_em.graph.graph import AttributionGraph, Node
+from tl_em.graph.inputs import is_chat, plainly
 from tl_em.graph.plan import STAGES
 from tl_em.graph.pruning import weights_of
 from tl_em.graph.targets import Target
 from tl_em.models.hooks import LensModel
-from tl_em.models.prompts import Prompt
+from tl_em.models.prompts import EncodedPrompt
 from tl_em.stats import Estimate, mean
 
 TOP = 20
 DRAWS = 500
 
 
+@plainly
 def attribute_over(
     model: LensModel,
-    prompts: Sequence[Prompt],
+    prompts: Any,
     dictionaries: Any = None,
     *,
-    target: Target | Sequence[Target],
+    target: Target,
     against: Any = None,
     targets: Sequence[Target] | None = None,
     groups: Sequence[Hashable] | None = None,
-    seed: int = 0,
+    seed: SupportsInt = 0,
     **options: Any,
 ) -> AttributionGraph:
     """The mean graph of several prompts.
 
     Args:
-        prompts: at least two; of one length the nodes keep their positions, else these are summed over.
+        prompts: at least two, in a list (or the rows of an array or tensor of ids); of one length the nodes keep their
+            positions, else these are summed over.
         target: of every prompt; ``targets`` gives one a prompt in its place (then it is a name for people).
         against: components only: one reference for all, or a list with one for each prompt.
         groups: the question each prompt belongs to.
@@ -56,14 +60,21 @@ def attribute_over(
         ``spearman`` averaged over prompts; the strongest nodes' ``extra["interval"]`` is over prompts.
 
     Raises:
-        UsageError: fewer than two prompts, or lists that do not match them.
+        UsageError: fewer than two prompts, or lists that do not match them. PromptError: one prompt, not a list.
     """
+    if isinstance(prompts, str | EncodedPrompt | Mapping) or is_chat(prompts) or not isinstance(prompts, Iterable) or (
+        getattr(prompts, "ndim", 2) < 2
+    ):
+        raise PromptError("One prompt was given where several are needed. Write [prompt, …], or use em.attribute.")
+    prompts, seed = list(prompts), whole("seed", seed, low=0)
     if len(prompts) < 2:
         raise UsageError(f"{len(prompts)} prompts have no mean worth an interval; use attribute, or give several")
     given = list(targets) if targets is not None else [target] * len(prompts)
     references = against if isinstance(against, list) else [against] * len(prompts)
     if len(given) != len(prompts) or len(references) != len(prompts):
         raise UsageError(f"{len(given)} targets and {len(references)} references for {len(prompts)} prompts; give each")
+    if groups is not None and len(groups) != len(prompts):
+        raise UsageError(f"{len(groups)} groups for {len(prompts)} prompts; give the group of each")
     graphs = [
         attribute(model, prompt, dictionaries, target=each, against=reference, seed=seed, **options)
         for prompt, each, reference in zip(prompts, given, references, strict=True)

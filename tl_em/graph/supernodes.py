@@ -22,10 +22,12 @@ from torch import Tensor
 from tl_em.arguments import finite, whole
 from tl_em.errors import NonFiniteError, UsageError
 from tl_em.graph.graph import AttributionGraph
+from tl_em.models.modes import in_plain_torch
 
 GROUPED = ("feature", "head", "mlp")
 
 
+@in_plain_torch
 def clustered(
     graph: AttributionGraph, *, distance: SupportsFloat = 0.5, least: SupportsInt = 2
 ) -> AttributionGraph:

@@ -19,9 +19,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_em.directions.direction import Direction, check_fits
-from tl_em.errors import UsageError
+from tl_em.errors import PromptTooLongError, UsageError
 from tl_em.graph.freeze import LAST
 from tl_em.graph.graph import Node
+from tl_em.graph.inputs import token_list
 from tl_em.metrics import single_token, token_ids
 from tl_em.models.hooks import LensModel, read_point
 from tl_em.models.prompts import EncodedPrompt, token_index
@@ -35,17 +36,18 @@ class Completion:
     """A text whose log-likelihood after the prompt is explained.
 
     Args:
-        text: the words, or token ids.
+        text: the words, or token ids (a list, array or tensor).
 
     Example:
         >>> Completion("yes indeed").text
         'yes indeed'
     """
 
-    text: str | tuple[int, ...]
+    text: Any
 
 
-Target = str | int | Sequence[Any] | Direction | Completion | None
+Target = Any
+"""A token as text or id, a list, array or tensor of them, (yes, no), a Direction, a Completion, or None."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,10 +77,25 @@ def completed(model: LensModel, encoded: EncodedPrompt, target: Target) -> Encod
     """The prompt as it is run: with the completion, where that is the target."""
     if not isinstance(target, Completion):
         return encoded
-    ids = token_ids(model, target.text) if isinstance(target.text, str) else list(target.text)
+    ids = token_ids(model, target.text) if isinstance(target.text, str) else _completion_ids(model, target.text)
     if not ids:
         raise UsageError("the completion has no tokens, so it has no likelihood; give at least one word")
-    return encoded.with_response(ids)
+    whole = encoded.with_response(ids)
+    if len(whole) > int(model.cfg.n_ctx):
+        raise PromptTooLongError(
+            f"prompt and completion have {len(whole)} tokens, and the model's context n_ctx = {int(model.cfg.n_ctx)}; "
+            "shorten one of them"
+        )
+    return whole
+
+
+def _completion_ids(model: LensModel, text: Any) -> list[int]:
+    listed = text.tolist() if hasattr(text, "tolist") else text
+    empty = isinstance(listed, Sequence) and not len(listed)
+    found = [] if empty else token_list(listed, int(model.cfg.d_vocab))
+    if any(isinstance(each, str) for each in found):
+        raise UsageError(f"a completion is one text or a list of token ids, not {text!r}; join the words into one text")
+    return [int(each) for each in found]
 
 
 def goal_of(
@@ -104,19 +121,21 @@ def _token_list(model: LensModel, target: Any, logits: Float[Tensor, " d_vocab"]
     if target is None:
         p, order = logits.float().softmax(-1).sort(descending=True)
         return order[: min(TOP, 1 + int((p.cumsum(0) < MASS).sum()))].tolist()
-    listed = [target] if isinstance(target, str | int) else list(target)
-    if not listed or not all(isinstance(each, str | int) for each in listed):
-        raise UsageError(
-            f"target={target!r} is no target; give a token or a list of them, (yes, no), a Direction or a Completion"
-        )
-    return [_token(model, each) for each in listed]
+    listed = [_token(model, each) for each in token_list(target, int(model.cfg.d_vocab))]
+    _check_once("target", listed)
+    return listed
 
 
 def _token(model: LensModel, token: str | int) -> int:
-    found = single_token(model, token) if isinstance(token, str) else int(token)
+    found = single_token(model, token) if isinstance(token, str) else token
     if not 0 <= found < int(model.cfg.d_vocab):
         raise UsageError(f"token {found} is not among the model's {int(model.cfg.d_vocab)}; give a word or its id")
     return found
+
+
+def _check_once(name: str, tokens: Sequence[int]) -> None:
+    if twice := sorted({each for each in tokens if tokens.count(each) > 1}):
+        raise UsageError(f"{name} names the tokens {twice} twice, so how much each counts is unclear; name each once")
 
 
 def text_of(model: LensModel, token: int) -> str:
@@ -157,9 +176,10 @@ def _logits(model: LensModel, encoded: EncodedPrompt, tokens: Sequence[int], log
 
 
 def _difference(model: LensModel, encoded: EncodedPrompt, pair: tuple[Any, Any], logits: Tensor) -> Goal:
-    yes, no = (
-        [_token(model, each) for each in ([side] if isinstance(side, str | int) else side)] for side in pair
-    )
+    yes, no = ([_token(model, each) for each in token_list(side, int(model.cfg.d_vocab))] for side in pair)
+    _check_once("one side of (yes, no)", yes)
+    _check_once("one side of (yes, no)", no)
+    _check_once("(yes, no)", [*yes, *no])
     weight, bias = _unembedding(model), _bias(model)
     full = _at_end((weight[:, yes].mean(-1) - weight[:, no].mean(-1))[None], len(encoded))
     words = [" or ".join(text_of(model, t) for t in side) for side in (yes, no)]

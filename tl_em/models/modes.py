@@ -1,0 +1,94 @@
+"""The state of torch that numbers are made in: one rule for the whole package, in one place.
+
+A caller may stand in inference mode, under autocast, with another default dtype or device, or hold a model that was
+left in training mode. Each of these changes numbers in silence, or ends in somebody else's error far from its cause.
+The rule: **what this package computes, it computes with the model in evaluation mode, in the model's own dtype, without
+gradients, and with float32 on the CPU for its own arrays; and afterwards everything is as it was.** Results are plain
+tensors, also where they were made in inference mode.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@contextmanager
+def plain_torch(*models: Any) -> Iterator[None]:
+    """Evaluation mode for the models and torch's plain state, until the block ends.
+
+    Args:
+        *models: modules whose dropout must not act; what is no module is passed over.
+
+    Example:
+        >>> layer = nn.Dropout(0.5)
+        >>> with plain_torch(layer):
+        ...     layer(torch.ones(2)).tolist(), layer.training
+        ([1.0, 1.0], False)
+        >>> layer.training
+        True
+    """
+    with ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.no_grad())
+        if torch.get_default_dtype() != torch.float32:
+            stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+            torch.set_default_dtype(torch.float32)
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        for model in models:
+            if isinstance(model, nn.Module):
+                _put_in_evaluation(model, stack)
+        for kind in _autocast(*models):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+def _put_in_evaluation(model: nn.Module, stack: ExitStack) -> None:
+    """Module by module: ``model.eval()`` and ``model.train()`` would forget which of them were in training mode."""
+    for module in model.modules():
+        if module.training:
+            module.training = False
+            stack.callback(setattr, module, "training", True)
+
+
+def _autocast(*models: Any) -> list[str]:
+    """Kinds of devices under autocast, of those that matter."""
+    kinds = {"cpu", *(torch.device(model.cfg.device).type for model in models if hasattr(model, "cfg"))}
+    return [kind for kind in sorted(kinds) if kind != "meta" and torch.is_autocast_enabled(kind)]
+
+
+def in_plain_torch(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, run in ``plain_torch`` with the modules among its arguments in evaluation mode."""
+
+    @functools.wraps(function)
+    def plain(*args: P.args, **kwargs: P.kwargs) -> R:
+        with plain_torch(*args, *kwargs.values()):
+            return function(*args, **kwargs)
+
+    return plain
+
+
+@contextmanager
+def unlowered(device: torch.device) -> Iterator[None]:
+    """Autocast off where it is on: a hook's arithmetic in the dtype that it asks for, in the caller's own passes."""
+    if torch.is_autocast_enabled(device.type):
+        with torch.autocast(device.type, enabled=False):
+            yield
+    else:
+        yield
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """A copy, detached, that works in and outside inference mode alike."""
+    with torch.inference_mode(False), torch.no_grad():
+        return tensor.detach().clone()
