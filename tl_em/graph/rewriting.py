@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -58,7 +59,7 @@ def links_as_read(graph: AttributionGraph, origin: Origin) -> LinkRows:
     with np.errstate(over="ignore"):
         same = now == weights.astype(matrix.dtype)
     kept = same | (now != 0)
-    text = [repr(weight) for weight in weights.tolist()]
+    text = list(map(repr, weights.tolist()))
     for at, said in zip(np.flatnonzero(~same).tolist(), _decimals(now[~same]), strict=True):
         text[at] = said
     if not kept.all():
@@ -85,7 +86,7 @@ def _matrix(edges: Float[Tensor, "node node"]) -> Float[np.ndarray, "node node"]
 
 def _decimals(values: Float[np.ndarray, " link"]) -> list[str]:
     """The shortest decimals that read back as the same numbers."""
-    return values.astype(str).tolist() if values.dtype == np.float32 else [repr(value) for value in values.tolist()]
+    return values.astype(str).tolist() if values.dtype == np.float32 else list(map(repr, values.tolist()))
 
 
 # -- the file ----------------------------------------------------------------------------------------------------------
@@ -210,12 +211,14 @@ def _json(written: Mapping[str, Any], ids: Sequence[Any], links: LinkRows, *, as
     def dumped(value: Any) -> str:
         return json.dumps(value, ensure_ascii=ascii_only)
 
-    heads = [f'{{"source": {dumped(each)}, "target": ' for each in ids]
-    tails = [f'{dumped(each)}, "weight": ' for each in ids]
-    ends = zip(links.sources.tolist(), links.targets.tolist(), links.text, strict=True)
-    listed = [f"{heads[s]}{tails[t]}{weight}}}" for s, t, weight in ends]
+    # Three pieces a link, put together once: a million f-strings would be half of the time.
+    heads = np.array([f'}}, {{"source": {dumped(each)}, "target": ' for each in ids], dtype=object)
+    tails = np.array([f'{dumped(each)}, "weight": ' for each in ids], dtype=object)
+    first, second, third = heads[links.sources].tolist(), tails[links.targets].tolist(), list(links.text)
     for at, each in links.whole.items():
         own = {"source": ids[links.sources[at]], "target": ids[links.targets[at]], "weight": float(links.text[at])}
-        listed[at] = dumped({**each, **own})
-    parts = {name: f"[{', '.join(listed)}]" if name == "links" else dumped(value) for name, value in written.items()}
+        first[at], second[at], third[at] = "}, " + dumped({**each, **own})[:-1], "", ""
+    joined = "".join(chain.from_iterable(zip(first, second, third, strict=True)))
+    listed = f"[{joined[3:]}}}]" if first else "[]"
+    parts = {name: listed if name == "links" else dumped(value) for name, value in written.items()}
     return "{" + ", ".join(f"{dumped(name)}: {text}" for name, text in parts.items()) + "}"
