@@ -186,7 +186,7 @@ def check_model(model: LensModel) -> None:
 
 def _unmasked(encoded: Mapping[str, Any]) -> Any:
     """The ids of what a tokenizer returned, where it hides none of them."""
-    mask = encoded.get("attention_mask")
+    mask: Any = encoded.get("attention_mask")
     rows = mask.tolist() if hasattr(mask, "tolist") else mask
     flat = [each for row in rows or () for each in (row if isinstance(row, list) else [row])]
     if not all(flat):

@@ -113,8 +113,8 @@ def _told_apart(
         doubtful += len(can) > 1
     open_: dict[int, Sequence[int]] = {}
     for at in np.flatnonzero(np.isin(sources, first)).tolist():
-        every = shared[int(sources[at])]
-        can = [c for c in every if _before(nodes[c], nodes[targets[at]])] or every
+        every, target = shared[int(sources[at])], nodes[int(targets[at])]
+        can = [c for c in every if _before(nodes[c], target)] or every
         sources[at] = can[0]
         if len(can) > 1:
             open_[at] = sorted(can)

@@ -119,7 +119,7 @@ def as_read(
 
 def _node(node: Node, origin: Origin, fresh: Mapping[str, Any]) -> Mapping[str, Any]:
     raw, before = origin.nodes.get(node.id), origin.read.get(node.id)
-    if raw is None or before == node:
+    if raw is None or before is None or before == node:
         return fresh if raw is None else raw
     keys = [key for name, key in _SAID.items() if getattr(node, name) != getattr(before, name)]
     written = {**raw, **{key: fresh[key] for key in keys}}
