@@ -47,8 +47,8 @@ def uncantor(number: int) -> tuple[int, int]:
     """Layer and index of a number from :func:`tl_em.graph.exchange.cantor`.
 
     Example:
-        >>> uncantor(13_444_044_754)
-        (25, 163926)
+        >>> uncantor(41), uncantor(13_425_951_019)
+        ((3, 5), (25, 163839))
     """
     total = (math.isqrt(8 * number + 1) - 1) // 2
     index = number - total * (total + 1) // 2
