@@ -231,7 +231,7 @@ def test_a_cache_that_fails_costs_the_cache_alone(monkeypatch: pytest.MonkeyPatc
     def broken(model: Any) -> bool:
         raise TypeError("forward() got an unexpected keyword argument")
 
-    monkeypatch.setattr(proof, "_cache_gap", lambda model, tokens: broken(model))
+    monkeypatch.setattr(proof, "_cache_gap", lambda model, tokens, dtype: broken(model))
     hf_model, prompt = zoo.llama(), tokens(9)[0]
     model = load_model(hf_model, surface=surface)
     with pytest.warns(CacheWarning, match="TypeError: forward"):
