@@ -109,6 +109,21 @@ def test_a_half_precision_model_is_compared_in_its_own_dtype(surface: str) -> No
     assert 1e-4 < shown.forward < proof.HALF  # rounding shows, and is not taken for an error
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotary_frequencies_are_not_rounded_with_the_weights(tmp_path: Any, surface: str, dtype: torch.dtype) -> None:
+    """``hf_model.to(torch.bfloat16)`` rounds them; ``from_pretrained(dtype=torch.bfloat16)`` does not."""
+    halved = zoo.llama(scale=6.0).to(torch.bfloat16)
+    assert halved.model.rotary_emb.inv_freq.dtype == torch.bfloat16
+    halved.save_pretrained(tmp_path)
+    prompt = tokens(120)
+    stored = next_token_logits(load_model(tmp_path, surface=surface, dtype=dtype), prompt)
+    in_memory = next_token_logits(load_model(halved, surface=surface, dtype=dtype), prompt)
+    torch.testing.assert_close(in_memory, stored, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        rounded = halved.to(dtype)(torch.tensor([prompt[0].ids])).logits[:, -1].float()
+    assert (rounded - stored).abs().max() > 1e-3  # it would matter
+
+
 def test_proving_can_be_skipped_and_the_provenance_says_so(surface: str) -> None:
     skipped, proven = (load_model(zoo.llama(), surface=surface, prove=each) for each in (False, True))
     assert proof.proof(skipped) is None and proof.proof(proven) is not None

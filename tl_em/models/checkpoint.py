@@ -268,7 +268,27 @@ def in_memory(source: Any, keep: bool, dtype: torch.dtype) -> tuple[str, Any]:
     hf_model: Any = source if keep else copy.deepcopy(source)
     if not getattr(config, "architectures", None):
         hf_model.config.architectures = [type(source).__name__]
-    return str(getattr(config, "name_or_path", "") or type(source).__name__), hf_model.to(dtype)
+    return str(getattr(config, "name_or_path", "") or type(source).__name__), _cast(hf_model, dtype)
+
+
+def _cast(hf_model: Any, dtype: torch.dtype) -> Any:
+    """``hf_model.to(dtype)`` as ``from_pretrained(dtype=)`` does it: rotary frequencies stay float32, and exact.
+
+    ``.to()`` rounds them as well, and then far positions are turned by wrong angles, also after a way back to float32.
+    """
+    computed = [
+        (module, name, module._buffers[name])
+        for module in hf_model.modules()
+        for name in module._non_persistent_buffers_set
+        if module._buffers[name] is not None and module._buffers[name].is_floating_point()
+    ]
+    hf_model.to(dtype)
+    for module, name, before in computed:
+        if before.dtype == torch.float32:
+            module._buffers[name] = before
+        elif name.endswith("inv_freq") and getattr(module, "config", None) is not None:
+            module._buffers[name] = getattr(type(module)(module.config), name).to(before.device, torch.float32)
+    return hf_model
 
 
 def tokenizer_of(hf_model: Any) -> Any:
