@@ -26,6 +26,7 @@ from tl_em.metrics import Behaviour
 from tl_em.models.capture import next_token_logits
 from tl_em.models.contrasts import ContrastSet
 from tl_em.models.loading import ModelPair
+from tl_em.models.pieces import text_of_tokens
 from tl_em.models.prompts import Prompt
 from tl_em.organisms.behaviours import HELD_OUT, LOOK_UP, domain_questions
 from tl_em.organisms.rates import AnswerRate
@@ -126,7 +127,7 @@ def _with_graph(report: Report, pair: ModelPair, dictionary: Dictionary, prompts
     at = int(change.max(-1).values.argmax())
     target = ([int(change[at].argmax())], [int(change[at].argmin())])
     base, tuned = (attribute(model, prompts[at], dictionary, target=target) for model in (pair.base, pair.tuned))
-    words = " against ".join(repr(pair.tuned.tokenizer.decode(each)) for each in target)  # pyright: ignore
+    words = " against ".join(repr(text_of_tokens(getattr(pair.tuned, "tokenizer", None), each)) for each in target)
     note = (
         f"The held-out prompt on which the next token changed most; the target is {words}, what gained most against "
         "what lost most. The page to click through is graph-1.html beside this one, where the report was saved to a "

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from tl_em.directions.direction import Direction
 from tl_em.errors import ModelError, ProvenanceError, UsageError, WidthError
 from tl_em.models.hooks import LensModel
+from tl_em.models.pieces import token_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -176,5 +177,4 @@ def _largest(
 
 
 def _text(model: LensModel, token: int) -> str:
-    tokenizer = getattr(model, "tokenizer", None)
-    return str(token) if tokenizer is None else tokenizer.decode([token])
+    return token_text(getattr(model, "tokenizer", None), token)

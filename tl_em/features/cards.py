@@ -30,6 +30,7 @@ from tl_em.features.tokens import check_models, every_token, scope_spans
 from tl_em.interventions.scopes import Where
 from tl_em.models.capture import encoded_prompts, spans_of
 from tl_em.models.hooks import LensModel
+from tl_em.models.pieces import token_texts
 from tl_em.models.prompts import EncodedPrompt, Prompt
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ class Text(NamedTuple):
     """A prompt that some card shows: its tokens, and the activations of all latents that have a card.
 
     Args:
-        tokens: as text, one a position; from outside, so escape them.
+        tokens: as text, one a position; a character of several tokens stands at its first, the others are ``""``. From
+            outside, so escape them.
         activations: [pos card], in the model that is looked at.
         base: the same in the base; None without one.
     """
@@ -264,9 +266,7 @@ def _acts(
 
 
 def _text(model: LensModel, prompt: EncodedPrompt, own: Tensor, other: Tensor | None) -> Text:
-    tokenizer: Any = getattr(model, "tokenizer", None)
-    tokens = [str(i) if tokenizer is None else tokenizer.decode([i]) for i in prompt.ids]
-    return Text(tuple(tokens), own, other)
+    return Text(token_texts(getattr(model, "tokenizer", None), prompt.ids), own, other)
 
 
 # ---- one card ----------------------------------------------------------------------------------------------------

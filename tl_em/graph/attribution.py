@@ -24,9 +24,10 @@ from tl_em.graph.graph import AttributionGraph
 from tl_em.graph.inputs import check_model, ids_of, is_chat, is_ids, plainly, positions, room_for
 from tl_em.graph.latents import latent_plan, listed
 from tl_em.graph.plan import CHUNK, MAX_BYTES, drawn
-from tl_em.graph.targets import Target, completed, text_of
+from tl_em.graph.targets import Target, completed
 from tl_em.graph.validation import validated
 from tl_em.models.hooks import LensModel
+from tl_em.models.pieces import text_of_tokens
 from tl_em.models.prompts import EncodedPrompt, encode
 
 MAX_NODES = 8000
@@ -130,7 +131,7 @@ def encoded_prompt(model: LensModel, prompt: Any) -> EncodedPrompt:
         ids_of(prompt.ids, int(model.cfg.d_vocab))
     elif is_ids(prompt):
         ids = ids_of(prompt, int(model.cfg.d_vocab))
-        prompt = EncodedPrompt.from_ids(ids, " ".join(text_of(model, each) for each in ids))
+        prompt = EncodedPrompt.from_ids(ids, text_of_tokens(getattr(model, "tokenizer", None), ids))
     elif not (isinstance(prompt, str) or is_chat(prompt)):
         several = isinstance(prompt, Sequence)
         raise PromptError(

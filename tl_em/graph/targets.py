@@ -25,6 +25,7 @@ from tl_em.graph.graph import Node
 from tl_em.graph.inputs import token_list
 from tl_em.metrics import single_token, token_ids
 from tl_em.models.hooks import LensModel, read_point
+from tl_em.models.pieces import text_of_tokens, token_text
 from tl_em.models.prompts import EncodedPrompt, token_index
 
 TOP, MASS = 10, 0.95
@@ -140,8 +141,7 @@ def _check_once(name: str, tokens: Sequence[int]) -> None:
 
 def text_of(model: LensModel, token: int) -> str:
     """A token for people."""
-    tokenizer = getattr(model, "tokenizer", None)
-    return str(token) if tokenizer is None else str(tokenizer.decode([token]))
+    return token_text(getattr(model, "tokenizer", None), token)
 
 
 def _unembedding(model: LensModel) -> Float[Tensor, "d_model d_vocab"]:
@@ -204,7 +204,7 @@ def _likelihood(model: LensModel, encoded: EncodedPrompt, logits: Float[Tensor, 
     towards = (torch.nn.functional.one_hot(ids, p.shape[-1]).to(p) - p) * slope
     full = weight.new_zeros(1, len(encoded), weight.shape[0])
     full[0, span] = towards @ weight.T
-    label = "log-likelihood of " + " ".join(text_of(model, int(t)) for t in ids)
+    label = "log-likelihood of " + text_of_tokens(getattr(model, "tokenizer", None), ids.tolist())
     node = Node("logit", int(model.cfg.n_layers), len(encoded) - 1, weight=1.0, label=label)
     return Goal(LAST, full, (node,), value, first_order=True)
 
