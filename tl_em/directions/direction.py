@@ -147,4 +147,4 @@ def check_fits(direction: Direction, model: LensModel) -> None:
         ProvenanceError: the provenance disagrees with the model.
     """
     label = direction.name or "the direction"
-    check_belongs(label, len(direction.vector), direction.provenance, model)
+    check_belongs(label, len(direction.vector), direction.provenance, model, template=True)

@@ -33,6 +33,8 @@ from tl_em.models.pieces import token_text
 if TYPE_CHECKING:
     import pandas as pd
 
+_NO_MATTER = ("weights", "chat_template")
+"""Neither how weights were processed nor how prompts are shown changes what a direction writes."""
 _MAX_LOGITS = 2**24
 """Logits of random directions held at once: 64 MiB in float32."""
 _FAR = 1e2
@@ -106,8 +108,8 @@ def _check(model: LensModel, direction: Direction, k: int, scale: float, control
             "direction of this model"
         )
     origin = direction.provenance
-    found = [] if origin is None else [d for d in origin.differences(model) if not d.startswith("weights")]
-    if found:  # the weights' processing changes nothing here
+    found = [] if origin is None else [d for d in origin.differences(model) if not d.startswith(_NO_MATTER)]
+    if found:
         raise ProvenanceError(
             f"{direction.name or 'the direction'} was not made on a model like this one: {'; '.join(found)}. Its axes "
             "mean something else here, and other tokens; read it through its own model"

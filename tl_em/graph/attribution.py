@@ -29,6 +29,7 @@ from tl_em.graph.validation import validated
 from tl_em.models.hooks import LensModel
 from tl_em.models.pieces import text_of_tokens
 from tl_em.models.prompts import EncodedPrompt, encode
+from tl_em.models.tokenizing import own_bos
 
 MAX_NODES = 8000
 
@@ -142,5 +143,5 @@ def encoded_prompt(model: LensModel, prompt: Any) -> EncodedPrompt:
 
 
 def _skipped(model: LensModel, encoded: EncodedPrompt) -> tuple[int, ...]:
-    bos = getattr(getattr(model, "tokenizer", None), "bos_token_id", None)
+    bos = own_bos(getattr(model, "tokenizer", None))
     return (0,) if bos is not None and encoded.ids[0] == bos else ()

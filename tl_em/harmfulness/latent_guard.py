@@ -134,7 +134,7 @@ class LatentGuard:
         Raises:
             ProvenanceError, WidthError: the guard was made on another model.
         """
-        check_belongs("the guard", self.harmful.shape[-1], self.provenance, model)
+        check_belongs("the guard", self.harmful.shape[-1], self.provenance, model, template=True)
         x = capture(model, prompts, _sites(self.layers), position=POSITION).double()
         towards = [torch.cosine_similarity(x, means.double(), dim=-1) for means in (self.harmful, self.harmless)]
         return (towards[0] - towards[1]).mean(-1).float()

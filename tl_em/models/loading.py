@@ -24,6 +24,8 @@ from tl_em.models.quiet import plain_torch, quiet
 from tl_em.models.sites import vocabulary_hash
 from tl_em.models.source import boundaries, remember
 from tl_em.models.surfaces import advice, as_bridge, as_hooked, check_built, reloadable
+from tl_em.models.templates import template_record
+from tl_em.models.tokenizing import keep_before, own_before
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +106,9 @@ def _on_surface(
     hf_model = language_model(whole)
     check_built(surface)
     build = as_hooked if surface == "hooked" else as_bridge
+    before = own_before(tokenizer)
     model = build(name, hf_model, tokenizer, dtype, device)
+    keep_before(model.tokenizer, before)
     remember(model, hf_model, proven=proven, beyond=() if expected is None else expected.beyond)
     if expected is not None:
         prove(model, expected, advice(model, hf_model))
@@ -165,7 +169,9 @@ def _mismatches(base: LensModel, tuned: LensModel) -> list[str]:
     tokenizers = [getattr(model, "tokenizer", None) for model in (base, tuned)]
     if vocabulary_hash(tokenizers[0]) != vocabulary_hash(tokenizers[1]):
         found.append("their tokenizers have different vocabularies")
-    for field, what in (("chat_template", "chat templates"), ("chat_template_kwargs", "chat_template_kwargs")):
-        if (getattr(tokenizers[0], field, None) or None) != (getattr(tokenizers[1], field, None) or None):
-            found.append(f"their tokenizers have different {what}")
+    template, kwargs = zip(*map(template_record, tokenizers), strict=True)
+    if template[0] != template[1]:
+        found.append("their tokenizers have different chat templates")
+    if kwargs[0] != kwargs[1]:
+        found.append(f"their chat_template_kwargs are {kwargs[0]} in base and {kwargs[1]} in tuned")
     return found

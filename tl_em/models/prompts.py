@@ -1,15 +1,13 @@
 """Prompts as tokens: what the model reads, and where in it the instruction, the prompt and the response end.
 
-Positions come from the chat template, never from a typed index. The template is rendered a second time with a marker in
-place of the last user message; the text before and after the marker encloses the message in the true rendering, and
-character offsets carry that span to tokens. So it does not matter that a template strips white space, that the same
-words occur twice, or how many tokens a header takes.
+Chats are rendered, and their parts found, by ``models.templates``; text becomes the tokenizer's own ids in
+``models.tokenizing``, whose character offsets carry the parts to tokens. Both surfaces read the same tokens.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -23,6 +21,8 @@ from tl_em.models.contrasts import ContrastSet, Message, Prompt, Splits, as_prom
 from tl_em.models.hooks import LensModel
 from tl_em.models.sites import Position, check_position
 from tl_em.models.source import warn_beyond_proof
+from tl_em.models.templates import has_template, rendered_chat
+from tl_em.models.tokenizing import Span, own_bos, plain_tokens, tokens_and_spans
 
 __all__ = [
     "Batch",
@@ -38,8 +38,6 @@ __all__ = [
     "token_index",
     "tokens_and_spans",
 ]
-
-Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -86,21 +84,28 @@ def encode(
     """Tokenize prompts as the model was meant to read them, and find their positions.
 
     Chat messages, and plain strings where the tokenizer has a chat template (one user turn), go through the template:
-    the tokens equal ``tokenizer.apply_chat_template(tokenize=True)``, with no second BOS token. A final assistant
-    message is the response and ends the tokens; otherwise the generation prompt does. Plain strings without a template
-    follow TransformerLens's ``to_tokens``, BOS included. Prompts that are encoded already pass through.
+    the tokens equal ``tokenizer.apply_chat_template(tokenize=True)``, with ``tokenizer.chat_template_kwargs`` where
+    they are set, and no second BOS token. A final assistant message is the response and ends the tokens; otherwise the
+    generation prompt does. Thinking in earlier answers is taken off where the template does so.
+
+    Plain strings without a template, and strings that begin with the BOS text (rendered already, as the prompts of
+    published graph files are), are the tokenizer's own ids, with its own BOS token in front where TransformerLens would
+    put one: one BOS token, and none that the tokenizer does not name. What a tokenizer appends by itself (EOS) is left
+    out: the prompt goes on. Prompts that are encoded already pass through.
 
     Args:
         model: a HookedTransformer or TransformerBridge.
         prompts: strings, lists of messages, or encoded prompts.
-        chat: False reads strings as raw text even where there is a chat template.
+        chat: False reads strings as raw text even where there is a chat template, True as a user turn even where they
+            begin with the BOS text.
 
     Returns:
         One ``EncodedPrompt`` a prompt, in order.
 
     Raises:
-        UnknownTokenError: words outside the vocabulary. PromptTooLongError: longer than ``n_ctx``. PromptError: empty,
-        or chat messages for a tokenizer that cannot render them.
+        UnknownTokenError: words outside the vocabulary, tokens without an embedding. PromptTooLongError: longer than
+        ``n_ctx``. PromptError: empty, chat messages for a tokenizer that cannot render them, a message that the
+        template leaves out or rewrites. PositionError: one that cannot be told from the template's own words.
     """
     prompts = as_prompts(prompts)
     tokenizer = getattr(model, "tokenizer", None)
@@ -114,6 +119,7 @@ def encode(
     found = [encoded[id(prompt)] for prompt in prompts]
     _check_lengths(found, int(model.cfg.n_ctx))
     warn_beyond_proof(model, max(map(len, found), default=0))
+    _check_vocabulary(found, int(model.cfg.d_vocab), tokenizer)
     return found
 
 
@@ -124,18 +130,22 @@ def _is_plain(tokenizer: Any, prompt: Prompt | EncodedPrompt, chat: bool | None)
             "The model has no tokenizer, so text means nothing to it. Load it with load_model(source, tokenizer=…), or "
             "pass tokens: EncodedPrompt.from_ids([…])."
         )
-    return isinstance(prompt, str) and (getattr(tokenizer, "chat_template", None) is None or chat is False)
+    if not isinstance(prompt, str):
+        return False
+    if not has_template(tokenizer):
+        return chat is not True
+    begun = own_bos(tokenizer) is not None and prompt.startswith(str(getattr(tokenizer, "bos_token", None)))
+    return chat is False or (chat is None and begun)
 
 
 def _encode_turns(tokenizer: Any, prompt: Prompt) -> EncodedPrompt:
-    if getattr(tokenizer, "chat_template", None) is None:
+    if not has_template(tokenizer):
         raise PromptError(
             "Chat messages were given, but the tokenizer has no chat template, so it is unknown how the model was "
             "shown turns. Pass plain strings (of a file: ContrastSet.load(path, form='text')), or set "
             "model.tokenizer.chat_template."
         )
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
-    return _encode_chat(tokenizer, messages)
+    return _encode_chat(tokenizer, [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
 
 
 def _encode_plain(model: LensModel, tokenizer: Any, texts: Sequence[str]) -> list[EncodedPrompt]:
@@ -144,153 +154,33 @@ def _encode_plain(model: LensModel, tokenizer: Any, texts: Sequence[str]) -> lis
     empty = [text for text in texts if not text.strip()]
     if empty:
         raise PromptError(f"The prompt {empty[0]!r} is empty, so there is no token to read at. Drop it.")
-    bos = tokenizer.bos_token_id
-    # Some loaders invent a BOS token that the model has no embedding for.
-    has_bos = bos is not None and bos < int(model.cfg.d_vocab)
-    encoded = []
-    read = list(zip(texts, _plain_ids(model, tokenizer, texts, has_bos), strict=True))
-    _check_known(tokenizer, read)
-    for text, ids in read:
-        start = int(has_bos and len(ids) > 1 and ids[0] == bos and not text.startswith(str(tokenizer.bos_token)))
-        encoded.append(EncodedPrompt(ids, (start, len(ids)), len(ids) - 1, None, text))
-    return encoded
+    prepend = bool(getattr(model.cfg, "default_prepend_bos", True))
+    found = plain_tokens(tokenizer, texts, prepend=prepend, d_vocab=int(model.cfg.d_vocab))
+    return [
+        EncodedPrompt(ids, (start, len(ids)), len(ids) - 1, None, text)
+        for text, (ids, start) in zip(texts, found, strict=True)
+    ]
 
 
-def _plain_ids(model: LensModel, tokenizer: Any, texts: Sequence[str], has_bos: bool) -> list[tuple[int, ...]]:
-    """What ``to_tokens`` makes of each text: in one call of the tokenizer where that gives the first of them as well.
-
-    ``to_tokens`` takes one text at a time, at ten times the cost: a list it pads, and padding may look like text.
-    """
-
-    def one(text: str) -> list[int]:
-        options: dict[str, Any] = {} if has_bos else {"prepend_bos": False}
-        return model.to_tokens(text, truncate=False, move_to_device=False, **options)[0].tolist()
-
-    first = one(texts[0])
-    for prefix in ("", str(tokenizer.bos_token)):
-        if tokenizer(prefix + texts[0])["input_ids"] == first:
-            return [tuple(ids) for ids in tokenizer([prefix + text for text in texts])["input_ids"]]
-    return [tuple(first), *(tuple(one(text)) for text in texts[1:])]
-
-
-def _encode_chat(tokenizer: Any, messages: list[dict[str, str]]) -> EncodedPrompt:
-    users = [i for i, message in enumerate(messages) if message.get("role") == "user"]
-    if not users:
-        raise PromptError("The chat has no user message, so it has no instruction. Add {'role': 'user', 'content': …}.")
-    answered = messages[-1].get("role") == "assistant"
-    text = _render(tokenizer, messages, not answered)
-    _check_rendered(text, messages)
-    instruction = _content_span(tokenizer, messages, users[-1], text, not answered)
-    response = _content_span(tokenizer, messages, len(messages) - 1, text, False) if answered else None
+def _encode_chat(tokenizer: Any, messages: Any) -> EncodedPrompt:
+    text, instruction, response = rendered_chat(tokenizer, messages)
     ids, span_of = tokens_and_spans(tokenizer, text)
-    _check_known(tokenizer, [(text, ids)])
     if response is None:
         return EncodedPrompt(ids, span_of(*instruction), len(ids) - 1, None, text)
     first, end = span_of(*response)
     return EncodedPrompt(ids[:end], span_of(*instruction), first - 1, (first, end), text)
 
 
-def _render(tokenizer: Any, messages: list[dict[str, str]], generation_prompt: bool) -> str:
-    try:
-        options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": generation_prompt}
-        return tokenizer.apply_chat_template(messages, **options, **_unsaid(tokenizer))
-    except Exception as error:  # jinja2's TemplateError, and whatever a template's own code raises
-        roles = [message.get("role") for message in messages]
-        raise PromptError(
-            f"The chat template refuses messages with the roles {roles}: {error}. The model was not trained on such a "
-            f"chat. Change it, e.g. put the system text at the head of the first user message."
-        ) from error
-
-
-def _unsaid(tokenizer: Any) -> dict[str, str]:
-    """Special tokens that a loader made up, to be left out of a template, as the user's own tokenizer leaves them out.
-
-    TransformerLens gives a tokenizer without a BOS token its end-of-text token as one.
-    """
-    own = getattr(tokenizer, "init_kwargs", {})
-    made_up = {
-        "bos_token": not own.get("bos_token") and tokenizer.bos_token == tokenizer.eos_token,
-        "eos_token": not own.get("eos_token") and tokenizer.eos_token == "<|endoftext|>",
-    }
-    return {name: "" for name, invented in made_up.items() if invented}
-
-
-def _check_rendered(text: str, messages: list[dict[str, str]]) -> None:
-    for message in messages:
-        if message.get("role") in ("system", "user") and message.get("content", "").strip() not in text:
-            raise PromptError(
-                f"The chat template leaves out the {message['role']} message {message['content'][:40]!r}, so the model "
-                f"would never see it. Put that text at the head of the first user message."
+def _check_vocabulary(encoded: Sequence[EncodedPrompt], d_vocab: int, tokenizer: Any) -> None:
+    for prompt in encoded:
+        outside = [token for token in prompt.ids if not 0 <= token < d_vocab]
+        if outside:
+            name = "" if tokenizer is None or outside[0] < 0 else f" ({tokenizer.convert_ids_to_tokens(outside[0])!r})"
+            raise UnknownTokenError(
+                f"The prompt {prompt.text[:60]!r} holds the token {outside[0]}{name}, and the model has embeddings for "
+                f"0 to {d_vocab - 1}. Use the tokenizer that the model was trained with: "
+                f"em.load_model(source, tokenizer=…), or leave that token out."
             )
-
-
-def _content_span(
-    tokenizer: Any, messages: list[dict[str, str]], index: int, text: str, generation_prompt: bool
-) -> Span:
-    """Where message ``index`` stands in ``text``, in characters, found by rendering a marker in its place."""
-    marker = "tlemmarker"
-    while marker in text:
-        marker += "x"
-    marked = [dict(m, content=marker) if i == index else m for i, m in enumerate(messages)]
-    rendered = _render(tokenizer, marked, generation_prompt)
-    before, found, after = rendered.partition(marker)
-    if not found or not text.startswith(before) or not text.endswith(after) or len(before) + len(after) > len(text):
-        raise PositionError(
-            f"The chat template changes what stands around message {index} with its content, so its tokens cannot be "
-            f"told from the template's. Simplify the template, or pass tokens: EncodedPrompt(ids, instruction=…, …)."
-        )
-    start, end = len(before), len(text) - len(after)
-    return start + len(text[start:end]) - len(text[start:end].lstrip()), start + len(text[start:end].rstrip())
-
-
-def tokens_and_spans(tokenizer: Any, text: str) -> tuple[tuple[int, ...], Callable[[int, int], Span]]:
-    """Tokens of rendered text, and a function from a span of characters to the span of tokens that overlap it."""
-    if getattr(tokenizer, "is_fast", False):
-        batch = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids, offsets = tuple(batch["input_ids"]), batch["offset_mapping"]
-
-        def span_of(start: int, end: int) -> Span:
-            inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > start]
-            first = sum(b <= start for _, b in offsets)
-            return (inside[0], inside[-1] + 1) if inside else (first, first)
-
-        return ids, span_of
-    ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    def span_by_prefix(start: int, end: int) -> Span:
-        first, _ = _shared_prefix(ids, tokenizer(text[:start], add_special_tokens=False)["input_ids"])
-        last, whole = _shared_prefix(ids, tokenizer(text[:end], add_special_tokens=False)["input_ids"])
-        return first, max(first, last if whole or start == end else last + 1)
-
-    return ids, span_by_prefix
-
-
-def _shared_prefix(ids: Sequence[int], prefix: Sequence[int]) -> tuple[int, bool]:
-    """How many leading tokens agree, and whether the prefix text is tokenized the same on its own."""
-    n = 0
-    while n < min(len(ids), len(prefix)) and ids[n] == prefix[n]:
-        n += 1
-    return n, n == len(prefix)
-
-
-def _check_known(tokenizer: Any, read: Sequence[tuple[str, Sequence[int]]]) -> None:
-    """Raise ``UnknownTokenError`` for the first text whose tokens hold the unknown one."""
-    unknown = getattr(tokenizer, "unk_token_id", None)
-    special = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
-    if unknown is None or unknown in special:
-        return
-    text = next((text for text, ids in read if unknown in ids), None)
-    if text is None:
-        return
-    words = [
-        word
-        for word in dict.fromkeys(text.split())
-        if unknown in tokenizer(word, add_special_tokens=False)["input_ids"]
-    ]
-    raise UnknownTokenError(
-        f"{', '.join(map(repr, words[:8])) or 'Part'} of the prompt {text[:60]!r} is not in the model's vocabulary, so "
-        f"the model would read {tokenizer.unk_token!r} in its place. Use prompts of the model's own vocabulary."
-    )
 
 
 def _check_lengths(encoded: Sequence[EncodedPrompt], n_ctx: int) -> None:

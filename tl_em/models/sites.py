@@ -18,11 +18,13 @@ from weakref import WeakKeyDictionary
 
 from tl_em.errors import CorruptFileError, PositionError, ProvenanceError, UnknownHookError, WidthError
 from tl_em.models.source import was_proven
+from tl_em.models.templates import template_record
 
 Stream = Literal["resid_pre", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post"]
 Position = Literal["instruction_end", "prompt_end", "response_mean", "all"] | int
 
 _WORD_POSITIONS = ("instruction_end", "prompt_end", "response_mean", "all")
+_TEMPLATE = ("chat_template", "chat_template_kwargs")
 _READ_ONLY: tuple[Stream, ...] = ("resid_mid", "mlp_in")
 
 
@@ -113,6 +115,8 @@ class Provenance:
         versions: versions of the libraries.
         proven: whether ``load_model`` showed the model to compute what its source computes; None for a model that came
             ready-made.
+        chat_template: hash of the chat template, ``"none"`` without one; None where it was not recorded.
+        chat_template_kwargs: arguments that the template was given; None where they were not recorded.
     """
 
     model: str
@@ -127,11 +131,14 @@ class Provenance:
     seed: int | None = None
     versions: Mapping[str, str] = field(default_factory=dict, hash=False)
     proven: bool | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: Mapping[str, Any] | None = field(default=None, hash=False)
 
     @classmethod
     def of(cls, model: Any, data: str | None = None, seed: int | None = None) -> Provenance:
         """The provenance of something made on ``model`` now."""
-        cfg = model.cfg
+        cfg, tokenizer = model.cfg, getattr(model, "tokenizer", None)
+        template, kwargs = template_record(tokenizer)
         return cls(
             model=str(getattr(cfg, "model_name", None) or type(model).__name__),
             revision=_revision(model),
@@ -140,20 +147,24 @@ class Provenance:
             n_layers=int(cfg.n_layers),
             d_model=int(cfg.d_model),
             d_vocab=int(cfg.d_vocab),
-            tokenizer=vocabulary_hash(getattr(model, "tokenizer", None)),
+            tokenizer=vocabulary_hash(tokenizer),
             data=data,
             seed=seed,
             versions=dict(_versions()),
             proven=was_proven(model),
+            chat_template=template,
+            chat_template_kwargs=kwargs,
         )
 
     def differences(self, model: Any) -> list[str]:
-        """What of ``model`` disagrees with this: shape, tokenizer, weight processing. The surface alone does not.
+        """What of ``model`` disagrees with this: shape, tokenizer, chat template and its arguments, weight processing.
 
-        The model's name is not compared: to carry a base model's direction to its fine-tune is what the package is for.
+        The surface alone does not. The model's name is not compared: to carry a base model's direction to its fine-tune
+        is what the package is for. A template that was not recorded is not compared.
         """
         here = Provenance.of(model)
         compared = ("n_layers", "d_model", "d_vocab", "tokenizer", "weights")
+        compared += tuple(name for name in _TEMPLATE if None not in (getattr(self, name), getattr(here, name)))
         pairs = [(name, getattr(self, name), getattr(here, name)) for name in compared]
         return [f"{name}: made on {then!r}, this model has {now!r}" for name, then, now in pairs if then != now]
 
@@ -179,18 +190,32 @@ class Provenance:
             ) from error
 
 
-def check_belongs(label: str, width: int, provenance: Provenance | None, model: Any) -> None:
-    """Raise unless something of this width and provenance belongs on this model."""
+def check_belongs(
+    label: str, width: int, provenance: Provenance | None, model: Any, *, template: bool = False
+) -> None:
+    """Raise unless something of this width and provenance belongs on this model.
+
+    ``template``: whether it was read off prompts, so that another chat template, or other arguments, would have made
+    another thing of the same prompts.
+    """
     if width != model.cfg.d_model:
         raise WidthError(
             f"{label} is {width} wide and the model's d_model is {model.cfg.d_model}; it was made on another model: "
             "extract it on this one with em.difference_in_means"
         )
     found = provenance.differences(model) if provenance is not None else []
-    if found:
+    read = [each for each in found if each.startswith(_TEMPLATE)]
+    made = [each for each in found if each not in read]
+    if made:
         raise ProvenanceError(
-            f"{label} was not made on a model like this one: {'; '.join(found)}. Its axes mean something else here. "
+            f"{label} was not made on a model like this one: {'; '.join(made)}. Its axes mean something else here. "
             "Extract it again on this model, or, if you know better, pass direction.unchecked()"
+        )
+    if read and template:
+        raise ProvenanceError(
+            f"{label} was made from prompts as this model is not shown them: {'; '.join(read)}. The same prompts would "
+            "give something else here. Load the model with the same template and em.load_model(source, "
+            "chat_template_kwargs=…), extract it again, or, if you know better, pass direction.unchecked()"
         )
 
 

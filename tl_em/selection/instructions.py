@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor
@@ -20,6 +20,7 @@ from tl_em.models.capture import sequence_logprobs
 from tl_em.models.contrasts import Prompt
 from tl_em.models.hooks import LensModel
 from tl_em.models.prompts import EncodedPrompt, encode
+from tl_em.models.templates import has_template
 
 
 class Instructed(NamedTuple):
@@ -59,16 +60,12 @@ def instructed(model: LensModel, prompts: Sequence[Prompt | EncodedPrompt], inst
     texts = [prompt for prompt in prompts if not isinstance(prompt, EncodedPrompt)]
     if len(texts) < len(prompts):
         raise UsageError("an instruction cannot be put before tokens; pass the prompts as strings or chats")
-    if all(isinstance(text, str) for text in texts) and not _has_template(model):
+    if all(isinstance(text, str) for text in texts) and not has_template(getattr(model, "tokenizer", None)):
         return Instructed([f"{instruction} {text}" for text in texts], "text prefix")
     chats = [[{"role": "user", "content": t}] if isinstance(t, str) else [dict(m) for m in t] for t in texts]
     if _reads_system_messages(model, chats[0], instruction):
         return Instructed([_headed(chat, "system", instruction) for chat in chats], "system message")
     return Instructed([_headed(chat, "user", instruction) for chat in chats], "user message")
-
-
-def _has_template(model: Any) -> bool:
-    return getattr(model.tokenizer, "chat_template", None) is not None
 
 
 def _reads_system_messages(model: LensModel, chat: list[dict[str, str]], instruction: str) -> bool:
