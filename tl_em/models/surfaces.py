@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import tempfile
 from contextlib import ExitStack
@@ -13,6 +14,7 @@ import torch
 
 from tl_em.errors import ModelError
 from tl_em.models.quiet import first_line
+from tl_em.models.tokenizing import same_ids
 
 
 def reloadable(tokenizer: Any, stack: ExitStack) -> Any:
@@ -22,9 +24,14 @@ def reloadable(tokenizer: Any, stack: ExitStack) -> Any:
     directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="tl-em-"))
     tokenizer.save_pretrained(directory)
     try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except (ValueError, OSError):  # a class of its own, which transformers cannot find again
-        return tokenizer
+        found = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except Exception:  # a class of its own, which transformers cannot find again; it raises what it likes
+        found = None
+    if found is not None and same_ids(tokenizer, found):
+        return found
+    kept = copy.deepcopy(tokenizer)
+    kept.init_kwargs |= {"name_or_path": "", "add_bos_token": True}  # TransformerLens then does not reload it
+    return kept
 
 
 def check_built(surface: str) -> None:

@@ -9,8 +9,8 @@ error that shows what became of it. The one exception is the thinking (``… </t
 many templates take off by design: nobody reads there.
 
 **Arguments.** ``em.load_model(…, chat_template_kwargs={"enable_thinking": False})`` sets the attribute of that name on
-``model.tokenizer``: it goes into every rendering and is part of the provenance. A template that asks for the time gets
-the same one for all renderings of a chat; where it lets the date be given, give it, or tomorrow's prompts are others.
+``model.tokenizer``: it goes into every rendering and is part of the provenance. Where a template writes the date and
+lets it be given, give it, or tomorrow's prompts are others.
 
 Source: https://huggingface.co/docs/transformers/chat_templating
 """
@@ -20,7 +20,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from typing import Any, NamedTuple
 
 from tl_em.errors import PositionError, PromptError, UsageError
@@ -33,6 +32,8 @@ _OURS = (
 )
 _SAID_APART = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 """Keys of an answer that hold part of what the model said."""
+_TRIES = 4
+"""Renderings of a template that writes the time: the next second may begin between two of them."""
 
 
 class Rendered(NamedTuple):
@@ -100,14 +101,11 @@ def _said(value: Any) -> Any:
 
 
 class _Renderer:
-    """One chat's renderings, all with the same arguments at the same time."""
+    """One chat's renderings, all with the same arguments."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer, given = tokenizer, template_kwargs(tokenizer)
         self.options: dict[str, Any] = dict.fromkeys(made_up(tokenizer), "") | given
-        text = f"{getattr(tokenizer, 'chat_template', None)} {given.get('chat_template')}"
-        if "strftime_now" in text and "strftime_now" not in given:
-            self.options["strftime_now"] = datetime.now().strftime
 
     def __call__(self, messages: Sequence[Mapping[str, Any]], generation_prompt: bool) -> str:
         try:
@@ -134,10 +132,25 @@ def rendered_chat(tokenizer: Any, messages: Any) -> Rendered:
             cannot be told from the template's own words.
     """
     render, chat = _Renderer(tokenizer), checked_messages(messages)
-    last_user = max(i for i, message in enumerate(chat) if message["role"] == "user")
     answered = chat[-1]["role"] == "assistant"
     chat = _readable(render, chat, not answered)
-    text = render(chat, not answered)
+    for _ in range(_TRIES):
+        text = render(chat, not answered)
+        try:
+            return _found(render, chat, text)
+        except PromptError:
+            if render(chat, not answered) == text:
+                raise
+    raise PositionError(
+        "The chat template writes the time, and another one in each rendering, so it cannot be told where a message "
+        "stands. Give the time as an argument, em.load_model(…, chat_template_kwargs=…), or take it out of there."
+    )
+
+
+def _found(render: _Renderer, chat: list[dict[str, Any]], text: str) -> Rendered:
+    """Where the parts of a chat stand in its rendering."""
+    last_user = max(i for i, message in enumerate(chat) if message["role"] == "user")
+    answered = chat[-1]["role"] == "assistant"
     spans: dict[int, Span] = {}
     for index, message in enumerate(chat):
         if answered and index == len(chat) - 1:
@@ -217,12 +230,8 @@ def _readable(render: _Renderer, chat: list[dict[str, Any]], generation_prompt: 
     """
     listed = [i for i, message in enumerate(chat) if not isinstance(message.get("content"), str | None)]
     for index in listed:
-        parts, probe = chat[index]["content"], [{"type": "text", "text": "tlemmarker", "tlemunread": "tlemunread"}]
-        try:
-            seen = render(_with(chat, index, probe), generation_prompt)
-        except PromptError:
-            seen = ""
-        if "tlemmarker" in seen and "tlemunread" not in seen:
+        parts = chat[index]["content"]
+        if _reads_parts(render, chat, index, generation_prompt):
             continue
         if len(parts) > 1:
             raise PromptError(
@@ -231,6 +240,15 @@ def _readable(render: _Renderer, chat: list[dict[str, Any]], generation_prompt: 
             )
         chat = _with(chat, index, parts[0]["text"])
     return chat
+
+
+def _reads_parts(render: _Renderer, chat: list[dict[str, Any]], index: int, generation_prompt: bool) -> bool:
+    probe = [{"type": "text", "text": "tlemmarker", "tlemunread": "tlemunread"}]
+    try:
+        seen = render(_with(chat, index, probe), generation_prompt)
+    except PromptError:
+        return False
+    return "tlemmarker" in seen and "tlemunread" not in seen
 
 
 def _with(chat: Sequence[dict[str, Any]], index: int, content: Any) -> list[dict[str, Any]]:
@@ -259,11 +277,11 @@ def _enclosed(text: str, before: str, after: str) -> Span | None:
     return (len(before), len(text) - len(after)) if fits else None
 
 
-def _span(render: _Renderer, chat: Sequence[dict[str, Any]], index: int, text: str, prompt: bool) -> Span:
+def _span(render: _Renderer, chat: list[dict[str, Any]], index: int, text: str, prompt: bool) -> Span:
     """Where message ``index`` stands in ``text``, in characters."""
     around = _marked(render, chat, index, text, prompt)
     if len(around) == 1:
-        raise PromptError(_became(chat[index], None))
+        raise PromptError(_became(chat[index], None, parts=_reads_parts(render, chat, index, prompt)))
     found = _enclosed(text, around[0], around[1]) if len(around) == 2 else None
     if found is None:
         why = "writes message {} more than once" if len(around) > 2 else "changes what stands around message {} with it"
@@ -287,7 +305,8 @@ def _answer_span(render: _Renderer, chat: Sequence[dict[str, Any]], text: str) -
             return _stripped(text, *wider)  # the template sets the thinking on lines of its own
     if found is None:
         if len(around) == 1:
-            raise PromptError(_became(message, None))
+            shown = _after_prompt(render, chat, text, "")
+            raise PromptError(_became(message, None if shown is None else text[slice(*shown)]))
         raise PositionError(
             f"The chat template changes what stands around the answer {_text_of(message)[:60]!r} with it, so its "
             f"tokens cannot be told from the template's. Pass tokens: EncodedPrompt.from_ids(…).with_response(…)."
@@ -309,7 +328,7 @@ def _stripped(text: str, start: int, end: int) -> Span:
     return start + len(inside) - len(inside.lstrip()), start + len(inside.rstrip())
 
 
-def _check_present(render: _Renderer, chat: Sequence[dict[str, Any]], index: int, text: str, prompt: bool) -> None:
+def _check_present(render: _Renderer, chat: list[dict[str, Any]], index: int, text: str, prompt: bool) -> None:
     """Raise where a message that is neither the instruction nor the answer is not what the model sees."""
     message = chat[index]
     calls = message.get("tool_calls")
@@ -322,7 +341,7 @@ def _check_present(render: _Renderer, chat: Sequence[dict[str, Any]], index: int
         return
     said, around = _text_of(message), _marked(render, chat, index, text, prompt)
     if len(around) == 1:
-        raise PromptError(_became(message, None))
+        raise PromptError(_became(message, None, parts=_reads_parts(render, chat, index, prompt)))
     if any(each.join(around) == text for each in (said, said.strip())):
         return
     found = _enclosed(text, around[0], around[1]) if len(around) == 2 else None
@@ -365,15 +384,19 @@ def _check_same(message: Mapping[str, Any], shown: str) -> None:
         raise PromptError(_became(message, shown))
 
 
-def _became(message: Mapping[str, Any], shown: str | None) -> str:
-    """What a template made of a message, for an error."""
+def _became(message: Mapping[str, Any], shown: str | None, *, parts: bool = False) -> str:
+    """What a template made of a message, for an error; ``parts``: whether it reads content given as parts."""
     said = _text_of(message).strip()
     role = f"the {message['role']} message"
     fix = (
         "Write the answer as the template renders it, set chat_template_kwargs= where the template takes an argument "
         "for it, or pass tokens: EncodedPrompt.from_ids(…).with_response(…)."
         if message["role"] == "assistant"
+        else "Give 'content' as parts, which it reads: [{'type': 'text', 'text': …}]."
+        if parts
         else "Put that text at the head of the first user message."
+        if message["role"] == "system"
+        else "Write it as the template renders it, or pass tokens: EncodedPrompt(ids, instruction=…, …)."
     )
     if shown is None or not shown.strip():
         return (

@@ -81,6 +81,20 @@ def _before(tokenizer: Any) -> tuple[int, ...]:
     return ()
 
 
+def same_ids(tokenizer: Any, other: Any) -> bool:
+    """Whether two tokenizers read a few texts alike, special tokens included."""
+
+    def read(each: Any, text: str) -> list[int] | None:
+        try:
+            return list(each(text)["input_ids"])
+        except Exception:  # both may refuse it
+            return None
+
+    names = " ".join(tokenizer.all_special_tokens)
+    texts = ("a the cat", " The  Cat\n\tsat. 12 345!", "naïve 佛 שלום 😀", names, "def f(x):\n    return x")
+    return all(read(tokenizer, text) == read(other, text) for text in texts)
+
+
 # ---- text to ids -----------------------------------------------------------------------------------------------------
 class PlainText(NamedTuple):
     """Tokens of a text that goes through no template, and how many of them are special ones before it."""
