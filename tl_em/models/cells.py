@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from tl_em.reading import Row
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
 Prompt = str | Sequence[Message]
 Form = Literal["chat", "text"]
 
