@@ -47,8 +47,14 @@ def system(text: str) -> dict[str, Any]:
     return {"role": "system", "content": text}
 
 
-class Reader(SimpleNamespace):
+class Reader:
     """The members that make a model one."""
+
+    hook_dict = hooks = to_tokens = generate = None
+    cfg = SimpleNamespace(n_ctx=4096, d_vocab=256)
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
 
     def __call__(self, *_: Any) -> None: ...
 
@@ -63,8 +69,7 @@ def reader(template: Any, **options: Any) -> Any:
     tokenizer.chat_template = template
     if options:
         tokenizer.chat_template_kwargs = options  # pyright: ignore[reportAttributeAccessIssue]
-    members = dict.fromkeys(("hook_dict", "hooks", "to_tokens", "generate"))
-    return Reader(tokenizer=tokenizer, cfg=SimpleNamespace(n_ctx=4096, d_vocab=256), **members)
+    return Reader(tokenizer)
 
 
 def read(template: Any, chat: Any, **options: Any) -> tuple[str, str, str | None]:
