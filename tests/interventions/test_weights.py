@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import BloomConfig, BloomForCausalLM
 
-from tests.conftest import make_hf_model, make_tokenizer
+from tests.conftest import SURFACES, make_hf_model, make_tokenizer
 from tl_em.directions.direction import Direction
 from tl_em.errors import ProvenanceError, WeightEditError, WidthError
-from tl_em.interventions.edits import Ablate
+from tl_em.interventions.edits import Ablate, Add
 from tl_em.interventions.intervene import intervene
 from tl_em.interventions.weights import orthogonalize_, orthogonalized, untie_embeddings_
 from tl_em.models.hooks import LensModel
@@ -156,6 +157,70 @@ def test_a_direction_that_does_not_fit_changes_nothing(surface: str, make_model:
         with pytest.raises(error):
             orthogonalize_(model, direction)
     assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
+
+
+def test_an_embedding_with_a_norm_inside_is_refused() -> None:
+    """BLOOM on a HookedTransformer: the module that holds ``W_E`` gives what its norm makes of it."""
+    if "hooked" not in SURFACES:
+        pytest.skip("this TransformerLens has no HookedTransformer")
+    torch.manual_seed(0)
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=70, hidden_size=32, n_layer=2, n_head=4)).eval()
+    model = load_model(bloom, surface="hooked", tokenizer=make_tokenizer(), in_place=True)
+    assert model.embed.ln is not None  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(WeightEditError, match="a norm or a projection"), orthogonalized(model, random_direction(model)):
+        raise AssertionError("the block must not run")
+
+
+class NormedEmbedding(nn.Embedding):
+    """Gives no rows of its weight, and no module of its own says so."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.layer_norm(super().forward(input), (self.embedding_dim,))
+
+
+def _normed_embedding(hf_model: Any) -> None:
+    normed = NormedEmbedding(*hf_model.model.embed_tokens.weight.shape)
+    normed.weight = hf_model.model.embed_tokens.weight
+    hf_model.model.embed_tokens = normed
+
+
+def _read_by_the_head(hf_model: Any) -> None:
+    """A head that reads with the embedding's weight without sharing a parameter with it."""
+    hf_model.lm_head.forward = lambda x: nn.functional.linear(x, hf_model.model.embed_tokens.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_embedding_that_gives_no_rows_of_its_weight_is_refused(dtype: torch.dtype) -> None:
+    hf_model = make_hf_model("llama")
+    normed = NormedEmbedding(*hf_model.model.embed_tokens.weight.shape)
+    normed.weight = hf_model.model.embed_tokens.weight
+    hf_model.model.embed_tokens = normed
+    model = load_model(hf_model, tokenizer=make_tokenizer(), in_place=True, dtype=dtype)
+    with pytest.raises(WeightEditError, match="a norm or a projection"):
+        orthogonalize_(model, random_direction(model))
+
+
+def test_an_edit_that_is_not_the_ablation_is_taken_back() -> None:
+    """A head that reads with the embedding's weight without sharing a parameter: only the logits show it."""
+    hf_model = make_hf_model("llama")
+    hf_model.lm_head.forward = lambda x: nn.functional.linear(x, hf_model.model.embed_tokens.weight)
+    model = load_model(hf_model, tokenizer=make_tokenizer(), in_place=True)
+    before, logits = weights(model), run(model)
+    for edit in (orthogonalize_, lambda *given: orthogonalized(*given).__enter__()):
+        with pytest.raises(WeightEditError, match="logits differ"):
+            edit(model, random_direction(model))
+    assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
+    assert torch.equal(run(model), logits)
+
+
+def test_hooks_of_the_user_rest_during_the_proof_and_act_afterwards(surface: str) -> None:
+    model = fresh("llama", surface)
+    direction = random_direction(model)
+    with intervene(model, Add(Direction(direction.vector * 5, Site(1, "mlp_out")))):
+        steered = run(model)
+        with orthogonalized(model, direction):
+            assert not torch.equal(run(model), steered)
+        assert torch.equal(run(model), steered)
 
 
 def test_a_weight_behind_something_else_is_refused() -> None:

@@ -22,12 +22,15 @@ from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from tl_em.directions.direction import Direction, check_fits
 from tl_em.errors import NotAdditiveError, WeightEditError
+from tl_em.interventions.edits import set_component
 from tl_em.interventions.hidden import warn_of_hidden_steer
-from tl_em.models.hooks import LensModel, hook_points, tiny_forward, write_points
+from tl_em.models.hooks import LensModel, hook_points, hooked, tiny_forward, write_points
+from tl_em.models.modes import plain, plain_torch
 
 Model = TypeVar("Model", bound=LensModel)
 
@@ -40,8 +43,9 @@ _CHUNK = 2**24
 def orthogonalize_(model: LensModel, direction: Direction) -> None:
     """Ablate a direction in the model's own weights, for good: ``W - (W r) r'`` wherever it writes to the stream.
 
-    The logits then equal those under ``intervene(model, Ablate(direction))`` (float32: within 1e-5). Half-precision
-    weights are edited in float32 and rounded once. Use ``orthogonalized`` to have the weights back afterwards.
+    The logits then equal those under ``intervene(model, Ablate(direction))`` (float32: within 1e-5 of their spread),
+    which is proven on a few tokens, by two short passes. Half-precision weights are edited in float32 and rounded once.
+    The edited weights are held a second time until that proof; ``orthogonalized`` gives them back at the end.
 
     Args:
         model: a HookedTransformer or TransformerBridge; its embedding, attention output and MLP output weights and
@@ -49,15 +53,15 @@ def orthogonalize_(model: LensModel, direction: Direction) -> None:
         direction: what to remove; its length does not matter.
 
     Raises:
-        WeightEditError: the embedding is tied to the unembedding (``untie_embeddings_`` first), or a write does not
-            come straight from a weight (post-norm models, mixtures of experts). Nothing is changed then.
+        WeightEditError: the embedding is tied to the unembedding (``untie_embeddings_`` first), a write does not come
+            straight from a weight (post-norm models, mixtures of experts), or the edited model does not do what the
+            ablated one does. Nothing is changed then.
         WidthError, ProvenanceError: the direction does not fit the model.
 
     Source: Arditi et al. 2024, arXiv:2406.11717, section 4.1 and appendix E.
     """
-    check_fits(direction, model)
-    warn_of_hidden_steer(direction)
-    _remove_(_untied_parts(model), direction)
+    with plain_torch(model), _without_hooks(model):
+        _proven_(model, direction)
 
 
 @contextmanager
@@ -76,17 +80,12 @@ def orthogonalized(model: Model, direction: Direction) -> Iterator[Model]:
     Raises:
         WeightEditError, WidthError, ProvenanceError: as ``orthogonalize_``.
     """
-    check_fits(direction, model)
-    warn_of_hidden_steer(direction)
-    parts = _untied_parts(model)
-    kept = [part.tensor.detach().clone() for part in parts]
+    with plain_torch(model), _without_hooks(model):
+        kept = _proven_(model, direction)
     try:
-        _remove_(parts, direction)
         yield model
     finally:
-        with torch.no_grad():
-            for part, tensor in zip(parts, kept, strict=True):
-                part.tensor.copy_(tensor)
+        _restore_(kept)
 
 
 def untie_embeddings_(model: LensModel) -> None:
@@ -200,8 +199,8 @@ def _find_parts(model: LensModel) -> Iterator[_Place]:
         found = next((place for each in seen for place in _output_parts(each, values, name)), None)
         if found is None:
             raise WeightEditError(
-                f"What is written at {name} is no weight's own output: a norm or a sum of experts stands between (as "
-                "in Gemma 2), so no edit of weights equals the ablation. Use em.intervene(model, em.Ablate(direction))."
+                f"What is written at {name} is no weight's own output: a norm (as in Gemma 2), a factor (as in Granite) "
+                "or a sum of experts stands between, so no edit of weights equals the ablation. Use em.intervene(model, em.Ablate(direction))."
             )
         yield from found
 
@@ -235,13 +234,23 @@ def _embedding_parts(write: Tensor, seen: Sequence[_Seen]) -> Iterator[_Place]:
     wide = torch.promote_types(write.dtype, torch.float32)
     total = sum((each.out.to(wide) for each in found), torch.zeros_like(write, dtype=wide))
     factor = float((total * write).sum() / total.square().sum().clamp_min(1e-30))
-    if not found or not _equal(factor * total, write):
+    if not found or not _equal(factor * total, write) or not all(map(_is_looked_up, found)):
         raise WeightEditError(
             "The residual stream does not begin with the sum of the embeddings (a norm or a projection stands "
             "between), so no edit of weights equals the ablation. Use em.intervene(model, em.Ablate(direction))."
         )
     for each in found:
         yield each.path, next(iter(_own(each.module, _EMBEDDINGS)), "weight"), -1
+
+
+def _is_looked_up(seen: _Seen) -> bool:
+    """Whether the module's output is rows of its weight, up to one factor: an embedding may hold a norm as well."""
+    weight = seen.module._parameters.get("W_E", seen.module._parameters.get("weight"))
+    if weight is None or not seen.x.numel() or seen.x.is_floating_point() or seen.x.ndim != 2:
+        return True  # positions, say, that a module counts itself
+    rows = weight.detach()[seen.x].to(torch.promote_types(seen.out.dtype, torch.float32))
+    factor = float((rows * seen.out).sum() / rows.square().sum().clamp_min(1e-30))
+    return _equal(factor * rows, seen.out) or "W_pos" in seen.module._parameters
 
 
 def _own(module: nn.Module, names: Sequence[str]) -> list[str]:
@@ -277,19 +286,108 @@ def _stream_axis(matrix: Tensor, shift: Tensor | None, x: Tensor, out: Tensor) -
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    """Equal up to the rounding of ``b``'s precision over a sum."""
-    tolerance = 64 * torch.finfo(b.dtype).eps * float(b.abs().max())
+    """Equal up to the rounding of ``b``'s precision over a sum (which half precision takes in float32)."""
+    eps = torch.finfo(b.dtype).eps
+    tolerance = min(64 * eps, max(4 * eps, 1e-4)) * float(b.abs().max())
     return bool((a - b).abs().max() <= tolerance)
 
 
-@torch.no_grad()
 def _remove_(parts: Sequence[_Part], direction: Direction) -> None:
     """``x - (x'r) r`` for every vector of the parts in the residual stream, in place, in float32 or better."""
     unit = direction.unit
-    for tensor, axis in ((part.tensor, part.axis) for part in parts):
-        rows = tensor.detach().movedim(axis, -1)
-        wide = torch.promote_types(tensor.dtype, torch.float32)
-        along = unit.to(tensor.device, wide)
-        for chunk in [rows] if rows.ndim == 1 else rows.split(max(1, _CHUNK // max(1, rows[0].numel()))):
-            x = chunk.to(wide)
-            chunk.copy_(x - (x @ along)[..., None] * along)
+    for part in parts:
+        with _writing(part.tensor):
+            tensor = part.tensor.detach()
+            rows = tensor.movedim(part.axis, -1)
+            wide = torch.promote_types(tensor.dtype, torch.float32)
+            along = unit.to(tensor.device, wide)
+            for chunk in [rows] if rows.ndim == 1 else rows.split(max(1, _CHUNK // max(1, rows[0].numel()))):
+                x = chunk.to(wide)
+                chunk.copy_(x - (x @ along)[..., None] * along)
+
+
+@contextmanager
+def _writing(tensor: Tensor) -> Iterator[None]:
+    """Weights that were made in inference mode can be written in inference mode only."""
+    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+        yield
+
+
+# --- Is it what the ablation does? ------------------------------------------------------------------------------------
+
+_Kept = list[tuple[_Part, Tensor]]
+_WITHIN = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 0.02, torch.bfloat16: 0.1}
+"""How far the logits may lie apart (root mean square, in their spread): ten times the rounding of small models and
+more, for deep ones. Half precision rounds the weights once more, where the hooks round the activations."""
+
+
+def _proven_(model: LensModel, direction: Direction) -> _Kept:
+    """Edit the weights and show that this is the ablation, or put them back; what they were is returned."""
+    check_fits(direction, model)
+    warn_of_hidden_steer(direction)
+    parts = _untied_parts(model)
+    ablated = _logits(model, direction)
+    kept = [(part, plain(part.tensor)) for part in parts]
+    try:
+        _remove_(parts, direction)
+        _check_same(_logits(model, None), ablated)
+    except BaseException:
+        _restore_(kept)
+        raise
+    return kept
+
+
+def _restore_(kept: _Kept) -> None:
+    for part, tensor in kept:
+        with _writing(part.tensor):
+            part.tensor.copy_(tensor)
+
+
+@contextmanager
+def _without_hooks(model: LensModel) -> Iterator[None]:
+    """The model as its weights make it: what is attached to its hook points meanwhile rests."""
+    points = {id(point): point for point in hook_points(model).values()}.values()
+    attached = [(point, point._forward_hooks, point._forward_pre_hooks) for point in points]
+    try:
+        for point, after, before in attached:
+            point._forward_hooks, point._forward_pre_hooks = type(after)(), type(before)()
+        yield
+    finally:
+        for point, after, before in attached:
+            point._forward_hooks, point._forward_pre_hooks = after, before
+
+
+def _logits(model: LensModel, direction: Direction | None) -> Float[Tensor, "prompt pos d_vocab"]:
+    """Logits of a few random tokens, with the direction removed at every write if one is given."""
+    seen: list[Tensor] = []
+
+    def remove(x: Tensor, hook: Any) -> Tensor:
+        assert direction is not None
+        return set_component(x, direction.unit, 0.0)
+
+    def keep(module: nn.Module, args: Any, out: Any) -> None:
+        seen.append(getattr(out, "logits", out).detach())
+
+    assert isinstance(model, nn.Module)
+    handle = model.register_forward_hook(keep)
+    try:
+        names = () if direction is None else write_points(model)
+        with hooked(model, [(name, remove) for name in names]):
+            tiny_forward(model, [])
+    finally:
+        handle.remove()
+    return seen[-1]
+
+
+def _check_same(edited: Tensor, ablated: Tensor) -> None:
+    wide = torch.promote_types(ablated.dtype, torch.float32)
+    gap, wanted = (edited.to(wide) - ablated.to(wide)), ablated.to(wide)
+    spread = float((wanted - wanted.mean(-1, keepdim=True)).square().mean().sqrt())
+    off = float(gap.square().mean().sqrt())
+    if not off <= _WITHIN.get(ablated.dtype, 0.1) * spread:
+        raise WeightEditError(
+            f"With the direction removed from its weights, the model's logits differ from those of the ablation by "
+            f"{off:.1e} where their spread is {spread:.1e}: something stands between its weights and its residual "
+            "stream that the search did not see. The weights are what they were. Use em.intervene(model, "
+            "em.Ablate(direction))."
+        )

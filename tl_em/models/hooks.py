@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tl_em.errors import HookError, HookNotFiredError, NotAdditiveError
+from tl_em.models.modes import in_plain_torch
 from tl_em.models.points import HookPoint, LensModel, ReadPoint, hook_name, hook_points, read_point, resolve
 
 __all__ = [
@@ -216,6 +217,7 @@ probing: ContextVar[bool] = ContextVar("probing", default=False)
 """Whether the pass that runs only looks at how the model is built, so that no prompt or answer can be told in it."""
 
 
+@in_plain_torch
 def tiny_forward(model: LensModel, names: Sequence[str]) -> dict[str, Tensor]:
     """Values at the points for a few random tokens; resid_post as it is before a hook of the user's edits it."""
     seen: dict[str, Tensor] = {}
