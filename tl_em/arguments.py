@@ -1,18 +1,31 @@
-"""What a caller may pass, checked once where it enters: finite numbers, whole numbers, token ids.
+"""What a caller may pass, checked once where it enters: finite numbers, whole numbers, vectors.
 
 A NaN limit rejects nothing, a fractional layer names no block and a negative temperature is one that nobody asked for:
 each runs to the end and gives a number. So numbers are checked at the boundary, in one place, with one kind of message.
+A function says what its arguments are by ``@checked(q=FRACTION, seed=SEED)``; numbers of numpy and of torch (of no
+axis) are numbers, and enter as Python's own; bools and strings are not.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import inspect
 import math
 import operator
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from tl_em.errors import UsageError
+from tl_em.errors import NonFiniteError, UsageError, WidthError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Number = int | float
+Check = Callable[[str, Any], Any]
+"""Given an argument's name and its value, the value as the package wants it; or raises."""
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def finite(
@@ -22,7 +35,7 @@ def finite(
 
     Args:
         name: of the argument, for the message.
-        value: a number of Python, numpy or torch (of one element).
+        value: a number of Python, numpy or torch (of no axis).
         low, high: bounds, included.
         open_low: whether ``low`` itself is excluded.
 
@@ -37,10 +50,10 @@ def finite(
         ...
         tl_em.errors.UsageError: q=nan is not a finite number: ...
     """
-    try:
-        number = math.nan if isinstance(value, str | bytes | bool) else float(value)
-    except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor of several elements
-        number = math.nan
+    number = math.nan
+    if _is_scalar(value):
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            number = float(value.detach() if hasattr(value, "detach") else value)
     if not math.isfinite(number):
         raise UsageError(
             f"{name}={_shown(value)} is not a finite number: every comparison with it would be false, in silence. "
@@ -68,10 +81,10 @@ def whole(name: str, value: Any, *, low: int | None = None, high: int | None = N
         ...
         tl_em.errors.UsageError: layer=1.5 is not a whole number, so it counts nothing. Give layer a whole number >= 0.
     """
-    try:
-        number = None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = None
+    number = None
+    if _is_scalar(value):
+        with contextlib.suppress(TypeError, ValueError):
+            number = operator.index(value)
     wanted = _range(low, high, False)
     if number is None:
         raise UsageError(
@@ -80,6 +93,135 @@ def whole(name: str, value: Any, *, low: int | None = None, high: int | None = N
     if (low is not None and number < low) or (high is not None and number > high):
         raise UsageError(f"{name}={_shown(value)} is out of range. Give {name} a whole number{wanted}.")
     return number
+
+
+def vectors(name: str, value: Any, *, axes: int = 1) -> Tensor:
+    """``value`` as a tensor: float32, finite, detached, on the CPU, and the package's own.
+
+    Args:
+        name: of the argument, for the message.
+        value: a tensor of any dtype and device, an array of numpy, or a list of numbers.
+        axes: how many it must have.
+
+    Raises:
+        UsageError: not numbers. WidthError: another number of axes. NonFiniteError: NaN or infinity, or numbers beyond
+            float32.
+
+    Example:
+        >>> vectors("direction", [3, 4]).tolist()
+        [3.0, 4.0]
+    """
+    import torch
+
+    try:
+        given = value if isinstance(value, torch.Tensor) else torch.as_tensor(value, device="cpu")
+        with torch.inference_mode(False), torch.no_grad():
+            given = given.detach().to_dense() if given.layout != torch.strided else given.detach()
+            wide = given.to("cpu", torch.float64) if not (given.is_complex() or given.dtype == torch.bool) else None
+    except (TypeError, ValueError, RuntimeError, NotImplementedError):
+        wide = None
+    if wide is None:
+        raise UsageError(
+            f"{name} is {_shown(value)}, which holds no real numbers. Give {name} a tensor, an array or a list of them."
+        )
+    if wide.ndim != axes:
+        raise WidthError(
+            f"{name}: {'one vector is' if axes == 1 else 'one row a vector [k d_model] is'} wanted, got shape "
+            f"{tuple(wide.shape)}; {'index the one that you mean' if wide.ndim > axes else 'use vector[None]'}"
+        )
+    with torch.inference_mode(False), torch.no_grad():
+        narrow = wide.to(torch.float32, copy=True)
+    wrong = int((~torch.isfinite(narrow)).sum())
+    if wrong:
+        why = "are NaN or infinite" if bool((~torch.isfinite(wide)).any()) else "are beyond what float32 holds"
+        raise NonFiniteError(
+            f"{name}: {wrong} of {narrow.numel()} entries {why}, so every projection would be; look at the activations "
+            "that it was made from with em.capture(...)"
+        )
+    return narrow
+
+
+# --- At the boundary --------------------------------------------------------------------------------------------------
+
+NATURAL: Check = functools.partial(whole, low=0)
+COUNT: Check = functools.partial(whole, low=1)
+SEED: Check = functools.partial(whole, low=0, high=2**63 - 1)
+NOT_NEGATIVE: Check = functools.partial(finite, low=0)
+POSITIVE: Check = functools.partial(finite, low=0, open_low=True)
+FRACTION: Check = functools.partial(finite, low=0, high=1)
+
+
+def optional(check: Check) -> Check:
+    """The check, of anything but ``None``."""
+    return lambda name, value: None if value is None else check(name, value)
+
+
+def each(check: Check) -> Check:
+    """The check, of every item of a list.
+
+    Example:
+        >>> each(COUNT)("doses", [1, 2.5])
+        Traceback (most recent call last):
+        ...
+        tl_em.errors.UsageError: doses[1]=2.5 is not a whole number, ...
+    """
+
+    def of_each(name: str, value: Any) -> tuple[Any, ...]:
+        if isinstance(value, str | bytes) or not isinstance(value, Iterable) or getattr(value, "ndim", 1) != 1:
+            raise UsageError(f"{name}={_shown(value)} is no list, so it is unclear what is meant. Give {name} a list.")
+        items: Iterable[Any] = getattr(value, "tolist", lambda: value)()
+        return tuple(check(f"{name}[{i}]", item) for i, item in enumerate(items))
+
+    return of_each
+
+
+def checked(**checks: Check) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """A function whose arguments of these names are checked before anything else happens, defaults excepted.
+
+    Example:
+        >>> @checked(k=COUNT)
+        ... def top(values, *, k=3):
+        ...     return sorted(values)[-k:]
+        >>> top([3, 1, 2], k=1)
+        [3]
+        >>> top([3, 1, 2], k=0)
+        Traceback (most recent call last):
+        ...
+        tl_em.errors.UsageError: k=0 is out of range. Give k a whole number >= 1.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        names = list(inspect.signature(function).parameters)
+        places = {name: names.index(name) for name in checks}
+
+        @functools.wraps(function)
+        def boundary(*args: P.args, **kwargs: P.kwargs) -> R:
+            given, named = list(args), dict(kwargs)
+            for name, check in checks.items():
+                if name in named:
+                    named[name] = check(name, named[name])
+                elif places[name] < len(given):
+                    given[places[name]] = check(name, given[places[name]])
+            return function(*given, **named)  # pyright: ignore[reportCallIssue]
+
+        return boundary
+
+    return decorate
+
+
+def settle(instance: Any, **checks: Check) -> None:
+    """The same for the fields of a frozen dataclass, in its ``__post_init__``."""
+    for name, check in checks.items():
+        object.__setattr__(instance, name, check(name, getattr(instance, name)))
+
+
+def _is_scalar(value: Any) -> bool:
+    """Neither text nor a truth value, and of no axis: numpy reads an array of one element as a number, and a bool."""
+    return (
+        not isinstance(value, str | bytes | bytearray | bool)
+        and getattr(value, "ndim", 0) == 0
+        and "bool" not in str(getattr(value, "dtype", ""))
+    )
 
 
 def _range(low: Number | None, high: Number | None, open_low: bool) -> str:

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_em.errors import NonFiniteError, WidthError, ZeroDirectionError
+from tl_em.arguments import settle, vectors
+from tl_em.errors import UsageError, WidthError, ZeroDirectionError
 from tl_em.models.hooks import LensModel
-from tl_em.models.sites import Position, Provenance, Site, check_belongs
+from tl_em.models.sites import Position, Provenance, Site, as_position, as_site, check_belongs
 from tl_em.stats import Estimate
 
 
@@ -25,7 +27,8 @@ class Direction:
     """A vector of the residual stream (or of what is written to it), with its provenance.
 
     Args:
-        vector: Float[" d_model"], in the units of the activations; made float32, detached, on the CPU.
+        vector: Float[" d_model"], in the units of the activations; made float32, detached, on the CPU. A tensor of any
+            dtype and device, an array of numpy, or a list of numbers.
         site: where it was read.
         position: at which token it was read.
         name: what people call it.
@@ -38,7 +41,8 @@ class Direction:
     Raises:
         WidthError: the vector has not exactly one axis.
         NonFiniteError: it holds NaN or infinity.
-        ZeroDirectionError: its length is 0.
+        ZeroDirectionError: its length is 0, or so small that float32 no longer holds its entries to their digits.
+        PositionError, UsageError: no such position, no Site, or no numbers.
 
     Example:
         >>> d = Direction(torch.tensor([3.0, 4.0]), Site(2))
@@ -46,9 +50,9 @@ class Direction:
         (5.0, [0.6000000238418579, 5.0])
     """
 
-    vector: Float[Tensor, "*axes"]  # one axis; checked below, with a message that says what to do
-    site: Site
-    position: Position = "prompt_end"
+    vector: Float[Tensor, " d_model"] | Any  # whatever is given: float32 afterwards
+    site: Site | Any
+    position: Position | Any = "prompt_end"
     name: str | None = None
     provenance: Provenance | None = None
     method: str | None = None
@@ -56,34 +60,27 @@ class Direction:
     neutral: Estimate | None = None
 
     def __post_init__(self) -> None:
-        vector = torch.as_tensor(self.vector).detach().to("cpu", torch.float32).clone()
         label = self.name or "direction"
-        if vector.ndim != 1:
-            raise WidthError(
-                f"{label}: a direction is one vector, got shape {tuple(vector.shape)}; index the one that you mean"
-            )
-        if not torch.isfinite(vector).all():
-            raise NonFiniteError(
-                f"{label}: {int((~torch.isfinite(vector)).sum())} of {len(vector)} entries are NaN or infinite, so "
-                f"every "
-                "projection would be; look at the activations that it was made from with em.capture(...)"
-            )
-        if not vector.norm() > 0:
+        vector = vectors(label, self.vector)
+        settle(self, site=as_site, position=as_position)
+        if not float(vector.abs().max() if len(vector) else 0.0) >= torch.finfo(torch.float32).tiny:
             raise ZeroDirectionError(
-                f"{label}: the vector is 0, so it has no direction; the two classes have the same mean activation at "
-                f"{self.site}: read it at another site or position, or check that their prompts differ"
+                f"{label}: the vector is 0 (or below 1e-38, where float32 loses its digits), so it has no direction; "
+                f"the two classes have the same mean activation at {self.site}: read it at another site or position, "
+                "check that their prompts differ, or scale a vector of your own"
             )
         object.__setattr__(self, "vector", vector)
 
     @property
     def unit(self) -> Float[Tensor, " d_model"]:
-        """The unit vector."""
-        return self.vector / self.vector.norm()
+        """The unit vector; its length is taken in float64, so that it is 1 whatever the vector's."""
+        wide = self.vector.double()
+        return (wide / wide.norm()).float()
 
     @property
     def norm(self) -> float:
         """Length of the vector, in the units of the activations."""
-        return float(self.vector.norm())
+        return float(self.vector.double().norm())
 
     def project(self, x: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes"]:
         """Component of each activation along the unit vector: ``x . unit``, in the units of the activations.
@@ -135,6 +132,20 @@ class Direction:
             + (f", reliability={self.reliability}" if self.reliability else "")
             + ")"
         )
+
+
+def as_direction(name: str, value: Any) -> Direction:
+    """``value``, if it is a Direction.
+
+    Raises:
+        UsageError: anything else.
+    """
+    if not isinstance(value, Direction):
+        raise UsageError(
+            f"{name} is a {type(value).__name__} and no Direction, so it is unknown where it acts. Give "
+            "em.Direction(vector, em.Site(layer)), or one that em.difference_in_means found."
+        )
+    return value
 
 
 def check_fits(direction: Direction, model: LensModel) -> None:

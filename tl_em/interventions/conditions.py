@@ -18,11 +18,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_em.directions.direction import Direction, check_fits
+from tl_em.arguments import finite, settle
+from tl_em.directions.direction import Direction, as_direction, check_fits
 from tl_em.errors import UsageError
-from tl_em.interventions.edits import Hook, Intervention, component
+from tl_em.interventions.edits import Hook, Intervention, as_intervention, component
 from tl_em.interventions.scopes import running_batch
 from tl_em.models.hooks import LensModel, ReadPoint, probing
+from tl_em.models.modes import unlowered
 from tl_em.models.prompts import Batch
 
 
@@ -46,12 +48,18 @@ class Conditional:
         >>> Conditional(Add(d), d, above=1.0).holds(torch.tensor([[5.0, 0.5], [0.0, 1.5]])).tolist()
         [False, True]
 
+    Raises:
+        UsageError: no intervention, no direction, or a threshold that is no finite number.
+
     Source: Lee et al. 2024, arXiv:2409.05907, section 3.
     """
 
-    intervention: Intervention
-    direction: Direction
-    above: float | int = field(kw_only=True)
+    intervention: Intervention | Any
+    direction: Direction | Any
+    above: float | int | Any = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        settle(self, intervention=as_intervention, direction=as_direction, above=finite)
 
     def holds(self, x: Float[Tensor, "prompt d_model"]) -> Bool[Tensor, " prompt"]:
         """Which of these activations meet the condition."""
@@ -100,6 +108,10 @@ class Gate:
         if probing.get():
             return
         batch = running_batch("a condition")
+        with unlowered(x.device):
+            self._read(x, batch)
+
+    def _read(self, x: Tensor, batch: Batch) -> None:
         last = batch.prompts[: len(x)] - 1 - batch.start
         if batch.start == 0:
             at_last = self.point(x[torch.arange(len(x), device=x.device), last.to(x.device)])

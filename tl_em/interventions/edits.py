@@ -25,11 +25,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_em.directions.direction import Direction, check_fits
-from tl_em.errors import NonFiniteError, UsageError, WidthError
+from tl_em.arguments import finite, optional, settle, vectors
+from tl_em.directions.direction import Direction, as_direction, check_fits
+from tl_em.errors import UsageError, WidthError
 from tl_em.interventions.hidden import warn_of_hidden_steer
 from tl_em.models.hooks import LensModel, hook_name, write_points
-from tl_em.models.sites import Site
+from tl_em.models.modes import unlowered
+from tl_em.models.sites import Site, as_site
 
 Activation = Float[Tensor, "*axes d_model"]
 Hook = tuple[str, Callable[..., Tensor]]
@@ -72,10 +74,23 @@ class Intervention(Protocol):
     def hooks(self, model: LensModel, where: str = "all") -> list[Hook]: ...
 
 
+def as_intervention(name: str, value: Any) -> Any:
+    """``value``, if it is an intervention.
+
+    Raises:
+        UsageError: anything else.
+    """
+    if isinstance(value, type) or not isinstance(value, Intervention):
+        raise UsageError(
+            f"{name}: {type(value).__name__} is not an intervention; wrap a direction in em.Ablate, em.Add or em.Clamp"
+        )
+    return value
+
+
 class AtItsSite:
     """The part that all interventions share: hook points of the direction's own site, and plain hooks."""
 
-    direction: Direction
+    direction: Direction | Any
 
     @property
     def _home(self) -> Site:
@@ -124,7 +139,8 @@ class AtItsSite:
 
     def _hook(self, name: str) -> Callable[..., Tensor]:
         def apply(x: Tensor, hook: Any) -> Tensor:
-            return self.edit(x, name=name)
+            with unlowered(x.device):
+                return self.edit(x, name=name)
 
         return apply
 
@@ -132,17 +148,24 @@ class AtItsSite:
 class Removal(AtItsSite):
     """What removals share: to zero at every write, or around a centre at the site that the centre belongs to."""
 
-    around: Float[Tensor, " d_model"] | Mapping[Site, Float[Tensor, " d_model"]] | None
+    around: Float[Tensor, " d_model"] | Mapping[Site, Float[Tensor, " d_model"]] | Any
 
-    def _check_centres(self, width: int) -> None:
+    def _settle_centres(self, width: int) -> None:
+        if self.around is None:
+            return
+        if isinstance(self.around, Mapping):
+            centres = {as_site("a key of around", s): vectors(f"around[{s}]", c) for s, c in self.around.items()}
+            if not centres:
+                raise UsageError("around={} gives no centre, so nothing would be edited; leave it out, or name a site")
+            object.__setattr__(self, "around", centres)
+        else:
+            object.__setattr__(self, "around", vectors("around", self.around))
         for site, centre in self._centres().items():
-            if tuple(centre.shape) != (width,):
+            if len(centre) != width:
                 raise WidthError(
-                    f"the centre has shape {tuple(centre.shape)} and what is removed is {width} wide; pass "
+                    f"the centre is {len(centre)} wide and what is removed {width}; pass "
                     f"em.mean_activation(model, prompts, site={site!r}, position=…)"
                 )
-            if not torch.isfinite(centre).all():
-                raise NonFiniteError("the centre holds NaN or infinity, so every edited activation would: recompute it")
 
     def _centres(self) -> dict[Site, Tensor]:
         if self.around is None:
@@ -154,7 +177,7 @@ class Removal(AtItsSite):
         centres = {site.hook_name: centre for site, centre in self._centres().items()}
         if not centres:
             return None
-        return centres.get(name or "", next(iter(centres.values()))).detach().float().cpu()
+        return centres.get(name or "", next(iter(centres.values())))
 
     def hook_names(self, n_layers: int) -> tuple[str, ...]:
         """Names of the hook points that are edited, as they are called on every surface."""
@@ -199,11 +222,12 @@ class Ablate(Removal):
     Source: Arditi et al. 2024, arXiv:2406.11717, section 2.4; centred form: Marshall et al. 2024, arXiv:2411.09003.
     """
 
-    direction: Direction
-    around: Float[Tensor, " d_model"] | Mapping[Site, Float[Tensor, " d_model"]] | None = None
+    direction: Direction | Any
+    around: Float[Tensor, " d_model"] | Mapping[Site, Float[Tensor, " d_model"]] | Any = None
 
     def __post_init__(self) -> None:
-        self._check_centres(len(self.direction.vector))
+        settle(self, direction=as_direction)
+        self._settle_centres(len(self.direction.vector))
 
     def check(self, model: LensModel) -> None:
         """Raise as every intervention does; warn when an ablation to zero is known to be a hidden steer."""
@@ -226,6 +250,9 @@ class Add(AtItsSite):
         direction: what to add; its raw length counts, so that 1 is one difference in means.
         coefficient: steering coefficient, in lengths of the raw vector.
 
+    Raises:
+        UsageError: a coefficient that is no finite number.
+
     Example:
         >>> Add(Direction(torch.tensor([0.0, 2.0]), Site(1)), 2.0).edit(torch.tensor([[3.0, 4.0]])).tolist()
         [[3.0, 8.0]]
@@ -233,8 +260,11 @@ class Add(AtItsSite):
     Source: Turner et al. 2023, arXiv:2308.10248; Arditi et al. 2024, arXiv:2406.11717, section 2.3.
     """
 
-    direction: Direction
-    coefficient: float | int = 1.0
+    direction: Direction | Any
+    coefficient: float | int | Any = 1.0
+
+    def __post_init__(self) -> None:
+        settle(self, direction=as_direction, coefficient=finite)
 
     def edit(self, x: Tensor, mask: Tensor | None = None, *, name: str | None = None) -> Tensor:
         """``x + coefficient * vector``."""
@@ -260,11 +290,12 @@ class Clamp(AtItsSite):
     Source: capping ``h - v max(0, v'h - t)``: arXiv:2601.10387.
     """
 
-    direction: Direction
-    low: float | int | None = None
-    high: float | int | None = None
+    direction: Direction | Any
+    low: float | int | Any = None
+    high: float | int | Any = None
 
     def __post_init__(self) -> None:
+        settle(self, direction=as_direction, low=optional(finite), high=optional(finite))
         if self.low is None and self.high is None:
             raise UsageError("Clamp without a bound changes nothing; pass low=, high= or both")
         if self.low is not None and self.high is not None and self.low > self.high:

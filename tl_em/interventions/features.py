@@ -12,16 +12,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_em.arguments import each, finite, optional, settle, vectors
 from tl_em.dictionaries import Dictionary, Feature
 from tl_em.errors import UsageError, WidthError
 from tl_em.interventions.edits import AtItsSite, masked
 from tl_em.models.hooks import LensModel
 from tl_em.models.sites import Site, check_belongs
+
+
+def _as_feature(name: str, value: Any) -> Feature:
+    if not isinstance(value, Feature):
+        raise UsageError(f"{name} is a {type(value).__name__} and no latent; give dictionary.feature(index)")
+    return value
+
+
+def _as_value(name: str, value: Any) -> float | Tensor:
+    """One number for all latents, or a vector of one each."""
+    one_each = getattr(value, "ndim", int(isinstance(value, list | tuple)))
+    return vectors(name, value) if one_each else finite(name, value)
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,12 +64,12 @@ class ScaleFeature(AtItsSite):
     Source: Templeton et al. 2024, "Scaling Monosemanticity" (error kept); Marks et al. 2024, arXiv:2403.19647.
     """
 
-    feature: Feature | Sequence[Feature]
-    factor: float | int | None = None
-    to: Float[Tensor, " latent"] | float | int | None = None
+    feature: Feature | Sequence[Feature] | Any
+    factor: float | int | Any = None
+    to: Float[Tensor, " latent"] | float | int | Any = None
 
     def __post_init__(self) -> None:
-        latents = (self.feature,) if isinstance(self.feature, Feature) else tuple(self.feature)
+        latents = (self.feature,) if isinstance(self.feature, Feature) else each(_as_feature)("feature", self.feature)
         object.__setattr__(self, "feature", latents)
         if not latents or len({each.dictionary.hash for each in latents}) > 1:
             raise UsageError(
@@ -64,8 +78,9 @@ class ScaleFeature(AtItsSite):
             )
         if (self.factor is None) == (self.to is None):
             raise UsageError("pass either factor= (0 ablates) or to= (the activation to set)")
-        if isinstance(self.to, Tensor) and self.to.ndim and tuple(self.to.shape) != (len(latents),):
-            raise WidthError(f"to= has shape {tuple(self.to.shape)} for {len(latents)} latents; give one value each")
+        settle(self, factor=optional(finite), to=optional(_as_value))
+        if isinstance(self.to, Tensor) and len(self.to) != len(latents):
+            raise WidthError(f"to= has {len(self.to)} values for {len(latents)} latents; give one value each")
         if self.dictionary.is_transcoder:
             raise UsageError(
                 f"{self.dictionary.label} reads {self.dictionary.site_in} and writes {self.dictionary.site_out}, so "

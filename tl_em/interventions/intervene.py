@@ -16,9 +16,10 @@ from torch import Tensor
 
 from tl_em.errors import UsageError
 from tl_em.interventions.conditions import Conditional, Gate
-from tl_em.interventions.edits import Intervention
+from tl_em.interventions.edits import Intervention, as_intervention
 from tl_em.interventions.scopes import Scope, Where
 from tl_em.models.hooks import HookFunction, LensModel, hooked, probing, read_point
+from tl_em.models.modes import unlowered
 
 Model = TypeVar("Model", bound=LensModel)
 
@@ -48,10 +49,7 @@ def intervene(model: Model, *interventions: Intervention | Any, where: Where | A
     if not interventions:
         raise UsageError("intervene(model) without an intervention changes nothing; pass em.Ablate(direction), say")
     for each in interventions:
-        if not isinstance(each, Intervention):
-            raise UsageError(
-                f"{type(each).__name__} is not an intervention; wrap a direction in em.Ablate, em.Add or em.Clamp"
-            )
+        as_intervention("intervene", each)
     scope = Scope(where)
     with hooked(model, [pair for each in interventions for pair in _hooks(model, each, scope, ())]):
         yield model
@@ -73,6 +71,13 @@ def _edit(
 ) -> Tensor | None:
     if probing.get() and (gates or scope.where != "all"):
         return None
+    with unlowered(x.device):
+        return _edited(intervention, scope, gates, name, x)
+
+
+def _edited(
+    intervention: Intervention, scope: Scope, gates: tuple[Gate, ...], name: str, x: Tensor
+) -> Tensor | None:
     mask = scope.mask(x)
     for gate in gates:
         rows = gate.rows(name)[:, None].expand(x.shape[0], x.shape[1])

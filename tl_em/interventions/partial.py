@@ -13,9 +13,10 @@ from typing import Any
 
 from torch import Tensor
 
-from tl_em.errors import UsageError
+from tl_em.arguments import FRACTION, settle
 from tl_em.interventions.edits import Hook, Intervention, masked
 from tl_em.models.hooks import LensModel
+from tl_em.models.modes import unlowered
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,11 +41,10 @@ class Partial:
     """
 
     whole: Intervention | Any
-    strength: float | int
+    strength: float | int | Any
 
     def __post_init__(self) -> None:
-        if not 0 <= self.strength <= 1:
-            raise UsageError(f"strength={self.strength} is no part of an intervention; pass a number from 0 to 1")
+        settle(self, strength=FRACTION)
 
     def check(self, model: LensModel) -> None:
         """As the whole checks."""
@@ -68,6 +68,7 @@ class Partial:
 
     def _hook(self, name: str) -> Callable[..., Tensor]:
         def apply(x: Tensor, hook: Any) -> Tensor:
-            return self.edit(x, name=name)
+            with unlowered(x.device):
+                return self.edit(x, name=name)
 
         return apply

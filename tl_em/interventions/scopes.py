@@ -11,12 +11,14 @@ response of a prompt that has one.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from tl_em.arguments import whole
 from tl_em.errors import UsageError
 from tl_em.models.capture import current_batch
 from tl_em.models.prompts import Batch
@@ -26,23 +28,29 @@ Where = Words | tuple[Literal["last"], int]
 Mask = Bool[Tensor, "prompt pos"]
 
 
-def check_where(where: Where | Any) -> None:
-    """Raise ``UsageError`` unless ``where`` is a scope.
+def check_where(where: Where | Any) -> Where:
+    """``where``, if it is a scope.
+
+    Raises:
+        UsageError: anything else.
 
     Example:
-        >>> check_where("prompt"); check_where(("last", 3))
+        >>> check_where("prompt"), check_where(("last", 3))
+        ('prompt', ('last', 3))
         >>> check_where("answer")
         Traceback (most recent call last):
         ...
         tl_em.errors.UsageError: there is no scope 'answer'; ...
     """
-    name, k = where if isinstance(where, tuple) and len(where) == 2 else (where, None)
-    last = name == "last" and isinstance(k, int) and k > 0
-    if not last and where not in get_args(Words):
+    if isinstance(where, tuple | list) and len(where) == 2 and where[0] == "last":
+        with suppress(UsageError):
+            return "last", whole("k", where[1], low=1)
+    if not isinstance(where, str) or where not in get_args(Words):
         raise UsageError(
             f"there is no scope {where!r}; use one of {', '.join(map(repr, get_args(Words)))}, or ('last', k) for the "
             "last k tokens of the prompt, k at least 1"
         )
+    return where  # pyright: ignore[reportReturnType]
 
 
 def scope_mask(batch: Batch, where: Where, width: int) -> Mask:
@@ -98,8 +106,7 @@ class Scope:
     """The mask of the pass that runs now, made once per pass however many hook points ask for it."""
 
     def __init__(self, where: Where | Any) -> None:
-        check_where(where)
-        self.where: Where = where
+        self.where: Where = check_where(where)
         self._batch: Batch | None = None
         self._masks: dict[tuple[int, int], Mask] = {}
 

@@ -17,18 +17,22 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_em.arguments import checked, optional, settle, vectors
 from tl_em.directions.direction import Direction, check_fits
-from tl_em.errors import NonFiniteError, UsageError, WidthError, ZeroDirectionError
+from tl_em.errors import UsageError, WidthError, ZeroDirectionError
 from tl_em.interventions.edits import AtItsSite, Removal, masked
 from tl_em.models.capture import capture
 from tl_em.models.hooks import LensModel
+from tl_em.models.modes import in_plain_torch
 from tl_em.models.prompts import ContrastSet
-from tl_em.models.sites import Position, Provenance, Site, check_belongs
+from tl_em.models.sites import Position, Provenance, Site, as_position, as_site, check_belongs
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,19 +58,18 @@ class Erase(Removal):
     Source: Ravfogel et al. 2020, arXiv:2004.07667 (projection); Arditi et al. 2024, arXiv:2406.11717 (every write).
     """
 
-    basis: Float[Tensor, "*axes"] | Sequence[Direction]
-    around: Float[Tensor, " d_model"] | Mapping[Site, Float[Tensor, " d_model"]] | None = None
-    site: Site | None = None
+    basis: Float[Tensor, "k d_model"] | Sequence[Direction] | Any
+    around: Float[Tensor, " d_model"] | Mapping[Site, Float[Tensor, " d_model"]] | Any = None
+    site: Site | Any = None
     rows: Float[Tensor, "rank d_model"] = field(init=False, repr=False)
     """Orthonormal rows that span the subspace, float32 on the CPU."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.basis, Tensor):
-            object.__setattr__(self, "basis", tuple(self.basis))
+        settle(self, basis=_as_basis, site=optional(as_site))
         object.__setattr__(self, "rows", _orthonormal(_stacked(self.basis)))
-        if isinstance(self.around, Tensor):
+        if self.around is not None and not isinstance(self.around, Mapping):
             self._home  # noqa: B018  # raises where it is not known to which site the centre belongs
-        self._check_centres(self.rows.shape[1])
+        self._settle_centres(self.rows.shape[1])
 
     @property
     def rank(self) -> int:
@@ -117,12 +120,21 @@ class Leace(AtItsSite):
     Source: Belrose et al. 2023, arXiv:2306.03819, theorem 4.3.
     """
 
-    left: Float[Tensor, "rank d_model"]
-    right: Float[Tensor, "rank d_model"]
-    mean: Float[Tensor, " d_model"]
-    site: Site
-    position: Position = "prompt_end"
+    left: Float[Tensor, "rank d_model"] | Any
+    right: Float[Tensor, "rank d_model"] | Any
+    mean: Float[Tensor, " d_model"] | Any
+    site: Site | Any
+    position: Position | Any = "prompt_end"
     provenance: Provenance | None = None
+
+    def __post_init__(self) -> None:
+        rows = partial(vectors, axes=2)
+        settle(self, left=rows, right=rows, mean=vectors, site=as_site, position=as_position)
+        if self.left.shape != self.right.shape or self.left.shape[1] != len(self.mean):
+            raise WidthError(
+                f"left {tuple(self.left.shape)}, right {tuple(self.right.shape)} and mean {tuple(self.mean.shape)} do "
+                "not belong together; fit an eraser with em.leace(model, contrast, site=…, position=…)"
+            )
 
     @property
     def _home(self) -> Site:
@@ -137,6 +149,8 @@ class Leace(AtItsSite):
         return masked(_replaced(x, left=self.left, right=self.right, target=self.right @ self.mean), x, mask)
 
 
+@checked(site=as_site, position=as_position)
+@in_plain_torch
 def leace(model: LensModel, contrast: ContrastSet, *, site: Site, position: Position) -> Leace:
     """Fit the least change after which no linear classifier tells the two classes apart, at one site and position.
 
@@ -189,6 +203,13 @@ def _replaced(x: Tensor, *, left: Tensor, right: Tensor, target: Tensor) -> Tens
     return x - ((x.to(wide) @ right.T - target) @ left).to(x.dtype)
 
 
+def _as_basis(name: str, value: Any) -> Tensor | tuple[Direction, ...]:
+    """Vectors as they are in the package, or Directions."""
+    if not isinstance(value, Tensor) and isinstance(value, Sequence) and all(isinstance(d, Direction) for d in value):
+        return tuple(value)
+    return vectors(name, value, axes=2)
+
+
 def _stacked(basis: Tensor | Sequence[Direction]) -> Float[Tensor, "k d_model"]:
     if not isinstance(basis, Tensor):
         if not basis:
@@ -197,17 +218,15 @@ def _stacked(basis: Tensor | Sequence[Direction]) -> Float[Tensor, "k d_model"]:
         if len(widths) > 1:
             raise WidthError(f"the directions are {sorted(widths)} wide; a subspace needs directions of one model")
         return torch.stack([direction.unit for direction in basis])
-    if basis.ndim != 2 or not len(basis):
-        raise WidthError(f"a basis is one row a vector [k d_model], got shape {tuple(basis.shape)}; use vector[None]")
-    return basis.detach().to("cpu", torch.float32)
+    return basis
 
 
-def _orthonormal(vectors: Float[Tensor, "k d_model"]) -> Float[Tensor, "rank d_model"]:
+def _orthonormal(basis: Float[Tensor, "k d_model"]) -> Float[Tensor, "rank d_model"]:
     """Orthonormal rows with the same span, from a singular value decomposition in float64."""
-    if not torch.isfinite(vectors).all():
-        raise NonFiniteError("the basis holds NaN or infinity, so every edited activation would; recompute it")
-    lengths = vectors.double().norm(dim=-1, keepdim=True)
-    if not lengths.max() > 0:
-        raise ZeroDirectionError("the basis vectors are all 0, so they span nothing; pass directions that are not")
-    _, values, rows = torch.linalg.svd(vectors.double() / lengths.clamp_min(1e-300), full_matrices=False)
+    lengths = basis.double().norm(dim=-1, keepdim=True)
+    if not len(lengths) or not lengths.max() >= torch.finfo(torch.float32).tiny:
+        raise ZeroDirectionError(
+            "the basis vectors are all 0 (or none), so they span nothing; pass directions that are not"
+        )
+    _, values, rows = torch.linalg.svd(basis.double() / lengths.clamp_min(1e-300), full_matrices=False)
     return rows[values > 1e-6 * values.max()].float()  # float32 vectors: below that, a difference is rounding

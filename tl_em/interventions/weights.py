@@ -199,8 +199,9 @@ def _find_parts(model: LensModel) -> Iterator[_Place]:
         found = next((place for each in seen for place in _output_parts(each, values, name)), None)
         if found is None:
             raise WeightEditError(
-                f"What is written at {name} is no weight's own output: a norm (as in Gemma 2), a factor (as in Granite) "
-                "or a sum of experts stands between, so no edit of weights equals the ablation. Use em.intervene(model, em.Ablate(direction))."
+                f"What is written at {name} is no weight's own output: a norm (as in Gemma 2), a factor (as in "
+                "Granite) or a sum of experts stands between, so no edit of weights equals the ablation. Use "
+                "em.intervene(model, em.Ablate(direction))."
             )
         yield from found
 

@@ -16,7 +16,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal, get_args
 from weakref import WeakKeyDictionary
 
-from tl_em.errors import CorruptFileError, PositionError, ProvenanceError, UnknownHookError, WidthError
+from tl_em.arguments import settle, whole
+from tl_em.errors import CorruptFileError, PositionError, ProvenanceError, UnknownHookError, UsageError, WidthError
 from tl_em.models.source import was_proven
 from tl_em.models.templates import template_record
 
@@ -38,7 +39,7 @@ class Site:
             (what the MLP reads, after the norm's weight), which are read only.
 
     Raises:
-        UnknownHookError: no such stream, or a negative layer.
+        UnknownHookError: no such stream, or a negative layer. UsageError: a layer that is no whole number.
 
     Example:
         >>> Site(3)
@@ -47,14 +48,15 @@ class Site:
         ('blocks.3.hook_resid_post', False)
     """
 
-    layer: int
-    stream: Stream = "resid_post"
+    layer: int | Any
+    stream: Stream | Any = "resid_post"
 
     def __post_init__(self) -> None:
-        if self.stream not in get_args(Stream):
+        if not isinstance(self.stream, str) or self.stream not in get_args(Stream):
             raise UnknownHookError(
                 f"There is no stream {self.stream!r}, so the site names no hook point. Use one of {get_args(Stream)}."
             )
+        settle(self, layer=whole)
         if self.layer < 0:
             raise UnknownHookError(
                 f"Layer {self.layer} is negative; layers are counted from 0, so that a site means the same block in "
@@ -75,11 +77,34 @@ class Site:
         return f"{self.stream}[{self.layer}]"
 
 
-def check_position(position: Position) -> None:
-    """Raise ``PositionError`` unless ``position`` is one of the words or a negative offset.
+def as_site(name: str, value: Any) -> Site:
+    """``value``, if it is a Site.
+
+    Raises:
+        UsageError: anything else.
+    """
+    if not isinstance(value, Site):
+        raise UsageError(
+            f"{name}={value!r} is no site, so it is unclear what to read. Give {name} em.Site(layer, stream), e.g. "
+            f"em.Site(3, 'resid_post')."
+        )
+    return value
+
+
+def as_position(name: str, value: Any) -> Position:
+    """``value`` as a position: see ``check_position``."""
+    return check_position(value)
+
+
+def check_position(position: Any) -> Position:
+    """``position``, if it is one of the words or a negative offset (of Python, numpy or torch).
+
+    Raises:
+        PositionError: anything else.
 
     Example:
-        >>> check_position("prompt_end"); check_position(-1)
+        >>> check_position("prompt_end"), check_position(-1)
+        ('prompt_end', -1)
         >>> check_position(0)
         Traceback (most recent call last):
         ...
@@ -91,11 +116,19 @@ def check_position(position: Position) -> None:
                 f"There is no position {position!r}. Use one of {_WORD_POSITIONS}, or a negative offset: -1 is "
                 f"prompt_end, -2 the token before it."
             )
-    elif position >= 0:
+        return position  # pyright: ignore[reportReturnType]
+    try:
+        offset = whole("position", position)
+    except UsageError as error:
+        raise PositionError(
+            f"{error} Or use one of the words {_WORD_POSITIONS}: -1 is prompt_end, -2 the token before it."
+        ) from None
+    if offset >= 0:
         raise PositionError(
             f"Position {position} is not negative: prompts differ in length, so an index from the front means another "
             f"token in each. Use 'instruction_end', or count back from prompt_end (-1)."
         )
+    return offset
 
 
 @dataclass(frozen=True)
