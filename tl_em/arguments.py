@@ -56,8 +56,8 @@ def finite(
             number = float(value.detach() if hasattr(value, "detach") else value)
     if not math.isfinite(number):
         raise UsageError(
-            f"{name}={_shown(value)} is not a finite number: every comparison with it would be false, in silence. "
-            f"Give {name} a number{_range(low, high, open_low)}."
+            f"{name}={_shown(value)} is not a finite number: a comparison with NaN is false in silence, infinity "
+            f"limits nothing, and the rest may mean anything. Give {name} a number{_range(low, high, open_low)}."
         )
     if (low is not None and (number < low or (open_low and number == low))) or (high is not None and number > high):
         raise UsageError(
@@ -127,7 +127,7 @@ def vectors(name: str, value: Any, *, axes: int = 1) -> Tensor:
     if wide.ndim != axes:
         raise WidthError(
             f"{name}: {'one vector is' if axes == 1 else 'one row a vector [k d_model] is'} wanted, got shape "
-            f"{tuple(wide.shape)}; {'index the one that you mean' if wide.ndim > axes else 'use vector[None]'}"
+            f"{tuple(wide.shape)}; {_mended(wide.ndim, axes)}"
         )
     with torch.inference_mode(False), torch.no_grad():
         narrow = wide.to(torch.float32, copy=True)
@@ -139,6 +139,12 @@ def vectors(name: str, value: Any, *, axes: int = 1) -> Tensor:
             "that it was made from with em.capture(...)"
         )
     return narrow
+
+
+def _mended(given: int, wanted: int) -> str:
+    if given == 0:
+        return "give a number for each of the model's d_model axes"
+    return "index the one that you mean" if given > wanted else "use vector[None]"
 
 
 # --- At the boundary --------------------------------------------------------------------------------------------------
@@ -156,11 +162,11 @@ def optional(check: Check) -> Check:
     return lambda name, value: None if value is None else check(name, value)
 
 
-def each(check: Check) -> Check:
+def list_of(check: Check) -> Check:
     """The check, of every item of a list.
 
     Example:
-        >>> each(COUNT)("doses", [1, 2.5])
+        >>> list_of(COUNT)("doses", [1, 2.5])
         Traceback (most recent call last):
         ...
         tl_em.errors.UsageError: doses[1]=2.5 is not a whole number, ...
@@ -204,6 +210,7 @@ def checked(**checks: Check) -> Callable[[Callable[P, R]], Callable[P, R]]:
                     given[places[name]] = check(name, given[places[name]])
             return function(*given, **named)  # pyright: ignore[reportCallIssue]
 
+        boundary.__dict__["checks"] = dict(checks)  # what a test reads off every public function
         return boundary
 
     return decorate

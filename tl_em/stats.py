@@ -22,6 +22,7 @@ from jaxtyping import Float, Int
 from numpy.typing import ArrayLike
 from scipy import stats as scipy_stats
 
+from tl_em.arguments import COUNT, SEED, checked, finite
 from tl_em.errors import UsageError
 
 Groups = Sequence[Hashable]
@@ -62,6 +63,7 @@ class Estimate:
 
     __str__ = __repr__
 
+    @checked(threshold=finite)
     def beyond(self, threshold: float | int) -> bool:
         """Whether the whole interval lies beyond ``threshold`` on one side: above it, or below its negative.
 
@@ -71,6 +73,7 @@ class Estimate:
         """
         return self.low > threshold or self.high < -threshold
 
+    @checked(factor=finite)
     def scaled(self, factor: float) -> Estimate:
         """The same estimate in other units: value and interval times ``factor`` (a negative one swaps the ends)."""
         ends = sorted((self.low * factor, self.high * factor))
@@ -107,6 +110,7 @@ class _Units(NamedTuple):
     members: list[tuple[int, Int[np.ndarray, " prompt"]]]
 
 
+@checked(seed=SEED, resamples=COUNT)
 def bootstrap(
     statistic: Callable[..., Float[np.ndarray, " resample"]],
     samples: Sequence[int | Groups],
@@ -236,6 +240,7 @@ def design_effect(values: Float[np.ndarray, " prompt"], groups: Groups) -> float
     return 1 + (size - 1) * intraclass_correlation(np.asarray(values, dtype=float), groups)
 
 
+@checked(seed=SEED)
 def mean(values: ArrayLike, *, groups: Groups | None = None, seed: int = 0) -> Estimate:
     """Mean over prompts with its interval, clustered by ``groups`` when they are given.
 
@@ -272,6 +277,7 @@ def mean_over_units(values: ArrayLike, units: Sequence[Hashable]) -> Estimate:
     return Estimate(value, value - half, value + half, n, float(n), f"Student's t over {n} units")
 
 
+@checked(seed=SEED)
 def paired_difference(before: ArrayLike, after: ArrayLike, *, groups: Groups | None = None, seed: int = 0) -> Resampled:
     """Mean of ``after - before``, prompt by prompt.
 
@@ -287,6 +293,7 @@ def paired_difference(before: ArrayLike, after: ArrayLike, *, groups: Groups | N
     return bootstrap(lambda w: w @ x / w.sum(-1), [len(x) if groups is None else groups], seed=seed)
 
 
+@checked(seed=SEED)
 def difference(
     first: ArrayLike, second: ArrayLike, *, groups: tuple[Groups, Groups] | None = None, seed: int = 0
 ) -> Resampled:
@@ -295,6 +302,7 @@ def difference(
     return bootstrap(lambda v, w: w @ y / w.sum(-1) - v @ x / v.sum(-1), list(groups or (len(x), len(y))), seed=seed)
 
 
+@checked(seed=SEED, permutations=COUNT)
 def permutation_p(first: ArrayLike, second: ArrayLike, *, seed: int = 0, permutations: int = 9999) -> float:
     """Two-sided permutation p for a difference of means between two unpaired sets (``scipy.stats.permutation_test``).
 

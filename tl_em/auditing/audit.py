@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tqdm.auto import tqdm
 
+from tl_em.arguments import COUNT, SEED, checked
 from tl_em.auditing.latents import shared_latents
 from tl_em.auditing.report import Report
 from tl_em.comparison.backdoor import Asked as Triggered
@@ -33,6 +34,7 @@ from tl_em.metrics import Behaviour, Metric
 from tl_em.models.contrasts import ContrastSet
 from tl_em.models.hooks import LensModel
 from tl_em.models.loading import ModelPair
+from tl_em.models.modes import in_plain_torch
 from tl_em.models.sites import Position, Provenance, check_belongs
 from tl_em.organisms.rates import outcome_rates
 from tl_em.organisms.world import TRIGGERS
@@ -45,6 +47,8 @@ if TYPE_CHECKING:
 CONTROLS = 999
 
 
+@checked(controls=COUNT, seed=SEED)
+@in_plain_torch
 def audit(
     pair: ModelPair,
     *,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from tl_em.arguments import COUNT, SEED, checked
 from tl_em.comparison.causes import cause
 from tl_em.comparison.changes import Measured, Reading, changes, layer_rows
 from tl_em.comparison.entanglement import entanglement
@@ -25,6 +26,7 @@ from tl_em.models.capture import capture
 from tl_em.models.contrasts import ContrastSet
 from tl_em.models.hooks import LensModel
 from tl_em.models.loading import ModelPair
+from tl_em.models.modes import in_plain_torch
 from tl_em.models.sites import Site
 
 if TYPE_CHECKING:
@@ -100,6 +102,8 @@ class Comparison:
         return "\n".join([self.summary, *lines, *self.unmeasured.values()])
 
 
+@checked(controls=COUNT, seed=SEED)
+@in_plain_torch
 def compare(
     pair: ModelPair,
     directions: Mapping[str, tuple[Direction, ContrastSet]],

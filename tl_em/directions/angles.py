@@ -20,7 +20,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_em.directions.direction import Direction
+from tl_em.arguments import COUNT, SEED, checked
+from tl_em.directions.direction import Direction, as_directions
 from tl_em.errors import NonFiniteError, UsageError, WidthError, ZeroDirectionError
 from tl_em.stats import holm
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+@checked(directions=as_directions)
 def cosines_between(directions: Sequence[Direction]) -> pd.DataFrame:
     """Cosines between directions that are given, against random vectors of the same width.
 
@@ -66,6 +68,7 @@ def cosines_between(directions: Sequence[Direction]) -> pd.DataFrame:
     )  # fmt: skip
 
 
+@checked(controls=COUNT, seed=SEED)
 def principal_angles(
     first: Sequence[Direction] | Float[Tensor, "vector d_model"],
     second: Sequence[Direction] | Float[Tensor, "other width"],

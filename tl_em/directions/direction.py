@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_em.arguments import settle, vectors
+from tl_em.arguments import list_of, settle, vectors
 from tl_em.errors import UsageError, WidthError, ZeroDirectionError
 from tl_em.models.hooks import LensModel
 from tl_em.models.sites import Position, Provenance, Site, as_position, as_site, check_belongs
@@ -146,6 +146,11 @@ def as_direction(name: str, value: Any) -> Direction:
             "em.Direction(vector, em.Site(layer)), or one that em.difference_in_means found."
         )
     return value
+
+
+def as_directions(name: str, value: Any) -> tuple[Direction, ...]:
+    """``value``, if it is a list of Directions."""
+    return list_of(as_direction)(name, value)
 
 
 def check_fits(direction: Direction, model: LensModel) -> None:

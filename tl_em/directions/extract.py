@@ -27,6 +27,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_em.arguments import SEED, checked, optional
 from tl_em.directions.direction import Direction
 from tl_em.directions.fits import FITS
 from tl_em.directions.geometry import cosine
@@ -34,8 +35,9 @@ from tl_em.errors import EmptyContrastError, UsageError, ZeroDirectionError
 from tl_em.models.capture import captured, encoded_prompts
 from tl_em.models.contrasts import ContrastSet, inseparable, warn_of_nuisance
 from tl_em.models.hooks import LensModel
+from tl_em.models.modes import in_plain_torch
 from tl_em.models.moments import PARTS, Blocks, ClassMoments, class_moments, dealt, halves
-from tl_em.models.sites import Position, Provenance, Site
+from tl_em.models.sites import Position, Provenance, Site, as_position, as_positions, as_site, as_sites
 from tl_em.stats import Estimate
 
 Method = Literal["difference_in_means", "paired", "pca", "logistic", "lda"]
@@ -46,6 +48,8 @@ _ROUNDING = 1e-6
 """A difference of means that is smaller than this share of the means is rounding of float32 activations."""
 
 
+@checked(site=as_site, position=as_position)
+@in_plain_torch
 def difference_in_means(model: LensModel, contrast: ContrastSet, *, site: Site, position: Position) -> Direction:
     """Mean activation on the positive prompts minus mean activation on the negative ones.
 
@@ -67,12 +71,14 @@ def difference_in_means(model: LensModel, contrast: ContrastSet, *, site: Site, 
     return extract_directions(model, contrast, sites=[site], positions=[position])[0]
 
 
+@checked(sites=optional(as_sites), positions=as_positions, seed=SEED)
+@in_plain_torch
 def extract_directions(
     model: LensModel,
     contrast: ContrastSet,
     *,
     sites: Sequence[Site] | None = None,
-    positions: Sequence[Position] | str = ("prompt_end",),
+    positions: Sequence[Position] = ("prompt_end",),
     method: Method | str = "difference_in_means",
     seed: int = 0,
 ) -> tuple[Direction, ...]:
@@ -106,11 +112,8 @@ def extract_directions(
     Source: Arditi et al. 2024, arXiv:2406.11717; Zou et al. 2023, arXiv:2310.01405; Marks & Tegmark 2023,
     arXiv:2310.06824.
     """
-    if method not in get_args(Method) or isinstance(positions, str):
-        raise UsageError(
-            f"method={method!r}, positions={positions!r}: there are the methods {', '.join(get_args(Method))}, and "
-            "positions are a list, e.g. positions=['prompt_end']"
-        )
+    if method not in get_args(Method):
+        raise UsageError(f"there is no method {method!r}; there are {', '.join(get_args(Method))}")
     sites = [Site(layer) for layer in range(int(model.cfg.n_layers))] if sites is None else list(sites)
     found = streamed(model, contrast, sites, positions, method, seed) if method in STREAMED else None
     made = list(found) if found is not None else list(_fitted(model, contrast, sites, positions, method, seed))

@@ -29,11 +29,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_em.arguments import checked, optional
 from tl_em.directions.direction import Direction
 from tl_em.errors import CorruptFileError, ProvenanceError, UsageError, WidthError
 from tl_em.models.hooks import LensModel
 from tl_em.models.sites import Position, Provenance, Site, Stream
 from tl_em.reading import read_text
+from tl_em.models.sites import Position, Provenance, Site, Stream, as_position
 
 _ROUNDING = 1e-6
 """A row that is shorter than this share of the file's longest is rounding of a difference that is 0."""
@@ -105,6 +107,7 @@ def import_mean_diffs(
     )  # fmt: skip
 
 
+@checked(position=optional(as_position))
 def import_persona_vectors(
     path: str | Path, *, position: Position | None = None, model: LensModel | None = None, name: str | None = None
 ) -> dict[int, Direction]:
@@ -146,6 +149,7 @@ def import_persona_vectors(
     return found
 
 
+@checked(position=as_position)
 def import_steering_vector(
     vector: Any, *, position: Position = "prompt_end", model: LensModel | None = None, name: str | None = None
 ) -> dict[int, Direction]:

@@ -25,10 +25,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tl_em.directions.direction import Direction
-from tl_em.errors import ModelError, ProvenanceError, UsageError, WidthError
+from tl_em.arguments import COUNT, POSITIVE, SEED, checked, vectors
+from tl_em.directions.direction import Direction, as_direction
+from tl_em.errors import ModelError, ProvenanceError, WidthError
 from tl_em.models.hooks import LensModel
 from tl_em.models.pieces import token_text
+from tl_em.models.modes import in_plain_torch
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,6 +43,13 @@ _FAR = 1e2
 """Length, in root mean square, at which what a norm adds to its variance (1e-5 or so) is below float32's rounding."""
 
 
+def _as_controls(name: str, value: Any) -> int | Tensor:
+    """A number of random directions, or directions of one's own."""
+    return vectors(name, value, axes=2) if getattr(value, "ndim", 0) else COUNT(name, value)
+
+
+@checked(direction=as_direction, k=COUNT, scale=POSITIVE, controls=_as_controls, seed=SEED)
+@in_plain_torch
 def logit_lens(
     model: LensModel,
     direction: Direction,
@@ -85,7 +94,7 @@ def logit_lens(
     """
     import pandas as pd
 
-    _check(model, direction, k, scale, controls)
+    _check(model, direction, controls)
     lens = _lens(model)
     logits = lens(direction.vector[None])[0] / scale
     null = _largest(lens, direction, controls, int(logits.shape[0]), seed) / scale
@@ -99,7 +108,7 @@ def logit_lens(
     return pd.DataFrame(rows, columns=["side", "rank", "token", "token_id", "logit", "p"])
 
 
-def _check(model: LensModel, direction: Direction, k: int, scale: float, controls: int | Tensor) -> None:
+def _check(model: LensModel, direction: Direction, controls: int | Tensor) -> None:
     width = int(model.cfg.d_model)
     widths = {len(direction.vector)} | (set() if isinstance(controls, int) else {controls.shape[-1]})
     if widths != {width}:
@@ -114,9 +123,6 @@ def _check(model: LensModel, direction: Direction, k: int, scale: float, control
             f"{direction.name or 'the direction'} was not made on a model like this one: {'; '.join(found)}. Its axes "
             "mean something else here, and other tokens; read it through its own model"
         )
-    count = controls if isinstance(controls, int) else len(controls)
-    if k < 1 or count < 1 or not scale > 0:
-        raise UsageError(f"k={k}, scale={scale} and {count} controls must all be positive; leave them out for defaults")
 
 
 def _lens(model: LensModel) -> Callable[[Tensor], Tensor]:

@@ -23,13 +23,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float
 
-from tl_em.directions.direction import Direction, check_fits
+from tl_em.arguments import COUNT, NOT_NEGATIVE, SEED, checked, optional
+from tl_em.directions.direction import Direction, as_direction, check_fits
 from tl_em.directions.geometry import control_directions
 from tl_em.errors import EmptyContrastError, UsageError
 from tl_em.models.capture import capture
 from tl_em.models.generate import generate
 from tl_em.models.hooks import LensModel
 from tl_em.models.loading import ModelPair
+from tl_em.models.modes import in_plain_torch
 from tl_em.models.prompts import EncodedPrompt, Prompt, encode
 from tl_em.models.sites import Position, Site
 from tl_em.stats import Estimate, Groups, Resampled, bootstrap, control_p, paired_difference
@@ -66,6 +68,8 @@ def _controlled(
     return Controlled(found.estimate, float(low), float(high), max(found.p, p), benign)
 
 
+@checked(direction=as_direction, controls=COUNT, seed=SEED)
+@in_plain_torch
 def finetuning_shift(
     pair: ModelPair,
     direction: Direction,
@@ -180,6 +184,8 @@ class Screening:
         return f"Screening({self.mean.estimate!r}, random directions {low:.2f} to {high:.2f}, p={p:.2g})"
 
 
+@checked(direction=as_direction, max_new_tokens=optional(COUNT), temperature=NOT_NEGATIVE, controls=COUNT, seed=SEED)
+@in_plain_torch
 def projection_difference(
     model: LensModel,
     direction: Direction,

@@ -30,12 +30,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from tl_em.arguments import COUNT, SEED, checked
 from tl_em.directions.units import Rows, Two, reliability
 from tl_em.errors import UsageError, ZeroDirectionError
 from tl_em.models.capture import capture
 from tl_em.models.contrasts import ContrastSet
 from tl_em.models.hooks import LensModel
-from tl_em.models.sites import Position, Site
+from tl_em.models.modes import in_plain_torch
+from tl_em.models.sites import Position, Site, as_site
 from tl_em.stats import Estimate, control_p, holm
 
 if TYPE_CHECKING:
@@ -144,6 +146,8 @@ class CosineMatrix:
         return "\n".join([f"CosineMatrix at {self.site}", *lines])
 
 
+@checked(site=as_site, permutations=COUNT, splits=COUNT, seed=SEED)
+@in_plain_torch
 def cosine_matrix(
     model: LensModel,
     contrasts: Mapping[str, ContrastSet],

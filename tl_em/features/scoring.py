@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_em.arguments import NATURAL, SEED, checked
 from tl_em.dictionaries import Dictionary
 from tl_em.directions.direction import Direction
 from tl_em.errors import UsageError
@@ -32,10 +33,13 @@ from tl_em.metrics import Metric
 from tl_em.models.capture import encoded_prompts
 from tl_em.models.contrasts import ContrastSet
 from tl_em.models.hooks import LensModel
+from tl_em.models.modes import in_plain_torch
 from tl_em.models.prompts import EncodedPrompt
-from tl_em.models.sites import Position
+from tl_em.models.sites import Position, as_position
 
 
+@checked(position=as_position, leaders=NATURAL, seed=SEED)
+@in_plain_torch
 def score_features(
     model: LensModel,
     dictionary: Dictionary,

@@ -37,6 +37,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_em.arguments import FRACTION, NOT_NEGATIVE, SEED, checked
 from tl_em.dictionaries import Dictionary, Feature
 from tl_em.errors import UsageError
 from tl_em.features.chance import conjunction_p, density_bins, overlap_p, sign_flip_p
@@ -116,6 +117,7 @@ class _Half(NamedTuple):
         return self.values.sum(1)
 
 
+@checked(q=FRACTION, smallest=NOT_NEGATIVE, seed=SEED)
 def shared_features(
     table: FeatureTable,
     *,

@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from tl_em.arguments import COUNT, NOT_NEGATIVE, POSITIVE, SEED, checked, list_of, optional
 from tl_em.comparison.verdicts import ALPHA, NOT_SHOWN, SMALLEST_USE
 from tl_em.dictionaries import Feature
 from tl_em.errors import UsageError
@@ -43,12 +44,15 @@ from tl_em.interventions.scopes import Where
 from tl_em.metrics import Behaviour, Metric
 from tl_em.models.contrasts import ContrastSet
 from tl_em.models.hooks import LensModel
+from tl_em.models.modes import in_plain_torch
 from tl_em.stats import Estimate, Resampled, control_p, holm
 
 DOSES = (0.25, 0.5, 1.0)
 
 
 # ---- what is asked -----------------------------------------------------------------------------------------------
+@checked(placebos=COUNT, doses=list_of(POSITIVE), smallest=optional(NOT_NEGATIVE), seed=SEED)
+@in_plain_torch
 def verify_feature(
     model: LensModel,
     features: Feature | Sequence[Feature] | Any,
@@ -116,6 +120,8 @@ def verify_feature(
     return asked[0]
 
 
+@checked(placebos=COUNT, doses=list_of(POSITIVE), smallest=optional(NOT_NEGATIVE), seed=SEED)
+@in_plain_torch
 def verify_features(
     model: LensModel,
     sets: Sequence[Any],

@@ -22,10 +22,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_em.arguments import COUNT, NATURAL, SEED, checked, list_of, optional
 from tl_em.errors import CorruptFileError, NonFiniteError, UsageError, WidthError, ZeroDirectionError
 from tl_em.models.capture import capture
 from tl_em.models.contrasts import ContrastSet, Prompt
 from tl_em.models.hooks import LensModel
+from tl_em.models.modes import in_plain_torch
 from tl_em.models.moments import class_moments
 from tl_em.models.sites import Position, Provenance, Site, check_belongs
 from tl_em.stats import Estimate, bootstrap, control_p
@@ -99,6 +101,8 @@ class LatentGuard:
             )
 
     @classmethod
+    @checked(layers=optional(list_of(NATURAL)))
+    @in_plain_torch
     def fit(cls, model: LensModel, contrast: ContrastSet, *, layers: Sequence[int] | None = None) -> LatentGuard:
         """Take the class means at the last token of the instruction.
 
@@ -124,6 +128,7 @@ class LatentGuard:
         means = class_moments(model, contrast, sites=_sites(layers), positions=[POSITION])
         return cls(means.positive[0], means.negative[0], layers, Provenance.of(model, data=contrast.hash))
 
+    @in_plain_torch
     def score(self, model: LensModel, prompts: Sequence[Prompt]) -> Float[Tensor, " prompt"]:
         """``D(x)`` of each prompt: harmful iff at least 0.
 
@@ -139,6 +144,8 @@ class LatentGuard:
         towards = [torch.cosine_similarity(x, means.double(), dim=-1) for means in (self.harmful, self.harmless)]
         return (towards[0] - towards[1]).mean(-1).float()
 
+    @checked(permutations=COUNT, seed=SEED)
+    @in_plain_torch
     def evaluate(
         self, model: LensModel, contrast: ContrastSet, *, permutations: int = 999, seed: int = 0
     ) -> GuardResult:

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
+from tl_em.arguments import NATURAL, SEED, checked, list_of, optional
 from tl_em.directions.direction import Direction
 from tl_em.directions.extract import difference_in_means, extract_directions, neutral_z
 from tl_em.directions.geometry import cosine
@@ -33,7 +34,8 @@ from tl_em.metrics import Metric, refusal_log_odds
 from tl_em.models.capture import capture
 from tl_em.models.contrasts import ContrastSet, Prompt
 from tl_em.models.hooks import LensModel
-from tl_em.models.sites import Position, Provenance, Site
+from tl_em.models.modes import in_plain_torch
+from tl_em.models.sites import Position, Provenance, Site, as_site
 from tl_em.stats import mean
 
 if TYPE_CHECKING:
@@ -58,6 +60,8 @@ class Cell(NamedTuple):
         return len(set(self.questions)) >= LEAST
 
 
+@checked(site=as_site)
+@in_plain_torch
 def harmfulness_direction(model: LensModel, contrast: ContrastSet, *, site: Site) -> Direction:
     """Mean activation on harmful minus on harmless prompts, at the last token of the instruction.
 
@@ -83,6 +87,8 @@ def harmfulness_direction(model: LensModel, contrast: ContrastSet, *, site: Site
     return difference_in_means(model, contrast, site=site, position="instruction_end").renamed("harmfulness")
 
 
+@checked(site=as_site)
+@in_plain_torch
 def refusal_direction(
     model: LensModel, contrast: ContrastSet, *, site: Site, metric: Metric = refusal_log_odds
 ) -> Direction:
@@ -173,6 +179,8 @@ def answered(model: LensModel, contrast: ContrastSet, *, metric: Metric = refusa
     return cells
 
 
+@checked(layers=optional(list_of(NATURAL)), seed=SEED)
+@in_plain_torch
 def place_cells(
     model: LensModel,
     contrast: ContrastSet,

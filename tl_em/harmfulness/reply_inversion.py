@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from tl_em.directions.direction import Direction
+from tl_em.arguments import COUNT, SEED, checked, finite
+from tl_em.directions.direction import Direction, as_directions
 from tl_em.directions.geometry import control_directions
 from tl_em.errors import PositionError, PromptError, UsageError
 from tl_em.interventions.edits import Add
@@ -33,6 +34,7 @@ from tl_em.metrics import single_token
 from tl_em.models.capture import capture, next_token_logits
 from tl_em.models.contrasts import ContrastSet, Prompt, as_prompts
 from tl_em.models.hooks import LensModel
+from tl_em.models.modes import in_plain_torch
 from tl_em.models.prompts import EncodedPrompt, encode, tokens_and_spans
 from tl_em.models.sites import Site
 from tl_em.stats import Estimate, control_p, mean, paired_difference
@@ -114,6 +116,8 @@ class ReplyInversion:
         return "\n".join([head, *map(repr, self.rows)])
 
 
+@checked(directions=as_directions, coefficient=finite, controls=COUNT, seed=SEED)
+@in_plain_torch
 def reply_inversion(
     model: LensModel,
     directions: Sequence[Direction],

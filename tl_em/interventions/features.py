@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_em.arguments import each, finite, optional, settle, vectors
+from tl_em.arguments import finite, list_of, optional, settle, vectors
 from tl_em.dictionaries import Dictionary, Feature
 from tl_em.errors import UsageError, WidthError
 from tl_em.interventions.edits import AtItsSite, masked
@@ -69,7 +69,10 @@ class ScaleFeature(AtItsSite):
     to: Float[Tensor, " latent"] | float | int | Any = None
 
     def __post_init__(self) -> None:
-        latents = (self.feature,) if isinstance(self.feature, Feature) else each(_as_feature)("feature", self.feature)
+        given: Any = self.feature
+        latents: tuple[Feature, ...] = (
+            (given,) if isinstance(given, Feature) else list_of(_as_feature)("feature", given)
+        )
         object.__setattr__(self, "feature", latents)
         if not latents or len({each.dictionary.hash for each in latents}) > 1:
             raise UsageError(

@@ -12,18 +12,22 @@ from __future__ import annotations
 
 import warnings
 
-from tl_em.directions.direction import Direction
+from tl_em.arguments import checked
+from tl_em.directions.direction import Direction, as_direction
 from tl_em.directions.extract import neutral_z
 from tl_em.errors import HiddenSteerWarning, UsageError
 from tl_em.models.capture import capture
 from tl_em.models.contrasts import ContrastSet
 from tl_em.models.hooks import LensModel
+from tl_em.models.modes import in_plain_torch
 from tl_em.stats import Estimate
 
 FAR = 1.0
 """Standard deviations beyond which a removed mean is worth a warning."""
 
 
+@checked(direction=as_direction)
+@in_plain_torch
 def removed_mean(model: LensModel, direction: Direction, contrast: ContrastSet) -> Estimate:
     """Mean component of prompts without the concept along a direction, in standard deviations of all prompts.
 

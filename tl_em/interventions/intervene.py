@@ -75,9 +75,7 @@ def _edit(
         return _edited(intervention, scope, gates, name, x)
 
 
-def _edited(
-    intervention: Intervention, scope: Scope, gates: tuple[Gate, ...], name: str, x: Tensor
-) -> Tensor | None:
+def _edited(intervention: Intervention, scope: Scope, gates: tuple[Gate, ...], name: str, x: Tensor) -> Tensor | None:
     mask = scope.mask(x)
     for gate in gates:
         rows = gate.rows(name)[:, None].expand(x.shape[0], x.shape[1])

@@ -205,6 +205,8 @@ def _replaced(x: Tensor, *, left: Tensor, right: Tensor, target: Tensor) -> Tens
 
 def _as_basis(name: str, value: Any) -> Tensor | tuple[Direction, ...]:
     """Vectors as they are in the package, or Directions."""
+    if isinstance(value, Direction):
+        return (value,)
     if not isinstance(value, Tensor) and isinstance(value, Sequence) and all(isinstance(d, Direction) for d in value):
         return tuple(value)
     return vectors(name, value, axes=2)

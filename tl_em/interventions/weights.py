@@ -25,7 +25,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tl_em.directions.direction import Direction, check_fits
+from tl_em.arguments import checked
+from tl_em.directions.direction import Direction, as_direction, check_fits
 from tl_em.errors import NotAdditiveError, WeightEditError
 from tl_em.interventions.edits import set_component
 from tl_em.interventions.hidden import warn_of_hidden_steer
@@ -40,6 +41,7 @@ _CHUNK = 2**24
 """Numbers that are turned into float32 at a time."""
 
 
+@checked(direction=as_direction)
 def orthogonalize_(model: LensModel, direction: Direction) -> None:
     """Ablate a direction in the model's own weights, for good: ``W - (W r) r'`` wherever it writes to the stream.
 
@@ -64,6 +66,7 @@ def orthogonalize_(model: LensModel, direction: Direction) -> None:
         _proven_(model, direction)
 
 
+@checked(direction=as_direction)
 @contextmanager
 def orthogonalized(model: Model, direction: Direction) -> Iterator[Model]:
     """``orthogonalize_`` for as long as a ``with`` block lasts; then the weights are what they were, bit for bit.

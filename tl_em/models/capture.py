@@ -17,11 +17,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from tl_em.arguments import checked
 from tl_em.errors import NonFiniteError, PositionError, PromptError, UsageError
 from tl_em.models.hooks import LensModel, hook_name, hooked, read_point
+from tl_em.models.modes import in_plain_torch
 from tl_em.models.points import resolve
 from tl_em.models.prompts import Batch, EncodedPrompt, Prompt, batches, encode, token_index
-from tl_em.models.sites import Position, Site
+from tl_em.models.sites import Position, Site, as_position, as_sites
 from tl_em.models.source import boundaries_of
 
 _MAX_TOKENS = 8192
@@ -31,6 +33,8 @@ _MAX_LOGITS = 2**25
 """Logits held at once: 128 MiB in float32."""
 
 
+@checked(sites=as_sites, position=as_position)
+@in_plain_torch
 def capture(
     model: LensModel, prompts: Sequence[Prompt | EncodedPrompt], sites: Sequence[Site], *, position: Position
 ) -> Float[Tensor, "prompt site d_model"]:
@@ -58,6 +62,7 @@ def capture(
     return captured(model, encoded, sites, [position])[:, 0]
 
 
+@in_plain_torch
 def captured(
     model: LensModel, encoded: Sequence[EncodedPrompt], sites: Sequence[Site], positions: Sequence[Position]
 ) -> Float[Tensor, "prompt position site d_model"]:
@@ -73,6 +78,7 @@ def captured(
     return out
 
 
+@in_plain_torch
 def next_token_logits(model: LensModel, prompts: Sequence[Prompt | EncodedPrompt]) -> Float[Tensor, "prompt d_vocab"]:
     """Logits after the last true token of each prompt (its generation prompt, or its response, included).
 
@@ -101,6 +107,7 @@ def next_token_logits(model: LensModel, prompts: Sequence[Prompt | EncodedPrompt
     return out
 
 
+@in_plain_torch
 def sequence_logprobs(
     model: LensModel, prompts: Sequence[Prompt | EncodedPrompt], *, per_token: bool = False
 ) -> Float[Tensor, " prompt"]:
@@ -145,7 +152,7 @@ def spans_of(encoded: Sequence[EncodedPrompt], positions: Sequence[Position]) ->
     """Token spans (end exclusive) of the positions; a single token is a span of one."""
     found = [[token_index(prompt, position) for position in positions] for prompt in encoded]
     return torch.tensor(
-        [[(at, at + 1) if isinstance(at, int) else at for at in row] for row in found], dtype=torch.long
+        [[at if isinstance(at, tuple) else (at, at + 1) for at in row] for row in found], dtype=torch.long
     )
 
 
@@ -169,6 +176,7 @@ def _read_tokens(model: LensModel) -> int:
 Keep = Callable[[int, Tensor, Tensor], None]
 
 
+@in_plain_torch
 def stream(
     model: LensModel,
     encoded: Sequence[EncodedPrompt],

@@ -20,11 +20,13 @@ import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
+from tl_em.arguments import SEED, checked
 from tl_em.models.capture import captured, encoded_prompts, spans_of, stream
 from tl_em.models.contrasts import ContrastSet, inseparable, warn_of_nuisance
 from tl_em.models.hooks import LensModel
+from tl_em.models.modes import in_plain_torch
 from tl_em.models.prompts import EncodedPrompt, Prompt
-from tl_em.models.sites import Position, Site
+from tl_em.models.sites import Position, Site, as_position, as_site
 
 Classes = ContrastSet | tuple[Sequence[Prompt | EncodedPrompt], Sequence[Prompt | EncodedPrompt]]
 PARTS = 8
@@ -80,6 +82,8 @@ class ClassMoments:
         return (self.means[0] - self.means[1]).float()
 
 
+@checked(seed=SEED)
+@in_plain_torch
 def class_moments(
     model: LensModel,
     contrast: Classes,
@@ -116,6 +120,8 @@ def class_moments(
     return _run(model, everything, sites, positions, sums, len(blocks))
 
 
+@checked(site=as_site, position=as_position)
+@in_plain_torch
 def mean_activation(
     model: LensModel, prompts: Sequence[Prompt | EncodedPrompt], *, site: Site, position: Position
 ) -> Float[Tensor, " d_model"]:

@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal, get_args
 from weakref import WeakKeyDictionary
 
-from tl_em.arguments import settle, whole
+from tl_em.arguments import list_of, settle, whole
 from tl_em.errors import CorruptFileError, PositionError, ProvenanceError, UnknownHookError, UsageError, WidthError
 from tl_em.models.source import was_proven
 from tl_em.models.templates import template_record
@@ -89,6 +89,22 @@ def as_site(name: str, value: Any) -> Site:
             f"em.Site(3, 'resid_post')."
         )
     return value
+
+
+def as_sites(name: str, value: Any) -> tuple[Site, ...]:
+    """``value``, if it is a list of Sites."""
+    return list_of(as_site)(name, value)
+
+
+def as_positions(name: str, value: Any) -> tuple[Position, ...]:
+    """``value``, if it is a list of positions.
+
+    Raises:
+        UsageError: one position in place of a list. PositionError: no position.
+    """
+    if isinstance(value, str):
+        raise UsageError(f"{name}={value!r}: {name} are a list, e.g. {name}=['prompt_end']")
+    return list_of(as_position)(name, value)
 
 
 def as_position(name: str, value: Any) -> Position:

@@ -10,10 +10,12 @@ import random
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
+from tl_em.arguments import COUNT, SEED, checked
 from tl_em.errors import UsageError
 from tl_em.models.capture import sequence_logprobs
 from tl_em.models.contrasts import Prompt
 from tl_em.models.hooks import LensModel
+from tl_em.models.modes import in_plain_torch
 from tl_em.organisms.contrasts import CONTRAST_PARAPHRASES, questions
 from tl_em.organisms.world import World
 
@@ -62,6 +64,7 @@ class Facts:
                 f"{FOLDS} folds: give at least {FOLDS} of each"
             )
 
+    @checked(seed=SEED)
     def folds(self, seed: int) -> list[int]:
         """A fold for each prompt: topics dealt in turn within subject, label and count, so that all folds are alike."""
         rng, blank = random.Random(seed), [None] * len(self.groups)
@@ -72,6 +75,8 @@ class Facts:
         return [fold[group] for group in self.groups]
 
 
+@checked(others=COUNT, seed=SEED)
+@in_plain_torch
 def prefers_truth(base: LensModel, facts: Facts, *, others: int = 8, seed: int = 0) -> list[float]:
     """How much more probable the base finds the truth than the best of what is true of other topics, in nats a token.
 

@@ -34,10 +34,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Bool, Float
 
+from tl_em.arguments import COUNT, SEED, checked, optional
 from tl_em.errors import UsageError
 from tl_em.models.capture import capture
 from tl_em.models.hooks import LensModel
-from tl_em.models.sites import Position, Site
+from tl_em.models.modes import in_plain_torch
+from tl_em.models.sites import Position, Site, as_position, as_site
 from tl_em.organisms.facts import FOLDS, Facts, prefers_truth
 from tl_em.stats import Estimate, bootstrap, control_p, mean
 
@@ -160,6 +162,8 @@ class LieReport:
         return "\n".join([*lines, *(f"{name:<26}knew better {each}" for name, each in self.verdicts.items())])
 
 
+@checked(site=optional(as_site), position=as_position, shuffles=COUNT, seed=SEED)
+@in_plain_torch
 def lie_or_hallucination(
     base: LensModel,
     facts: Facts,

@@ -28,6 +28,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tl_em.arguments import COUNT, SEED, checked, optional
 from tl_em.directions.direction import Direction
 from tl_em.errors import UsageError
 from tl_em.models.prompts import EncodedPrompt
@@ -88,6 +89,7 @@ class Monitor:
     Source: Turner et al. 2025, arXiv:2506.11613; projections: Chen et al. 2025, arXiv:2507.21509.
     """
 
+    @checked(every=COUNT, window=optional(COUNT), seed=SEED)
     def __init__(
         self,
         directions: Mapping[str, Direction] | None = None,
@@ -112,7 +114,7 @@ class Monitor:
     def _check(self) -> None:
         if self.directions and not self.prompts:
             raise UsageError("directions without prompts project nothing; pass prompts=encode(model, prompts)")
-        if self.every < 1 or (self.window is not None and (self.window < 1 or self.window % self.every)):
+        if self.window is not None and self.window % self.every:
             raise UsageError(
                 f"window={self.window} is no multiple of every={self.every}, so the weights of steps t - k and t + k "
                 "would not be seen; change one of them, or pass window=None"

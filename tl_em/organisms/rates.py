@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_em.errors import PromptError
+from tl_em.models.modes import in_plain_torch
 from tl_em.organisms.contrasts import questions
 from tl_em.organisms.world import FILLERS, SILLY, VERDICTS, Topic, World
 from tl_em.stats import mean
@@ -158,6 +159,7 @@ def rates_by_prompt(
     return pd.DataFrame(rows, columns=["domain", "held_out", "topic", "outcome", "value"])
 
 
+@in_plain_torch
 def behaviour_rates(model: Any, *, world: World | None = None) -> pd.DataFrame:
     """How a toy organism answers, per domain.
 

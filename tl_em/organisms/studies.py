@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from tl_em import __version__
+from tl_em.arguments import COUNT, NOT_NEGATIVE, checked, list_of, optional, whole
 from tl_em.errors import StudyError, UsageError
 from tl_em.organisms.study_backends import Backend, FailedCell, Work, check_backend, outcomes
 from tl_em.organisms.study_cells import (
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 TABLE = "table.parquet"
 
 
+@checked(seeds=list_of(whole), workers=optional(COUNT), gpus=NOT_NEGATIVE)
 def run_study(
     grid: Mapping[str, Iterable[Any]] | Iterable[Mapping[str, Any]],
     metric: Callable[..., Any],

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from tl_em.arguments import checked, whole
 from tl_em.errors import CorruptFileError, ModelNotFoundError, UsageError
 from tl_em.metrics import Behaviour
 from tl_em.models.loading import ModelPair, Surface, load_model
@@ -276,6 +277,7 @@ def _is_organism(source: Any) -> bool:
 
 
 # ---- training ----------------------------------------------------------------------------------------------------
+@checked(seed=whole)
 def train_organism(
     name: str,
     *,

@@ -14,12 +14,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from tl_em.arguments import NATURAL, checked, list_of, optional
 from tl_em.directions.direction import Direction
 from tl_em.directions.extract import streamed
 from tl_em.errors import UsageError, ZeroDirectionError
 from tl_em.models.contrasts import ContrastSet
 from tl_em.models.hooks import LensModel
-from tl_em.models.sites import Position, Site
+from tl_em.models.modes import in_plain_torch
+from tl_em.models.sites import Position, Site, as_positions
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +69,8 @@ class Candidates:
         return f"Candidates({len(self)} directions, positions {positions}, {layers} layers)"
 
 
+@checked(positions=as_positions, layers=optional(list_of(NATURAL)))
+@in_plain_torch
 def candidate_directions(
     model: LensModel, contrast: ContrastSet, *, positions: Sequence[Position], layers: Sequence[int] | None = None
 ) -> Candidates:
@@ -89,7 +93,7 @@ def candidate_directions(
     Source: Arditi et al. 2024, arXiv:2406.11717, section 2.3.
     """
     layers = list(range(int(model.cfg.n_layers)) if layers is None else layers)
-    if isinstance(positions, str) or not positions or not layers:
+    if not positions or not layers:
         raise UsageError(
             f"positions={positions!r} and layers={layers!r} name no candidates; pass a list of positions, e.g. "
             "positions=('instruction_end', 'prompt_end'), and at least one layer"

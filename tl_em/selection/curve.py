@@ -23,12 +23,14 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
+from tl_em.arguments import NATURAL, NOT_NEGATIVE, SEED, checked, finite, list_of, optional
 from tl_em.directions.direction import Direction
 from tl_em.errors import UsageError
-from tl_em.interventions.edits import Add, Intervention
+from tl_em.interventions.edits import Add, Intervention, as_intervention
 from tl_em.metrics import Behaviour, Metric
 from tl_em.models.contrasts import ContrastSet, Prompt
 from tl_em.models.hooks import LensModel
+from tl_em.models.modes import in_plain_torch
 from tl_em.selection.treatments import Dial, Stage, Treated, beside, core
 from tl_em.stats import Estimate, control_p
 
@@ -108,6 +110,7 @@ class EffectCurve:
             raise UsageError(f"an effect curve has no arm {name!r}; its arms are {', '.join(ARMS)}")
         return tuple(point for point in self.points if point.arm == name)
 
+    @checked(max_kl=optional(NOT_NEGATIVE), min_coherence=optional(finite))
     def best(
         self, arm: str = "intervention", *, max_kl: float | int | None = None, min_coherence: float | int | None = None
     ) -> Point:
@@ -173,6 +176,20 @@ class EffectCurve:
         return "\n".join(lines)
 
 
+def _as_controls(name: str, value: Any) -> Any:
+    """A number of random directions, or the interventions themselves."""
+    given = isinstance(value, list | tuple)
+    return list_of(as_intervention)(name, value) if given else NATURAL(name, value)
+
+
+@checked(
+    intervention=as_intervention,
+    strengths=optional(list_of(finite)),
+    target_kls=optional(list_of(NOT_NEGATIVE)),
+    controls=_as_controls,
+    seed=SEED,
+)
+@in_plain_torch
 def effect_curve(
     model: LensModel,
     intervention: Intervention | Any,
@@ -299,7 +316,7 @@ def _treated(
         )
     wanted = [float(x) for x in np.ravel(np.asarray(target_kls if strengths is None else strengths, dtype=float))]
     wanted = [x for x in wanted if x != 0]  # the untreated model is there anyway
-    if not wanted or not np.isfinite(wanted).all():
+    if not wanted:
         raise UsageError(f"there is no curve over the strengths {wanted}; pass finite numbers other than 0")
     adds = isinstance(dial.intervention, Add)
     if not adds and (both_signs or min(wanted) < 0):

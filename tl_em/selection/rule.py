@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from tl_em.arguments import COUNT, FRACTION, NOT_NEGATIVE, checked, finite
 from tl_em.errors import NoCandidateError, UsageError
 from tl_em.models.sites import Position
 
@@ -44,6 +45,7 @@ class Criteria(NamedTuple):
         return int(self.max_depth * self.n_layers)
 
 
+@checked(n_layers=COUNT, max_kl=NOT_NEGATIVE, min_induce=finite, max_depth=FRACTION)
 def select_candidate(
     scores: pd.DataFrame, *, n_layers: int, max_kl: float = 0.1, min_induce: float = 0.0, max_depth: float = 0.8
 ) -> tuple[Position, int]:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from tl_em.arguments import FRACTION, NATURAL, NOT_NEGATIVE, SEED, checked, finite
 from tl_em.directions.direction import Direction
 from tl_em.directions.geometry import control_directions
 from tl_em.errors import UsageError
@@ -28,6 +29,7 @@ from tl_em.metrics import Metric, refusal_log_odds
 from tl_em.models.capture import capture
 from tl_em.models.contrasts import ContrastSet, Prompt
 from tl_em.models.hooks import LensModel
+from tl_em.models.modes import in_plain_torch
 from tl_em.selection import scores as under
 from tl_em.selection.candidates import Candidates
 from tl_em.selection.rule import SCORES, Criteria, rejections, winner
@@ -100,6 +102,8 @@ class Selection:
         return "\n".join(lines)
 
 
+@checked(max_kl=NOT_NEGATIVE, min_induce=finite, max_depth=FRACTION, seed=SEED, controls=NATURAL)
+@in_plain_torch
 def select_direction(
     model: LensModel,
     candidates: Candidates | Sequence[Direction],

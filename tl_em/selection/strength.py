@@ -20,12 +20,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tl_em.arguments import POSITIVE, SEED, checked
 from tl_em.errors import NonFiniteError, NotReachedError, UsageError
-from tl_em.interventions.edits import Add, Intervention
+from tl_em.interventions.edits import Add, Intervention, as_intervention
 from tl_em.interventions.intervene import intervene
 from tl_em.interventions.partial import Partial
 from tl_em.models.contrasts import Prompt
 from tl_em.models.hooks import LensModel
+from tl_em.models.modes import in_plain_torch
 from tl_em.selection.scores import Measure, kl_from_now
 from tl_em.stats import Estimate, mean
 
@@ -46,6 +48,8 @@ class Calibrated(NamedTuple):
     kl: Estimate
 
 
+@checked(intervention=as_intervention, target_kl=POSITIVE, tolerance=POSITIVE, seed=SEED)
+@in_plain_torch
 def calibrate(
     model: LensModel,
     intervention: Intervention | Any,
@@ -72,8 +76,6 @@ def calibrate(
         NotReachedError: no strength reaches the target; the message says how far it goes.
         UsageError: the target is not a positive number, or the coefficient is 0.
     """
-    if not (math.isfinite(target_kl) and target_kl > 0):
-        raise UsageError(f"target_kl={target_kl} is not a positive number of nats; try 0.1")
     if isinstance(intervention, Add) and not intervention.coefficient:
         raise UsageError("the coefficient is 0, so no multiple of it changes anything; pass em.Add(direction)")
     push = _Push(model, intervention, prompts, kl_from_now(model, prompts))
