@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from tl_em.arguments import COUNT, checked
 from tl_em.comparison.backdoor import Backdoor
 from tl_em.comparison.compare import Comparison
 from tl_em.comparison.consistency import Consistency
@@ -105,6 +106,7 @@ class Report:
         """
         return replace(self, features=cards, features_note=note)
 
+    @checked(rows=COUNT)
     def with_graph(self, name: str, graph: AttributionGraph | GraphDiff, *, note: str = "", rows: int = 20) -> Report:
         """The report with the figure of a graph and its largest nodes; saved to a folder, its page stands beside.
 

@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_em.arguments import COUNT, NATURAL, SEED, checked, list_of
 from tl_em.dictionaries import Dictionary
 from tl_em.directions.direction import Direction
 from tl_em.directions.lens import logit_lens
@@ -31,6 +32,7 @@ from tl_em.interventions.scopes import Where
 from tl_em.models.capture import encoded_prompts, spans_of
 from tl_em.models.hooks import LensModel
 from tl_em.models.pieces import token_texts
+from tl_em.models.modes import in_plain_torch
 from tl_em.models.prompts import EncodedPrompt, Prompt
 
 if TYPE_CHECKING:
@@ -158,6 +160,8 @@ class FeatureCards:
         return f"FeatureCards({self.dictionary.label}, latents {named}; {self.tokens} tokens of {self.model})"
 
 
+@checked(indices=list_of(NATURAL), k=COUNT, seed=SEED)
+@in_plain_torch
 def feature_cards(
     model: LensModel,
     dictionary: Dictionary,
@@ -233,8 +237,8 @@ def feature_cards(
 
 
 def _check(dictionary: Dictionary, indices: Sequence[int], k: int) -> None:
-    if not len(indices) or k < 1:
-        raise UsageError(f"{len(indices)} latents and k={k} make no card; pass at least one latent and k=1 or more")
+    if not indices:
+        raise UsageError("no latent was given, so there is no card to make; pass indices=[…], at least one")
     for index in indices:
         dictionary.feature(int(index))
 

@@ -30,13 +30,15 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_em.arguments import SEED, checked
 from tl_em.dictionaries import Dictionary
 from tl_em.errors import DictionaryFitError, UsageError
 from tl_em.features.tokens import Tokens, check_models, every_token, sample_spans
 from tl_em.models.capture import _inside, current_batch, encoded_prompts, sequence_logprobs, spans_of
 from tl_em.models.hooks import LensModel, hook_name, hooked, read_point
+from tl_em.models.modes import in_plain_torch
 from tl_em.models.prompts import EncodedPrompt, Prompt
-from tl_em.models.sites import Position
+from tl_em.models.sites import Position, as_position
 from tl_em.stats import Estimate, bootstrap
 
 if TYPE_CHECKING:
@@ -128,6 +130,8 @@ class DictionaryQuality:
         return f"DictionaryQuality({self.dictionary.label}: {said}; {' | '.join(parts)})"
 
 
+@checked(position=as_position, seed=SEED)
+@in_plain_torch
 def dictionary_quality(
     model: LensModel,
     dictionary: Dictionary,

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_em.arguments import NATURAL, checked
 from tl_em.dictionaries import Dictionary
 from tl_em.errors import UsageError
 from tl_em.features.chance import sign_flip_p
@@ -60,6 +61,7 @@ class FeatureTable:
         """One row per latent and behaviour (a copy)."""
         return self.frame.copy()
 
+    @checked(latent=NATURAL)
     def estimate(self, latent: int, behaviour: str, column: str = "effect") -> Estimate:
         """``effect``, ``delta`` or ``attribution`` of one latent with its interval, over parts.
 

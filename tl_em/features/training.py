@@ -33,13 +33,14 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from tl_em.arguments import COUNT, NOT_NEGATIVE, POSITIVE, SEED, checked, optional
 from tl_em.dictionaries import Dictionary, from_sae_lens, sae_lens
 from tl_em.errors import UsageError
 from tl_em.features.activations import Source
 from tl_em.models.capture import encoded_prompts
 from tl_em.models.hooks import LensModel
 from tl_em.models.prompts import EncodedPrompt, Prompt
-from tl_em.models.sites import Position, Provenance, Site
+from tl_em.models.sites import Position, Provenance, Site, as_position, as_site
 
 TrainedActivation = Literal["topk", "batchtopk", "jumprelu", "relu"]
 Mix = Literal["tuned", "base", "both", "difference"]
@@ -49,6 +50,18 @@ _PROBE = 8
 """Steps that the cost is told from."""
 
 
+@checked(
+    site=as_site,
+    d_sae=COUNT,
+    k=COUNT,
+    site_out=optional(as_site),
+    position=as_position,
+    steps=COUNT,
+    batch=COUNT,
+    lr=POSITIVE,
+    sparsity=NOT_NEGATIVE,
+    seed=SEED,
+)
 def train_dictionary(
     model: LensModel,
     site: Site,
@@ -105,8 +118,6 @@ def train_dictionary(
     if mix not in get_args(Mix) or (mix != "tuned" and against is None):
         raise UsageError(f"mix={mix!r} needs the base model beside the tuned one, or is none of {get_args(Mix)}; pass "
                          "against=pair.base")  # fmt: skip
-    if min(steps, batch) < 1 or lr <= 0:
-        raise UsageError(f"steps={steps}, batch={batch} and lr={lr} train nothing; give positive ones")
     sites = [site] if site_out is None else [site, site_out]
     models = {"tuned": [model], "base": [against], "both": [model, against], "difference": [model, against]}[mix]
     source = Source(models, encoded_prompts(model, corpus), sites, position, mix == "difference", seed)
@@ -140,7 +151,7 @@ def _config(
             f"activation={activation!r}; SAEs are trained with {', '.join(get_args(TrainedActivation))}, transcoders "
             "with topk or batchtopk"
         )
-    if not 0 < k <= d_sae:
+    if k > d_sae:
         raise UsageError(f"k={k} of {d_sae} latents cannot be on; choose 1 to d_sae")
     kind, options = {
         "topk": (saes.TopKTrainingSAEConfig, lambda steps: {"k": k}),

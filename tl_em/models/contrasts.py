@@ -17,6 +17,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tl_em.arguments import FRACTION, SEED, checked
 from tl_em.errors import EmptyContrastError, FileError, NuisanceWarning, PromptError, UsageError
 from tl_em.models.cells import Form, Message, Prompt
 from tl_em.models.contrast_files import read_contrast
@@ -98,6 +99,7 @@ class ContrastSet:
         content = json.dumps([[_key(p) for p in self.positive], [_key(p) for p in self.negative]])
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
+    @checked(train=FRACTION, select=FRACTION, test=FRACTION, seed=SEED)
     def split(self, *, train: float = 0.5, select: float = 0.25, test: float = 0.25, seed: int = 0) -> Splits:
         """Three disjoint sets that cover this one, reproducible from the seed.
 

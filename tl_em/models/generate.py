@@ -13,11 +13,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_em.arguments import finite, whole
+from tl_em.arguments import COUNT, NOT_NEGATIVE, SEED, checked
 from tl_em.errors import NonFiniteError, PromptTooLongError
 from tl_em.models.cache import Step, steps
 from tl_em.models.capture import generating
 from tl_em.models.hooks import LensModel
+from tl_em.models.modes import in_plain_torch
 from tl_em.models.prompts import EncodedPrompt, Prompt, encode, make_batch
 from tl_em.models.proof import may_use_cache
 from tl_em.models.source import end_tokens, warn_beyond_proof
@@ -25,6 +26,8 @@ from tl_em.models.source import end_tokens, warn_beyond_proof
 _MAX_ROWS = 64
 
 
+@checked(max_new_tokens=COUNT, temperature=NOT_NEGATIVE, seed=SEED)
+@in_plain_torch
 def generate(
     model: LensModel,
     prompts: Sequence[Prompt | EncodedPrompt],
@@ -54,8 +57,6 @@ def generate(
         NonFiniteError: the logits hold NaN, so no token is the most probable one.
         UsageError: a number that means nothing (a negative temperature, no tokens).
     """
-    max_new_tokens = whole("max_new_tokens", max_new_tokens, low=1)
-    temperature, seed = finite("temperature", temperature, low=0), whole("seed", seed)
     encoded, end = encode(model, prompts), end_tokens(model)
     _check_room(encoded, int(model.cfg.n_ctx), max_new_tokens)
     warn_beyond_proof(model, max(map(len, encoded), default=0) + max_new_tokens)

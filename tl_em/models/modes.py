@@ -54,11 +54,16 @@ def plain_torch(*models: Any) -> Iterator[None]:
 
 
 def _put_in_evaluation(model: nn.Module, stack: ExitStack) -> None:
-    """Module by module: ``model.eval()`` and ``model.train()`` would forget which of them were in training mode."""
-    for module in model.modules():
-        if module.training:
-            module.training = False
-            stack.callback(setattr, module, "training", True)
+    """Module by module: ``model.eval()`` and ``model.train()`` would forget which of them were in training mode.
+
+    A Bridge holds the model that it stands for, its dropouts included, where ``modules()`` does not look.
+    """
+    inner = getattr(model, "original_model", None)
+    for part in (model, inner) if isinstance(inner, nn.Module) else (model,):
+        for module in part.modules():
+            if module.training:
+                module.training = False
+                stack.callback(setattr, module, "training", True)
 
 
 def _autocast(*models: Any) -> list[str]:

@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal, get_args
 from weakref import WeakKeyDictionary
 
-from tl_em.arguments import list_of, settle, whole
+from tl_em.arguments import SEED, list_of, optional, settle, whole
 from tl_em.errors import CorruptFileError, PositionError, ProvenanceError, UnknownHookError, UsageError, WidthError
 from tl_em.models.source import was_proven
 from tl_em.models.templates import template_record
@@ -188,6 +188,7 @@ class Provenance:
         """The provenance of something made on ``model`` now."""
         cfg, tokenizer = model.cfg, getattr(model, "tokenizer", None)
         template, kwargs = template_record(tokenizer)
+        seed = optional(SEED)("seed", seed)
         return cls(
             model=str(getattr(cfg, "model_name", None) or type(model).__name__),
             revision=_revision(model),

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_em.arguments import COUNT, settle
 from tl_em.errors import PromptError, UsageError
 from tl_em.metrics import Unit
 from tl_em.models.capture import sequence_logprobs
@@ -102,9 +103,12 @@ class TextLogprob:
         'nats'
     """
 
-    last: int = 16
+    last: int | Any = 16
     name: str = "log-probability per token"
     unit: Unit = "nats"
+
+    def __post_init__(self) -> None:
+        settle(self, last=COUNT)
 
     def __call__(self, model: LensModel, prompts: Sequence[Prompt]) -> Float[Tensor, " prompt"]:
         """Mean log-probability per token of each text.

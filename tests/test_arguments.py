@@ -1,0 +1,235 @@
+"""Every number of every public function is checked where it enters, before anything else happens."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import tl_em as em
+from tl_em.arguments import COUNT, FRACTION, checked, finite, list_of, optional, vectors, whole
+from tl_em.errors import NonFiniteError, UsageError, WidthError
+
+NUMERIC = re.compile(r"\b(int|float|Numbers)\b")
+DIRECTION = em.Direction([3.0, 4.0], em.Site(0), name="d")
+STAND_INS: dict[str, Any] = {
+    "site": em.Site(0),
+    "sites": [em.Site(0)],
+    "position": "prompt_end",
+    "positions": ["prompt_end"],
+    "direction": DIRECTION,
+    "directions": [DIRECTION],
+    "intervention": em.Add(DIRECTION),
+    "target_kl": 0.1,
+    "n_layers": 4,
+    "d_sae": 8,
+    "seeds": [0],
+    "seed": 0,
+    "indices": [0],
+    "layer": 0,
+    "max_new_tokens": 1,
+}
+RECORDS = {"Estimate", "FeatureCheck", "FeatureSet", "FeatureTable", "LieReport", "Organism", "Provenance", "Row"}
+"""What functions return: their fields may hold NaN, "not measured"."""
+NOT_NUMBERS = {("attribute", "prompt"), ("head_loadings", "prompt")}
+ELSEWHERE = {"Dictionary.feature": "index", "Provenance.of": "seed"}
+"""Checked where the value is made."""
+MAY_BE_NEGATIVE = {"coefficient", "factor", "min_coherence", "min_induce", "seeds", "strengths", "threshold"}
+
+
+def functions() -> Iterator[tuple[str, Callable[..., Any]]]:
+    """Public functions, and public methods of public classes."""
+    for name in em.__all__:
+        value = getattr(em, name)
+        if inspect.isfunction(value):
+            yield name, value
+        for own, method in vars(value).items() if inspect.isclass(value) else ():
+            method = getattr(method, "__func__", method)
+            if inspect.isfunction(method) and (own == "__init__" or not own.startswith("_")):
+                yield f"{name}.{own}", method
+
+
+def numeric(function: Callable[..., Any]) -> list[str]:
+    """Parameters whose annotation speaks of numbers."""
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if NUMERIC.search(str(p.annotation)) and "Mapping" not in str(p.annotation)]
+
+
+def asked() -> list[tuple[str, str]]:
+    cases = []
+    for name, function in functions():
+        inner = name.endswith((".plot", ".edit", ".hook_names")) or name in ELSEWHERE
+        if not inner and not (name.endswith(".__init__") and name[:-9] in _data()):
+            cases += [(name, p) for p in numeric(function) if (name, p) not in NOT_NUMBERS]
+    return cases
+
+
+def _data() -> set[str]:
+    """Dataclasses, whose fields are in a table of their own below."""
+    return {name for name in em.__all__ if hasattr(getattr(em, name), "__dataclass_fields__")}
+
+
+CASES = asked()
+BY_NAME = dict(functions())
+
+
+def called(name: str, parameter: str, value: Any) -> None:
+    """The function with this value, and with objects that nothing can be done with for all the rest."""
+    function = BY_NAME[name]
+    needed = {
+        p.name: STAND_INS.get(p.name, object())
+        for p in inspect.signature(function).parameters.values()
+        if p.default is p.empty and p.kind is not p.VAR_KEYWORD and p.kind is not p.VAR_POSITIONAL
+    }
+    positional = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.POSITIONAL_ONLY]
+    assert not positional
+    function(**{**needed, parameter: value})
+
+
+def whole_only(name: str, parameter: str) -> bool:
+    annotation = str(inspect.signature(BY_NAME[name]).parameters[parameter].annotation)
+    return parameter == "seeds" or not re.search(r"\bfloat\b|Numbers", annotation)
+
+
+def is_list(name: str, parameter: str) -> bool:
+    annotation = str(inspect.signature(BY_NAME[name]).parameters[parameter].annotation)
+    return "Sequence" in annotation.split("|")[0] or "Iterable" in annotation or "Numbers" in annotation
+
+
+def test_there_is_much_to_check() -> None:
+    assert len(CASES) > 60
+    assert ("select_direction", "max_kl") in CASES and ("shared_features", "q") in CASES
+
+
+@pytest.mark.parametrize(("name", "parameter"), CASES, ids=lambda v: str(v))
+def test_what_is_no_number_is_refused_by_name(name: str, parameter: str) -> None:
+    """Before any work: every other argument is one that would fail as soon as it was touched."""
+    bad_ones: list[Any] = [math.nan, math.inf, True, "3", "x", object()]
+    bad_ones += [] if parameter in MAY_BE_NEGATIVE else [-1.5]
+    bad_ones += [1.5] if whole_only(name, parameter) else []
+    bad_ones += [] if (name, parameter) == ("logit_lens", "controls") else [torch.ones(2, 2)]  # may be vectors
+    for bad in bad_ones:
+        given = [bad] if is_list(name, parameter) else bad
+        with pytest.raises(em.TlEmError, match=rf"^{parameter}|^k of"):
+            called(name, parameter, given)
+
+
+@pytest.mark.parametrize(("name", "parameter"), CASES, ids=lambda v: str(v))
+def test_numbers_of_any_library_are_numbers(name: str, parameter: str) -> None:
+    check = BY_NAME[name].checks[parameter]  # pyright: ignore[reportFunctionMemberAccess]
+    values: list[Any] = [np.int64(1), np.uint8(1), torch.tensor(1)]
+    values += [] if whole_only(name, parameter) else [np.float32(1), torch.tensor(1.0), np.array(1.0)]
+    for value in values:
+        found = check(parameter, [value] if is_list(name, parameter) else value)
+        found = found[0] if is_list(name, parameter) else found
+        assert found == 1 and type(found) in (int, float)
+
+
+# --- Values -----------------------------------------------------------------------------------------------------------
+
+FIELDS: dict[str, tuple[Callable[[Any], Any], bool]] = {
+    "Site.layer": (lambda x: em.Site(x).layer, True),
+    "TextLogprob.last": (lambda x: em.TextLogprob(last=x).last, True),
+    "Add.coefficient": (lambda x: em.Add(DIRECTION, x).coefficient, False),
+    "Clamp.low": (lambda x: em.Clamp(DIRECTION, low=x).low, False),
+    "Clamp.high": (lambda x: em.Clamp(DIRECTION, high=x).high, False),
+    "Conditional.above": (lambda x: em.Conditional(em.Add(DIRECTION), DIRECTION, above=x).above, False),
+    "ScaleFeature.factor": (lambda x: em.ScaleFeature(_sae().feature(0), x).factor, False),
+    "ScaleFeature.to": (lambda x: em.ScaleFeature(_sae().feature(0), to=x).to, False),
+}
+
+
+def _sae() -> em.Dictionary:
+    eye = torch.eye(2)
+    return em.Dictionary(eye, torch.zeros(2), eye, torch.zeros(2), activation="relu", site_in=em.Site(0))
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_values_take_numbers_of_any_library_and_no_others(field: str) -> None:
+    make, whole_only = FIELDS[field]
+    for good in (1, np.int64(1), torch.tensor(1), *(() if whole_only else (np.float32(1), torch.tensor(1.0)))):
+        assert make(good) == 1 and type(make(good)) in (int, float)
+    for bad in (math.nan, math.inf, True, "1", [[1.0]], *((1.5,) if whole_only else ())):
+        with pytest.raises(em.TlEmError):
+            make(bad)
+
+
+def test_every_field_of_a_value_that_holds_a_number_is_in_the_table() -> None:
+    fields = {
+        f"{name}.{field.name}"
+        for name in _data() - RECORDS
+        for field in getattr(em, name).__dataclass_fields__.values()
+        if field.init and NUMERIC.search(str(field.type)) and not re.search("Mapping|Sequence|tuple", str(field.type))
+    }
+    assert "Add.coefficient" in fields
+    assert fields - set(FIELDS) <= {"GraphDiff.least", "Dictionary.k", "Feature.index", "FeatureCards.tokens"}
+
+
+# --- The checks themselves --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "value", [1, 1.0, np.float16(1), np.int8(1), torch.tensor(1), torch.ones((), requires_grad=True)], ids=repr
+)
+def test_finite_gives_a_float(value: Any) -> None:
+    assert type(finite("x", value)) is float and finite("x", value) == 1.0
+
+
+@pytest.mark.parametrize(
+    "value",
+    [None, "1", b"1", True, np.True_, torch.tensor(True), [1], np.array([1.0]), torch.ones(1), 1j, math.nan, 10**400],
+    ids=lambda value: repr(value)[:20],
+)
+def test_finite_refuses_the_rest(value: Any) -> None:
+    with pytest.raises(UsageError, match=r"^x="):
+        finite("x", value)
+
+
+@pytest.mark.parametrize("value", [1.0, np.float64(1), torch.tensor(1.0), "1", True, np.array([1]), None], ids=repr)
+def test_whole_refuses_what_counts_nothing(value: Any) -> None:
+    with pytest.raises(UsageError, match=r"^x="):
+        whole("x", value)
+    assert whole("x", np.int64(3), low=3, high=3) == 3
+
+
+def test_vectors_are_the_packages_own() -> None:
+    given = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    found = vectors("v", given)
+    assert found.dtype == torch.float32 and not found.requires_grad
+    with torch.no_grad():
+        given += 1
+    assert found.tolist() == [1.0, 1.0, 1.0]
+    with torch.inference_mode():
+        assert not vectors("v", torch.ones(3)).is_inference()
+    for bad, error in [
+        (torch.ones(2, 2), WidthError),
+        (3.0, WidthError),
+        ([1.0, math.nan], NonFiniteError),
+        (np.array([1e300]), NonFiniteError),
+        (torch.ones(2, dtype=torch.complex64), UsageError),
+        (torch.ones(2, device="meta"), UsageError),
+        (["a"], UsageError),
+        ([[1], [2, 3]], UsageError),
+        (None, UsageError),
+    ]:
+        with pytest.raises(error, match=r"^v"):
+            vectors("v", bad)
+
+
+def test_a_function_is_checked_by_keyword_and_by_place_and_keeps_its_name() -> None:
+    @checked(k=COUNT, share=optional(FRACTION), lengths=list_of(COUNT))
+    def chosen(k: int, share: float | None = None, *, lengths: tuple[int, ...] = ()) -> tuple[Any, ...]:
+        """Doc."""
+        return k, share, lengths
+
+    assert chosen.__name__ == "chosen" and chosen.__doc__ == "Doc."
+    assert chosen(np.int64(2), None, lengths=[torch.tensor(1)]) == (2, None, (1,))  # pyright: ignore[reportArgumentType]
+    for arguments, named in (((0,), {}), ((1, 2.0), {}), ((1,), {"lengths": 3}), ((1,), {"lengths": [0]})):
+        with pytest.raises(UsageError):
+            chosen(*arguments, **named)
