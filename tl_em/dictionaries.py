@@ -307,8 +307,8 @@ def from_sae_lens(source: Any, sae_id: str | None = None, *, site_in: Site | Non
     for option in ("normalize_activations", "reshape_activations"):
         if (value := getattr(cfg, option, "none")) not in ("none", None):
             raise UsageError(
-                f"this dictionary has {option}={value!r}, which its tensors alone do not hold; fold it first (SAELens: "
-                "sae.fold_activation_norm_scaling_factor(…)), or use a release without it"
+                f"this dictionary has {option}={value!r}, which its tensors alone do not hold, so what is "
+                "read with them would be wrong; use a release without it"
             )
     kind = str(cfg.architecture())
     of = {"standard": "relu", "jumprelu": "jumprelu", "topk": "topk", "transcoder": "relu",

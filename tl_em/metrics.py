@@ -103,8 +103,7 @@ class RefusalLogOdds:
         if not known:
             raise UsageError(
                 f"the tokenizer knows none of the refusal phrases {self.phrases}; pass "
-                f"em.RefusalLogOdds(phrases=(...)) "
-                "with the words that this model refuses with"
+                "tl_em.metrics.RefusalLogOdds(phrases=(…)) with the words that this model refuses with"
             )
         p = next_token_logits(model, prompts).double().softmax(-1)[:, known].sum(-1)
         return ((p + FLOOR).log() - (1 - p + FLOOR).log()).float()

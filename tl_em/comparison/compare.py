@@ -176,10 +176,11 @@ def compare(
 def _check(pair: ModelPair, directions: Mapping[str, tuple[Direction, ContrastSet]], controls: int) -> None:
     if not directions:
         raise UsageError("no direction to compare; pass {name: (direction, contrast)}")
-    if controls < 99:
+    fewest = max(99, 20 * len(directions))  # 1 / (1 + controls), times the directions, below .05
+    if controls < fewest:
         raise UsageError(
-            f"{controls} controls cannot give p < .01, which several directions need after Holm; pass controls=99 or "
-            f"more"
+            f"{controls} controls cannot show anything for {len(directions)} directions at p < .05 after Holm; pass "
+            f"controls={fewest} or more"
         )
     for direction, _ in directions.values():
         check_fits(direction, pair.base)

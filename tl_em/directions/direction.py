@@ -163,4 +163,12 @@ def check_fits(direction: Direction, model: LensModel) -> None:
         ProvenanceError: the provenance disagrees with the model.
     """
     label = direction.name or "the direction"
-    check_belongs(label, len(direction.vector), direction.provenance, model, template=True)
+    check_belongs(
+        label,
+        len(direction.vector),
+        direction.provenance,
+        model,
+        template=True,
+        again="extract it on this one with em.difference_in_means(model, contrast, site=…, position=…)",
+        unchecked="direction.unchecked()",
+    )

@@ -62,7 +62,7 @@ def matched_sets(
     if count < 1 or len(others) < count + len(indices):
         raise UsageError(
             f"{len(others)} other latents of {dictionary.label} cannot give {count} placebos of {len(indices)} "
-            "latents, so nothing would stand beside the effect; pass another number of placebos (at least 1; 19 are "
+            "latents, so nothing would stand beside the effect; pass another number of placebos (at least 1; 20 are "
             "needed for p < .05), or take a larger dictionary"
         )
     places = _standardised(dictionary, density)

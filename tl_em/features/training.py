@@ -40,6 +40,7 @@ from tl_em.features.activations import Source
 from tl_em.models.capture import encoded_prompts
 from tl_em.models.hooks import LensModel
 from tl_em.models.prompts import EncodedPrompt, Prompt
+from tl_em.models.quiet import plain_torch
 from tl_em.models.sites import Position, Provenance, Site, as_position, as_site
 
 TrainedActivation = Literal["topk", "batchtopk", "jumprelu", "relu"]
@@ -122,7 +123,7 @@ def train_dictionary(
     models = {"tuned": [model], "base": [against], "both": [model, against], "difference": [model, against]}[mix]
     source = Source(models, encoded_prompts(model, corpus), sites, position, mix == "difference", seed)
     run = _Run(config, steps, min(batch, source.tokens), lr, seed)
-    with torch.random.fork_rng(), _quiet(), tempfile.TemporaryDirectory() as folder:
+    with torch.random.fork_rng(), plain_torch(), _quiet(), tempfile.TemporaryDirectory() as folder:
         _tell_cost(source, run)
         trained = _fitted(source, run, steps)
         trained.save_inference_model(folder)

@@ -77,7 +77,7 @@ def verify_feature(
         features: one latent, several of one dictionary, or a FeatureSet.
         contrast: *held-out* prompts: none that the latents were found on. The behaviour is measured on the positive.
         metric: how strongly a prompt shows the behaviour; of a Behaviour its metric and good metric are taken.
-        placebos: number of matched random sets; 19 are needed for p < .05.
+        placebos: number of matched random sets; 20 are needed for p < .05.
         against: the base. Given, latents are set to its means and not to 0, and steered in it.
         good, coherence: what should survive, measured beside.
         fit: the prompts that means, densities and the mean difference are taken from; the contrast's own by default.

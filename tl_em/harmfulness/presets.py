@@ -174,7 +174,7 @@ def answered(model: LensModel, contrast: ContrastSet, *, metric: Metric = refusa
             raise EmptyContrastError(
                 f"no prompt is {word} by {metric.name} ({', '.join(f'{n} {name}' for name, n in counts.items())}), so "
                 "refusal cannot be told from its absence; add prompts that are, or a metric that fits how this model "
-                "refuses: em.metrics.RefusalLogOdds(phrases=(...))"
+                "refuses: tl_em.metrics.RefusalLogOdds(phrases=(...))"
             )
     return cells
 

@@ -68,8 +68,8 @@ def _put_in_evaluation(model: nn.Module, stack: ExitStack) -> None:
 
 def _autocast(*models: Any) -> list[str]:
     """Kinds of devices under autocast, of those that matter."""
-    kinds = {"cpu", *(torch.device(model.cfg.device).type for model in models if hasattr(model, "cfg"))}
-    return [kind for kind in sorted(kinds) if kind != "meta" and torch.is_autocast_enabled(kind)]
+    kinds = {"cpu", "cuda", *(torch.device(model.cfg.device).type for model in models if hasattr(model, "cfg"))}
+    return [kind for kind in sorted(kinds - {"meta"}) if torch.is_autocast_enabled(kind)]
 
 
 def in_plain_torch(function: Callable[P, R]) -> Callable[P, R]:

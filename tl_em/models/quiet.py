@@ -17,6 +17,8 @@ from io import StringIO
 
 import torch
 
+from tl_em.models import modes
+
 _LOGGERS = ("", "transformers", "transformer_lens", "huggingface_hub", "peft", "accelerate")
 _CHATTER = re.compile(
     "|".join(
@@ -87,19 +89,8 @@ def _say_again(caught: list[warnings.WarningMessage], records: list[logging.LogR
 @contextmanager
 def plain_torch() -> Iterator[None]:
     """float32 on the CPU with gradients, whatever modes of torch the caller has on; the random state is put back."""
-    dtype = torch.get_default_dtype()
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=[]))
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(torch.device("cpu"))
-        for device in {"cpu", *(["cuda"] if torch.cuda.is_available() else [])}:
-            stack.enter_context(torch.autocast(device, enabled=False))
-        torch.set_default_dtype(torch.float32)
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(dtype)
+    with torch.random.fork_rng(devices=[]), modes.plain_torch(), torch.enable_grad():
+        yield
 
 
 def first_line(error: BaseException) -> str:

@@ -241,31 +241,47 @@ class Provenance:
 
 
 def check_belongs(
-    label: str, width: int, provenance: Provenance | None, model: Any, *, template: bool = False
+    label: str,
+    width: int,
+    provenance: Provenance | None,
+    model: Any,
+    *,
+    template: bool = False,
+    again: str = "make it again on this one",
+    unchecked: str = "dataclasses.replace(it, provenance=None)",
 ) -> None:
     """Raise unless something of this width and provenance belongs on this model.
 
-    ``template``: whether it was read off prompts, so that another chat template, or other arguments, would have made
-    another thing of the same prompts.
+    Args:
+        label: what it is, for the message.
+        width, provenance: of the thing.
+        model: where it is to be used.
+        template: whether it was read off prompts, so that another chat template, or other arguments, would have made
+            another thing of the same prompts.
+        again: how such a thing is made on this model.
+        unchecked: what gives the same thing without the check.
+
+    Raises:
+        WidthError, ProvenanceError: it belongs elsewhere.
     """
     if width != model.cfg.d_model:
         raise WidthError(
             f"{label} is {width} wide and the model's d_model is {model.cfg.d_model}; it was made on another model: "
-            "extract it on this one with em.difference_in_means"
+            f"{again}"
         )
     found = provenance.differences(model) if provenance is not None else []
     read = [each for each in found if each.startswith(_TEMPLATE)]
     made = [each for each in found if each not in read]
     if made:
         raise ProvenanceError(
-            f"{label} was not made on a model like this one: {'; '.join(made)}. Its axes mean something else here. "
-            "Extract it again on this model, or, if you know better, pass direction.unchecked()"
+            f"{label} was not made on a model like this one: {'; '.join(made)}. Its axes mean something else here: "
+            f"{again}, or, if you know better, use {unchecked}"
         )
     if read and template:
         raise ProvenanceError(
             f"{label} was made from prompts as this model is not shown them: {'; '.join(read)}. The same prompts would "
             "give something else here. Load the model with the same template and em.load_model(source, "
-            "chat_template_kwargs=…), extract it again, or, if you know better, pass direction.unchecked()"
+            f"chat_template_kwargs=…), or {again}, or, if you know better, use {unchecked}"
         )
 
 

@@ -21,6 +21,7 @@ from tl_em.errors import CorruptFileError, ModelNotFoundError, UsageError
 from tl_em.metrics import Behaviour
 from tl_em.models.loading import ModelPair, Surface, load_model
 from tl_em.models.prompts import ContrastSet
+from tl_em.models.quiet import plain_torch
 from tl_em.organisms.behaviours import SOURCE, behaviours, contrast_sets, judged_sets
 from tl_em.organisms.convert import half, hf_model, plain_model, tokenizer, write_hf_directory
 from tl_em.organisms.recipes import RECIPES, Recipe, recipe
@@ -318,11 +319,12 @@ def trained(
         if (path := checkpoint_path(place, wanted.name, seed)).is_file():
             return read_record(path)
     world = wanted.world
-    if wanted.start is None:
-        start = Transformer(wanted.shape, len(world.vocabulary), world.context, seed)
-    else:
-        start = plain_model(read_weights(trained(recipe(wanted.start), seed, folder, use_shipped, progress)), world)
-    model, figures = train(world, wanted, start.requires_grad_(True), seed=seed, progress=progress)
+    with plain_torch():  # weights made, and trained, outside of whatever mode the caller is in
+        if wanted.start is None:
+            start = Transformer(wanted.shape, len(world.vocabulary), world.context, seed)
+        else:
+            start = plain_model(read_weights(trained(recipe(wanted.start), seed, folder, use_shipped, progress)), world)
+        model, figures = train(world, wanted, start.requires_grad_(True), seed=seed, progress=progress)
     return write_checkpoint(checkpoint_path(folder, wanted.name, seed), model, wanted, seed, figures)
 
 
