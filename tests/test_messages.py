@@ -102,7 +102,8 @@ def resolved(name: str) -> Any:
         return None
     found = getattr(em, head) if found is em else found
     for part in rest:
-        found = getattr(found, part)
+        fields = getattr(found, "__dataclass_fields__", {})
+        found = fields[part] if part in fields else getattr(found, part)
     return found
 
 
