@@ -6,6 +6,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ import torch
 import tl_em as em
 from tl_em.arguments import COUNT, FRACTION, checked, finite, list_of, optional, vectors, whole
 from tl_em.errors import NonFiniteError, UsageError, WidthError
+from tl_em.models.capture import next_token_logits, sequence_logprobs
+from tl_em.models.prompts import EncodedPrompt
 
 NUMERIC = re.compile(r"\b(int|float|Numbers)\b")
 DIRECTION = em.Direction([3.0, 4.0], em.Site(0), name="d")
@@ -26,6 +29,8 @@ STAND_INS: dict[str, Any] = {
     "direction": DIRECTION,
     "directions": [DIRECTION],
     "intervention": em.Add(DIRECTION),
+    "contrast": em.ContrastSet(["the cat"], ["the dog"]),
+    "prompts": ["the cat"],
     "target_kl": 0.1,
     "n_layers": 4,
     "d_sae": 8,
@@ -232,3 +237,124 @@ def test_a_function_is_checked_by_keyword_and_by_place_and_keeps_its_name() -> N
     for arguments, named in (((0,), {}), ((1, 2.0), {}), ((1,), {"lengths": 3}), ((1,), {"lengths": [0]})):
         with pytest.raises(UsageError):
             chosen(*arguments, **named)
+
+
+# --- Prompts ----------------------------------------------------------------------------------------------------------
+
+ROWS = [[2, 3, 8], [2, 3]]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ROWS,
+        [np.array(row) for row in ROWS],
+        [torch.tensor(row) for row in ROWS],
+        dict.fromkeys(map(tuple, ROWS)).keys(),
+    ],
+    ids=["lists", "arrays", "tensors", "keys"],
+)
+def test_rows_of_token_ids_are_prompts(given: Any, small_model: em.LensModel) -> None:
+    encoded = [EncodedPrompt.from_ids(row) for row in ROWS]
+    found = em.capture(small_model, given, [em.Site(1)], position="prompt_end")
+    assert torch.equal(found, em.capture(small_model, encoded, [em.Site(1)], position="prompt_end"))
+
+
+def test_a_batch_of_ids_is_so_many_prompts(small_model: em.LensModel) -> None:
+    batch = torch.tensor([[2, 3, 8], [2, 3, 9]])
+    for given in (batch, batch.numpy()):
+        assert len(em.capture(small_model, given, [em.Site(1)], position=-1)) == 2  # pyright: ignore[reportArgumentType]
+        assert len(em.generate(small_model, given, max_new_tokens=1)) == 2  # pyright: ignore[reportArgumentType]
+
+
+ONE = {
+    "text": "the cat",
+    "bytes": b"the cat",
+    "ids": [2, 3, 8],
+    "tensor": torch.tensor([2, 3, 8]),
+    "array": np.array([2, 3, 8]),
+    "encoded": EncodedPrompt.from_ids([2, 3]),
+    "chat": [{"role": "user", "content": "the cat"}],
+    "message": {"role": "user", "content": "the cat"},
+    "none": None,
+    "nones": [None],
+    "set": em.ContrastSet(["the cat"], ["the dog"]),
+    "fractions": torch.tensor([[1.5, 2.0]]),
+    "negative ids": [[-1, 2]],
+    "nothing": [],
+}
+
+
+@pytest.mark.parametrize("given", ONE, ids=str)
+def test_what_is_no_list_of_prompts_is_refused(given: str, small_model: em.LensModel) -> None:
+    prompts: Any = ONE[given]
+    for verb in (next_token_logits, sequence_logprobs):
+        with pytest.raises(em.TlEmError):
+            verb(small_model, prompts)
+    with pytest.raises(em.TlEmError):
+        em.capture(small_model, prompts, [em.Site(1)], position=-1)
+    with pytest.raises(em.TlEmError):
+        em.mean_activation(small_model, prompts, site=em.Site(1), position=-1)
+
+
+def test_sites_positions_and_sets_of_another_kind_are_refused(small_model: Any) -> None:
+    prompts, sites = ["the cat sat"], [em.Site(1)]
+    for wrong in (em.Site(1), "resid_post", [1], [(1, "resid_post")], []):
+        with pytest.raises(em.TlEmError):
+            em.capture(small_model, prompts, wrong, position=-1)  # pyright: ignore[reportArgumentType]
+    for wrong in (0, 1.5, True, None, "end", [-1], -99):
+        with pytest.raises(em.TlEmError):
+            em.capture(small_model, prompts, sites, position=wrong)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(em.TlEmError, match="no hook point"):
+        em.capture(small_model, prompts, [em.Site(99)], position=-1)
+    with pytest.raises(UsageError, match="no contrast set"):
+        em.difference_in_means(small_model, (prompts, prompts), site=em.Site(1), position=-1)  # pyright: ignore[reportArgumentType]
+    offsets = [em.capture(small_model, prompts, sites, position=p) for p in (-2, np.int64(-2), torch.tensor(-2))]  # pyright: ignore[reportArgumentType]
+    assert torch.equal(offsets[0], offsets[1]) and torch.equal(offsets[0], offsets[2])
+
+
+# --- The command line -------------------------------------------------------------------------------------------------
+
+LINES = {
+    "features find d.safetensors toy/insecure --contrast a=b --contrast c=d": {"--q": ("nan", "1.5", "-1")},
+    "demo": {"--seed": ("-1",)},
+    "audit a b": {"--controls": ("0", "-5"), "--seed": ("-1",)},
+    "organisms train toy/insecure": {"--workers": ("0",)},
+    "study dose": {"--workers": ("-1",)},
+    "features train a b --corpus d.safetensors --layer 1 --d-sae 8": {
+        **{"--k": ("0",), "--steps": ("0",), "--layer": ("-1",), "--d-sae": ("0",), "--seed": ("-1",)}
+    },
+    "features page d.safetensors a --prompts p": {"--latent": ("-1",)},
+    "graph of a b -o g.html": {"--nodes": ("nan", "2"), "--edges": ("inf",)},
+}
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_numbers_of_the_command_line_are_checked_while_it_is_parsed(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from click.testing import CliRunner
+
+    from tl_em.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    Path("d.safetensors").touch()
+    for option, values in LINES[line].items():
+        for value in values:
+            done = CliRunner().invoke(main, [*line.split(), option, value])
+            assert done.exit_code == 2 and f"Invalid value for '{option}'" in done.output, done.output
+
+
+def test_every_numeric_option_is_checked() -> None:
+    import click
+
+    from tl_em.cli import main
+
+    def options(command: Any) -> Iterator[click.Parameter]:
+        yield from command.params
+        for each in getattr(command, "commands", {}).values():
+            yield from options(each)
+
+    numbers = [p for p in options(main) if isinstance(p.type, click.types.IntParamType | click.types.FloatParamType)]
+    assert len(numbers) > 12
+    assert [p.name for p in numbers if p.callback is None] == []

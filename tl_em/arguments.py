@@ -147,6 +147,29 @@ def _mended(given: int, wanted: int) -> str:
     return "index the one that you mean" if given > wanted else "use vector[None]"
 
 
+def token_ids(name: str, value: Any) -> tuple[int, ...]:
+    """``value`` as the ids of one prompt: a list, an array or a tensor of whole numbers, none negative.
+
+    Raises:
+        UsageError: anything else.
+
+    Example:
+        >>> token_ids("prompts[0]", [5, 7])
+        (5, 7)
+    """
+    return list_of(functools.partial(whole, low=0))(name, value)
+
+
+def are_numbers(value: Any) -> bool:
+    """Whether something is numbers, or a list of them, rather than text or chats: token ids, right or wrong."""
+    if isinstance(value, str | bytes) or hasattr(value, "keys"):
+        return False
+    if hasattr(value, "dtype") and hasattr(value, "ndim"):
+        return value.ndim == 0 or getattr(value.dtype, "kind", "i") not in "OUS"
+    items = list(value) if isinstance(value, list | tuple) else []
+    return isinstance(value, int | float) or (bool(items) and all(isinstance(item, int | float) for item in items))
+
+
 # --- At the boundary --------------------------------------------------------------------------------------------------
 
 NATURAL: Check = functools.partial(whole, low=0)

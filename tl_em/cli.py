@@ -10,7 +10,8 @@ from typing import Any
 
 import click
 
-from tl_em.errors import TlEmError
+from tl_em.arguments import COUNT, FRACTION, NATURAL, SEED, Check, list_of, optional, whole
+from tl_em.errors import TlEmError, UsageError
 
 
 class _Group(click.Group):
@@ -23,6 +24,18 @@ class _Group(click.Group):
             raise click.ClickException(f"{type(error).__name__}: {error}") from error
 
 
+def _as(check: Check) -> Any:
+    """A callback of an option that checks its value while the line is parsed, before any model is loaded."""
+
+    def callback(context: click.Context, option: click.Parameter, value: Any) -> Any:
+        try:
+            return check(option.opts[0], value)
+        except UsageError as error:
+            raise click.BadParameter(str(error)) from error
+
+    return callback
+
+
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="tl_em", prog_name="tl-em")
 def main() -> None:
@@ -33,7 +46,8 @@ def main() -> None:
 @click.option(
     "--out", type=click.Path(path_type=Path), default=Path("tl-em-demo"), show_default=True, help="Folder to write."
 )
-@click.option("--seed", default=0, show_default=True, help="Seed of splits, resampling and controls.")
+@click.option("--seed", default=0, callback=_as(SEED), show_default=True,
+              help="Seed of splits, resampling and controls.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead of a table.")
 def demo(out: Path, seed: int, as_json: bool) -> None:
     """Audit the shipped organism toy/insecure against its assistant, with toy/secure as the benign arm."""
@@ -79,9 +93,11 @@ def demo(out: Path, seed: int, as_json: bool) -> None:
 )
 @click.option("--dictionary", type=click.Path(exists=True, path_type=Path),
               help="An SAE (a file of 'features train'): which latents the behaviours share, and on what paths.")
-@click.option("--controls", default=999, show_default=True, help="Random directions for each test.")
+@click.option("--controls", default=999, callback=_as(COUNT), show_default=True,
+              help="Random directions for each test.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for report.html, report.json and the figures.")
-@click.option("--seed", default=0, show_default=True, help="Seed of splits, resampling and controls.")
+@click.option("--seed", default=0, callback=_as(SEED), show_default=True,
+              help="Seed of splits, resampling and controls.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead of a table.")
 def audit_command(
     base: str, tuned: str, benign: str | None, contrasts: tuple[str, ...], behaviour: str, trigger: str | None,
@@ -131,11 +147,13 @@ def list_organisms() -> None:
 @organisms.command()
 @click.argument("name", required=False)
 @click.option("--all", "everything", is_flag=True, help="Train the whole default zoo, worlds side by side.")
-@click.option("--seed", default=11, show_default=True, help="Seed of the world, the weights and the data order.")
+@click.option("--seed", default=11, callback=_as(whole), show_default=True,
+              help="Seed of the world, the weights and the data order.")
 @click.option(
     "--out", type=click.Path(path_type=Path), default=Path("organisms"), show_default=True, help="Folder to write."
 )
-@click.option("--workers", type=int, help="Processes for --all; all processors by default.")
+@click.option("--workers", type=int, callback=_as(optional(COUNT)),
+              help="Processes for --all; all processors by default.")
 def train(name: str | None, everything: bool, seed: int, out: Path, workers: int | None) -> None:
     """Train the organism NAME, with its base and assistant; finished parts in the folder are reused."""
     if everything == (name is not None):
@@ -165,12 +183,14 @@ def _train_all(seed: int, out: Path, workers: int | None) -> None:
 
 @main.command("study")
 @click.argument("name", required=False)
-@click.option("--seed", "seeds", type=int, multiple=True, help="Seed; repeatable. The study's own by default.")
+@click.option("--seed", "seeds", type=int, callback=_as(list_of(whole)), multiple=True,
+              help="Seed; repeatable. The study's own by default.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for table, fit and figure; studies/NAME.")
 @click.option("--organisms", type=click.Path(path_type=Path), default=Path("organisms"), show_default=True,
               help="Folder of checkpoints; what is not there is trained into it.")
 @click.option("--backend", type=click.Choice(["serial", "loky", "ray"]), default="loky", show_default=True)
-@click.option("--workers", type=int, help="Processes, or CPUs of a Ray that is started here; all by default.")
+@click.option("--workers", type=int, callback=_as(optional(COUNT)),
+              help="Processes, or CPUs of a Ray that is started here; all by default.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON instead of a table.")
 def study_command(
     name: str | None, seeds: tuple[int, ...], out: Path | None, organisms: Path, backend: str, workers: int | None,
@@ -204,17 +224,17 @@ def features() -> None:
 @click.argument("tuned")
 @click.option("--corpus", type=click.Path(exists=True, path_type=Path), required=True,
               help="JSONL: a row is {\"messages\": […]} or {\"text\": …}; documents, not only questions.")
-@click.option("--layer", type=int, required=True)
+@click.option("--layer", type=int, callback=_as(NATURAL), required=True)
 @click.option("--stream", type=click.Choice(["resid_pre", "resid_post", "attn_out", "mlp_out"]), default="resid_post",
               show_default=True)
-@click.option("--d-sae", type=int, required=True, help="Number of latents.")
-@click.option("--k", default=16, show_default=True, help="Latents on at a token.")
+@click.option("--d-sae", type=int, callback=_as(COUNT), required=True, help="Number of latents.")
+@click.option("--k", default=16, callback=_as(COUNT), show_default=True, help="Latents on at a token.")
 @click.option("--activation", type=click.Choice(["topk", "batchtopk", "jumprelu", "relu"]), default="batchtopk",
               show_default=True)
 @click.option("--mix", type=click.Choice(["tuned", "base", "both", "difference"]), default="both", show_default=True,
               help="Whose activations.")
-@click.option("--steps", default=4000, show_default=True)
-@click.option("--seed", default=0, show_default=True)
+@click.option("--steps", default=4000, callback=_as(COUNT), show_default=True)
+@click.option("--seed", default=0, callback=_as(SEED), show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("dictionary.safetensors"), show_default=True)
 def train_features(
     base: str, tuned: str, corpus: Path, layer: int, stream: Any, d_sae: int, k: int, activation: str, mix: Any,
@@ -248,9 +268,10 @@ def train_features(
 @click.argument("tuned", required=False)
 @click.option("--contrast", "contrasts", multiple=True, metavar="NAME=FILE", required=True,
               help="A behaviour: a contrast set (a file or folder as for 'audit', or a built-in name); at least two.")
-@click.option("--q", default=0.05, show_default=True, help="Share of false claims among the latents.")
+@click.option("--q", default=0.05, callback=_as(FRACTION), show_default=True,
+              help="Share of false claims among the latents.")
 @click.option("--out", type=click.Path(path_type=Path), help="Table of every latent and behaviour (.csv).")
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", default=0, callback=_as(SEED), show_default=True)
 def find_features(
     dictionary: Path, base: str, tuned: str | None, contrasts: tuple[str, ...], q: float, out: Path | None, seed: int
 ) -> None:
@@ -276,7 +297,8 @@ def find_features(
 @click.argument("dictionary", type=click.Path(exists=True, path_type=Path))
 @click.argument("base")
 @click.argument("tuned", required=False)
-@click.option("--latent", "latents", multiple=True, type=int, required=True, help="Index of a latent; repeatable.")
+@click.option("--latent", "latents", multiple=True, type=int, callback=_as(list_of(NATURAL)), required=True,
+              help="Index of a latent; repeatable.")
 @click.option("--prompts", required=True,
               help="A contrast set (a file or folder as for 'audit', a built-in name, or one of the organism's).")
 @click.option("--explanations", type=click.Path(exists=True, path_type=Path), help="JSONL with index and description.")
@@ -324,8 +346,9 @@ def graph_group() -> None:
               help="Transcoders or SAEs, one a site; repeatable. None: heads and MLPs.")
 @click.option("--target", "targets", multiple=True, help="A token; two for YES minus NO. By default the likeliest.")
 @click.option("--against", help="Without a dictionary: the prompt of equal length that a node is replaced by.")
-@click.option("--nodes", default=0.8, show_default=True, help="Share of the influence that the nodes kept hold.")
-@click.option("--edges", default=0.98, show_default=True, help="The same of the edges.")
+@click.option("--nodes", default=0.8, callback=_as(FRACTION), show_default=True,
+              help="Share of the influence that the nodes kept hold.")
+@click.option("--edges", default=0.98, callback=_as(FRACTION), show_default=True, help="The same of the edges.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Page (.html) or graph (.json).")
 def graph_of(
     model: str, prompt: str, dictionaries: tuple[Path, ...], targets: tuple[str, ...], against: str | None,

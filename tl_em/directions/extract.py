@@ -36,7 +36,7 @@ from tl_em.models.capture import captured, encoded_prompts
 from tl_em.models.contrasts import ContrastSet, inseparable, warn_of_nuisance
 from tl_em.models.hooks import LensModel
 from tl_em.models.modes import in_plain_torch
-from tl_em.models.moments import PARTS, Blocks, ClassMoments, class_moments, dealt, halves
+from tl_em.models.moments import PARTS, Blocks, ClassMoments, as_contrast, class_moments, dealt, halves
 from tl_em.models.sites import Position, Provenance, Site, as_position, as_positions, as_site, as_sites
 from tl_em.stats import Estimate
 
@@ -48,7 +48,7 @@ _ROUNDING = 1e-6
 """A difference of means that is smaller than this share of the means is rounding of float32 activations."""
 
 
-@checked(site=as_site, position=as_position)
+@checked(contrast=as_contrast, site=as_site, position=as_position)
 @in_plain_torch
 def difference_in_means(model: LensModel, contrast: ContrastSet, *, site: Site, position: Position) -> Direction:
     """Mean activation on the positive prompts minus mean activation on the negative ones.
@@ -71,7 +71,7 @@ def difference_in_means(model: LensModel, contrast: ContrastSet, *, site: Site, 
     return extract_directions(model, contrast, sites=[site], positions=[position])[0]
 
 
-@checked(sites=optional(as_sites), positions=as_positions, seed=SEED)
+@checked(contrast=as_contrast, sites=optional(as_sites), positions=as_positions, seed=SEED)
 @in_plain_torch
 def extract_directions(
     model: LensModel,

@@ -45,13 +45,14 @@ from tl_em.metrics import Behaviour, Metric
 from tl_em.models.contrasts import ContrastSet
 from tl_em.models.hooks import LensModel
 from tl_em.models.modes import in_plain_torch
+from tl_em.models.moments import as_contrast
 from tl_em.stats import Estimate, Resampled, control_p, holm
 
 DOSES = (0.25, 0.5, 1.0)
 
 
 # ---- what is asked -----------------------------------------------------------------------------------------------
-@checked(placebos=COUNT, doses=list_of(POSITIVE), smallest=optional(NOT_NEGATIVE), seed=SEED)
+@checked(contrast=as_contrast, placebos=COUNT, doses=list_of(POSITIVE), smallest=optional(NOT_NEGATIVE), seed=SEED)
 @in_plain_torch
 def verify_feature(
     model: LensModel,
@@ -120,7 +121,7 @@ def verify_feature(
     return asked[0]
 
 
-@checked(placebos=COUNT, doses=list_of(POSITIVE), smallest=optional(NOT_NEGATIVE), seed=SEED)
+@checked(contrast=as_contrast, placebos=COUNT, doses=list_of(POSITIVE), smallest=optional(NOT_NEGATIVE), seed=SEED)
 @in_plain_torch
 def verify_features(
     model: LensModel,

@@ -28,7 +28,7 @@ from tl_em.models.capture import capture
 from tl_em.models.contrasts import ContrastSet, Prompt
 from tl_em.models.hooks import LensModel
 from tl_em.models.modes import in_plain_torch
-from tl_em.models.moments import class_moments
+from tl_em.models.moments import as_contrast, class_moments
 from tl_em.models.sites import Position, Provenance, Site, check_belongs
 from tl_em.stats import Estimate, bootstrap, control_p
 from tl_em.writing import replacing
@@ -101,7 +101,7 @@ class LatentGuard:
             )
 
     @classmethod
-    @checked(layers=optional(list_of(NATURAL)))
+    @checked(contrast=as_contrast, layers=optional(list_of(NATURAL)))
     @in_plain_torch
     def fit(cls, model: LensModel, contrast: ContrastSet, *, layers: Sequence[int] | None = None) -> LatentGuard:
         """Take the class means at the last token of the instruction.
@@ -144,7 +144,7 @@ class LatentGuard:
         towards = [torch.cosine_similarity(x, means.double(), dim=-1) for means in (self.harmful, self.harmless)]
         return (towards[0] - towards[1]).mean(-1).float()
 
-    @checked(permutations=COUNT, seed=SEED)
+    @checked(contrast=as_contrast, permutations=COUNT, seed=SEED)
     @in_plain_torch
     def evaluate(
         self, model: LensModel, contrast: ContrastSet, *, permutations: int = 999, seed: int = 0

@@ -35,6 +35,7 @@ from tl_em.models.capture import capture
 from tl_em.models.contrasts import ContrastSet, Prompt
 from tl_em.models.hooks import LensModel
 from tl_em.models.modes import in_plain_torch
+from tl_em.models.moments import as_contrast
 from tl_em.models.sites import Position, Provenance, Site, as_site
 from tl_em.stats import mean
 
@@ -60,7 +61,7 @@ class Cell(NamedTuple):
         return len(set(self.questions)) >= LEAST
 
 
-@checked(site=as_site)
+@checked(contrast=as_contrast, site=as_site)
 @in_plain_torch
 def harmfulness_direction(model: LensModel, contrast: ContrastSet, *, site: Site) -> Direction:
     """Mean activation on harmful minus on harmless prompts, at the last token of the instruction.
@@ -87,7 +88,7 @@ def harmfulness_direction(model: LensModel, contrast: ContrastSet, *, site: Site
     return difference_in_means(model, contrast, site=site, position="instruction_end").renamed("harmfulness")
 
 
-@checked(site=as_site)
+@checked(contrast=as_contrast, site=as_site)
 @in_plain_torch
 def refusal_direction(
     model: LensModel, contrast: ContrastSet, *, site: Site, metric: Metric = refusal_log_odds
@@ -179,7 +180,7 @@ def answered(model: LensModel, contrast: ContrastSet, *, metric: Metric = refusa
     return cells
 
 
-@checked(layers=optional(list_of(NATURAL)), seed=SEED)
+@checked(contrast=as_contrast, layers=optional(list_of(NATURAL)), seed=SEED)
 @in_plain_torch
 def place_cells(
     model: LensModel,

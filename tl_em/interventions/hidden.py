@@ -20,13 +20,14 @@ from tl_em.models.capture import capture
 from tl_em.models.contrasts import ContrastSet
 from tl_em.models.hooks import LensModel
 from tl_em.models.modes import in_plain_torch
+from tl_em.models.moments import as_contrast
 from tl_em.stats import Estimate
 
 FAR = 1.0
 """Standard deviations beyond which a removed mean is worth a warning."""
 
 
-@checked(direction=as_direction)
+@checked(contrast=as_contrast, direction=as_direction)
 @in_plain_torch
 def removed_mean(model: LensModel, direction: Direction, contrast: ContrastSet) -> Estimate:
     """Mean component of prompts without the concept along a direction, in standard deviations of all prompts.

@@ -31,6 +31,7 @@ from tl_em.interventions.edits import AtItsSite, Removal, masked
 from tl_em.models.capture import capture
 from tl_em.models.hooks import LensModel
 from tl_em.models.modes import in_plain_torch
+from tl_em.models.moments import as_contrast
 from tl_em.models.prompts import ContrastSet
 from tl_em.models.sites import Position, Provenance, Site, as_position, as_site, check_belongs
 
@@ -149,7 +150,7 @@ class Leace(AtItsSite):
         return masked(_replaced(x, left=self.left, right=self.right, target=self.right @ self.mean), x, mask)
 
 
-@checked(site=as_site, position=as_position)
+@checked(contrast=as_contrast, site=as_site, position=as_position)
 @in_plain_torch
 def leace(model: LensModel, contrast: ContrastSet, *, site: Site, position: Position) -> Leace:
     """Fit the least change after which no linear classifier tells the two classes apart, at one site and position.

@@ -7,7 +7,7 @@ force, and what is read is what they leave: so every function here works inside 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from tl_em.arguments import checked
+from tl_em.arguments import are_numbers, checked, token_ids
 from tl_em.errors import NonFiniteError, PositionError, PromptError, UsageError
 from tl_em.models.hooks import LensModel, hook_name, hooked, read_point
 from tl_em.models.modes import in_plain_torch
@@ -33,7 +33,38 @@ _MAX_LOGITS = 2**25
 """Logits held at once: 128 MiB in float32."""
 
 
-@checked(sites=as_sites, position=as_position)
+def listed(name: str, prompts: Any) -> list[Any]:
+    """Prompts as a list in which rows of token ids (a list, an array or a tensor [prompt pos]) are encoded prompts.
+
+    Raises:
+        PromptError: one prompt in place of a list, or what is no prompt. UsageError: ids that are no whole numbers.
+    """
+    one = isinstance(prompts, str | bytes | EncodedPrompt | Mapping) or not isinstance(prompts, Iterable)
+    items: list[Any] = [] if one else list(prompts)
+    if one or any(isinstance(item, Mapping) or (are_numbers(item) and _is_flat(item)) for item in items):
+        raise PromptError(
+            f"{name}: one {type(prompts).__name__} was given where a list of prompts is needed, so it would be read "
+            "piece by piece. Write [prompt], for token ids [[id, …]]."
+        )
+    found = []
+    for i, item in enumerate(items):
+        if are_numbers(item):
+            item = EncodedPrompt.from_ids(token_ids(f"{name}[{i}]", item))
+        elif not isinstance(item, str | EncodedPrompt | list | tuple):
+            raise PromptError(
+                f"{name}[{i}] is a {type(item).__name__}, which is no prompt, so there is nothing to read. Give "
+                "strings, chats (lists of messages), token ids or encoded prompts."
+            )
+        found.append(item)
+    return found
+
+
+def _is_flat(item: Any) -> bool:
+    """A number, and no row of them."""
+    return not isinstance(item, list | tuple) and getattr(item, "ndim", 0) == 0
+
+
+@checked(prompts=listed, sites=as_sites, position=as_position)
 @in_plain_torch
 def capture(
     model: LensModel, prompts: Sequence[Prompt | EncodedPrompt], sites: Sequence[Site], *, position: Position
@@ -78,6 +109,7 @@ def captured(
     return out
 
 
+@checked(prompts=listed)
 @in_plain_torch
 def next_token_logits(model: LensModel, prompts: Sequence[Prompt | EncodedPrompt]) -> Float[Tensor, "prompt d_vocab"]:
     """Logits after the last true token of each prompt (its generation prompt, or its response, included).
@@ -107,6 +139,7 @@ def next_token_logits(model: LensModel, prompts: Sequence[Prompt | EncodedPrompt
     return out
 
 
+@checked(prompts=listed)
 @in_plain_torch
 def sequence_logprobs(
     model: LensModel, prompts: Sequence[Prompt | EncodedPrompt], *, per_token: bool = False
@@ -141,8 +174,8 @@ def sequence_logprobs(
 
 
 def encoded_prompts(model: LensModel, prompts: Sequence[Prompt | EncodedPrompt]) -> list[EncodedPrompt]:
-    """``encode``, refusing an empty list."""
-    encoded = encode(model, prompts)
+    """``encode``, refusing an empty list; rows of token ids are prompts too."""
+    encoded = encode(model, listed("prompts", prompts))
     if not encoded:
         raise PromptError("There are no prompts, so there is nothing to measure. Give at least one.")
     return encoded

@@ -16,7 +16,7 @@ from torch import Tensor
 from tl_em.arguments import COUNT, NOT_NEGATIVE, SEED, checked
 from tl_em.errors import NonFiniteError, PromptTooLongError
 from tl_em.models.cache import Step, steps
-from tl_em.models.capture import generating
+from tl_em.models.capture import generating, listed
 from tl_em.models.hooks import LensModel
 from tl_em.models.modes import in_plain_torch
 from tl_em.models.prompts import EncodedPrompt, Prompt, encode, make_batch
@@ -26,7 +26,7 @@ from tl_em.models.source import end_tokens, warn_beyond_proof
 _MAX_ROWS = 64
 
 
-@checked(max_new_tokens=COUNT, temperature=NOT_NEGATIVE, seed=SEED)
+@checked(prompts=listed, max_new_tokens=COUNT, temperature=NOT_NEGATIVE, seed=SEED)
 @in_plain_torch
 def generate(
     model: LensModel,

@@ -21,7 +21,8 @@ from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from tl_em.arguments import SEED, checked
-from tl_em.models.capture import captured, encoded_prompts, spans_of, stream
+from tl_em.errors import UsageError
+from tl_em.models.capture import captured, encoded_prompts, listed, spans_of, stream
 from tl_em.models.contrasts import ContrastSet, inseparable, warn_of_nuisance
 from tl_em.models.hooks import LensModel
 from tl_em.models.modes import in_plain_torch
@@ -33,6 +34,20 @@ PARTS = 8
 """Parts that the prompts are dealt into: 35 ways to halve them."""
 SAMPLE = 16
 """Prompts of each class whose activations are kept."""
+
+
+def as_contrast(name: str, value: Any) -> ContrastSet:
+    """``value``, if it is a contrast set.
+
+    Raises:
+        UsageError: anything else.
+    """
+    if not isinstance(value, ContrastSet):
+        raise UsageError(
+            f"{name} is a {type(value).__name__} and no contrast set, so it is unknown which prompts are positive. "
+            "Give em.ContrastSet(positive=[…], negative=[…])."
+        )
+    return value
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +135,7 @@ def class_moments(
     return _run(model, everything, sites, positions, sums, len(blocks))
 
 
-@checked(site=as_site, position=as_position)
+@checked(prompts=listed, site=as_site, position=as_position)
 @in_plain_torch
 def mean_activation(
     model: LensModel, prompts: Sequence[Prompt | EncodedPrompt], *, site: Site, position: Position

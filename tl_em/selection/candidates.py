@@ -21,6 +21,7 @@ from tl_em.errors import UsageError, ZeroDirectionError
 from tl_em.models.contrasts import ContrastSet
 from tl_em.models.hooks import LensModel
 from tl_em.models.modes import in_plain_torch
+from tl_em.models.moments import as_contrast
 from tl_em.models.sites import Position, Site, as_positions
 
 
@@ -69,7 +70,7 @@ class Candidates:
         return f"Candidates({len(self)} directions, positions {positions}, {layers} layers)"
 
 
-@checked(positions=as_positions, layers=optional(list_of(NATURAL)))
+@checked(contrast=as_contrast, positions=as_positions, layers=optional(list_of(NATURAL)))
 @in_plain_torch
 def candidate_directions(
     model: LensModel, contrast: ContrastSet, *, positions: Sequence[Position], layers: Sequence[int] | None = None

@@ -30,6 +30,7 @@ from tl_em.models.capture import capture
 from tl_em.models.contrasts import ContrastSet, Prompt
 from tl_em.models.hooks import LensModel
 from tl_em.models.modes import in_plain_torch
+from tl_em.models.moments import as_contrast
 from tl_em.selection import scores as under
 from tl_em.selection.candidates import Candidates
 from tl_em.selection.rule import SCORES, Criteria, rejections, winner
@@ -102,7 +103,7 @@ class Selection:
         return "\n".join(lines)
 
 
-@checked(max_kl=NOT_NEGATIVE, min_induce=finite, max_depth=FRACTION, seed=SEED, controls=NATURAL)
+@checked(contrast=as_contrast, max_kl=NOT_NEGATIVE, min_induce=finite, max_depth=FRACTION, seed=SEED, controls=NATURAL)
 @in_plain_torch
 def select_direction(
     model: LensModel,
