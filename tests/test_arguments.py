@@ -250,9 +250,9 @@ ROWS = [[2, 3, 8], [2, 3]]
         ROWS,
         [np.array(row) for row in ROWS],
         [torch.tensor(row) for row in ROWS],
-        dict.fromkeys(map(tuple, ROWS)).keys(),
+        dict.fromkeys(map(tuple, ROWS)),
     ],
-    ids=["lists", "arrays", "tensors", "keys"],
+    ids=["lists", "arrays", "tensors", "tuples"],
 )
 def test_rows_of_token_ids_are_prompts(given: Any, small_model: em.LensModel) -> None:
     encoded = [EncodedPrompt.from_ids(row) for row in ROWS]
