@@ -60,8 +60,9 @@ def finite(
             f"limits nothing, and the rest may mean anything. Give {name} a number{_range(low, high, open_low)}."
         )
     if (low is not None and (number < low or (open_low and number == low))) or (high is not None and number > high):
+        lies = "not a positive number" if open_low and low == 0 and number <= 0 else "out of range"
         raise UsageError(
-            f"{name}={_shown(value)} is out of range, so the result would mean nothing. "
+            f"{name}={_shown(value)} is {lies}, so the result would mean nothing. "
             f"Give {name} a number{_range(low, high, open_low)}."
         )
     return number
@@ -255,6 +256,8 @@ def _is_scalar(value: Any) -> bool:
 
 
 def _range(low: Number | None, high: Number | None, open_low: bool) -> str:
+    if low is not None and high is not None and not open_low:
+        return f" from {low} to {high}"
     bounds = [f"{'>' if open_low else '>='} {low}"] if low is not None else []
     bounds += [f"<= {high}"] if high is not None else []
     return f" {' and '.join(bounds)}" if bounds else ""

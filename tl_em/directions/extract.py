@@ -113,7 +113,7 @@ def extract_directions(
     arXiv:2310.06824.
     """
     if method not in get_args(Method):
-        raise UsageError(f"there is no method {method!r}; there are {', '.join(get_args(Method))}")
+        raise UsageError(f"method={method!r}: there are the methods {', '.join(get_args(Method))}")
     sites = [Site(layer) for layer in range(int(model.cfg.n_layers))] if sites is None else list(sites)
     found = streamed(model, contrast, sites, positions, method, seed) if method in STREAMED else None
     made = list(found) if found is not None else list(_fitted(model, contrast, sites, positions, method, seed))
