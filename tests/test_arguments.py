@@ -250,7 +250,7 @@ ROWS = [[2, 3, 8], [2, 3]]
         ROWS,
         [np.array(row) for row in ROWS],
         [torch.tensor(row) for row in ROWS],
-        dict.fromkeys(map(tuple, ROWS)),
+        tuple(map(tuple, ROWS)),
     ],
     ids=["lists", "arrays", "tensors", "tuples"],
 )
