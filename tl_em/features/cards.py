@@ -31,8 +31,8 @@ from tl_em.features.tokens import check_models, every_token, scope_spans
 from tl_em.interventions.scopes import Where
 from tl_em.models.capture import encoded_prompts, spans_of
 from tl_em.models.hooks import LensModel
-from tl_em.models.pieces import token_texts
 from tl_em.models.modes import in_plain_torch
+from tl_em.models.pieces import token_texts
 from tl_em.models.prompts import EncodedPrompt, Prompt
 
 if TYPE_CHECKING:
