@@ -21,7 +21,8 @@ from tl_em.graph.latents import latent_plan
 from tl_em.graph.plan import Written
 from tl_em.models.hooks import LensModel
 from tl_em.models.loading import load_model
-from tl_em.models.surfaces import as_bridge, quiet
+from tl_em.models.quiet import quiet
+from tl_em.models.surfaces import as_bridge
 
 pytestmark = [
     pytest.mark.surface,

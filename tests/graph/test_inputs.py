@@ -106,7 +106,7 @@ def test_what_is_not_one_prompt_is_named(prompt: Any, error: type[TlEmError], sa
         np.int64(9), torch.tensor(9), [9], (each for each in ()), np.array([9]), torch.tensor([9]), [np.int32(9)],
         {9}, "word",
     ],
-    ids=str,
+    ids=range(9),
 )  # fmt: skip
 def test_every_form_of_a_token_is_that_target(target: Any) -> None:
     word = the_model().tokenizer.decode([9])  # pyright: ignore[reportAttributeAccessIssue]
