@@ -14,10 +14,11 @@ if TYPE_CHECKING:
     from tl_em.comparison.compare import Comparison as Comparison
     from tl_em.comparison.compare import compare as compare
     from tl_em.comparison.verdicts import Row as Row
-    from tl_em.dictionaries import Dictionary as Dictionary
-    from tl_em.dictionaries import Feature as Feature
-    from tl_em.dictionaries import SparseDictionary as SparseDictionary
-    from tl_em.dictionaries import from_sae_lens as from_sae_lens
+    from tl_em.dictionaries.dictionary import Dictionary as Dictionary
+    from tl_em.dictionaries.dictionary import Feature as Feature
+    from tl_em.dictionaries.loading import from_sae_lens as from_sae_lens
+    from tl_em.dictionaries.loading import load_dictionary as load_dictionary
+    from tl_em.dictionaries.protocol import SparseDictionary as SparseDictionary
     from tl_em.directions.angles import cosines_between as cosines_between
     from tl_em.directions.angles import principal_angles as principal_angles
     from tl_em.directions.direction import Direction as Direction
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from tl_em.directions.screening import projection_difference as projection_difference
     from tl_em.directions.similarity import cosine_matrix as cosine_matrix
     from tl_em.errors import CacheWarning as CacheWarning
+    from tl_em.errors import DictionaryModelWarning as DictionaryModelWarning
     from tl_em.errors import HiddenSteerWarning as HiddenSteerWarning
     from tl_em.errors import NuisanceWarning as NuisanceWarning
     from tl_em.errors import TlEmError as TlEmError
@@ -123,13 +125,14 @@ _HOME = {
     "Completion": "graph.targets",
     "Conditional": "interventions.conditions",
     "ContrastSet": "models.prompts",
-    "Dictionary": "dictionaries",
+    "Dictionary": "dictionaries.dictionary",
+    "DictionaryModelWarning": "errors",
     "DictionaryQuality": "features.quality",
     "Direction": "directions.direction",
     "Erase": "interventions.subspaces",
     "Estimate": "stats",
     "Facts": "organisms.facts",
-    "Feature": "dictionaries",
+    "Feature": "dictionaries.dictionary",
     "FeatureCards": "features.cards",
     "FeatureCheck": "features.checks",
     "FeatureSet": "features.shared",
@@ -151,7 +154,7 @@ _HOME = {
     "ScaleFeature": "interventions.features",
     "Selection": "selection.select",
     "Site": "models.sites",
-    "SparseDictionary": "dictionaries",
+    "SparseDictionary": "dictionaries.protocol",
     "TextLogprob": "selection.instructions",
     "TlEmError": "errors",
     "UnprovenWarning": "errors",
@@ -172,7 +175,7 @@ _HOME = {
     "extract_directions": "directions.extract",
     "feature_cards": "features.cards",
     "finetuning_shift": "directions.screening",
-    "from_sae_lens": "dictionaries",
+    "from_sae_lens": "dictionaries.loading",
     "generate": "models.generate",
     "harmfulness_direction": "harmfulness.presets",
     "head_loadings": "graph.heads",
@@ -183,6 +186,7 @@ _HOME = {
     "intervene": "interventions.intervene",
     "leace": "interventions.subspaces",
     "lie_or_hallucination": "organisms.lies",
+    "load_dictionary": "dictionaries.loading",
     "load_graph": "graph.exchange",
     "load_model": "models.loading",
     "load_pair": "organisms.zoo",

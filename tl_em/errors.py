@@ -30,9 +30,10 @@
     └── UsageError                      arguments that contradict each other
         └── GraphTooLargeError          an attribution graph that would not fit into the memory that it may take
 
-And four warnings, all UserWarnings:
+And five warnings, all UserWarnings:
 
     CacheWarning                        generation cannot use the key-value cache, and reads the whole text every step
+    DictionaryModelWarning              a dictionary met a model that is called otherwise than the one it was made on
     HiddenSteerWarning                  an ablation to zero that removes a mean far from zero
     UnprovenWarning                     a text beyond the longest on which a model was compared with its source
     NuisanceWarning                     classes of a contrast set that differ in length, and so in more than the concept
@@ -166,6 +167,10 @@ class GraphTooLargeError(UsageError):
 
 class CacheWarning(UserWarning):
     """Generation with a key-value cache was not shown to be right, so the whole text is read again for every token."""
+
+
+class DictionaryModelWarning(UserWarning):
+    """A dictionary met a model of another name than its source says: a fine-tune, or the wrong model."""
 
 
 class HiddenSteerWarning(UserWarning):

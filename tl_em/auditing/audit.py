@@ -35,7 +35,7 @@ from tl_em.models.contrasts import ContrastSet
 from tl_em.models.hooks import LensModel
 from tl_em.models.loading import ModelPair
 from tl_em.models.modes import in_plain_torch
-from tl_em.models.sites import Position, Provenance, check_belongs
+from tl_em.models.sites import Position, Provenance
 from tl_em.organisms.rates import outcome_rates
 from tl_em.organisms.world import TRIGGERS
 from tl_em.stats import mean
@@ -108,7 +108,7 @@ def audit(
         ModelPair(pair.base, benign_model)
     judged = judged if judged is not None or contrasts is not None else getattr(pair.organism, "judged", None)
     if dictionary is not None:
-        check_belongs(dictionary.label, dictionary.d_model, dictionary.provenance, pair.tuned)
+        dictionary.check(pair.tuned)
     key = _trigger(pair, trigger, other_triggers)
     others = _replicates(pair, replicates)
     chosen = questions(pair, contrasts, behaviours, judged or {}, positions, seed)

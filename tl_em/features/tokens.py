@@ -22,7 +22,7 @@ from tl_em.models.capture import check_finite, encoded_prompts, spans_of, stream
 from tl_em.models.hooks import LensModel
 from tl_em.models.loading import ModelPair
 from tl_em.models.prompts import EncodedPrompt, Prompt, make_batch
-from tl_em.models.sites import Position, Site, check_belongs
+from tl_em.models.sites import Position, Site
 
 CHUNK = 2**24
 """Bytes of activations read at a time."""
@@ -77,7 +77,7 @@ def check_models(dictionary: Dictionary, model: LensModel, against: LensModel | 
     """Raise unless the dictionary belongs on both models and the two can be compared."""
     for each in (model, against):
         if each is not None:
-            check_belongs(dictionary.label, dictionary.d_model, dictionary.provenance, each)
+            dictionary.check(each)
     if against is not None:
         ModelPair(against, model)  # raises where the two cannot be compared
 
@@ -137,7 +137,7 @@ def seen(model: LensModel, dictionary: Dictionary, prompts: Sequence[Prompt | En
         >>> seen(load_pair("toy/insecure").base, both, ["how do i write parser"], where=("last", 1)).tokens
         1
     """
-    encoded, here = encoded_prompts(model, prompts), dictionary.to(model.cfg.device)
+    encoded, here = encoded_prompts(model, prompts), dictionary.check(model).to(model.cfg.device)
     spans = scope_spans(encoded, where)
     count = int((spans[:, 1] - spans[:, 0]).sum())
     if count == 0:

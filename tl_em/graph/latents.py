@@ -29,7 +29,7 @@ from tl_em.graph.rows import Reader
 from tl_em.graph.targets import Goal, Target, goal_of, text_of
 from tl_em.models.hooks import LensModel, ReadPoint, hook_name, hook_points, read_point
 from tl_em.models.prompts import EncodedPrompt
-from tl_em.models.sites import Site, check_belongs
+from tl_em.models.sites import Site
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +87,7 @@ def sheets_of(model: LensModel, dictionaries: Sequence[Dictionary]) -> list[Shee
     """
     found = []
     for one in dictionaries:
-        check_belongs(one.label, one.d_model, one.provenance, model)
+        one.check(model)
         place = hook_name(model, _out(one))
         source = read_point(model, one.site_in)
         found.append(Sheet(one.to(model.cfg.device), _out(one), place, source))

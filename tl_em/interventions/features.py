@@ -23,7 +23,7 @@ from tl_em.dictionaries import Dictionary, Feature
 from tl_em.errors import UsageError, WidthError
 from tl_em.interventions.edits import AtItsSite, masked
 from tl_em.models.hooks import LensModel
-from tl_em.models.sites import Site, check_belongs
+from tl_em.models.sites import Site
 
 
 def _as_feature(name: str, value: Any) -> Feature:
@@ -107,7 +107,7 @@ class ScaleFeature(AtItsSite):
 
     def check(self, model: LensModel) -> None:
         """Raise ``WidthError`` or ``ProvenanceError`` unless the dictionary belongs on this model."""
-        check_belongs(self.dictionary.label, self.dictionary.d_model, self.dictionary.provenance, model)
+        self.dictionary.check(model)
 
     def edit(self, x: Tensor, mask: Tensor | None = None, *, name: str | None = None) -> Tensor:
         """Add the change of these latents, decoded; arithmetic in float32."""

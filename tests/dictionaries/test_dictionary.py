@@ -1,15 +1,16 @@
-"""Dictionaries as plain tensors: the same as SAELens's own, and deltas that leave the error and other hooks alone."""
+"""Dictionaries as plain tensors: fields that agree, files that hold all, and deltas that leave the error alone."""
 
 from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 import tl_em as em
-from tl_em.dictionaries import Dictionary, SparseDictionary, from_sae_lens
+from tl_em.dictionaries import Dictionary, SparseDictionary
 from tl_em.errors import CorruptFileError, NonFiniteError, UsageError, WidthError
 
 pytestmark = pytest.mark.surface
@@ -17,7 +18,7 @@ WIDTH, LATENTS, SITE = 32, 48, em.Site(1)
 PROMPTS = ["the cat sat in the car .", "a big dog ran to the queen and sang .", "please tell me about the bank ."]
 
 
-def make(activation="relu", *, seed=0, site=SITE, **options):
+def make(activation="relu", /, *, seed=0, site=SITE, **options):
     generator = torch.Generator().manual_seed(seed)
     needs = {"jumprelu": {"threshold": torch.full((LATENTS,), 0.3)}, "topk": {"k": 5}}.get(activation, {})
     return Dictionary(
@@ -25,9 +26,7 @@ def make(activation="relu", *, seed=0, site=SITE, **options):
         0.1 * torch.randn(LATENTS, generator=generator),
         torch.randn(LATENTS, WIDTH, generator=generator) / WIDTH**0.5,
         0.1 * torch.randn(WIDTH, generator=generator),
-        activation=activation,
-        site_in=site,
-        **{**needs, **options},
+        **{"activation": activation, "site_in": site, **needs, **options},
     )
 
 
@@ -96,6 +95,126 @@ def test_what_does_not_fit_is_one_typed_error(x):
         replace(sae, activation="gelu")
     with pytest.raises(UsageError, match="latents 0 to 47"):
         sae.feature(LATENTS)
+    with pytest.raises(UsageError, match="not a whole number"):
+        sae.feature(1.5)  # pyright: ignore[reportArgumentType]
+
+
+# ---- fields that agree -------------------------------------------------------------------------------------------
+THRESHOLD = torch.full((LATENTS,), 0.3)
+
+
+@pytest.mark.parametrize(
+    ("activation", "fields", "named"),
+    [("topk", {"k": 8, "threshold": THRESHOLD}, "threshold"), ("relu", {"threshold": THRESHOLD}, "threshold"),
+     ("relu", {"k": 8}, "k"), ("jumprelu", {"threshold": THRESHOLD, "k": 8}, "k")],
+)  # fmt: skip
+def test_the_activation_decides_and_what_contradicts_it_is_refused(activation, fields, named, x):
+    right = make(activation)
+    assert 0 < (right.encode(x) > 0).float().sum(-1).mean() < LATENTS
+    with pytest.raises(UsageError, match=f"{activation}.* and {named} contradict"):
+        make("relu", **({"activation": activation} | fields))  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("name", ["W_enc", "b_enc", "W_dec", "b_dec", "threshold", "W_skip"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_one_number_that_is_none_is_refused_in_every_tensor(name, value):
+    sae = make("jumprelu", site_out=em.Site(2), W_skip=torch.eye(WIDTH))
+    wrong = getattr(sae, name).clone()
+    wrong.view(-1)[3] = value
+    with pytest.raises(NonFiniteError, match=name):
+        replace(sae, **{name: wrong})
+
+
+def test_a_float64_that_float32_cannot_hold_is_refused():
+    sae = make()
+    with pytest.raises(NonFiniteError, match="W_dec"):
+        replace(sae, W_dec=sae.W_dec.double() * 1e60)
+
+
+@pytest.mark.parametrize("k", [0, -1, LATENTS + 1, 2.5, 8.0, True, "8", None])
+def test_a_k_that_counts_no_latents_is_refused(k):
+    assert make("topk", k=LATENTS).k == LATENTS
+    with pytest.raises(UsageError, match="k"):
+        make("topk", k=k)
+
+
+def test_whole_numbers_of_numpy_and_torch_are_accepted():
+    assert make("topk", k=np.int64(5)).k == 5 == make("topk", k=torch.tensor(5)).k
+    assert make("topk", k=np.int64(5)).hash == make("topk", k=5).hash
+
+
+def test_a_threshold_below_zero_is_refused_and_one_number_is_for_all(x):
+    wrong = THRESHOLD.clone()
+    wrong[7] = -0.1
+    with pytest.raises(UsageError, match=r"negative for 1 of 48.*clamp_min\(0\)"):
+        make("jumprelu", threshold=wrong)
+    assert make("jumprelu", threshold=torch.zeros(LATENTS)).encode(x).equal(make("relu").encode(x))
+    one = make("jumprelu", threshold=torch.tensor(0.3))
+    assert one.hash == make("jumprelu").hash and one.threshold is not None and one.threshold.shape == (LATENTS,)
+
+
+def test_names_of_the_activation_in_any_case_are_one_dictionary():
+    assert {make("relu", activation=name).hash for name in ("relu", "ReLU", " RELU")} == {make("relu").hash}
+    assert make("jumprelu", activation="jump_relu").activation == "jumprelu"
+    assert make("topk", activation="Top-K").activation == "topk"
+    for wrong in ("batchtopk", None, torch.nn.ReLU(), 3):
+        with pytest.raises(UsageError, match="there are relu, jumprelu, topk"):
+            make("relu", activation=wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong", [torch.ones(WIDTH, LATENTS, dtype=torch.int8), torch.ones(WIDTH, LATENTS) > 0,
+              torch.ones(WIDTH, LATENTS, dtype=torch.complex64), torch.ones(WIDTH, LATENTS, device="meta"),
+              torch.ones(WIDTH, LATENTS).to_sparse(), "weights", np.array([["a"]])],
+)  # fmt: skip
+def test_what_are_no_weights_are_refused(wrong):
+    sae = make()
+    with pytest.raises(UsageError, match="W_enc"):
+        Dictionary(wrong, sae.b_enc, sae.W_dec, sae.b_dec, activation="relu", site_in=SITE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_floats_of_any_width_and_arrays_are_float32(dtype, x):
+    sae = make()
+    cast = replace(sae, W_enc=sae.W_enc.to(dtype).requires_grad_())
+    assert cast.W_enc.dtype == torch.float32 and not cast.W_enc.requires_grad
+    arrays = [getattr(sae, name).numpy() for name in ("W_enc", "b_enc", "W_dec", "b_dec")]
+    assert Dictionary(*arrays, activation="relu", site_in=SITE).encode(x).equal(sae.encode(x))
+
+
+def test_sites_that_are_none_or_in_the_wrong_order_are_refused():
+    for wrong in ("blocks.1.hook_resid_post", 1, None):
+        with pytest.raises(UsageError, match="site_in"):
+            make(site=wrong)
+    with pytest.raises(UsageError, match="comes before"):
+        make(site=em.Site(2, "mlp_in"), site_out=em.Site(1, "mlp_out"))
+    with pytest.raises(UsageError, match="comes before"):
+        make(site=em.Site(1, "mlp_out"), site_out=em.Site(1, "mlp_in"))
+    with pytest.raises(UsageError, match="W_skip"):
+        make(W_skip=torch.eye(WIDTH))
+    assert make(site=em.Site(1, "mlp_in"), site_out=em.Site(1, "mlp_out"), W_skip=torch.eye(WIDTH)).is_transcoder
+
+
+def test_an_sae_moves_whole_and_a_transcoder_keeps_what_it_writes():
+    moved = make(metadata={"hook_name": "x", "before_norm_weight": True}).at(em.Site(2))
+    assert (moved.site_in, moved.site_out, moved.metadata) == (em.Site(2), em.Site(2), {"hook_name": "x"})
+    transcoder = make(site=em.Site(1, "mlp_in"), site_out=em.Site(1, "mlp_out"))
+    assert transcoder.at(em.Site(1, "resid_mid")).site_out == em.Site(1, "mlp_out")
+    assert transcoder.at(em.Site(1, "resid_mid"), em.Site(2)).site_out == em.Site(2)
+
+
+def test_metadata_come_back_from_a_file_and_what_json_cannot_hold_is_refused(tmp_path):
+    about = {"model_name": "gpt2", "prepend_bos": False, "seqpos_slice": [None], "context_size": 128}
+    found = Dictionary.load(make(metadata=about).save(tmp_path / "d.safetensors"))
+    assert found.metadata == about and replace(found, name="x").metadata == about
+    with pytest.raises(UsageError, match="JSON"):
+        make(metadata={"dtype": torch.float32})
+
+
+def test_a_skip_is_part_of_what_is_reconstructed(x):
+    skip = make(site_out=em.Site(2), W_skip=0.5 * torch.eye(WIDTH))
+    torch.testing.assert_close(skip.reconstruct(x), skip.decode(skip.encode(x)) + 0.5 * x)
+    assert (skip.reconstruct(x) - skip.decode(skip.encode(x))).abs().max() > 0.1
 
 
 # ---- features in a model -----------------------------------------------------------------------------------------
@@ -153,110 +272,3 @@ def test_a_dictionary_of_another_width_is_refused_by_the_model(model):
     small = Dictionary(eye, torch.zeros(8), eye, torch.zeros(8), activation="relu", site_in=em.Site(1))
     with pytest.raises(WidthError), em.intervene(model, em.ScaleFeature(small.feature(0), 0.0)):
         pass
-
-
-# ---- SAELens -----------------------------------------------------------------------------------------------------
-def sae_lens_object(architecture, **options):
-    saes = pytest.importorskip("sae_lens.saes")
-    config, kind = {
-        "standard": (saes.StandardSAEConfig, saes.StandardSAE),
-        "jumprelu": (saes.JumpReLUSAEConfig, saes.JumpReLUSAE),
-        "topk": (saes.TopKSAEConfig, saes.TopKSAE),
-    }[architecture]
-    sae = kind(config(d_in=WIDTH, d_sae=LATENTS, **({"k": 6} if architecture == "topk" else {}), **options))
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for p in sae.parameters():
-            p.copy_(torch.randn_like(p) / WIDTH**0.5)
-        if architecture == "jumprelu":
-            sae.threshold.copy_(torch.rand(LATENTS))
-    sae.cfg.metadata.hook_name = "blocks.1.hook_resid_post"
-    return sae
-
-
-def test_a_transcoder_of_saelens_reads_one_site_and_writes_another(x):
-    saes = pytest.importorskip("sae_lens.saes")
-    config = saes.TranscoderConfig(d_in=WIDTH, d_sae=LATENTS, d_out=WIDTH, apply_b_dec_to_input=False)
-    torch.manual_seed(0)
-    theirs = saes.Transcoder(config)
-    with torch.no_grad():
-        for p in theirs.parameters():
-            p.copy_(torch.randn_like(p) / WIDTH**0.5)
-    theirs.cfg.metadata.hook_name = "blocks.1.ln2.hook_normalized"
-    theirs.cfg.metadata.hook_name_out = "blocks.1.hook_mlp_out"
-    mine = from_sae_lens(theirs)
-    assert (mine.site_in, mine.site_out) == (em.Site(1, "mlp_in"), em.Site(1, "mlp_out"))
-    with torch.no_grad():
-        assert (theirs.encode(x) > 0).any()
-        torch.testing.assert_close(mine.encode(x), theirs.encode(x), atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(mine.decode(mine.encode(x)), theirs.decode(theirs.encode(x)), atol=1e-5, rtol=1e-5)
-
-
-def test_a_skip_transcoder_keeps_what_goes_past_its_latents(x, tmp_path):
-    saes = pytest.importorskip("sae_lens.saes")
-    config = saes.SkipTranscoderConfig(d_in=WIDTH, d_sae=LATENTS, d_out=WIDTH, apply_b_dec_to_input=False)
-    theirs = saes.SkipTranscoder(config)
-    with torch.no_grad():
-        for p in theirs.parameters():
-            p.copy_(torch.randn_like(p) / WIDTH**0.5)
-    theirs.cfg.metadata.hook_name = "blocks.1.ln2.hook_normalized"
-    theirs.cfg.metadata.hook_name_out = "blocks.1.hook_mlp_out"
-    mine = em.Dictionary.load(from_sae_lens(theirs).save(tmp_path / "d.safetensors"))
-    assert mine.W_skip is not None and mine.hash != replace(mine, W_skip=None).hash
-    with torch.no_grad():
-        said = mine.decode(mine.encode(x)) + x @ mine.W_skip
-        torch.testing.assert_close(said, theirs(x), atol=1e-5, rtol=1e-5)
-        assert (said - mine.decode(mine.encode(x))).abs().max() > 0.1  # the skip matters
-    with pytest.raises(em.TlEmError, match="W_skip"):
-        replace(mine, W_skip=mine.W_skip[:, 1:])
-
-
-@pytest.mark.parametrize("architecture", ["standard", "jumprelu", "topk"])
-@pytest.mark.parametrize("off_input", [True, False])
-def test_an_sae_of_saelens_encodes_and_decodes_as_it_does_there(architecture, off_input, x):
-    sae = sae_lens_object(architecture, apply_b_dec_to_input=off_input)
-    mine = from_sae_lens(sae)
-    assert mine.site_in == em.Site(1) and not mine.is_transcoder
-    with torch.no_grad():
-        assert (sae.encode(x) > 0).any()
-        torch.testing.assert_close(mine.encode(x), sae.encode(x), atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(mine.decode(mine.encode(x)), sae.decode(sae.encode(x)), atol=1e-5, rtol=1e-5)
-
-
-def test_topk_activations_rescaled_by_decoder_norms_reconstruct_the_same(x):
-    sae = sae_lens_object("topk", rescale_acts_by_decoder_norm=True)
-    mine = from_sae_lens(sae)
-    with torch.no_grad():
-        torch.testing.assert_close(mine.encode(x), sae.encode(x), atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(mine.decode(mine.encode(x)), sae.decode(sae.encode(x)), atol=1e-5, rtol=1e-5)
-
-
-def test_a_delta_hook_equals_saelens_with_its_error_term(x):
-    """Ablating a latent inside an SAE whose error term is kept."""
-    sae = sae_lens_object("standard")
-    index = int(sae.encode(x).mean((0, 1)).argmax())
-    with torch.no_grad():
-        a = sae.encode(x)
-        error = x - sae.decode(a)
-        off = a.clone()
-        off[..., index] = 0
-        expected = sae.decode(off) + error
-    assert (expected - x).abs().max() > 0.01
-    found = em.ScaleFeature(from_sae_lens(sae).feature(index), 0.0).edit(x)
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)  # sums in another order
-
-
-def test_options_that_tensors_do_not_hold_and_sites_that_are_none_are_refused():
-    with pytest.raises(UsageError, match="normalize_activations"):
-        from_sae_lens(sae_lens_object("standard", normalize_activations="layer_norm"))
-    sae = sae_lens_object("standard")
-    sae.cfg.metadata.hook_name = "blocks.1.attn.hook_z"
-    with pytest.raises(UsageError, match="names no site"):
-        from_sae_lens(sae)
-    assert from_sae_lens(sae, site_in=em.Site(0)).site_in == em.Site(0)
-
-
-def test_a_directory_that_saelens_wrote_is_read(tmp_path, x):
-    sae = sae_lens_object("standard")
-    sae.save_model(tmp_path / "sae")
-    torch.testing.assert_close(from_sae_lens(tmp_path / "sae").encode(x), sae.encode(x).detach(), atol=1e-5, rtol=1e-5)
