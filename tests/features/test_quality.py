@@ -132,7 +132,8 @@ def test_one_that_fits_the_base_and_lost_the_fine_tune_is_refused(pair, chats):
 
 def test_too_many_or_too_few_latents_are_refused(pair, chats):
     good = toy_dictionary()
-    faults = dictionary_quality(pair.tuned, replace(good, threshold=torch.full((512,), -1e6)), chats).faults
+    every = replace(good, threshold=torch.zeros(512), b_enc=good.b_enc + 1e3)
+    faults = dictionary_quality(pair.tuned, every, chats).faults
     assert any(fault.startswith("L0") for fault in faults)
     faults = dictionary_quality(pair.tuned, replace(good, threshold=torch.full((512,), 1e6)), chats).faults
     assert any(fault.startswith("L0 0.00") for fault in faults)
