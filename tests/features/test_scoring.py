@@ -15,7 +15,7 @@ from tl_em.features import attribution, sums
 from tl_em.features.attribution import attribution_parts
 from tl_em.features.decoders import decoder_clusters
 from tl_em.features.scoring import score_features
-from tl_em.features.table import auroc
+from tl_em.features.table import _ratios, auroc
 from tl_em.models.capture import captured, encoded_prompts, sequence_logprobs
 from tl_em.models.hooks import LensModel, hooked
 
@@ -69,8 +69,57 @@ def test_scores_are_those_of_one_prompt_at_a_time(
     assert np.abs(found.effect).max() > 0.1 and np.abs(found.delta).max() > 0.1
     density = (torch.stack([*positive, *negative]) > 0).float().mean(0)
     assert np.allclose(found.density, density.numpy(), atol=1e-6)
-    beta = [torch.stack([(t[0] * (t[i] @ sae.W_dec.T)).sum(0) for t in tokens]).sum(0) for i in (1, 3)]
+    length = sae.W_dec.square().sum(-1)
+    targets = [[(t[i + 1] - sae.decode(t[i])) @ sae.W_dec.T + t[i] * length for t in tokens] for i in (0, 2)]
+    beta = [torch.stack([(t[0] * y).sum(0) for t, y in zip(tokens, of, strict=True)]).sum(0) for of in targets]
     known = np.abs(beta[0].numpy()) > 1e-2  # a ratio of sums near 0 says nothing
+    assert known.sum() > 20
+    assert np.allclose(found.nu[known], (beta[1] / beta[0]).numpy()[known], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("mean", [0.0, 1.0, 5.0, 20.0])
+@pytest.mark.parametrize("said_by", ["bias", "latent"])
+def test_a_latent_that_only_the_tuned_model_has_has_no_nu_however_large_the_mean(mean: float, said_by: str) -> None:
+    """Activations are made of latents: latent 0 is the tuned model's alone, 1 is in both, 2 is halved, 3 the base's."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.linalg.qr(torch.randn(16, 16, generator=generator))[0][:6]
+    along = rows[:4].sum(0) * mean  # the mean, along every row
+    rows[5] = torch.nn.functional.normalize(rows[:4].sum(0), dim=0) if said_by == "latent" else rows[5]
+    made = latents_of(rows, along if said_by == "bias" else torch.zeros(16))
+    f = 20 * torch.rand(300, 6, generator=generator) * (torch.rand(300, 6, generator=generator) > 0.4)
+    f[:, 5] = along.norm() if said_by == "latent" else 0.0
+    tuned, base = f.clone(), f.clone()
+    base[:, 0], base[:, 2], tuned[:, 3] = 0, f[:, 2] / 2, 0
+    x = {name: made.decode(each)[:, None] for name, each in (("tuned", tuned), ("base", base))}
+    models = (("tuned", tuned), ("base", base))
+    scaling = torch.stack([sums.scaled(made, tuned, own, x[name]) for name, own in models], 1)
+    nu, reconstruction = _ratios(scaling)
+    assert np.allclose(nu[:3], [0, 1, 0.5], atol=5e-4) and np.isnan(nu[3])
+    if said_by == "bias":
+        assert np.allclose(reconstruction[:3], [0, 1, 0.5], atol=5e-4)
+    raw = [(tuned * (each[:, 0] @ rows.T)).sum(0)[0] for each in (x["base"], x["tuned"])]
+    assert float(raw[0] / raw[1]) == pytest.approx(0, abs=1e-4) if mean == 0 else float(raw[0] / raw[1]) > 0.04
+
+
+def latents_of(rows: torch.Tensor, bias: torch.Tensor) -> em.Dictionary:
+    return em.Dictionary(rows.T, -(bias @ rows.T), rows, bias, activation="relu", site_in=SITE)
+
+
+def test_nu_of_a_transcoder_is_of_what_it_writes(small_model: LensModel, make_model: Any, surface: str) -> None:
+    """Its decoder rows lie where it writes; what it reads has no part along them."""
+    base = make_model("gpt2", surface, 5)
+    transcoder = dictionary(site=em.Site(1, "mlp_in"), site_out=em.Site(1, "mlp_out"), W_skip=0.1 * torch.eye(32))
+    found = rows_of(score_features(small_model, transcoder, {"steal": STOLEN}, against=base), "steal")
+    seen = [captured(m, encoded_prompts(m, STOLEN.positive), [transcoder.site_in, transcoder.site_out], [-1])[:, 0]
+            for m in (small_model, base)]  # fmt: skip
+    f = transcoder.encode(seen[0][:, 0])
+    length = transcoder.W_dec.square().sum(-1)
+    beta = []
+    for each in seen:
+        own = transcoder.encode(each[:, 0])
+        left = each[:, 1] - transcoder.decode(own) - 0.1 * each[:, 0]
+        beta.append((f * (left @ transcoder.W_dec.T + own * length)).sum(0))
+    known = beta[0].abs().numpy() > 1e-2
     assert known.sum() > 20
     assert np.allclose(found.nu[known], (beta[1] / beta[0]).numpy()[known], rtol=1e-2, atol=1e-2)
 

@@ -2,14 +2,19 @@
 
     effect   mean activation on prompts that show the behaviour - on matched ones that do not
     delta    mean activation in the tuned model - in the base, on the same prompts (Wang et al.)
-    nu       beta_base / beta_tuned, beta = sum f (d.x) / (|d|^2 sum f^2), f of the tuned model; about 0: tuned only
+    nu       beta_base / beta_tuned, beta = argmin |beta f d - t|^2 = sum f (d.t) / (|d|^2 sum f^2), f of the tuned
+             model, t a model's activation less the bias and less its *other* latents; about 0: tuned only, 1: in both
 
 The control is the swap of labels within pairs (of base and tuned within a prompt), all swaps at once
 (``chance.sign_flip_p``): 4,096 latents need no 100,000 random swaps for their smallest q. It says that a latent
 differs, not that it matters: for that see ``attribution``, and ``verify_feature``.
 
-Sources: Wang et al. 2025, arXiv:2506.19823 (delta); Minder et al. 2025, arXiv:2504.02922 (latent scaling, here its
-closed form).
+``nu_reconstruction`` has as ``t`` the reconstruction itself without its bias: not about 0 where the base says the same
+in other latents. Both are undefined (NaN) for latents that the tuned model never shows: of a base-only one read
+``mean_base``.
+
+Sources: Wang et al. 2025, arXiv:2506.19823 (delta); Minder et al. 2025, arXiv:2504.02922 (latent scaling for error and
+reconstruction, here its closed form, with one dictionary for both models in place of a crosscoder).
 """
 
 from __future__ import annotations
@@ -73,8 +78,9 @@ def score_features(
     Returns:
         A table with columns latent, behaviour; mean_positive, mean_negative; density (share of prompts on which it is
         on); auroc; effect, p, q; stability (mean sign of the parts, -1 to 1) and strength_stability (its product with
-        effect). With ``against``: mean_base, delta, p_delta, q_delta, nu. With completions: attribution,
-        p_attribution, delta_attribution. With leaders: ablation (as it is - ablated; NaN for the others).
+        effect). With ``against``: mean_base, delta, p_delta, q_delta, nu, nu_reconstruction (NaN where the model never
+        shows the latent). With completions: attribution, p_attribution, delta_attribution. With leaders: ablation (as
+        it is - ablated; NaN for the others).
         cosine_NAME for each direction. q is Benjamini and Hochberg's over the latents that are ever on, in each
         behaviour.
 

@@ -26,7 +26,7 @@ from tl_em.models.capture import spans_of
 from tl_em.models.contrasts import ContrastSet, inseparable
 from tl_em.models.hooks import LensModel
 from tl_em.models.prompts import EncodedPrompt
-from tl_em.models.sites import Position
+from tl_em.models.sites import Position, Site
 
 PARTS = 64
 """Parts that prompts are dealt into; halves of 32 still give p down to 5e-8."""
@@ -92,7 +92,8 @@ class Sums:
     Args:
         effect: by part, positive minus negative; ``delta``: by part, tuned minus base on the positive prompts.
         shift: [2 part d_model], the same two of the activations themselves.
-        scaling: ``sum f (d.x)`` over the positive tokens, x of the tuned and of the base model.
+        scaling: ``sum f (d.t)`` over the positive tokens, of the tuned and of the base model; t the target of latent
+            scaling: kind 0 what the other latents leave, kind 1 what all latents reconstruct.
         centre, energy: of each class the mean activation, and the mean of its square length.
     """
 
@@ -102,7 +103,7 @@ class Sums:
     effect: Float[Tensor, "part feature"]
     delta: Float[Tensor, "part feature"]
     shift: Float[Tensor, "kind part d_model"]
-    scaling: Float[Tensor, "model feature"]
+    scaling: Float[Tensor, "kind model feature"]
     centre: Float[Tensor, "label d_model"]
     energy: Float[Tensor, " label"]
 
@@ -116,7 +117,7 @@ class Sums:
         wide = dictionary.d_sae
         histogram = torch.zeros(2, BINS, wide, dtype=torch.int32, device=device)
         return cls(zeros(2, wide), zeros(2, wide), histogram, zeros(PARTS, wide), zeros(PARTS, wide),
-                   zeros(2, PARTS, dictionary.d_model), zeros(2, wide), zeros(2, dictionary.d_model),
+                   zeros(2, PARTS, dictionary.d_model), zeros(2, 2, wide), zeros(2, dictionary.d_model),
                    zeros(2))  # fmt: skip
 
     def add(self, label: int, a: Tensor, x: Tensor, part: Tensor, weight: float) -> None:
@@ -186,20 +187,51 @@ def add_behaviour(
         for rows in chunks(encoded, position, here.d_sae):
             some = [encoded[i] for i in rows]
             spans = spans_of(some, [position])[:, 0]
-            owner, x = read_tokens(model, some, [here.site_in], spans)
-            x = x[:, 0]
+            sites = _sites(here) if against is not None and not label else [here.site_in]
+            owner, read = read_tokens(model, some, sites, spans)
+            x = read[:, 0]
             share = 1 / torch.bincount(owner, minlength=len(some))[owner][:, None]
             a = here.encode(x)
             mine = part[rows]
             sums.add(label, _pooled(a, owner, share), _pooled(x, owner, share), mine, weight)
             if against is None or label:
                 continue
-            other = read_tokens(against, some, [here.site_in], spans).x[:, 0].to(device)
-            change = a - here.encode(other)
-            sums.add_base(_pooled(change, owner, share), _pooled(x - other, owner, share), mine, weight)
-            for model_number, each in enumerate((x, other)):
-                sums.scaling[model_number] += (a * (each @ here.W_dec.T)).sum(0)
+            before = read_tokens(against, some, sites, spans).x.to(device)
+            other = before[:, 0]
+            b = here.encode(other)
+            sums.add_base(_pooled(a - b, owner, share), _pooled(x - other, owner, share), mine, weight)
+            for number, (own, tokens) in enumerate(((a, read), (b, before))):
+                sums.scaling[:, number] += scaled(here, a, own, tokens)
     return sums
+
+
+def _sites(dictionary: Dictionary) -> list[Site]:
+    """What it reads, and last what it writes."""
+    assert dictionary.site_out is not None
+    return list(dict.fromkeys([dictionary.site_in, dictionary.site_out]))
+
+
+def scaled(
+    dictionary: Dictionary,
+    f: Float[Tensor, "token feature"],
+    own: Float[Tensor, "token feature"],
+    tokens: Float[Tensor, "token site d_model"],
+) -> Float[Tensor, "kind feature"]:
+    """``sum f (d.t)`` for the two targets of latent scaling, in one model.
+
+    The target of latent j is what is written, less the bias and less what the *other* latents of that model write:
+    ``y - y^ + own_j d_j``; and, as the second, what the latents reconstruct without the bias.
+
+    Args:
+        f: latents of the tuned model, which the target is regressed on; ``own``: latents of the model that is scaled.
+        tokens: what the dictionary reads there, and last what it writes.
+    """
+    rows = dictionary.W_dec
+    written = own @ rows
+    left = tokens[:, -1] - dictionary.completed(own, tokens[:, 0])
+    length = rows.square().sum(-1)
+    error = (f * (left @ rows.T + own * length)).sum(0)
+    return torch.stack([error, (f * (written @ rows.T)).sum(0)])
 
 
 def _pooled(

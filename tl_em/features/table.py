@@ -83,7 +83,10 @@ class FeatureTable:
         column = "q_delta" if "delta" in self.parts else "q"
         by = self.frame.groupby("behaviour", sort=False)[column]
         shown = ", ".join(f"{name}: {int((values <= 0.05).sum())}" for name, values in by)
-        return f"FeatureTable({self.dictionary.label}, d_sae={self.dictionary.d_sae}; {column} <= .05 in {{{shown}}})"
+        no_nu = int(self.frame.nu.isna().sum()) if "nu" in self.frame else 0
+        said = f"; nu undefined for {no_nu} latents that are off in the model" if no_nu else ""
+        size = f"d_sae={self.dictionary.d_sae}"
+        return f"FeatureTable({self.dictionary.label}, {size}; {column} <= .05 in {{{shown}}}{said})"
 
     def _repr_html_(self) -> str:
         """The five latents of each behaviour that stand out most, for a notebook."""
@@ -149,8 +152,14 @@ def _base_columns(sums: Sums) -> dict[str, np.ndarray]:
         "delta": total.numpy(),
         "p_delta": p,
         "q_delta": _q(p, delta),
-        "nu": torch.where(scaling[0] != 0, scaling[1] / scaling[0], torch.nan).numpy(),
+        **dict(zip(("nu", "nu_reconstruction"), _ratios(scaling), strict=True)),
     }
+
+
+def _ratios(scaling: Float[Tensor, "kind model feature"]) -> np.ndarray:
+    """Base by tuned; NaN for a latent that the tuned model never shows (of the base alone, or dead)."""
+    tuned, base = scaling.unbind(1)
+    return torch.where(tuned != 0, base / tuned, torch.nan).numpy()
 
 
 def _q(p: np.ndarray, parts: Float[Tensor, "part feature"]) -> np.ndarray:
