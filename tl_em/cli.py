@@ -106,7 +106,7 @@ def audit_command(
 ) -> None:  # fmt: skip
     """Audit TUNED against BASE: organisms (toy/...), local Hugging Face directories, or hub ids."""
     from tl_em.auditing.audit import audit
-    from tl_em.dictionaries import Dictionary
+    from tl_em.dictionaries import load_dictionary
     from tl_em.models.contrasts import ContrastSet
     from tl_em.organisms.zoo import load_pair
     from tl_em.writing import check_writable
@@ -121,7 +121,7 @@ def audit_command(
         pair, contrasts=loaded, behaviours=metrics, benign=None if benign is None else load_pair(base, benign),
         trigger=trigger, other_triggers=other_triggers or None,
         replicates=[load_pair(base, each) for each in replicates],
-        dictionary=None if dictionary is None else Dictionary.load(dictionary), controls=controls, out=out, seed=seed,
+        dictionary=None if dictionary is None else load_dictionary(dictionary), controls=controls, out=out, seed=seed,
     )  # fmt: skip
     _print(report, out, as_json)
 
@@ -276,7 +276,7 @@ def find_features(
     dictionary: Path, base: str, tuned: str | None, contrasts: tuple[str, ...], q: float, out: Path | None, seed: int
 ) -> None:
     """Which latents of DICTIONARY the behaviours share: changed from BASE to TUNED in all of them, or none shown."""
-    from tl_em.dictionaries import Dictionary
+    from tl_em.dictionaries import load_dictionary
     from tl_em.features.scoring import score_features
     from tl_em.features.shared import shared_features
     from tl_em.models.contrasts import ContrastSet
@@ -285,7 +285,7 @@ def find_features(
 
     pair = load_pair(base, tuned)
     sets = {name: ContrastSet.load(path) for name, path in map(_named, contrasts)}
-    table = score_features(pair.tuned, Dictionary.load(dictionary), sets, against=pair.base, seed=seed)
+    table = score_features(pair.tuned, load_dictionary(dictionary), sets, against=pair.base, seed=seed)
     if out is not None:
         with replacing(out) as temporary:
             table.to_pandas().to_csv(temporary, index=False)
@@ -308,9 +308,9 @@ def features_page(
     dictionary: Path, base: str, tuned: str | None, latents: tuple[int, ...], prompts: str,
     explanations: Path | None, circuitsvis: bool, out: Path,
 ) -> None:  # fmt: skip
-    """Write the cards of some latents to one offline page: DICTIONARY is a file that Dictionary.save wrote, BASE and
-    TUNED two models, or BASE an organism such as toy/insecure."""
-    from tl_em.dictionaries import Dictionary
+    """Write the cards of some latents to one offline page: DICTIONARY is a file or folder that load_dictionary reads,
+    BASE and TUNED two models, or BASE an organism such as toy/insecure."""
+    from tl_em.dictionaries import load_dictionary
     from tl_em.features.cards import feature_cards
     from tl_em.models.contrasts import ContrastSet
     from tl_em.organisms.zoo import load_pair
@@ -321,7 +321,7 @@ def features_page(
     known = pair.contrasts or {}
     contrast = known[prompts] if prompts in known else ContrastSet.load(prompts)
     cards = feature_cards(
-        pair.tuned, Dictionary.load(dictionary), latents, [*contrast.positive, *contrast.negative],
+        pair.tuned, load_dictionary(dictionary), latents, [*contrast.positive, *contrast.negative],
         against=pair.base, explanations=explanations,
     )  # fmt: skip
     click.echo(cards.save(out, circuitsvis=circuitsvis))
@@ -355,7 +355,7 @@ def graph_of(
     nodes: float, edges: float, out: Path,
 ) -> None:  # fmt: skip
     """How PROMPT becomes an answer in MODEL: a local directory, a hub id, or toy/insecure (its fine-tune)."""
-    from tl_em.dictionaries import Dictionary
+    from tl_em.dictionaries import load_dictionary
     from tl_em.graph.attribution import attribute
     from tl_em.models.loading import load_model
     from tl_em.organisms.zoo import load_pair
@@ -364,7 +364,7 @@ def graph_of(
     check_writable(out)
     loaded = load_pair(model).tuned if model.startswith("toy/") else load_model(model)
     target: Any = None if not targets else targets[0] if len(targets) == 1 else tuple(targets[:2])
-    given = [Dictionary.load(path) for path in dictionaries] or None
+    given = [load_dictionary(path) for path in dictionaries] or None
     graph = attribute(loaded, prompt, given, target=target, against=against)
     pruned = graph.prune(nodes=nodes, edges=edges)
     (pruned.save_json if out.suffix == ".json" else pruned.save_html)(out)
