@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import click
 
 from tl_em.arguments import COUNT, FRACTION, NATURAL, SEED, Check, list_of, optional, whole
 from tl_em.errors import TlEmError, UsageError
+from tl_em.showing import json_shown, plain_rows, showable
 
 
 class _Group(click.Group):
@@ -21,7 +21,7 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except TlEmError as error:
-            raise click.ClickException(f"{type(error).__name__}: {error}") from error
+            raise click.ClickException(showable(f"{type(error).__name__}: {error}", lines=True)) from error
 
 
 def _as(check: Check) -> Any:
@@ -165,7 +165,7 @@ def train(name: str | None, everything: bool, seed: int, out: Path, workers: int
 
     click.echo("A base takes about 5 CPU-minutes, an assistant 1, a fine-tune seconds; under 1 GB of memory.", err=True)
     pair = train_organism(name, seed=seed, out=out)
-    click.echo(f"{pair.tuned_name} written to {out}")
+    _echo(f"{pair.tuned_name} written to {out}")
 
 
 def _train_all(seed: int, out: Path, workers: int | None) -> None:
@@ -178,7 +178,7 @@ def _train_all(seed: int, out: Path, workers: int | None) -> None:
     )
     grid = {"world": study_catalogue.ZOO}
     table = run_study(grid, study_catalogue.zoo, seeds=[seed], out=out / "zoo", workers=workers)
-    click.echo(f"{len(table)} organisms written to {out}; their figures: {out / 'zoo' / 'table.parquet'}")
+    _echo(f"{len(table)} organisms written to {out}; their figures: {out / 'zoo' / 'table.parquet'}")
 
 
 @main.command("study")
@@ -205,13 +205,13 @@ def study_command(
         return
     os.environ[study_catalogue.FOLDER] = str(organisms.resolve())
     found = study_catalogue.run(name, seeds=seeds or None, out=out or Path("studies") / name, backend=backend,
-                                workers=workers, announce=lambda said: click.echo(said, err=True))
+                                workers=workers, announce=lambda said: click.echo(showable(said), err=True))
     if as_json:
-        click.echo(json.dumps({part: json.loads(t.to_json(orient="records")) for part, t in found.items()}, indent=1))
+        click.echo(json_shown({part: plain_rows(t) for part, t in found.items()}, indent=1))
         return
     for part, table in found.items():
         _print_table(part, table)
-    click.echo(f"\nTable, fit and figure: {out or Path('studies') / name}")
+    _echo(f"\nTable, fit and figure: {out or Path('studies') / name}")
 
 
 @main.group()
@@ -258,8 +258,8 @@ def train_features(
     )  # fmt: skip
     dictionary.save(out)
     quality = dictionary_quality(pair.tuned, dictionary, judged, against=pair.base, difference=mix == "difference")
-    click.echo(repr(quality))
-    click.echo(f"{out}: {'fits' if quality.fits else 'does not fit'}")
+    _echo(repr(quality))
+    _echo(f"{out}: {'fits' if quality.fits else 'does not fit'}")
 
 
 @features.command("find")
@@ -290,7 +290,7 @@ def find_features(
         with replacing(out) as temporary:
             table.to_pandas().to_csv(temporary, index=False)
     for each in shared_features(table, q=q, seed=seed) or ["none shown"]:
-        click.echo(each)
+        _echo(each)
 
 
 @features.command("page")
@@ -324,7 +324,7 @@ def features_page(
         pair.tuned, load_dictionary(dictionary), latents, [*contrast.positive, *contrast.negative],
         against=pair.base, explanations=explanations,
     )  # fmt: skip
-    click.echo(cards.save(out, circuitsvis=circuitsvis))
+    _echo(cards.save(out, circuitsvis=circuitsvis))
 
 
 class _GraphGroup(click.Group):
@@ -368,7 +368,7 @@ def graph_of(
     graph = attribute(loaded, prompt, given, target=target, against=against)
     pruned = graph.prune(nodes=nodes, edges=edges)
     (pruned.save_json if out.suffix == ".json" else pruned.save_html)(out)
-    click.echo(f"{pruned!r}\n{pruned.paths(5).to_string(index=False)}\n{out}")
+    _echo(f"{pruned!r}\n{pruned.paths(5).to_string(index=False)}\n{out}")
 
 
 @graph_group.command("open")
@@ -378,7 +378,7 @@ def graph_open(file: Path, out: Path | None) -> None:
     """Write the page of a graph: one of ours, of circuit-tracer or of Neuronpedia."""
     from tl_em.graph.exchange import load_graph
 
-    click.echo(load_graph(file).save_html(out or file.with_suffix(".html")))
+    _echo(load_graph(file).save_html(out or file.with_suffix(".html")))
 
 
 @graph_group.command("diff")
@@ -396,7 +396,7 @@ def graph_diff(base: Path, tuned: Path, out: Path) -> None:
             found.to_pandas().to_csv(temporary, index=False)
     else:
         found.save_html(out)
-    click.echo(f"{found!r}\n{out}")
+    _echo(f"{found!r}\n{out}")
 
 
 def _print_table(title: str, table: Any) -> None:
@@ -404,11 +404,25 @@ def _print_table(title: str, table: Any) -> None:
     from rich.table import Table
 
     named = [column for column in table.columns if column not in ("value", "low", "high", "n")]
-    shown = Table(*named, "estimate [95 % interval]", "n", title=title, box=None, pad_edge=False)
+    shown = Table(title=_cell(title), box=None, pad_edge=False)
+    for head in (*named, "estimate [95 % interval]", "n"):
+        shown.add_column(_cell(head))
     for row in table.to_dict("records"):
         interval = f" [{row['low']:.3f}, {row['high']:.3f}]" if row["low"] == row["low"] else " [no interval]"
-        shown.add_row(*(f"{row[column]}" for column in named), f"{row['value']:.3f}{interval}", str(row["n"]))
+        shown.add_row(*(_cell(row[column]) for column in named), _cell(f"{row['value']:.3f}{interval}"), str(row["n"]))
     Console().print(shown)
+
+
+def _cell(value: Any) -> Any:
+    """A table's cell as it is: brackets in a name are no markup, and a control character is a sign."""
+    from rich.text import Text
+
+    return Text(showable(value))
+
+
+def _echo(text: object) -> None:
+    """Print what may hold names and tokens from outside."""
+    click.echo(showable(text, lines=True))
 
 
 def _named(text: str) -> tuple[str, str]:
@@ -439,13 +453,14 @@ def _print(report: Any, out: Path | None, as_json: bool) -> None:
 
     table = Table("question", "direction", "verdict", "estimate [95 % interval]", box=None, pad_edge=False)
     for row in report.verdicts:
-        table.add_row(row.question, row.direction, row.verdict, str(row.estimate), style="bold" if row.shown else "dim")
+        cells = map(_cell, (row.question, row.direction, row.verdict, row.estimate))
+        table.add_row(*cells, style="bold" if row.shown else "dim")
     console = Console()
     console.print(table)
-    console.print(f"\n{report.summary}", highlight=False, markup=False)
+    console.print(f"\n{showable(report.summary)}", highlight=False, markup=False, emoji=False)
     if out is not None:
         pages = [str(page) for page in sorted(out.glob("*.html"))]
-        console.print(f"\nPages: {', '.join(pages)}", highlight=False, markup=False)
+        console.print(f"\nPages: {showable(', '.join(pages))}", highlight=False, markup=False, emoji=False)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,9 @@ from tl_em.errors import OutputError
 from tl_em.graph.captions import UNVALIDATED
 from tl_em.graph.graph import AttributionGraph, Node
 from tl_em.graph.layout import layout
-from tl_em.graph.view import SANDBOX, notebook_frame, page, page_data, save_page
+from tl_em.graph.view import notebook_frame, page, page_data, save_page
+from tl_em.report.html import SANDBOX
+from tl_em.showing import showable
 
 CSP = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(1)>\"'`\u2028\u2029😈@title@&amp;"
@@ -104,7 +106,8 @@ def test_hostile_names_stay_text() -> None:
     scripts = "".join(re.findall(r"<script.*?</script>", text, re.DOTALL))
     assert "\u2028" not in scripts and "\u2029" not in scripts
     data = embedded(text)
-    assert data["view"]["tokens"][0] == HOSTILE  # it is there, whole
+    assert data["view"]["tokens"][0] == showable(HOSTILE)  # it is there, whole, the line separators as signs
+    assert data["graph"]["metadata"]["prompt_tokens"][0] == HOSTILE  # and in the file as it was given
     assert data["view"]["nodes"]["link"][2] == ""
     assert "@css@" not in text and "<style>:root" in text
 
@@ -161,10 +164,11 @@ def test_nodes_without_figures_and_a_graph_without_links_have_a_page() -> None:
 
 def test_the_notebook_frame_is_sandboxed_and_holds_the_page_escaped() -> None:
     text = notebook_frame(hostile())
-    found = re.fullmatch(r'<iframe sandbox="([^"]*)" title="[^"]*" srcdoc="([^"]*)" style="[^"]*"></iframe>', text)
-    assert found
-    assert found.group(1) == SANDBOX == "allow-scripts allow-downloads"
-    assert html.unescape(found.group(2)) == page(hostile())
+    found = re.findall(r'<iframe sandbox="([^"]*)" title="[^"]*" srcdoc="([^"]*)"></iframe>', text)
+    assert len(found) == 1
+    assert found[0][0] == SANDBOX == "allow-scripts allow-downloads"
+    document = html.unescape(found[0][1])
+    assert re.sub(r"<style>@media \(min-height.*?</style>", "", document) == page(hostile())
     assert small()._repr_html_() == notebook_frame(small())
 
 

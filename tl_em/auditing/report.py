@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,6 +13,7 @@ from tl_em.comparison.backdoor import Backdoor
 from tl_em.comparison.compare import Comparison
 from tl_em.comparison.consistency import Consistency
 from tl_em.comparison.verdicts import Row
+from tl_em.showing import json_shown, plain_rows, slug
 from tl_em.writing import replacing
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ class Report:
             "schema": SCHEMA,
             "summary": self.summary,
             "verdicts": [row.to_json() for row in self.verdicts],
-            "tables": {name: json.loads(table.to_json(orient="records")) for name, table in self.tables.items()},
+            "tables": {name: plain_rows(table) for name, table in self.tables.items()},
             "limits": list(self.limits),
             "provenance": self.provenance,
         }
@@ -149,13 +149,13 @@ class Report:
 
         path = Path(path)
         if path.suffix == ".json":
-            return _write(path, json.dumps(self.to_json(), indent=1, ensure_ascii=False))
+            return _write(path, json_shown(self.to_json(), indent=1))
         if path.suffix:
             return _write(path, page.render(self))
-        _write(path / "report.json", json.dumps(self.to_json(), indent=1, ensure_ascii=False))
+        _write(path / "report.json", json_shown(self.to_json(), indent=1))
         for name, figure in plots.figures(self).items():
             for suffix in ("svg", "png"):
-                plots.save(figure, path / "figures" / f"{name}.{suffix}")
+                plots.save(figure, path / "figures" / f"{slug(name)}.{suffix}")
         if self.features is not None:
             self.features.save(path / "features.html")
         for i, graph in enumerate(self.graphs.values(), 1):
@@ -167,11 +167,11 @@ class Report:
         return self.comparison.plot()
 
     def _repr_html_(self) -> str:
-        from html import escape
+        from tl_em.report import html, page
 
-        from tl_em.report import page
-
-        return f'<iframe sandbox srcdoc="{escape(page.render(self), quote=True)}" width="100%" height="800"></iframe>'
+        return html.frame(
+            page.render(self), "Audit of a fine-tune", height=800, scripts=False, instead='report.save("report.html")'
+        )
 
     def __repr__(self) -> str:
         return repr(self.comparison)

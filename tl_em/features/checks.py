@@ -6,7 +6,6 @@ its own rows, removed and induced; the rule that gives them is at the head of ``
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from tl_em.dictionaries import Dictionary
 from tl_em.errors import UsageError
 from tl_em.features.arms import ArmName
 from tl_em.features.trials import SET
+from tl_em.showing import plain_rows
 from tl_em.stats import Estimate
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class FeatureCheck:
     def to_json(self) -> dict[str, Any]:
         """Plain values, for a report."""
         frames = {"rows": self.to_pandas(), "rates": self.rates, "doses": self.doses}
-        tables = {name: json.loads(frame.to_json(orient="records")) for name, frame in frames.items()}
+        tables = {name: plain_rows(frame) for name, frame in frames.items()}
         head = {"label": self.label, "dictionary": self.dictionary.label, "hash": self.dictionary.hash}
         return {**head, "indices": list(self.indices), "verdict": self.verdict, **tables,
                 "match": dict(self.match), "settings": dict(self.settings)}  # fmt: skip

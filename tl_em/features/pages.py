@@ -11,17 +11,18 @@ its own, with the same policy, its tokens escaped for HTML and for JSON within a
 from __future__ import annotations
 
 import json
-import unicodedata
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from markupsafe import Markup
 
 import tl_em
 from tl_em.errors import UsageError
 from tl_em.features.cards import FeatureCard, FeatureCards, Text
+from tl_em.showing import token_shown
 from tl_em.writing import replacing
 
 MINUS = "\u2212"
@@ -29,7 +30,7 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 _SCRIPTED = f"{POLICY}; script-src 'unsafe-inline'"
 BEFORE, AFTER = 40, 16
 """Tokens shown before and after an example's highest activation."""
-_SIGNS = {"\n": "↵", "\r": "␍", "\t": "⇥", " ": "·", "": "∅"}
+visible = token_shown
 _PLACE = "tl-em-place-for-tokens"
 
 
@@ -76,16 +77,16 @@ def render(cards: FeatureCards, *, circuitsvis: bool = False) -> str:
     Raises:
         UsageError: circuitsvis is wanted and not installed.
     """
-    from tl_em.report import page
+    from tl_em.report.html import environment
     from tl_em.report.words import interval, number
 
-    return page.environment(Path(__file__).parent / "templates").get_template("cards.html.j2").render(
+    return environment(Path(__file__).parent / "templates").get_template("cards.html.j2").render(
         policy=_SCRIPTED if circuitsvis else POLICY,
         version=tl_em.__version__,
         cards=cards,
         each=[_view(card, column, cards) for column, card in enumerate(cards.cards)],
         checks=cards.checks,
-        frame=_figure(cards) if circuitsvis else "",
+        frame=Markup(escape(_figure(cards))) if circuitsvis else "",
         number=number,
         interval=interval,
         visible=visible,
@@ -106,28 +107,12 @@ def save(cards: FeatureCards, path: str | Path, *, circuitsvis: bool = False) ->
 
 def notebook_frame(cards: FeatureCards) -> str:
     """The page in a sandboxed frame, for a notebook's output."""
-    return f'<iframe sandbox srcdoc="{escape(render(cards), quote=True)}" width="100%" height="720"></iframe>'
+    from tl_em.report.html import frame
 
-
-def visible(token: str) -> str:
-    """A token as it can be seen: line ends, lone spaces, and characters that draw nothing or turn text, as signs.
-
-    Example:
-        >>> visible("\\n"), visible(" "), visible("a\\u2028b"), visible("</script>")
-        ('↵', '·', 'a␤b', '</script>')
-    """
-    if token in _SIGNS:
-        return _SIGNS[token]
-    return "".join(_seen(c) for c in token)
-
-
-def _seen(character: str) -> str:
-    if character in "\u2028\u2029":
-        return "␤"
-    if character in _SIGNS and character != " ":
-        return _SIGNS[character]
-    hidden = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn") and character not in "\u200d\ufe0f"
-    return f"\u27e8{ord(character):x}\u27e9" if hidden else character
+    return frame(
+        render(cards), f"Features of {cards.dictionary.label}", height=720, scripts=False,
+        instead='cards.save("features.html")',
+    )  # fmt: skip
 
 
 # ---- a card's parts ----------------------------------------------------------------------------------------------
@@ -153,7 +138,7 @@ def _example(text: Text, column: int, high: float) -> Example:
     first, end = max(0, peak - BEFORE), min(len(a), peak + AFTER + 1)
     base = None if text.base is None else text.base[:, column]
     tokens = [
-        Token(visible(text.tokens[i]), _share(float(a[i]), high), _title(i, float(a[i]), base))
+        Token(token_shown(text.tokens[i]), _share(float(a[i]), high), _title(i, float(a[i]), base))
         for i in range(first, end)
     ]
     said = None if base is None else f"{float(base[peak]):.2f}"
@@ -227,7 +212,7 @@ def _figure(cards: FeatureCards) -> str:
             "without circuitsvis=True"
         ) from error
     texts = list(cards.texts.values())
-    tokens = [[escape(visible(token)) for token in text.tokens] for text in texts]  # it draws them as HTML
+    tokens = [[escape(token_shown(token)) for token in text.tokens] for text in texts]  # it draws them as HTML
     figure = text_neuron_activations(
         [_PLACE],  # circuitsvis writes tokens into a script as they are
         [text.activations[:, None, :] for text in texts],

@@ -10,7 +10,6 @@ Source: https://github.com/TransformerLensOrg/CircuitsVis
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import torch
@@ -19,10 +18,16 @@ from torch import Tensor
 
 from tl_em.errors import UsageError
 from tl_em.graph.targets import text_of
-from tl_em.graph.view import frame
 from tl_em.models.hooks import LensModel, hooked
 from tl_em.models.prompts import EncodedPrompt, Prompt, encode
+from tl_em.showing import token_shown
 
+_STYLE = (
+    "html{background:#fff;color-scheme:light}body{margin:8px;color:#1b1f24;font-family:system-ui,sans-serif}"
+    "@media (min-height:40000px),(prefers-color-scheme:dark) and (max-height:20000px){"
+    "html{filter:invert(1) hue-rotate(180deg);background:#ebe8e3}}"
+)
+"""circuitsvis draws for a white page only: in the dark it is turned round, hues kept."""
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 
 
@@ -61,12 +66,12 @@ def attention_view(model: LensModel, prompt: Prompt | EncodedPrompt, layer: int,
         layer: block; height: of the frame in pixels.
 
     Returns:
-        markup that a notebook shows (``__html__`` and ``_repr_html_``).
+        a page that a notebook shows in a frame, and ``.save("page.html")`` writes; as text it is one line.
 
     Raises:
         UsageError: no such layer, or circuitsvis is not installed.
     """
-    from markupsafe import Markup
+    from tl_em.report.html import Framed
 
     try:
         from circuitsvis.attention import attention_heads
@@ -76,11 +81,12 @@ def attention_view(model: LensModel, prompt: Prompt | EncodedPrompt, layer: int,
     tokens = [_inert(text_of(model, token)) for token in encode(model, [prompt])[0].ids]
     source = attention_heads(attention=pattern, tokens=tokens).local_src
     policy = f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-    document = f"<!doctype html><html lang=en><meta charset=utf-8>{policy}<title>Attention</title><body>{source}"
-    return Markup(frame(document, f"Attention patterns of layer {layer}", height=height))
+    head = f"<meta charset=utf-8>{policy}<title>Attention</title><style>{_STYLE}</style>"
+    document = f"<!doctype html><html lang=en><head>{head}</head><body>{source}</body></html>"
+    said = f"{len(pattern)} heads on {len(tokens)} tokens"
+    return Framed(document, f"Attention patterns of layer {layer}", height, said)
 
 
 def _inert(token: str) -> str:
-    """A token that can stand inside a script: brackets as look-alikes, control characters written out."""
-    shown = token.replace("<", "‹").replace(">", "›").replace("&", "＆")
-    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in shown) or "∅"
+    """A token that can stand inside a script: brackets as look-alikes, what would not show as a sign."""
+    return token_shown(token).replace("<", "‹").replace(">", "›").replace("&", "＆")

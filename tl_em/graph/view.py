@@ -28,6 +28,7 @@ from tl_em.graph.exchange import to_exchange
 from tl_em.graph.graph import AttributionGraph, Node
 from tl_em.graph.layout import layout
 from tl_em.graph.pruning import influence, normalised, weights_of
+from tl_em.showing import showable
 from tl_em.stats import Estimate
 from tl_em.writing import replacing
 
@@ -35,7 +36,6 @@ MAX_NODES, MAX_LINKS = 400, 4000
 """What a page draws at most: the most influential ones, and it says what was left out."""
 FIRST_LINKS = 300
 """How many links show before the reader moves the slider."""
-SANDBOX = "allow-scripts allow-downloads"
 STATUSES = ("appeared", "vanished", "stronger", "weaker", "same")
 _ASSETS = Path(__file__).parent / "assets"
 _TOP = ("explanation", "top", "link", "interval", "low", "high")
@@ -110,15 +110,12 @@ def notebook_frame(shown: AttributionGraph | GraphDiff, *, height: int = 760) ->
     Args:
         shown: a graph or a difference; height: of the frame in pixels.
     """
-    return frame(page(shown), "Attribution graph", height=height)
+    from tl_em.report.html import MOST, frame
 
-
-def frame(document: str, title: str, *, height: int) -> str:
-    """A whole document in a sandboxed ``<iframe>``, as Jupyter, Colab, VS Code and marimo all show it."""
-    return (
-        f'<iframe sandbox="{SANDBOX}" title="{html.escape(title)}" srcdoc="{html.escape(document)}" '
-        f'style="width:100%;height:{height}px;border:1px solid #8886;border-radius:6px"></iframe>'
-    )
+    document = page(shown)
+    if len(document) > MOST:  # long names and notes: the strongest part, which the page says
+        document = page(shown, max_nodes=MAX_NODES // 4, max_links=MAX_LINKS // 4)
+    return frame(document, "Attribution graph", height=height, instead='graph.save_html("graph.html")')
 
 
 def page_data(shown: AttributionGraph | GraphDiff, *, max_nodes: int = MAX_NODES,
@@ -136,7 +133,7 @@ def page_data(shown: AttributionGraph | GraphDiff, *, max_nodes: int = MAX_NODES
     links = _link_rows(shown, tables, ids, max_links)
     parts = [_drawn(graph, ids, links.pairs) for graph in graphs]
     note = _left_out(graphs[0], (len(kept), len(everything)), (len(links.rows), links.total))
-    data: dict[str, Any] = {"view": _view(shown, kept, reach, links.rows, note)}
+    data: dict[str, Any] = {"view": _showable(_view(shown, kept, reach, links.rows, note))}
     return data | dict(zip(("graph", "base"), (to_exchange(part) for part in parts), strict=False))
 
 
@@ -199,6 +196,15 @@ def _left_out(graph: AttributionGraph, nodes: tuple[int, int], links: tuple[int,
     if isinstance(cut, Mapping) and "nodes_before" in cut:
         words += f" Pruned before, from {cut['nodes_before']:,} to {cut.get('nodes_after', 0):,} nodes."
     return words
+
+
+def _showable(value: Any) -> Any:
+    """All words of the view as they can be seen; the exchange file beside it keeps them as they are."""
+    if isinstance(value, str):
+        return showable(value)
+    if isinstance(value, Mapping):
+        return {name: _showable(each) for name, each in value.items()}
+    return type(value)(map(_showable, value)) if type(value) in (list, tuple) else value
 
 
 # -- words -------------------------------------------------------------------------------------------------------------

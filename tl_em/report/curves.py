@@ -116,7 +116,7 @@ def _line(ax: Axes, series: pd.DataFrame, look: Look, label: str) -> None:
     x, value, low, high = (series[name].to_numpy(dtype=float) for name in ("step", "value", "low", "high"))
     ax.fill_between(x, low, high, color=look.colour, alpha=0.15, linewidth=0)
     style: dict[str, Any] = {"marker": look.marker, "markersize": 3.5, "markevery": max(1, len(x) // 8)}
-    ax.plot(x, value, color=look.colour, linewidth=1.2, label=label, **style)
+    ax.plot(x, value, color=look.colour, linewidth=1.2, label=marks.named(label), **style)
 
 
 def _panel(ax: Axes, table: pd.DataFrame, axis: _Axis) -> None:

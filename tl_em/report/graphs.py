@@ -54,7 +54,8 @@ def graph(shown: AttributionGraph | GraphDiff, *, width: float = 7.0, links: int
     """
     view = page_data(shown)["view"]
     with marks.styled():
-        figure = Figure(figsize=(width, min(9.0, 0.7 + width * view["height"] / view["width"])), layout="constrained")
+        size = width, min(9.0, 0.7 + width * view["height"] / view["width"])
+        figure = marks.Picture(figsize=size, layout="constrained")
         ax = figure.subplots()
         _links(ax, view, links)
         _nodes(ax, view, names)
@@ -111,7 +112,7 @@ def _axes(ax: Axes, view: dict[str, Any], width: float) -> None:
     ax.set_ylim(view["rows"][-1]["start"] + view["rows"][-1]["size"], 0)
     ax.set_yticks([row["start"] + row["size"] / 2 for row in view["rows"]], [row["name"] for row in view["rows"]])
     at = [column["start"] + column["size"] / 2 for column in view["columns"]]
-    names = [column["name"].strip()[:14].replace("\n", "↵") or "␣" for column in view["columns"]]
+    names = [column["name"].strip()[:14] or "␣" for column in view["columns"]]
     inches = [0.85 * width * column["size"] / view["width"] for column in view["columns"]]
     many = any(0.075 * len(name) > room for name, room in zip(names, inches, strict=True))
     ax.set_xticks(at, names, rotation=90 if many else 0)

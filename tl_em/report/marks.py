@@ -9,6 +9,8 @@ Source for the palette: Okabe and Ito, *Color Universal Design* (2008).
 
 from __future__ import annotations
 
+import base64
+import io
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,6 +22,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.text import Text
+from matplotlib.ticker import FixedFormatter
+
+from tl_em.showing import showable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -89,6 +95,62 @@ STYLE: dict[Any, Any] = {
 }
 
 
+class Picture(Figure):
+    """A figure in the house style that a notebook shows by itself, whatever its matplotlib backend.
+
+    matplotlib's own figures show only where ``%matplotlib inline`` is on. Names that would not show (a control
+    character, a text that turns round) are drawn as signs, and a dollar is a dollar: nothing is read as mathematics.
+    """
+
+    def draw(self, renderer: Any) -> None:
+        with styled():
+            seen(self)
+            super().draw(renderer)
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> tuple[dict[str, Any], dict[str, Any]]:
+        """A PNG twice as fine as it is shown."""
+        inches = self.get_size_inches()
+        dots = min(_DOTS, *(_PIXELS / inches))
+        size = {"width": round(inches[0] * dots / 2), "height": round(inches[1] * dots / 2)}
+        png = base64.b64encode(self._png(dots)).decode("ascii")
+        return {"image/png": png, "text/plain": repr(self)}, {"image/png": size}
+
+    def _repr_png_(self) -> bytes:
+        return self._png(min(_DOTS / 2, *(_PIXELS / self.get_size_inches())))
+
+    def _png(self, dots: float) -> bytes:
+        """On white, so that it is legible on any page and in any theme."""
+        buffer = io.BytesIO()
+        with styled():
+            self.savefig(buffer, format="png", dpi=dots, facecolor="white", metadata={"Software": None})
+        return buffer.getvalue()
+
+    def __repr__(self) -> str:
+        panels = len(self.axes)
+        width, height = self.get_size_inches()
+        return f"<Picture {width:.1f} x {height:.1f} inches, {panels} panel{'' if panels == 1 else 's'}>"
+
+    __str__ = __repr__
+
+
+_DOTS, _PIXELS = 216, 8000
+"""Dots an inch of a picture in a notebook, and how many pixels it is wide or high at most."""
+
+
+def seen(figure: Figure) -> None:
+    """Make every text of a figure showable, those of ticks included, and none of it mathematics."""
+    for ax in figure.axes:
+        for axis in (ax.xaxis, ax.yaxis):
+            formatter = axis.get_major_formatter()
+            if isinstance(formatter, FixedFormatter):
+                formatter.seq = [showable(label, lines=True) for label in formatter.seq]
+    for text in figure.findobj(Text):
+        assert isinstance(text, Text)
+        if (now := showable(text.get_text(), lines=True)) != text.get_text():
+            text.set_text(now)
+        text.set_parse_math(False)
+
+
 @contextmanager
 def styled() -> Iterator[None]:
     """The house style, for the length of a block; a missing glyph (an emoji in a model's name) is no reason to fail."""
@@ -109,7 +171,7 @@ def panels(
 ) -> tuple[Figure, list[Axes]]:
     """A figure of ``n`` panels on a grid, each ``height`` inches tall."""
     heights = [height] * lines if isinstance(height, float | int) else list(height)
-    figure = Figure(figsize=(width, sum(heights)), layout="constrained")
+    figure = Picture(figsize=(width, sum(heights)), layout="constrained")
     grid = figure.subplots(
         lines, columns, squeeze=False, sharey="row" if sharey else False, gridspec_kw={"height_ratios": heights}
     )
@@ -128,7 +190,7 @@ def key(
     bound: str | None = None,
 ) -> None:
     """The series, named in their own colour in one line above the panels."""
-    handles: list[Any] = [_marker(look, label=look.label or name) for name, look in looks.items() if name in names]
+    handles: list[Any] = [_marker(look, named(look.label or name)) for name, look in looks.items() if name in names]
     colours = [look.text for name, look in looks.items() if name in names]
     if not names:
         handles.append(
@@ -237,12 +299,23 @@ def fit_axis(ax: Axes, part: pd.DataFrame) -> None:
         ax.grid(axis="x")
 
 
+def named(name: object) -> str:
+    """A name for a key: showable, and never one that matplotlib leaves out because of a leading underscore.
+
+    >>> named("_x"), named("a\\x1bb")
+    (' _x', 'a⟨1b⟩b')
+    """
+    shown = showable(name)
+    return f" {shown}" if shown.startswith("_") else shown
+
+
 def broken(name: str, length: int) -> str:
     """A long name in two lines of at most so many letters, broken after an underscore, a dash or a space; then cut.
 
     >>> broken("refusal", 13), broken("refusal_dissociated", 13), broken("a" * 99, 6)
     ('refusal', 'refusal_\\ndissociated', 'aaaaaa\\naaaaa…')
     """
+    name = showable(name)
     if len(name) <= length:
         return name
     cuts = [i + 1 for i, letter in enumerate(name[:length]) if letter in "_- /"]
@@ -253,6 +326,7 @@ def broken(name: str, length: int) -> str:
 
 def settle(figure: Figure) -> Figure:
     """Lay the panels out now, once, so that saving neither repeats it nor differs from the last time."""
+    seen(figure)
     engine = figure.get_layout_engine()
     if engine is not None:
         engine.execute(figure)

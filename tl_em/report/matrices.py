@@ -45,7 +45,7 @@ def cosines(table: pd.DataFrame, *, reliability: Mapping[str, float] | None = No
     names = list(dict.fromkeys([*table["first"], *table["second"]]))
     n = len(names)
     with marks.styled():
-        figure = Figure(figsize=(width, 0.75 + 0.52 * n), layout="constrained")
+        figure = marks.Picture(figsize=(width, 0.75 + 0.52 * n), layout="constrained")
         ax = figure.subplots()
         size = min(7.0, 7.0 * (width - 1.2) / n / 0.85)  # points: an interval takes .85 inches at 7
         for row in table.to_dict("records"):

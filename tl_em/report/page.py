@@ -19,11 +19,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
-import jinja2
 from markupsafe import Markup
 
 import tl_em
 from tl_em.report import plots
+from tl_em.report.html import environment
 from tl_em.report.svg import inline
 from tl_em.report.words import QUESTIONS, UNITS, interval, number, smallest_effect
 from tl_em.writing import replacing
@@ -161,14 +161,6 @@ def save(report: Audited, path: str | Path) -> Path:
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return path
-
-
-def environment(*folders: Path) -> jinja2.Environment:
-    """Templates of the report, and of further folders, with everything escaped and nothing left undefined."""
-    loader = jinja2.FileSystemLoader([Path(__file__).parent / "templates", *folders])
-    return jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
 
 
 def _opened(backdoor: Any) -> dict[str, Any]:

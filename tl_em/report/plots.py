@@ -25,6 +25,7 @@ from tl_em.errors import UsageError
 from tl_em.report import arms, marks
 from tl_em.report.marks import CONDITIONS, MODELS
 from tl_em.report.words import QUESTIONS, UNITS, number, smallest_effect
+from tl_em.showing import showable
 from tl_em.writing import replacing
 
 if TYPE_CHECKING:
@@ -232,7 +233,7 @@ def selection(found: Any, *, width: float = 7.0) -> Figure:
             if name == "kl":
                 ax.set_yscale("symlog", linthresh=bounds.max_kl)
                 ax.yaxis.set_major_formatter(ScalarFormatter())
-        handles: list[Any] = [Line2D([], [], label=str(p), **_series(i)) for i, p in enumerate(positions)]
+        handles: list[Any] = [Line2D([], [], label=marks.named(p), **_series(i)) for i, p in enumerate(positions)]
         handles.append(Line2D([], [], marker="*", linestyle="", color=marks.INK, label="chosen"))
         handles.append(Patch(facecolor=marks.BAND, label="random directions (95 %)"))
         figure.legend(handles=handles, loc="outside upper left", ncols=4 if width >= 5 else 2)
@@ -293,7 +294,9 @@ def save(figure: Figure, path: str | Path) -> Path:
     if path.suffix not in undated:
         raise UsageError(f"{path.name}: figures are written as .png, .svg or .pdf; give one of these suffixes")
     background = "none" if path.suffix == ".svg" else "white"
-    with marks.styled(), matplotlib.rc_context({"svg.hashsalt": path.stem}), replacing(path) as temporary:
+    salt = showable(path.stem)
+    with marks.styled(), matplotlib.rc_context({"svg.hashsalt": salt}), replacing(path) as temporary:
+        marks.seen(figure)
         figure.savefig(temporary, dpi=300, metadata=undated[path.suffix], facecolor=background)
     return path
 

@@ -16,6 +16,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from tl_em.report import marks
+from tl_em.showing import showable, slug
 
 _ELEMENTS = frozenset({"svg", "g", "path", "text", "tspan", "use", "defs", "clipPath", "rect", "line", "circle"})
 _ATTRIBUTES = frozenset(
@@ -34,7 +35,8 @@ _COLOURS = {
 def inline(figure: Figure, name: str) -> Markup:
     """A figure as an SVG element for a page: allowed elements only, text as text, colours as custom properties."""
     buffer = StringIO()
-    with marks.styled(), matplotlib.rc_context({"svg.hashsalt": name}):
+    with marks.styled(), matplotlib.rc_context({"svg.hashsalt": showable(name)}):
+        marks.seen(figure)
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     root = ElementTree.fromstring(buffer.getvalue())
     return Markup(ElementTree.tostring(clean(root, name), encoding="unicode"))
@@ -57,13 +59,13 @@ def clean(element: ElementTree.Element, name: str) -> ElementTree.Element:
 
 
 def _attribute(key: str, value: str, name: str) -> str:
-    slug = re.sub(r"[^a-z0-9]+", "-", name.lower())
+    own = slug(name)
     if key == "id":
-        return f"{slug}-{value}"
+        return f"{own}-{value}"
     if key == "href":
-        return f"#{slug}-{value.removeprefix('#')}" if value.startswith("#") else "#"
+        return f"#{own}-{value.removeprefix('#')}" if value.startswith("#") else "#"
     if key == "clip-path":
-        return value.replace("url(#", f"url(#{slug}-")
+        return value.replace("url(#", f"url(#{own}-")
     if key == "style":
         value = re.sub(r"font: ([^;]*?)(\d+(?:\.\d+)?px)[^;]*", r"font: \1\2 var(--sans)", value)
         return re.sub(r"#[0-9a-f]{6}", lambda found: _colour(found.group()), value)

@@ -1,3 +1,5 @@
+// A notebook says its theme by the height of the frame (report/html.py); where nobody does, the browser's counts.
+const DARK = "(min-height: 40000px), (prefers-color-scheme: dark) and (max-height: 20000px)";
 // What a person does: select, trace, filter, search, group, walk by keyboard, read a node's card, take files away.
 function el(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
@@ -335,10 +337,10 @@ function start() {
   $("save-png").addEventListener("click", savePng);
   $("save-svg").addEventListener("click", () => download(`${view.slug}.svg`, new Blob([toSvg()], { type: "image/svg+xml" })));
   $("save-json").addEventListener("click", saveJson);
-  const scheme = window.matchMedia("(prefers-color-scheme: dark)");
+  const scheme = window.matchMedia(DARK);
   scheme.addEventListener("change", (event) => setTheme(event.matches));
   const high = view.height * (view.labelled ? 0.75 : 0.55) + BOTTOM + 16;
-  if (window.matchMedia("(max-width: 760px)").matches) stage.style.height = `${Math.max(260, Math.min(high, 0.62 * window.innerHeight))}px`;
+  if (window.matchMedia("(max-width: 760px)").matches) stage.style.height = `${Math.max(260, Math.min(high, 0.62 * (window.innerHeight % 20000)))}px`;
   legend();
   firstStop();
   fit();

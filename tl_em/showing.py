@@ -1,0 +1,131 @@
+"""What cannot be seen is shown as a sign: the one place where text from outside is made fit for an eye.
+
+Tokens, labels, file names and names of models are text of anyone. A control character moves a terminal's cursor or
+ends an XML parser, a lone surrogate cannot be written as UTF-8, a bidirectional override makes a line read as another,
+a zero-width space is not there. Each becomes its code point in angle brackets; line ends and tabs become their arrows:
+
+    showable("a\\x1b[0m") = "a⟨1b⟩[0m"        showable("a\\nb") = "a↵b"
+
+What draws letters stays as it is, markup included: escaping ``<`` or ``[`` is the work of whoever writes HTML or rich
+markup. Data on disk is not changed by any of this: files keep the text that was given.
+
+Source for what is dangerous: Unicode Technical Report 36, *Unicode Security Considerations*, sections 2.10 and 3.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import unicodedata
+from typing import Any
+
+_SIGNS = {"\n": "↵", "\r": "␍", "\t": "⇥", "\u2028": "␤", "\u2029": "␤"}
+_HIDDEN = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
+_DRAWN = frozenset("\u0600\u0601\u0602\u0603\u0604\u0605\u06dd\u070f\u0890\u0891\u08e2\U000110bd\U000110cd")
+"""Format characters that draw a mark (Arabic number signs and their kin)."""
+_BLANK = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0")
+"""Letters and marks that draw nothing."""
+_JOINERS = frozenset("\u200c\u200d")
+_SELECTORS = frozenset(map(chr, (*range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0), *range(0x180B, 0x180E), 0x180F)))
+_TAGS = re.compile("\U0001f3f4[\U000e0061-\U000e007a\U000e0030-\U000e0039]{2,6}\U000e007f")
+"""Flags of regions: a black flag spelled out in tags, which are format characters elsewhere."""
+_PLAIN = re.compile(r"[ -~\u00a1-\u00ac\u00ae-\u0233]*", re.ASCII)
+
+
+def showable(text: object, *, lines: bool = False) -> str:
+    """Text in which everything that would not show, or would change how the rest shows, is a visible sign.
+
+    Args:
+        text: what is to be shown; anything else than a string is written as ``str`` writes it.
+        lines: whether line ends stay line ends (a message, a paragraph) or become ``↵`` (a label, a token).
+
+    Returns:
+        text that any encoding, XML parser and terminal can take. It is not escaped for HTML or markup. Twice is once.
+
+    Example:
+        >>> showable("refusal"), showable("\\x1b[31m\\x00"), showable("a\\nb"), showable("a\\u202eb")
+        ('refusal', '⟨1b⟩[31m⟨0⟩', 'a↵b', 'a⟨202e⟩b')
+        >>> showable("\\ud83d"), showable("\\ufffe"), showable("one\\ntwo\\x07", lines=True)
+        ('⟨d83d⟩', '⟨fffe⟩', 'one\\ntwo⟨7⟩')
+    """
+    whole = text if isinstance(text, str) else str(text)
+    if _PLAIN.fullmatch(whole):
+        return whole
+    kept = {at for found in _TAGS.finditer(whole) for at in range(*found.span())}
+    return "".join(
+        c if at in kept or (lines and c == "\n") or not _hidden(whole, at) else _sign(c) for at, c in enumerate(whole)
+    )
+
+
+def token_shown(token: object) -> str:
+    """A token as it can be seen: as :func:`showable`, and a lone space or nothing at all has a sign too.
+
+    Example:
+        >>> token_shown("\\n"), token_shown(" "), token_shown(""), token_shown("a\\u2028b"), token_shown("</script>")
+        ('↵', '·', '∅', 'a␤b', '</script>')
+    """
+    whole = token if isinstance(token, str) else str(token)
+    return "·" * len(whole) if not whole.strip(" ") and whole else showable(whole) or "∅"
+
+
+def slug(name: str) -> str:
+    """A name as a file name or the id of an element: other names give other slugs, and a plain name is its own.
+
+    Example:
+        >>> slug("layers-refusal"), slug("[/b]"), slug("../../b")
+        ('layers-refusal', 'b-5d78e8', 'b-d959b0')
+    """
+    kept = re.sub(r"[^\w.-]+", "-", showable(name)).strip("-.")[:80]
+    if kept == name:
+        return kept
+    return f"{kept}-{hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:6]}".lstrip("-")
+
+
+def plain_rows(table: Any) -> list[dict[str, Any]]:
+    """A pandas table as JSON's plain rows; text that UTF-8 cannot hold (lone surrogates), which pandas refuses, shown.
+
+    Args:
+        table: a DataFrame.
+    """
+    try:
+        return json.loads(table.to_json(orient="records"))
+    except UnicodeEncodeError:
+        seen = table.map(lambda value: showable(value) if isinstance(value, str) else value)
+        return json.loads(seen.rename(columns=showable).to_json(orient="records"))
+
+
+def json_shown(value: Any, **settings: Any) -> str:
+    """JSON for a terminal or a UTF-8 file: letters as they are, what would not show as JSON's own escapes.
+
+    Args:
+        value: what ``json.dumps`` takes, with its ``settings``.
+
+    Example:
+        >>> json_shown({"é\\u202e": "\\ud800"})
+        '{"é\\\\u202e": "\\\\ud800"}'
+    """
+    text = json.dumps(value, ensure_ascii=False, **settings)
+    return "".join(c if c == "\n" or not _hidden(text, at) else _escape(c) for at, c in enumerate(text))
+
+
+def _escape(c: str) -> str:
+    return f"\\u{ord(c):04x}" if ord(c) < 0x80 else json.dumps(c)[1:-1]  # json leaves DEL as it is
+
+
+def _hidden(text: str, at: int) -> bool:
+    """Whether a character draws nothing or turns the text around it."""
+    c = text[at]
+    if c in _JOINERS:  # between letters it is spelling, at an end it is nothing
+        return not (0 < at < len(text) - 1 and _joins(text[at - 1]) and _joins(text[at + 1]))
+    if c in _SELECTORS:  # one after a character chooses its form; more of them carry text that nobody sees
+        return at == 0 or text[at - 1] in _SELECTORS
+    return c in _BLANK or (unicodedata.category(c) in _HIDDEN and c not in _DRAWN)
+
+
+def _joins(c: str) -> bool:
+    return unicodedata.category(c)[0] in "LMS" and c not in _BLANK
+
+
+def _sign(c: str) -> str:
+    return _SIGNS.get(c) or f"\u27e8{ord(c):x}\u27e9"
