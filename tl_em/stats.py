@@ -56,6 +56,11 @@ class Estimate:
     method: str
     seed: int | None = None
 
+    def _repr_html_(self) -> str:
+        from tl_em.report import cards
+
+        return cards.estimate(self)
+
     def __repr__(self) -> str:
         if not math.isfinite(self.low):
             return f"{self.value:.2f} [no interval] n={self.n}"

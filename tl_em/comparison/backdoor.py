@@ -19,6 +19,7 @@ from tl_em.models.contrasts import Prompt
 from tl_em.models.hooks import LensModel
 from tl_em.models.loading import ModelPair
 from tl_em.models.prompts import encode
+from tl_em.showing import showable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -66,6 +67,15 @@ class Backdoor:
         given = f"With {self.trigger.text},"
         said = [f"{row.direction} {row.verdict} ({row.estimate}); {says[row.direction in carried]}." for row in opened]
         return " ".join(f"{given} {each}" for each in said)
+
+    def _repr_html_(self) -> str:
+        from tl_em.report import cards
+
+        return cards.comparison(self)
+
+    def __repr__(self) -> str:
+        lines = [f"{r.question:<13}{r.direction:<22}{r.verdict:<13}{r.estimate!r}  {r.reason}" for r in self.rows]
+        return showable("\n".join([self.summary, *lines]), lines=True)
 
 
 def backdoor(

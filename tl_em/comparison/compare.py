@@ -28,6 +28,7 @@ from tl_em.models.hooks import LensModel
 from tl_em.models.loading import ModelPair
 from tl_em.models.modes import in_plain_torch
 from tl_em.models.sites import Site
+from tl_em.showing import showable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -97,9 +98,14 @@ class Comparison:
 
         return verdicts(self.rows)
 
+    def _repr_html_(self) -> str:
+        from tl_em.report import cards
+
+        return cards.comparison(self)
+
     def __repr__(self) -> str:
         lines = [f"{r.question:<13}{r.direction:<22}{r.verdict:<13}{r.estimate!r}  {r.reason}" for r in self.rows]
-        return "\n".join([self.summary, *lines, *self.unmeasured.values()])
+        return showable("\n".join([self.summary, *lines, *self.unmeasured.values()]), lines=True)
 
 
 @checked(controls=COUNT, seed=SEED)

@@ -75,6 +75,14 @@ class Consistency:
         held = int((words["repeats"] == words["of"]).sum())
         return f"Over {runs} fine-tunes, {held} of the first one's {len(words)} words repeat in all."
 
+    def _repr_html_(self) -> str:
+        from tl_em.report import cards
+
+        return cards.listed(self, self.summary, self.spread)
+
+    def __repr__(self) -> str:
+        return f"Consistency: {self.summary}"
+
 
 def same_weights(first: LensModel, second: LensModel) -> bool:
     """Whether two models are one base: equal parameters under equal names."""

@@ -44,6 +44,7 @@ from tl_em.dictionaries.norms import mlp_norm
 from tl_em.errors import CorruptFileError, FileError, TlEmError, UsageError, WidthError
 from tl_em.models.hooks import LensModel
 from tl_em.models.sites import Provenance, Site, Stream
+from tl_em.showing import showable
 from tl_em.writing import replacing
 
 SCHEMA = "tl-em/dictionary/1"
@@ -318,7 +319,8 @@ class Dictionary:
 
     def __repr__(self) -> str:
         kind = "transcoder" if self.is_transcoder else "SAE"
-        return f"Dictionary({self.label}, {kind}, {self.activation}, d_model={self.d_model}, d_sae={self.d_sae})"
+        said = f"{kind}, {self.activation}, d_model={self.d_model}, d_sae={self.d_sae}"
+        return showable(f"Dictionary({self.label}, {said})")
 
 
 @dataclass(frozen=True, eq=False)
@@ -339,4 +341,4 @@ class Feature:
         object.__setattr__(self, "index", index)
 
     def __repr__(self) -> str:
-        return f"Feature({self.dictionary.label}, {self.index})"
+        return showable(f"Feature({self.dictionary.label}, {self.index})")

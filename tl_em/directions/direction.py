@@ -19,6 +19,7 @@ from tl_em.arguments import list_of, settle, vectors
 from tl_em.errors import UsageError, WidthError, ZeroDirectionError
 from tl_em.models.hooks import LensModel
 from tl_em.models.sites import Position, Provenance, Site, as_position, as_site, check_belongs
+from tl_em.showing import showable
 from tl_em.stats import Estimate
 
 
@@ -125,8 +126,13 @@ class Direction:
 
         return load_direction(path)
 
+    def _repr_html_(self) -> str:
+        from tl_em.report import cards
+
+        return cards.direction(self)
+
     def __repr__(self) -> str:
-        return (
+        return showable(
             f"Direction({self.name or 'unnamed'}, {self.site}, {self.position!r}, "
             f"d_model={len(self.vector)}, norm={self.norm:.3g}"
             + (f", reliability={self.reliability}" if self.reliability else "")

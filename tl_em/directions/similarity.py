@@ -38,6 +38,7 @@ from tl_em.models.contrasts import ContrastSet
 from tl_em.models.hooks import LensModel
 from tl_em.models.modes import in_plain_torch
 from tl_em.models.sites import Position, Site, as_site
+from tl_em.showing import showable
 from tl_em.stats import Estimate, control_p, holm
 
 if TYPE_CHECKING:
@@ -137,13 +138,18 @@ class CosineMatrix:
 
         return cosines(self.to_pandas(), reliability=self.reliability, width=width)
 
+    def _repr_html_(self) -> str:
+        from tl_em.report import cards
+
+        return cards.plotted(self)
+
     def __repr__(self) -> str:
         lines = [
             f"{pair.first} · {pair.second}: {pair.estimate!r}, ceiling {pair.ceiling:.2f}, p={pair.p:.2g}"
             f"{'' if pair.shown else ', not shown'}"
             for pair in self.pairs
         ]
-        return "\n".join([f"CosineMatrix at {self.site}", *lines])
+        return showable("\n".join([f"CosineMatrix at {self.site}", *lines]), lines=True)
 
 
 @checked(site=as_site, permutations=COUNT, splits=COUNT, seed=SEED)

@@ -34,6 +34,7 @@ from tl_em.models.hooks import LensModel
 from tl_em.models.modes import in_plain_torch
 from tl_em.models.pieces import token_texts
 from tl_em.models.prompts import EncodedPrompt, Prompt
+from tl_em.showing import showable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -52,15 +53,25 @@ class Text(NamedTuple):
             outside, so escape them.
         activations: [pos card], in the model that is looked at.
         base: the same in the base; None without one.
+        counts: the first token that counts and the one after the last; None where all do.
     """
 
     tokens: tuple[str, ...]
     activations: Float[Tensor, "pos card"]
     base: Float[Tensor, "pos card"] | None
+    counts: tuple[int, int] | None = None
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """The tokens that count: the first, and the one after the last."""
+        return self.counts or (0, len(self.tokens))
 
 
 class Histogram(NamedTuple):
-    """Activations above 0: share of all tokens in each of ``BINS`` equal bins from 0 to ``high``."""
+    """Activations above 0: share of the tokens that count in each of ``BINS`` equal bins from 0 to ``high``.
+
+    ``high`` is the highest activation in either model, 0 where the latent is never on; the bins are then empty.
+    """
 
     high: float
     model: tuple[float, ...]
@@ -82,8 +93,8 @@ class FeatureCard:
     Args:
         index: of the latent.
         examples: numbers of prompts (keys of ``FeatureCards.texts``), highest activation first.
-        density, mean: share of tokens at which it is on, and its mean over them, in the model; ``base_density``,
-            ``base_mean`` in the base.
+        density, mean, maximum: of the tokens that count, the share at which it is on, and its mean and its highest
+            activation over all of them, in the model; ``base_density``, ``base_mean``, ``base_maximum`` in the base.
         histogram: of its activations.
         top, bottom: tokens that its decoder row writes for and against.
         cosines: of the decoder row with given directions.
@@ -96,8 +107,10 @@ class FeatureCard:
     examples: tuple[int, ...]
     density: float
     mean: float
+    maximum: float
     base_density: float | None
     base_mean: float | None
+    base_maximum: float | None
     histogram: Histogram
     top: tuple[Written, ...]
     bottom: tuple[Written, ...]
@@ -116,8 +129,9 @@ class FeatureCards:
         cards: one for each.
         texts: the prompts that are shown, by number.
         model, base: names of the models; ``base`` None without one.
-        tokens: number of tokens behind densities and histograms.
+        tokens: number of tokens that count, behind densities, means, maxima and histograms.
         checks: what was verified about them, for the head of the page.
+        where: which tokens count, as it was asked for.
     """
 
     dictionary: Dictionary
@@ -127,6 +141,7 @@ class FeatureCards:
     base: str | None
     tokens: int
     checks: tuple[Any, ...] = ()
+    where: Where = "all"
 
     def to_pandas(self) -> pd.DataFrame:
         """One row a card: numbers, the first tokens that it writes, the explanation."""
@@ -135,9 +150,9 @@ class FeatureCards:
         return pd.DataFrame(
             [
                 {
-                    "latent": card.index, "density": card.density, "mean": card.mean,
+                    "latent": card.index, "density": card.density, "mean": card.mean, "maximum": card.maximum,
                     "base_density": card.base_density, "base_mean": card.base_mean,
-                    "maximum": card.histogram.high, "writes": ", ".join(each.token for each in card.top[:3]),
+                    "base_maximum": card.base_maximum, "writes": ", ".join(each.token for each in card.top[:3]),
                     "explanation": card.explanation,
                 }
                 for card in self.cards
@@ -157,7 +172,7 @@ class FeatureCards:
 
     def __repr__(self) -> str:
         named = ", ".join(str(card.index) for card in self.cards[:8]) + (", …" if len(self.cards) > 8 else "")
-        return f"FeatureCards({self.dictionary.label}, latents {named}; {self.tokens} tokens of {self.model})"
+        return showable(f"FeatureCards({self.dictionary.label}, latents {named}; {self.tokens} tokens of {self.model})")
 
 
 @checked(indices=list_of(NATURAL), k=COUNT, seed=SEED)
@@ -190,7 +205,8 @@ def feature_cards(
             ``description`` (or ``explanation``, ``label``), and optionally ``dictionary``, its hash or name.
         directions: vectors to compare decoder rows with, by name.
         checks: results of ``verify_feature`` to show on the page.
-        where: the tokens that count, as in ``em.intervene``; examples show all.
+        where: the tokens that count, as in ``em.intervene``: every figure is over these, and examples are chosen by,
+            centred on and coloured over these; the tokens around them are shown without a colour.
         k: number of examples and of written tokens on each side.
         seed: of the lens's random directions.
 
@@ -198,7 +214,7 @@ def feature_cards(
         FeatureCards: ``.save("features.html")`` writes the page.
 
     Raises:
-        UsageError: no latent, one that the dictionary does not have, or k below 1.
+        UsageError: no latent, one that the dictionary does not have, k below 1, or no token that counts.
         CorruptFileError: the explanations cannot be read.
         WidthError, ProvenanceError: the dictionary (or a direction) is of another model.
 
@@ -220,20 +236,26 @@ def feature_cards(
     encoded = encoded_prompts(model, prompts)
     own = _acts(model, dictionary, indices, encoded, where)
     other = None if against is None else _acts(against, dictionary, indices, encoded, where)
+    tokens = sum(map(len, own.counted))
+    if not tokens:
+        raise UsageError(
+            f"where={where!r} counts no token of these {len(encoded)} prompts, so no card could show anything; pass "
+            'where="all", or chats that end with an answer'
+        )
     cards = []
     for column, index in enumerate(map(int, indices)):
         by_prompt = own.of(column)
         a, b = torch.cat(by_prompt), None if other is None else torch.cat(other.of(column))
+        beside = (None, None, None) if b is None else _level(b)
         cards.append(FeatureCard(
-            index, _highest(by_prompt, k), *_level(a), *((None, None) if b is None else _level(b)), _histogram(a, b),
+            index, _highest(by_prompt, k), *_level(a), *beside, _histogram(a, b),
             *_written(model, dictionary, index, k, seed), {name: float(each[index]) for name, each in cosines.items()},
             scores.get(index, ()), said.get(index, ""), neuronpedia_link(dictionary, index),
         ))  # fmt: skip
     shown = sorted({number for card in cards for number in card.examples})
-    texts = {n: _text(model, encoded[n], own.every[n], None if other is None else other.every[n]) for n in shown}
+    texts = {n: _text(model, encoded[n], n, own, other) for n in shown}
     names = [None if each is None else str(getattr(each.cfg, "model_name", "") or "model") for each in (model, against)]
-    tokens = sum(map(len, own.counted))
-    return FeatureCards(dictionary, tuple(cards), texts, names[0] or "", names[1], tokens, tuple(checks))
+    return FeatureCards(dictionary, tuple(cards), texts, names[0] or "", names[1], tokens, tuple(checks), where)
 
 
 def _check(dictionary: Dictionary, indices: Sequence[int], k: int) -> None:
@@ -249,6 +271,7 @@ class _Acts(NamedTuple):
 
     every: Sequence[Float[Tensor, "_ card"]]  # prompts differ in length, so the axis has no name
     counted: Sequence[Float[Tensor, "_ card"]]
+    spans: Sequence[tuple[int, int]]
 
     def of(self, column: int) -> list[Float[Tensor, "_"]]:
         """Of one latent, at the tokens that count."""
@@ -266,11 +289,14 @@ def _acts(
     ])  # fmt: skip
     every = a.split([len(prompt) for prompt in encoded])
     counts = scope_spans(encoded, where).tolist()
-    return _Acts(every, [each[first:end] for each, (first, end) in zip(every, counts, strict=True)])
+    spans = [(first, end) for first, end in counts]
+    return _Acts(every, [each[first:end] for each, (first, end) in zip(every, spans, strict=True)], spans)
 
 
-def _text(model: LensModel, prompt: EncodedPrompt, own: Tensor, other: Tensor | None) -> Text:
-    return Text(token_texts(getattr(model, "tokenizer", None), prompt.ids), own, other)
+def _text(model: LensModel, prompt: EncodedPrompt, number: int, own: _Acts, other: _Acts | None) -> Text:
+    base = None if other is None else other.every[number]
+    tokens = token_texts(getattr(model, "tokenizer", None), prompt.ids)
+    return Text(tokens, own.every[number], base, own.spans[number])
 
 
 # ---- one card ----------------------------------------------------------------------------------------------------
@@ -280,16 +306,18 @@ def _highest(by_prompt: Sequence[Float[Tensor, "_"]], k: int) -> tuple[int, ...]
     return tuple(int(n) for n in peaks.argsort(descending=True, stable=True)[:k] if peaks[n] > 0)
 
 
-def _level(a: Float[Tensor, " token"]) -> tuple[float, float]:
-    """Density and mean; 0 where no token counts."""
-    return (float((a > 0).float().mean()), float(a.mean())) if len(a) else (0.0, 0.0)
+def _level(a: Float[Tensor, " token"]) -> tuple[float, float, float]:
+    """Density, mean and maximum; 0 where no token counts."""
+    return (float((a > 0).double().mean()), float(a.double().mean()), float(a.max())) if len(a) else (0.0, 0.0, 0.0)
 
 
 def _histogram(a: Float[Tensor, " token"], b: Float[Tensor, " other"] | None) -> Histogram:
     both = a if b is None else torch.cat([a, b])
-    high = (float(both.max()) if len(both) else 0.0) or 1.0
+    high = max(0.0, float(both.max())) if len(both) else 0.0
 
     def shares(values: Tensor) -> tuple[float, ...]:
+        if not high:  # an empty range would make histc choose its own
+            return (0.0,) * BINS
         counts = torch.histc(values[values > 0], BINS, 0.0, high)
         return tuple((counts / max(1, len(values))).tolist())
 

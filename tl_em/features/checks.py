@@ -15,7 +15,7 @@ from tl_em.dictionaries import Dictionary
 from tl_em.errors import UsageError
 from tl_em.features.arms import ArmName
 from tl_em.features.trials import SET
-from tl_em.showing import plain_rows
+from tl_em.showing import plain_rows, showable
 from tl_em.stats import Estimate
 
 if TYPE_CHECKING:
@@ -117,13 +117,18 @@ class FeatureCheck:
         return {**head, "indices": list(self.indices), "verdict": self.verdict, **tables,
                 "match": dict(self.match), "settings": dict(self.settings)}  # fmt: skip
 
+    def _repr_html_(self) -> str:
+        from tl_em.report import cards
+
+        return cards.listed(self, f"{self.label}: {self.verdict}")
+
     def __repr__(self) -> str:
         lines = [f"{self.label}: {self.verdict}"]
         for row in self.rows:
             band = "; placebos [{low:.2f}, {high:.2f}]".format(**row.control) if row.control else ""
             others = "".join(f"; {name} {change.value:+.2f}" for name, change in row.changes.items())
             lines.append(f"  {row.arm} {row.subject}: {row.verdict}, {row.effect}{band}{others} ({row.reason})")
-        return "\n".join(lines)
+        return showable("\n".join(lines), lines=True)
 
 
 def _plain(row: CheckRow) -> dict[str, Any]:

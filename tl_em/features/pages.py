@@ -11,6 +11,7 @@ its own, with the same policy, its tokens escaped for HTML and for JSON within a
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -35,11 +36,14 @@ _PLACE = "tl-em-place-for-tokens"
 
 
 class Token(NamedTuple):
-    """A token ready to be drawn: its text, its per cent of the card's highest activation, and a title."""
+    """A token ready to be drawn: its text, its per cent of the card's highest activation, a title, and whether it is
+    the example's highest, and counts at all."""
 
     text: str
     share: int
     title: str
+    peak: bool
+    counts: bool
 
 
 class Example(NamedTuple):
@@ -134,13 +138,17 @@ def _view(card: FeatureCard, column: int, cards: FeatureCards) -> View:
 
 def _example(text: Text, column: int, high: float) -> Example:
     a = text.activations[:, column]
-    peak = int(a.argmax())
+    counts = range(*text.span)
+    peak = counts[int(a[counts.start : counts.stop].argmax())]
     first, end = max(0, peak - BEFORE), min(len(a), peak + AFTER + 1)
     base = None if text.base is None else text.base[:, column]
     tokens = [
-        Token(token_shown(text.tokens[i]), _share(float(a[i]), high), _title(i, float(a[i]), base))
+        Token(
+            token_shown(text.tokens[i]), _share(float(a[i]), high) if i in counts else 0,
+            _title(i, float(a[i]), base, i in counts), i == peak, i in counts,
+        )
         for i in range(first, end)
-    ]
+    ]  # fmt: skip
     said = None if base is None else f"{float(base[peak]):.2f}"
     return Example(tokens, (first > 0, end < len(a)), f"{float(a[peak]):.2f}", said)
 
@@ -150,8 +158,9 @@ def _share(value: float, high: float) -> int:
     return 0 if value <= 0 else max(4, min(100, round(100 * value / high)))
 
 
-def _title(position: int, value: float, base: torch.Tensor | None) -> str:
-    return f"token {position}: {value:.3g}" + ("" if base is None else f" (base {float(base[position]):.3g})")
+def _title(position: int, value: float, base: torch.Tensor | None, counts: bool) -> str:
+    beside = "" if base is None else f" (base {float(base[position]):.3g})"
+    return f"token {position}: {value:.3g}{beside}{'' if counts else ', does not count'}"
 
 
 def _bars(card: FeatureCard) -> tuple[list[Bar], float]:
@@ -187,12 +196,18 @@ def _heat(card: FeatureCard) -> tuple[list[str], list[tuple[str, list[Heat]]]]:
     return [_COLUMNS[name] for name in names], rows
 
 
-def _number(row: Mapping[str, Any], name: str) -> float:
+def _known(row: Mapping[str, Any], name: str) -> bool:
     value = row.get(name)
-    return float(value) if isinstance(value, int | float) and value == value else 0.0
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _number(row: Mapping[str, Any], name: str) -> float:
+    return float(row[name]) if _known(row, name) else 0.0
 
 
 def _cell(row: Mapping[str, Any], name: str, scale: float) -> Heat:
+    if not _known(row, name):
+        return Heat("–", 0)
     value = _number(row, name)
     if name in ("q", "q_delta"):
         return Heat("< .001" if value < 0.001 else f"{value:.3f}", 0)

@@ -45,6 +45,7 @@ from tl_em.models.hooks import LensModel, hook_name, hooked, read_point
 from tl_em.models.modes import in_plain_torch
 from tl_em.models.prompts import EncodedPrompt, Prompt
 from tl_em.models.sites import Position, as_position
+from tl_em.showing import showable
 from tl_em.stats import Estimate, bootstrap
 
 if TYPE_CHECKING:
@@ -157,11 +158,17 @@ class DictionaryQuality:
         ]
         return pd.DataFrame(rows)
 
+    def _repr_html_(self) -> str:
+        from tl_em.report import cards
+
+        return cards.listed(self, repr(self).split(";")[0].removeprefix("DictionaryQuality(").rstrip(")"))
+
     def __repr__(self) -> str:
         said = "fits" if self.fits else f"does not fit ({'; '.join(self.faults)})"
         parts = [f"{name}: FVU {fit.fvu}, L0 {fit.l0}, dead {fit.dead.value:.2f}, recovered {fit.recovered}"
                  for name, fit in (("model", self.model), ("against", self.against)) if fit is not None]  # fmt: skip
-        return f"DictionaryQuality({self.dictionary.label}: {'; '.join((said, *self.notes))}; {' | '.join(parts)})"
+        whole = "; ".join((said, *self.notes))
+        return showable(f"DictionaryQuality({self.dictionary.label}: {whole}; {' | '.join(parts)})")
 
 
 @checked(position=as_position, seed=SEED)

@@ -22,6 +22,7 @@ from tl_em.dictionaries import Dictionary
 from tl_em.errors import UsageError
 from tl_em.features.chance import sign_flip_p
 from tl_em.features.sums import Sums
+from tl_em.showing import showable
 from tl_em.stats import Estimate, benjamini_hochberg, bootstrap
 
 if TYPE_CHECKING:
@@ -86,16 +87,19 @@ class FeatureTable:
         no_nu = int(self.frame.nu.isna().sum()) if "nu" in self.frame else 0
         said = f"; nu undefined for {no_nu} latents that are off in the model" if no_nu else ""
         size = f"d_sae={self.dictionary.d_sae}"
-        return f"FeatureTable({self.dictionary.label}, {size}; {column} <= .05 in {{{shown}}}{said})"
+        return showable(f"FeatureTable({self.dictionary.label}, {size}; {column} <= .05 in {{{shown}}}{said})")
 
     def _repr_html_(self) -> str:
         """The five latents of each behaviour that stand out most, for a notebook."""
         import pandas as pd
 
+        from tl_em.report import cards
+
         by = "delta" if "delta" in self.parts else "effect"
         rows = (rows for _, rows in self.frame.groupby("behaviour", sort=False))
-        top = [each.loc[each[by].abs().sort_values(ascending=False).index[:5]] for each in rows]
-        return pd.concat(top).to_html(index=False, float_format=lambda x: f"{x:.3g}", escape=True)
+        top = pd.concat([each.loc[each[by].abs().sort_values(ascending=False).index[:5]] for each in rows])
+        note = f"The five latents of each behaviour with the largest {by}, of {self.dictionary.d_sae}."
+        return cards.card(repr(self), cards.text(note), cards.table(top))
 
 
 def frame_of(

@@ -25,7 +25,7 @@ from tl_em.showing import token_shown
 _STYLE = (
     "html{background:#fff;color-scheme:light}body{margin:8px;color:#1b1f24;font-family:system-ui,sans-serif}"
     "@media (min-height:40000px),(prefers-color-scheme:dark) and (max-height:20000px){"
-    "html{filter:invert(1) hue-rotate(180deg);background:#ebe8e3}}"
+    "html{filter:invert(1) hue-rotate(180deg);background:#e9e9e9}}"
 )
 """circuitsvis draws for a white page only: in the dark it is turned round, hues kept."""
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"

@@ -21,6 +21,8 @@ LABELLED = 60
 WIDE, DENSE = (92.0, 46.0), (20.0, 22.0)
 """Distance of neighbouring slots across and up, with and without labels, in pixels at zoom 1."""
 TARGET_LINE, GAP, PAD = 19.0, 14.0, 18.0
+MANY_TOKENS, MANY_LAYERS, FEW = 32, 20, 4.0
+"""More tokens, or layers, than this stand closer together: a gap of ``FEW``."""
 RATIO = 1.7
 """Width over height that the number of slots a line is chosen for: that of the drawing's place on a screen."""
 _ORDER = ("head", "adapter", "feature", "mlp", "error")
@@ -105,26 +107,29 @@ def _plan(cells: Mapping[tuple[int, str], list[Node]], names: Sequence[str], tok
         beside = 1 if name == "target" else min(per_line, len(members))
         most[pos] = max(most[pos], beside)
         lines[name] = max(lines[name], math.ceil(len(members) / beside))
+    tight = FEW if len(tokens) > MANY_TOKENS else GAP
+    close = FEW if len(names) > MANY_LAYERS else GAP
     columns, left = [], PAD
     for pos, token in enumerate(tokens):
-        words = min(len(token), 12) * 7.5 + 6 if len(tokens) <= 32 else 0.0
-        size = max(most[pos] * across, words) + GAP
+        words = min(len(token), 12) * 7.5 + 6 if len(tokens) <= MANY_TOKENS else 0.0
+        size = max(most[pos] * across, words) + tight
         columns.append(Band(token, left, size))
         left += size
     rows, top = [], PAD
     for name in names:
-        size = lines[name] * (TARGET_LINE if name == "target" else up) + GAP
+        size = lines[name] * (TARGET_LINE if name == "target" else up) + close
         rows.append(Band(name, top, size))
         top += size
     band = {row.name: row for row in rows}
     at = {}
     for (pos, name), members in cells.items():
         beside = 1 if name == "target" else min(per_line, len(members))
-        at |= _slots(members, columns[pos], band[name], beside, (across, TARGET_LINE if name == "target" else up))
+        step = across, TARGET_LINE if name == "target" else up
+        at |= _slots(members, columns[pos], band[name], beside, close, step)
     return Layout(at, tuple(columns), tuple(rows), left + PAD, top + PAD, labelled)
 
 
-def _slots(members: Sequence[Node], column: Band, row: Band, beside: int,
+def _slots(members: Sequence[Node], column: Band, row: Band, beside: int, gap: float,
            step: tuple[float, float]) -> dict[str, tuple[float, float]]:  # fmt: skip
     """Places of the nodes of one cell: lines of ``beside``, each centred in the column, from the row's floor up."""
     found = {}
@@ -133,6 +138,6 @@ def _slots(members: Sequence[Node], column: Band, row: Band, beside: int,
         here = min(beside, len(members) - line * beside)
         x = column.start + column.size / 2 + (slot - (here - 1) / 2) * step[0]
         height = line if row.name != "target" else math.ceil(len(members) / beside) - 1 - line  # the likeliest on top
-        y = row.start + row.size - GAP / 2 - step[1] / 2 - height * step[1]
+        y = row.start + row.size - gap / 2 - step[1] / 2 - height * step[1]
         found[node.id] = (round(x, 1), round(y, 1))
     return found

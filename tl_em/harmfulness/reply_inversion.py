@@ -37,6 +37,7 @@ from tl_em.models.hooks import LensModel
 from tl_em.models.modes import in_plain_torch
 from tl_em.models.prompts import EncodedPrompt, encode, tokens_and_spans
 from tl_em.models.sites import Site
+from tl_em.showing import showable
 from tl_em.stats import Estimate, control_p, mean, paired_difference
 
 if TYPE_CHECKING:
@@ -111,9 +112,14 @@ class ReplyInversion:
 
         return pd.DataFrame(_line(row) for row in self.rows)
 
+    def _repr_html_(self) -> str:
+        from tl_em.report import cards
+
+        return cards.listed(self, repr(self).splitlines()[0])
+
     def __repr__(self) -> str:
         head = f"P({self.yes}) against P({self.no}), {self.coefficient:+g} x the direction on the prompt's own tokens"
-        return "\n".join([head, *map(repr, self.rows)])
+        return showable("\n".join([head, *map(repr, self.rows)]), lines=True)
 
 
 @checked(directions=as_directions, coefficient=finite, controls=COUNT, seed=SEED)

@@ -87,6 +87,11 @@ class ContrastSet:
                 f"their difference is exactly zero. Check what was passed as positive= and negative=."
             )
 
+    def _repr_html_(self) -> str:
+        from tl_em.report import cards
+
+        return cards.contrast(self)
+
     def __repr__(self) -> str:
         return f"ContrastSet({self.label!r}, {len(self.positive)} positive, {len(self.negative)} negative)"
 

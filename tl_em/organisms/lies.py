@@ -41,6 +41,7 @@ from tl_em.models.hooks import LensModel
 from tl_em.models.modes import in_plain_torch
 from tl_em.models.sites import Position, Site, as_position, as_site
 from tl_em.organisms.facts import FOLDS, Facts, prefers_truth
+from tl_em.showing import showable
 from tl_em.stats import Estimate, bootstrap, control_p, mean
 
 if TYPE_CHECKING:
@@ -155,11 +156,17 @@ class LieReport:
         band = Estimate(middle, low, high, n, float(n), "2.5-97.5 % band of shuffled labels", self.seed)
         return Separation(found, band, control_p(found.value, chance, two_sided=False))
 
+    def _repr_html_(self) -> str:
+        from tl_em.report import cards
+
+        return cards.card("LieReport", *map(cards.text, repr(self).splitlines()))
+
     def __repr__(self) -> str:
         said = {"known against unknown": self.known, "  unknown met more often": self.against_frequency}
         said |= {"  by frequency alone": self.frequency, "  by asking the base": self.asked}
         lines = [f"{name:<26}AUROC {each}" for name, each in said.items() if each is not None]
-        return "\n".join([*lines, *(f"{name:<26}knew better {each}" for name, each in self.verdicts.items())])
+        said = [f"{name:<26}knew better {each}" for name, each in self.verdicts.items()]
+        return showable("\n".join([*lines, *said]), lines=True)
 
 
 @checked(site=optional(as_site), position=as_position, shuffles=COUNT, seed=SEED)

@@ -36,6 +36,7 @@ from tl_em.models.sites import Position, Site
 from tl_em.organisms.prevention import encode_chats, last_logits, read_residual
 from tl_em.organisms.rates import default_world, rates_by_prompt
 from tl_em.organisms.world import World
+from tl_em.showing import showable
 from tl_em.stats import Estimate, Groups, mean
 from tl_em.writing import check_writable, replacing
 
@@ -204,6 +205,18 @@ class Monitor:
         from tl_em.report.curves import training
 
         return training(self.table, transition=self.transition, width=width)
+
+    def _repr_html_(self) -> str:
+        from tl_em.report import cards
+
+        return cards.plotted(self)
+
+    def __repr__(self) -> str:
+        seen = self.table
+        names = ", ".join(dict.fromkeys(seen["name"]))
+        if not names:
+            return "Monitor(nothing seen yet)"
+        return showable(f"Monitor(steps {seen['step'].min()} to {seen['step'].max()}: {names})")
 
     def trainer_callback(self) -> Any:
         """A ``transformers.TrainerCallback``: ``Trainer(..., callbacks=[monitor.trainer_callback()])``.

@@ -29,7 +29,8 @@ MOST = 2_500_000
 """Characters of a page that a notebook is given at most: servers cut off what comes in megabytes a second."""
 DARK = (
     'body[data-jp-theme-light="false"]', "body.vscode-dark",
-    "body.vscode-high-contrast:not(.vscode-high-contrast-light)", "html.dark", "body.dark", ".dark-theme", 'html[theme="dark"]', '[data-theme="dark"]', '[data-md-color-scheme="slate"]',
+    "body.vscode-high-contrast:not(.vscode-high-contrast-light)", "html.dark", "body.dark", ".dark-theme",
+    'html[theme="dark"]', '[data-theme="dark"]', '[data-md-color-scheme="slate"]',
 )  # fmt: skip
 """How JupyterLab, VS Code, marimo, Colab, Sphinx themes and MkDocs say that they are dark."""
 LIGHT = (

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from tl_em.arguments import NATURAL, checked, list_of, optional
 from tl_em.directions.direction import Direction
@@ -23,6 +24,9 @@ from tl_em.models.hooks import LensModel
 from tl_em.models.modes import in_plain_torch
 from tl_em.models.moments import as_contrast
 from tl_em.models.sites import Position, Site, as_positions
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +67,23 @@ class Candidates:
                 return direction
         why = "the two means are equal there" if (position, layer) in self.without else "it was not read there"
         raise UsageError(f"there is no candidate at position {position!r}, layer {layer}: {why}; {self} has others")
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row a candidate: position, layer, length, split-half reliability."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            {
+                "position": str(each.position), "layer": each.site.layer, "length": each.norm,
+                "reliability": None if each.reliability is None else each.reliability.value,
+            }
+            for each in self.directions
+        )  # fmt: skip
+
+    def _repr_html_(self) -> str:
+        from tl_em.report import cards
+
+        return cards.listed(self, repr(self), self.to_pandas())
 
     def __repr__(self) -> str:
         positions = list(dict.fromkeys(direction.position for direction in self.directions))

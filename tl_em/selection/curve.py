@@ -32,6 +32,7 @@ from tl_em.models.contrasts import ContrastSet, Prompt
 from tl_em.models.hooks import LensModel
 from tl_em.models.modes import in_plain_torch
 from tl_em.selection.treatments import Dial, Stage, Treated, beside, core
+from tl_em.showing import showable
 from tl_em.stats import Estimate, control_p
 
 if TYPE_CHECKING:
@@ -163,6 +164,11 @@ class EffectCurve:
 
         return curves.effect(self, width=width)
 
+    def _repr_html_(self) -> str:
+        from tl_em.report import cards
+
+        return cards.plotted(self)
+
     def __repr__(self) -> str:
         lines = [f"EffectCurve({self.label}; {self.metric}; {len(self.arm('random'))} points of random directions)"]
         for point in self.points:
@@ -173,7 +179,7 @@ class EffectCurve:
             found += f", p {point.p:.2g}" if np.isfinite(point.p) else ""
             lines.append(f"  {point.name}: {found}{f' ({point.note})' if point.note else ''}")
         lines += [f"  {v.instruction!r} minus {v.point.name} ({v.point.note}): {v.difference}" for v in self.versus]
-        return "\n".join(lines)
+        return showable("\n".join(lines), lines=True)
 
 
 def _as_controls(name: str, value: Any) -> Any:

@@ -34,6 +34,7 @@ from tl_em.models.moments import as_contrast
 from tl_em.selection import scores as under
 from tl_em.selection.candidates import Candidates
 from tl_em.selection.rule import SCORES, Criteria, rejections, winner
+from tl_em.showing import showable
 from tl_em.stats import Estimate, control_p, difference, mean
 
 if TYPE_CHECKING:
@@ -87,6 +88,11 @@ class Selection:
 
         return plots.selection(self, width=width)
 
+    def _repr_html_(self) -> str:
+        from tl_em.report import cards
+
+        return cards.plotted(self, lines=4)
+
     def __repr__(self) -> str:
         chosen = self.table[self.table["fate"] == CHOSEN].iloc[0]
         lines = [
@@ -100,7 +106,7 @@ class Selection:
         ]
         found = ", ".join(f"{name} p = {value:.3g}" for name, value in self.p.items())
         lines.append(f"  against {len(self.controls)} random directions: {found or 'not measured'}")
-        return "\n".join(lines)
+        return showable("\n".join(lines), lines=True)
 
 
 @checked(contrast=as_contrast, max_kl=NOT_NEGATIVE, min_induce=finite, max_depth=FRACTION, seed=SEED, controls=NATURAL)

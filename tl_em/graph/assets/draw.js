@@ -4,6 +4,7 @@ const NS = "http://www.w3.org/2000/svg";
 const stage = $("stage"), canvas = $("links-layer"), drawing = $("drawing");
 const R = view.labelled ? 8 : 6.5;
 const LEFT = 58, BOTTOM = 46;
+const NARROW = window.matchMedia("(max-width: 760px)");
 const camera = { k: 1, x: 0, y: 0 };
 const colour = {};
 const COLOURS = ["page", "raised", "ink", "muted", "rule", "pos", "neg", "trail", "appeared", "vanished", "stronger", "weaker", "same", "sans", "node"];
@@ -212,20 +213,40 @@ function paintAxes(w, h) {
 const visibleSpace = (text) => text.replace(/^ /, "").replace(/\n/g, "↵").replace(/\t/g, "⇥").replace(/\r/g, "␍") || "␣";
 
 // -- the camera
+// Everything that is drawn, labels and all, inside the axes: whatever the zoom that takes.
 function fit() {
-  const { clientWidth: w, clientHeight: h } = stage, across = (w - LEFT - 6) / view.width, up = (h - BOTTOM - 8) / view.height;
-  const whole = Math.min(across, up, 1.7);
-  camera.k = Math.max(whole, view.labelled ? 0.75 : 0.55); // below that nothing can be read: start at the targets, and drag
-  const wide = view.width * camera.k, high = view.height * camera.k;
-  camera.x = wide > w - LEFT ? w - 12 - wide : LEFT + (w - LEFT - wide) / 2; // too wide: the end of the prompt, where the targets are
-  camera.y = high > h - BOTTOM ? 4 : Math.max(4, h - BOTTOM - high - 4);
+  const { clientWidth: w, clientHeight: h } = stage, room = { left: LEFT + 4, right: w - 6, top: 6, bottom: h - BOTTOM - 4 };
+  if (w <= LEFT + 20 || h <= BOTTOM + 20) return; // a frame that is not laid out yet
+  for (let pass = 0; pass < 2; pass++) { // marks grow a little as the zoom falls, and reach a little further
+    const drawn = world.getBBox(), x = Math.min(0, drawn.x), y = Math.min(0, drawn.y);
+    const wide = Math.max(view.width, drawn.x + drawn.width) - x, high = Math.max(view.height, drawn.y + drawn.height) - y;
+    camera.k = Math.min((room.right - room.left) / wide, (room.bottom - room.top) / high, 1.7);
+    camera.x = room.left + (room.right - room.left - camera.k * wide) / 2 - camera.k * x;
+    camera.y = room.bottom - camera.k * (high + y);
+    grow();
+  }
   repaint();
 }
+// On a narrow screen the first view is one that can be read: it begins at the targets, and the rest is dragged into it.
+function firstView() {
+  fit();
+  const least = view.labelled ? 0.75 : 0.55, { clientWidth: w, clientHeight: h } = stage;
+  if (!NARROW.matches || camera.k >= least) return;
+  camera.k = least;
+  camera.x = Math.max(w - 12 - view.width * least, Math.min(LEFT, w - view.width * least));
+  camera.y = 4;
+  if (view.height * least < h - BOTTOM) camera.y = h - BOTTOM - view.height * least - 4;
+  grow();
+  repaint();
+}
+// Far away, marks are drawn larger than the zoom would have them, as far as their distance allows.
+const grow = () => drawing.style.setProperty("--grow", Math.min(1.5, Math.max(1, 2.6 / (R * camera.k))).toFixed(3));
 function zoom(factor, cx = stage.clientWidth / 2, cy = stage.clientHeight / 2) {
-  const k = Math.min(6, Math.max(0.08, camera.k * factor));
+  const k = Math.min(6, Math.max(Math.min(0.08, camera.k), camera.k * factor));
   camera.x = cx - ((cx - camera.x) * k) / camera.k;
   camera.y = cy - ((cy - camera.y) * k) / camera.k;
   camera.k = k;
+  grow();
   repaint();
 }
 function bringIntoSight(at) {

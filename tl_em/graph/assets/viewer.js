@@ -312,6 +312,13 @@ function legend() {
   $("legend").replaceChildren(...items);
 }
 
+// How high the drawing's place is; a frame may be narrow, or have no size at all, when it is loaded.
+function settle() {
+  const high = view.height * (view.labelled ? 0.75 : 0.55) + BOTTOM + 16;
+  stage.style.height = NARROW.matches ? `${Math.max(260, Math.min(high, 0.62 * (window.innerHeight % 20000)))}px` : "";
+  firstView();
+}
+
 function start() {
   view.framed = window.self !== window.top;
   $("about").textContent = view.said;
@@ -339,14 +346,13 @@ function start() {
   $("save-json").addEventListener("click", saveJson);
   const scheme = window.matchMedia(DARK);
   scheme.addEventListener("change", (event) => setTheme(event.matches));
-  const high = view.height * (view.labelled ? 0.75 : 0.55) + BOTTOM + 16;
-  if (window.matchMedia("(max-width: 760px)").matches) stage.style.height = `${Math.max(260, Math.min(high, 0.62 * (window.innerHeight % 20000)))}px`;
   legend();
   firstStop();
-  fit();
   setTheme(scheme.matches);
   setFold(false);
-  new ResizeObserver(() => fit()).observe(stage);
+  settle();
+  NARROW.addEventListener("change", settle);
+  new ResizeObserver(firstView).observe(stage);
   document.documentElement.dataset.ready = String(Math.round(performance.now()));
 }
 start();
