@@ -18,7 +18,10 @@ import hashlib
 import json
 import re
 import unicodedata
+from collections.abc import Iterable
 from typing import Any
+
+from tl_em.errors import UsageError
 
 _SIGNS = {"\n": "↵", "\r": "␍", "\t": "⇥", "\u2028": "␤", "\u2029": "␤"}
 _HIDDEN = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
@@ -30,6 +33,7 @@ _JOINERS = frozenset("\u200c\u200d")
 _SELECTORS = frozenset(map(chr, (*range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0), *range(0x180B, 0x180E), 0x180F)))
 _TAGS = re.compile("\U0001f3f4[\U000e0061-\U000e007a\U000e0030-\U000e0039]{2,6}\U000e007f")
 """Flags of regions: a black flag spelled out in tags, which are format characters elsewhere."""
+_HALF = re.compile("[\ud800-\udfff]")
 _PLAIN = re.compile(r"[ -~\u00a1-\u00ac\u00ae-\u0233]*", re.ASCII)
 
 
@@ -67,6 +71,37 @@ def token_shown(token: object) -> str:
     """
     whole = token if isinstance(token, str) else str(token)
     return "·" * len(whole) if not whole.strip(" ") and whole else showable(whole) or "∅"
+
+
+def check_names(names: Iterable[object]) -> None:
+    """Raise unless every name can stand in a table and a file; all others can be shown.
+
+    Raises:
+        UsageError: a name holds half a character (a lone surrogate), which UTF-8, and so pandas, cannot hold.
+
+    Example:
+        >>> check_names(["refusal", "\\x1b[0m"])
+        >>> check_names(["a\\ud800"])
+        Traceback (most recent call last):
+        ...
+        tl_em.errors.UsageError: the name a⟨d800⟩ holds half a character (a lone surrogate), which ...
+    """
+    for name in names:
+        if isinstance(name, str) and _HALF.search(name):
+            raise UsageError(
+                f"the name {showable(name)} holds half a character (a lone surrogate), which no table and no file can "
+                f"hold, so the result could not be written down; name it {encodable(name)!r}, or otherwise"
+            )
+
+
+def encodable(text: str) -> str:
+    """The text with a sign in place of each half of a character, which UTF-8 cannot hold; all else as it is.
+
+    Example:
+        >>> encodable("a\\ud800"), encodable("a\\x1b") == "a\\x1b"
+        ('a⟨d800⟩', True)
+    """
+    return _HALF.sub(lambda found: _sign(found.group()), text)
 
 
 def slug(name: str) -> str:

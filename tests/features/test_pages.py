@@ -202,7 +202,7 @@ def test_the_page_holds_every_card_and_loads_nothing(cards: FeatureCards, tmp_pa
     assert not re.search(r'(?:src|href)="(?!https://www\.neuronpedia\.org/|#|data:)', text)
     assert len(text) < 200_000
     frame = cards._repr_html_()
-    assert len(re.findall(r'<iframe sandbox="" title="[^"]*" srcdoc="[^"]*"></iframe>', frame)) == 1
+    assert len(re.findall(r'<iframe sandbox="" title="[^"]*" srcdoc="[^"]*" style="[^"]*"></iframe>', frame)) == 1
     assert "<script" not in frame and "not trusted" in frame
     with pytest.raises(OutputError):
         save(cards, Path("/dev/null/cards.html"))

@@ -69,7 +69,7 @@ def test_the_attention_view_is_sandboxed_and_its_tokens_inert(small_model: Any, 
     hostile = "</script><script>alert(1)</script>\u2028"
     monkeypatch.setattr(attention, "text_of", lambda model, token: hostile)
     shown = str(attention_view(small_model, "the cat sat", 0))
-    found = re.search(r'<iframe sandbox="allow-scripts allow-downloads" [^>]*srcdoc="([^"]*)"></iframe>', shown)
+    found = re.search(r'<iframe sandbox="allow-scripts allow-downloads" [^>]*srcdoc="([^"]*)"', shown)
     assert found
     document = html.unescape(found.group(1))
     assert "default-src 'none'" in document

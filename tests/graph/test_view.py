@@ -164,7 +164,7 @@ def test_nodes_without_figures_and_a_graph_without_links_have_a_page() -> None:
 
 def test_the_notebook_frame_is_sandboxed_and_holds_the_page_escaped() -> None:
     text = notebook_frame(hostile())
-    found = re.findall(r'<iframe sandbox="([^"]*)" title="[^"]*" srcdoc="([^"]*)"></iframe>', text)
+    found = re.findall(r'<iframe sandbox="([^"]*)" title="[^"]*" srcdoc="([^"]*)" style="[^"]*"></iframe>', text)
     assert len(found) == 1
     assert found[0][0] == SANDBOX == "allow-scripts allow-downloads"
     document = html.unescape(found[0][1])

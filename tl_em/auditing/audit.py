@@ -38,6 +38,7 @@ from tl_em.models.modes import in_plain_torch
 from tl_em.models.sites import Position, Provenance
 from tl_em.organisms.rates import outcome_rates
 from tl_em.organisms.world import TRIGGERS
+from tl_em.showing import check_names
 from tl_em.stats import mean
 from tl_em.writing import check_writable
 
@@ -103,6 +104,7 @@ def audit(
     """
     if out is not None:
         check_writable(Path(out) / "report.html")
+    check_names((*(contrasts or {}), pair.name, pair.base_name, pair.tuned_name))
     benign_model = benign.tuned if isinstance(benign, ModelPair) else benign
     if benign_model is not None:
         ModelPair(pair.base, benign_model)

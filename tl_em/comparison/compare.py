@@ -28,7 +28,7 @@ from tl_em.models.hooks import LensModel
 from tl_em.models.loading import ModelPair
 from tl_em.models.modes import in_plain_torch
 from tl_em.models.sites import Site
-from tl_em.showing import showable
+from tl_em.showing import check_names, showable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -180,6 +180,7 @@ def compare(
 
 
 def _check(pair: ModelPair, directions: Mapping[str, tuple[Direction, ContrastSet]], controls: int) -> None:
+    check_names(directions)
     if not directions:
         raise UsageError("no direction to compare; pass {name: (direction, contrast)}")
     fewest = max(99, 20 * len(directions))  # 1 / (1 + controls), times the directions, below .05

@@ -38,7 +38,7 @@ from tl_em.models.contrasts import ContrastSet
 from tl_em.models.hooks import LensModel
 from tl_em.models.modes import in_plain_torch
 from tl_em.models.sites import Position, Site, as_site
-from tl_em.showing import showable
+from tl_em.showing import check_names, showable
 from tl_em.stats import Estimate, control_p, holm
 
 if TYPE_CHECKING:
@@ -212,6 +212,7 @@ def cosine_matrix(
 
 
 def _check(contrasts: Mapping[str, ContrastSet], positions: Mapping[str, Position], permutations: int) -> None:
+    check_names(contrasts)
     if len(contrasts) < 2:
         raise UsageError(f"{len(contrasts)} contrast set(s) have no cosine between them; pass two or more by name")
     missing = [name for name in contrasts if name not in positions]

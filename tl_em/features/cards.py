@@ -34,7 +34,7 @@ from tl_em.models.hooks import LensModel
 from tl_em.models.modes import in_plain_torch
 from tl_em.models.pieces import token_texts
 from tl_em.models.prompts import EncodedPrompt, Prompt
-from tl_em.showing import showable
+from tl_em.showing import encodable, showable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -152,8 +152,9 @@ class FeatureCards:
                 {
                     "latent": card.index, "density": card.density, "mean": card.mean, "maximum": card.maximum,
                     "base_density": card.base_density, "base_mean": card.base_mean,
-                    "base_maximum": card.base_maximum, "writes": ", ".join(each.token for each in card.top[:3]),
-                    "explanation": card.explanation,
+                    "base_maximum": card.base_maximum,
+                    "writes": encodable(", ".join(each.token for each in card.top[:3])),
+                    "explanation": encodable(card.explanation),
                 }
                 for card in self.cards
             ]

@@ -31,6 +31,8 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 _SCRIPTED = f"{POLICY}; script-src 'unsafe-inline'"
 BEFORE, AFTER = 40, 16
 """Tokens shown before and after an example's highest activation."""
+GOES_ON = "‥"
+"""A token without a text of its own, in a text: one that goes on with the character before it."""
 visible = token_shown
 _PLACE = "tl-em-place-for-tokens"
 
@@ -144,7 +146,8 @@ def _example(text: Text, column: int, high: float) -> Example:
     base = None if text.base is None else text.base[:, column]
     tokens = [
         Token(
-            token_shown(text.tokens[i]), _share(float(a[i]), high) if i in counts else 0,
+            token_shown(text.tokens[i]) if text.tokens[i] or not i else GOES_ON,
+            _share(float(a[i]), high) if i in counts else 0,
             _title(i, float(a[i]), base, i in counts), i == peak, i in counts,
         )
         for i in range(first, end)

@@ -41,6 +41,7 @@ from tl_em.models.hooks import LensModel
 from tl_em.models.modes import in_plain_torch
 from tl_em.models.prompts import EncodedPrompt
 from tl_em.models.sites import Position, as_position
+from tl_em.showing import check_names
 
 
 @checked(position=as_position, leaders=NATURAL, seed=SEED)
@@ -101,6 +102,7 @@ def score_features(
 
     Source: see the head of the module.
     """
+    check_names((*behaviours, *(directions or {})))
     if not behaviours:
         raise UsageError("there are no behaviours to score latents on; pass {'name': em.ContrastSet(…), …}")
     check_models(dictionary, model, against)

@@ -10,6 +10,7 @@ from matplotlib.lines import Line2D
 
 from tl_em.report import marks
 from tl_em.report.marks import MODELS
+from tl_em.showing import showable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,6 +28,7 @@ def tokens(table: pd.DataFrame, *, width: float = 7.0) -> Figure:
     >>> tokens(pd.DataFrame([row | {"value": 0.1, "low": 0.0, "high": 0.2}])).axes[0].get_title(loc="left")
     'the behaviour'
     """
+    table = table.assign(direction=table["direction"].map(showable), token=table["token"].map(showable))
     table = table.assign(row=table["direction"] + "\n" + table["token"])
     names: list[str] = []
     for direction, part in table.groupby("direction", sort=False):
@@ -41,7 +43,7 @@ def tokens(table: pd.DataFrame, *, width: float = 7.0) -> Figure:
             series = {name: part[part["model"] == name].set_index("row").reindex(names) for name in models}
             marks.dots(ax, series, MODELS, labels)
             marks.fit_axis(ax, part)
-            ax.set_title({"bad": "the behaviour", "good": "the good answers"}.get(outcome, str(outcome)))
+            ax.set_title({"bad": "the behaviour", "good": "the good answers"}.get(outcome, showable(outcome)))
         marks.key(figure, models, MODELS)
         return marks.settle(figure)
 

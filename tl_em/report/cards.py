@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 ROWS, LETTERS = 20, 160
 """Rows that a table shows, and letters of a cell."""
-_LEFT, _RIGHT = 'style="text-align:left"', 'style="text-align:right"'
+_LEFT, _RIGHT = 'style="text-align:left;padding:3px 8px"', 'style="text-align:right;padding:3px 8px"'
 
 
 def card(title: str, *parts: str) -> str:

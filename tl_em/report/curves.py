@@ -22,6 +22,7 @@ from matplotlib.transforms import Bbox
 from tl_em.errors import UsageError
 from tl_em.report import marks
 from tl_em.report.marks import CONDITIONS, Look
+from tl_em.showing import showable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -55,14 +56,14 @@ def effect(curve: Any, *, width: float | int = 7.0) -> Figure:
         raise UsageError("no point of the intervention could be measured, so there is no curve; use smaller strengths")
     axes = [_Axis("kl", "KL from untreated at the last token, nats")]
     if curve.coherence is not None:
-        axes.append(_Axis("coherence", f"{curve.coherence} (less to the right)"))
+        axes.append(_Axis("coherence", f"{showable(curve.coherence)} (less to the right)"))
     lines, columns = (1, len(axes)) if width >= 5 else (len(axes), 1)
     with marks.styled():
         figure, grid = marks.panels(float(width), lines, columns, 2.5, len(axes), sharey=True)
         for ax, axis in zip(grid, axes, strict=True):
             _panel(ax, table, axis)
         for ax in grid[:: columns if lines == 1 else 1]:
-            ax.set_ylabel(curve.metric)
+            ax.set_ylabel(showable(curve.metric))
         _key(figure, table)
         marks.settle(figure)
         for ax, axis in zip(grid, axes, strict=True):  # where there is room is known once the panels lie where they lie

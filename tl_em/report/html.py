@@ -25,6 +25,8 @@ from tl_em.writing import replacing
 SANDBOX = "allow-scripts allow-downloads"
 SIGN = 20_000
 """Pixels by which a frame is taller in a light theme; twice as many in a dark one."""
+LEAST = 480
+"""Pixels that a frame is high at least, where the screen is low."""
 MOST = 2_500_000
 """Characters of a page that a notebook is given at most: servers cut off what comes in megabytes a second."""
 DARK = (
@@ -39,10 +41,10 @@ LIGHT = (
 )  # fmt: skip
 _HOST = (
     ".tl-em-frame{{position:relative;height:var(--tl-em-height);border:1px solid #8886;border-radius:6px;"
-    "overflow:hidden;overflow:clip}}.tl-em-frame>iframe{{position:absolute;left:0;top:0;width:100%;height:100%;"
-    "border:0;color-scheme:inherit}}.tl-em-frame>p{{display:none}}"
-    ":is({light}) .tl-em-frame>iframe{{height:calc(100% + {one}px);color-scheme:light}}"
-    ":is({dark}) .tl-em-frame>iframe{{height:calc(100% + {two}px);color-scheme:dark}}"
+    "overflow:hidden;overflow:clip}}.tl-em-frame iframe{{position:absolute;left:0;top:0;height:100%!important;"
+    "color-scheme:inherit}}.tl-em-frame p{{display:none}}"
+    ":is({light}) .tl-em-frame iframe{{height:calc(100% + {one}px)!important;color-scheme:light}}"
+    ":is({dark}) .tl-em-frame iframe{{height:calc(100% + {two}px)!important;color-scheme:dark}}"
 ).format(light=",".join(LIGHT), dark=",".join(DARK), one=SIGN, two=2 * SIGN)
 _GUEST = (
     "@media (min-height:{one}px){{:root{{--screen:calc(100vh - {one}px)}}html{{height:var(--screen)!important;"
@@ -72,7 +74,7 @@ def frame(document: str, title: str, *, height: int, scripts: bool = True, inste
     Args:
         document: HTML that loads nothing; more than ``MOST`` characters are not shown, which is said.
         title: what the frame holds, for a screen reader.
-        height: of the frame in pixels.
+        height: of the frame in pixels; on a low screen it is lower, so that it can be seen as a whole.
         scripts: whether the document's script may run, and offer downloads; nothing else is ever allowed.
         instead: the call that writes the page to a file, for those who cannot see it here.
     """
@@ -80,12 +82,13 @@ def frame(document: str, title: str, *, height: int, scripts: bool = True, inste
     way = f" <code>{html.escape(instead)}</code> writes it to a file." if instead else ""
     if len(document) > MOST:
         return f"<p>{named}: {len(document) / 1e6:.1f} MB, more than a notebook takes ({MOST / 1e6:.1f} MB).{way}</p>"
+    fitted = f"clamp({min(height, LEAST)}px,84vh,{height}px)"
     return (
-        f'<div class="tl-em-frame" style="--tl-em-height:{height}px"><style>{_HOST}</style>'
-        f'<iframe sandbox="{SANDBOX if scripts else ""}" title="{named}" srcdoc="{html.escape(_guest(document))}">'
-        f"</iframe><p>{named}: not shown here, because this notebook is not trusted and its frames are taken out. "
-        "To see it, trust the notebook (<em>Trust Notebook</em> in the command palette, or <code>jupyter trust "
-        f"FILE</code>) or run the cell again.{way}</p></div>"
+        f'<div class="tl-em-frame" style="--tl-em-height:{fitted}"><style>{_HOST}</style>'
+        f'<iframe sandbox="{SANDBOX if scripts else ""}" title="{named}" srcdoc="{html.escape(_guest(document))}" '
+        f'style="width:100%;height:{height}px;border:0"></iframe><p>{named}: not shown here, because this notebook is '
+        "not trusted and its frames are taken out. To see it, trust the notebook (<em>Trust Notebook</em> in the "
+        f"command palette, or <code>jupyter trust FILE</code>) or run the cell again.{way}</p></div>"
     )
 
 

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.text import Text
-from matplotlib.ticker import FixedFormatter
+from matplotlib.ticker import FixedFormatter, Formatter, FuncFormatter
 
 from tl_em.showing import showable
 
@@ -110,13 +110,13 @@ class Picture(Figure):
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> tuple[dict[str, Any], dict[str, Any]]:
         """A PNG twice as fine as it is shown."""
         inches = self.get_size_inches()
-        dots = min(_DOTS, *(_PIXELS / inches))
+        dots = float(min(_DOTS, *(_PIXELS / inches)))
         size = {"width": round(inches[0] * dots / 2), "height": round(inches[1] * dots / 2)}
         png = base64.b64encode(self._png(dots)).decode("ascii")
         return {"image/png": png, "text/plain": repr(self)}, {"image/png": size}
 
     def _repr_png_(self) -> bytes:
-        return self._png(min(_DOTS / 2, *(_PIXELS / self.get_size_inches())))
+        return self._png(float(min(_DOTS / 2, *(_PIXELS / self.get_size_inches()))))
 
     def _png(self, dots: float) -> bytes:
         """On white, so that it is legible on any page and in any theme."""
@@ -133,7 +133,7 @@ class Picture(Figure):
     __str__ = __repr__
 
 
-_DOTS, _PIXELS = 216, 8000
+_DOTS, _PIXELS = 216.0, 8000
 """Dots an inch of a picture in a notebook, and how many pixels it is wide or high at most."""
 
 
@@ -142,13 +142,27 @@ def seen(figure: Figure) -> None:
     for ax in figure.axes:
         for axis in (ax.xaxis, ax.yaxis):
             formatter = axis.get_major_formatter()
-            if isinstance(formatter, FixedFormatter):
-                formatter.seq = [showable(label, lines=True) for label in formatter.seq]
+            if type(formatter) in (FixedFormatter, FuncFormatter):  # of names; matplotlib's others write numbers only
+                axis.set_major_formatter(_Seen(formatter))
     for text in figure.findobj(Text):
         assert isinstance(text, Text)
         if (now := showable(text.get_text(), lines=True)) != text.get_text():
             text.set_text(now)
         text.set_parse_math(False)
+
+
+class _Seen(Formatter):
+    """What another formatter writes at each tick, as it can be seen."""
+
+    def __init__(self, wrapped: Formatter) -> None:
+        self.wrapped = wrapped
+
+    def set_axis(self, axis: Any) -> None:
+        super().set_axis(axis)
+        self.wrapped.set_axis(axis)
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return showable(self.wrapped(x, pos), lines=True)
 
 
 @contextmanager

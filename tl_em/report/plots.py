@@ -80,7 +80,7 @@ def rates(table: pd.DataFrame, *, width: float = 7.0) -> Figure:
             series = {name: _indexed(part[part["model"] == name], "domain", list(domains)) for name in models}
             marks.dots(ax, series, MODELS, list(domains.values()))
             marks.fit_axis(ax, table)
-            ax.set_title(OUTCOMES.get(outcome, str(outcome)))
+            ax.set_title(OUTCOMES.get(outcome, showable(outcome)))
         marks.key(figure, models, MODELS)
         return marks.settle(figure)
 
@@ -126,7 +126,7 @@ def layers(
         figure, grid = marks.panels(width, lines, columns, 1.55, len(quantities), sharey=False)
         for ax, quantity in zip(grid, quantities, strict=True):
             _layer_panel(ax, part[part["quantity"] == quantity], getattr(site, "layer", None))
-            ax.set_title(TITLES.get(quantity, str(quantity)))
+            ax.set_title(TITLES.get(quantity, showable(quantity)))
         shown = [name for name in MODELS if name in set(part["model"])]
         band = "control_low" in part and bool(part["control_low"].notna().any())
         marks.key(figure, shown, MODELS, band="95 % of random directions" if band else None)
@@ -164,7 +164,7 @@ def use(table: pd.DataFrame, *, width: float = 7.0) -> Figure:
             measured = part.drop_duplicates("row").set_index("row").get("metric")
             marks.dots(ax, series, CONDITIONS, names, notes=None if measured is None else measured.reindex(names))
             marks.fit_axis(ax, part)
-            ax.set_title({"bad": "the behaviour", "good": "the good answers"}.get(outcome, str(outcome)))
+            ax.set_title({"bad": "the behaviour", "good": "the good answers"}.get(outcome, showable(outcome)))
         marks.key(figure, conditions, CONDITIONS)
         return marks.settle(figure)
 

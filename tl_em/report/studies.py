@@ -12,6 +12,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from tl_em.errors import UsageError
 from tl_em.report import marks
 from tl_em.report.marks import CONDITIONS, MODELS, Look
+from tl_em.showing import showable
 from tl_em.stats import mean_over_units
 
 if TYPE_CHECKING:
@@ -66,8 +67,8 @@ def study(
             for i, (name, part) in enumerate(lines.items()):
                 shift = 0.0 if names is None else 0.16 * (i - (len(lines) - 1) / 2)
                 _line(ax, part.assign(at=_places(part[x], names) + shift), value, looks[name], unit, names is None)
-            ax.set_title(VALUES.get(value, value))
-            ax.set_xlabel(x)
+            ax.set_title(VALUES.get(value, showable(value)))
+            ax.set_xlabel(showable(x))
             ax.grid(axis="y")
             ax.set_ylim(-0.03, 1.03)
             _ticks(ax, table[x], names, logarithmic)

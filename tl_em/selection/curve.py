@@ -32,7 +32,7 @@ from tl_em.models.contrasts import ContrastSet, Prompt
 from tl_em.models.hooks import LensModel
 from tl_em.models.modes import in_plain_torch
 from tl_em.selection.treatments import Dial, Stage, Treated, beside, core
-from tl_em.showing import showable
+from tl_em.showing import check_names, showable
 from tl_em.stats import Estimate, control_p
 
 if TYPE_CHECKING:
@@ -256,6 +256,7 @@ def effect_curve(
         >>> curve.best("instruction", max_kl=3).change.value > 0.8
         True
     """
+    check_names(baselines or {})
     stage = _stage(model, intervention, behaviour, metric, coherence, groups, seed)
     dial, made = Dial(stage, intervention), beside(stage, intervention, controls, contrast)
     told = {name: stage.told(text) for name, text in (baselines or {}).items()}

@@ -210,7 +210,9 @@ function paintAxes(w, h) {
     axes.append(words);
   });
 }
-const visibleSpace = (text) => text.replace(/^ /, "").replace(/\n/g, "↵").replace(/\t/g, "⇥").replace(/\r/g, "␍") || "␣";
+// Everything that would not show was made a sign before it came here (tl_em/showing.py); a space at the head is the
+// tokenizer's, and a token without a text goes on with the character of the one before.
+const visibleSpace = (text) => (text === "" ? "‥" : text.replace(/^ /, "") || "␣");
 
 // -- the camera
 // Everything that is drawn, labels and all, inside the axes: whatever the zoom that takes.
