@@ -161,7 +161,7 @@ class _Seen(Formatter):
         super().set_axis(axis)
         self.wrapped.set_axis(axis)
 
-    def __call__(self, x: float, pos: int | None = None) -> str:
+    def __call__(self, x: Any, pos: Any = None) -> str:
         return showable(self.wrapped(x, pos), lines=True)
 
 
