@@ -167,7 +167,7 @@ def test_ids_in_a_page_belong_to_one_figure_each() -> None:
 def test_a_figure_shows_a_hostile_name_as_text(name: str) -> None:
     label = encodable(HOSTILE[name])  # what pandas can hold at all
     row = {"domain": label, "held_out": True, "outcome": label, "model": "base", "value": 0.1, "low": 0.0, "high": 0.2}
-    figure = plots.rates(pd.DataFrame([row]))
+    figure: Any = plots.rates(pd.DataFrame([row]))
     words = "".join(ElementTree.fromstring(svg.inline(figure, label)).itertext())
     assert showable(label) in words and not hidden(words)
     assert figure._repr_png_().startswith(b"\x89PNG")

@@ -11,7 +11,7 @@ import click
 
 from tl_em.arguments import COUNT, FRACTION, NATURAL, SEED, Check, list_of, optional, whole
 from tl_em.errors import TlEmError, UsageError
-from tl_em.showing import json_shown, plain_rows, showable
+from tl_em.showing import plain_rows, showable
 
 
 class _Group(click.Group):
@@ -207,7 +207,7 @@ def study_command(
     found = study_catalogue.run(name, seeds=seeds or None, out=out or Path("studies") / name, backend=backend,
                                 workers=workers, announce=lambda said: click.echo(showable(said), err=True))
     if as_json:
-        click.echo(json_shown({part: plain_rows(t) for part, t in found.items()}, indent=1))
+        click.echo(json.dumps({part: plain_rows(t) for part, t in found.items()}, indent=1))
         return
     for part, table in found.items():
         _print_table(part, table)
@@ -445,8 +445,7 @@ def _metric(text: str) -> Any:
 
 def _print(report: Any, out: Path | None, as_json: bool) -> None:
     if as_json:
-        json.dump(report.to_json(), sys.stdout, indent=1)  # in ASCII, which every terminal and pipe can write
-        click.echo()
+        click.echo(json.dumps(report.to_json(), indent=1))  # in ASCII, which every terminal and pipe can write
         return
     from rich.console import Console
     from rich.table import Table

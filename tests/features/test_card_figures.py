@@ -135,7 +135,8 @@ def test_a_latent_on_only_at_tokens_that_do_not_count_is_off() -> None:
     bias = sae.b_enc.clone()
     bias[index] -= heights(index)[0] + 1e-3  # now it is off at every last token, and on elsewhere
     quiet = replace(sae, b_enc=bias)
-    found, everywhere = (feature_cards(model, quiet, [index], PROMPTS, where=w).cards[0] for w in (("last", 1), "all"))
+    scopes: Any = (("last", 1), "all")
+    found, everywhere = (feature_cards(model, quiet, [index], PROMPTS, where=w).cards[0] for w in scopes)
     assert everywhere.maximum > 0.4 and everywhere.examples
     assert found.maximum == found.density == 0 and found.examples == ()
 

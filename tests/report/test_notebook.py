@@ -1,4 +1,4 @@
-"""Results as the last line of a notebook's cell: pictures and tables, bounded, with a word where they cannot be shown."""
+"""Results as the last line of a cell: pictures and tables, bounded, with a word where they cannot be shown."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_a_result_shows_itself_and_has_a_useful_line_of_text(name: str) -> None:
 
 
 def test_a_plot_is_a_picture_without_any_backend() -> None:
-    figure = plots.verdicts(fake_rows(np.random.default_rng(0), ["refusal"]))
+    figure: Any = plots.verdicts(fake_rows(np.random.default_rng(0), ["refusal"]))
     data, about = figure._repr_mimebundle_()
     png = base64.b64decode(data["image/png"])
     width, height = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))
