@@ -135,9 +135,6 @@ def test_a_frame_fits_the_screen_and_scrolls_within(
     assert notebook.inside(end) > 2 * box["height"]
     notebook.inside("document.body.scrollTo(0, 1e6)")
     assert notebook.inside(end) == pytest.approx(box["height"], abs=60)  # the last line can be reached
-    notebook.inside("document.querySelector('a[href=\"#limits\"]').click()")
-    above = "Math.abs(document.getElementById('limits').getBoundingClientRect().top)"
-    notebook.page.frames[1].wait_for_function(f"{above} < {box['height']}")  # it scrolls smoothly
     assert notebook.page.locator(".tl-em-frame").evaluate("element => element.scrollTop") == 0
 
 
