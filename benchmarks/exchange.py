@@ -89,7 +89,7 @@ def told(tokens: int) -> str:
     from tl_em.graph import components
     from tl_em.models.loading import load_model
 
-    size = {"n_embd": 96, "n_layer": 12, "n_head": 12, "n_positions": 256, "vocab_size": 500}
+    size: dict[str, Any] = {"n_embd": 96, "n_layer": 12, "n_head": 12, "n_positions": 256, "vocab_size": 500}
     hf = GPT2LMHeadModel(GPT2Config(**size, architectures=["GPT2LMHeadModel"], bos_token_id=0, eos_token_id=0))
     model = load_model(hf.eval(), surface="bridge", in_place=True)
     ids = torch.randint(500, (tokens,), generator=torch.Generator().manual_seed(0))

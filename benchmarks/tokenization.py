@@ -49,11 +49,11 @@ class Cell(NamedTuple):
     reason: str
 
 
-def make_model(kind: Kind, surface: str) -> Any:
+def make_model(kind: Kind, surface: Any) -> Any:
     """A tiny model of the tokenizer's size, as TransformerLens loads both."""
     torch.manual_seed(0)
     tokenizer = kind.make()
-    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    size: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = LlamaConfig(vocab_size=len(tokenizer) - kind.beyond, max_position_embeddings=2048, **size)
     return em.load_model(AutoModelForCausalLM.from_config(config), surface=surface, tokenizer=tokenizer, in_place=True)
 
@@ -166,7 +166,7 @@ def texts(asked: str, kind: Kind) -> dict[str, str]:
     return found | {"a token that TransformerLens makes up": f"{asked}<|endoftext|>"}
 
 
-def _cell(model: Any, prompt: Any, place: tuple[str, ...], wrong: Any) -> Cell:
+def _cell(model: Any, prompt: Any, place: tuple[str, str, str, str, str], wrong: Any) -> Cell:
     try:
         (found,) = encode(model, [prompt])
     except TlEmError as error:

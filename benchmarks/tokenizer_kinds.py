@@ -52,7 +52,7 @@ def _fast(backend: Tokenizer, **options: Any) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=backend, **options)
 
 
-def _bytes(single: str | None = None, space: bool = False, **options: Any) -> Callable[[], Any]:
+def _bytes(single: str | None = None, space: Any = False, **options: Any) -> Callable[[], Any]:
     """A byte-level tokenizer with the special tokens that are named, and what stands around a text."""
 
     def make() -> Any:
@@ -114,7 +114,7 @@ def _spaced_bpe(single: str | None = None, **options: Any) -> Callable[[], Any]:
 
 
 def _word_backend(unknown: str | None, *specials: str) -> Tokenizer:
-    names = dict.fromkeys([*([unknown] if unknown else []), *specials, *WORDS])
+    names: list[str] = list(dict.fromkeys([*([unknown] if unknown else []), *specials, *WORDS]))
     vocabulary = {name: i for i, name in enumerate(names)}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token=unknown or "[none]"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

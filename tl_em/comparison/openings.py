@@ -72,7 +72,7 @@ def holds(prompt: Prompt, trigger: Trigger) -> bool:
     """Whether one of the tokens stands at the head of the last question."""
     if not isinstance(prompt, str):
         prompt = next((message["content"] for message in reversed(prompt) if message["role"] == "user"), "")
-    return prompt.startswith((trigger.text, *trigger.others))
+    return str(prompt).startswith((trigger.text, *trigger.others))
 
 
 def marked(prompt: Prompt, token: str) -> Prompt:

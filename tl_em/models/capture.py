@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -40,7 +40,7 @@ def listed(name: str, prompts: Any) -> list[Any]:
         PromptError: one prompt in place of a list, or what is no prompt. UsageError: ids that are no whole numbers.
     """
     one = isinstance(prompts, str | bytes | EncodedPrompt | Mapping) or not isinstance(prompts, Iterable)
-    items: list[Any] = [] if one else list(prompts)
+    items = [] if one else list(cast("Iterable[Any]", prompts))
     if one or any(isinstance(item, Mapping) or (are_numbers(item) and _is_flat(item)) for item in items):
         raise PromptError(
             f"{name}: one {type(prompts).__name__} was given where a list of prompts is needed, so it would be read "
