@@ -53,7 +53,8 @@ def make_model(kind: Kind, surface: Any) -> Any:
     """A tiny model of the tokenizer's size, as TransformerLens loads both."""
     torch.manual_seed(0)
     tokenizer = kind.make()
-    size: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    size: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    size |= {"num_hidden_layers": 1}
     config = LlamaConfig(vocab_size=len(tokenizer) - kind.beyond, max_position_embeddings=2048, **size)
     return em.load_model(AutoModelForCausalLM.from_config(config), surface=surface, tokenizer=tokenizer, in_place=True)
 
