@@ -1,3 +1,4 @@
+# ruff: noqa: E501  (a configuration a line)
 """Tiny models of many architectures, made from configurations: random weights, nothing is downloaded.
 
 Windows and rope boundaries lie at 16 or 32 tokens, so that 128 tokens cross them.  Norm weights and biases are not what
@@ -245,7 +246,7 @@ _STATES = (
 
 _VISION = _of("vision", "CLIPVision", {}, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=28, patch_size=14, projection_dim=32)  # fmt: skip
 _SIGLIP = _of("siglip", "SiglipVision", {}, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=28, patch_size=14)  # fmt: skip
-_ENCODER = {k: v for k, v in _PLAIN.items()} | {"pad_token_id": 0}
+_ENCODER = _PLAIN | {"pad_token_id": 0}
 _QWEN_ROPE = _rope("default", mrope_section=[2, 2, 2])
 
 _REFUSED = (

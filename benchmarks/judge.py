@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from itertools import combinations
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,13 @@ _SPECIAL = 8
 def make_tokens(vocabulary: int, length: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(_SPECIAL, vocabulary - _SPECIAL, (1, length), generator=generator)
+
+
+class Answer(NamedTuple):
+    """A greedy continuation, and by how much each token leads the second choice, in spreads of its logits."""
+
+    ids: tuple[int, ...]
+    leads: tuple[float, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,15 +58,16 @@ class Reference:
         """Logits [batch pos vocabulary]."""
         return self.model(tokens, use_cache=False).logits.float()
 
-    def greedy(self, tokens: Tensor, new: int) -> tuple[list[int], float]:
-        """The most probable continuation, one whole pass a token, and the least lead of a first over a second choice."""
-        start, lead = tokens.shape[1], float("inf")
+    def greedy(self, tokens: Tensor, new: int) -> list[Answer]:
+        """The most probable continuation of every row, one whole pass a token; rows have one length, so no padding."""
+        start, leads = tokens.shape[1], []
         for _ in range(new):
-            last = self.logits(tokens)[0, -1]
+            last = self.logits(tokens)[:, -1]
             two = last.topk(2)
-            lead = min(lead, float(two.values[0] - two.values[1]))
-            tokens = torch.cat([tokens, two.indices[:1][None]], 1)
-        return tokens[0, start:].tolist(), lead
+            leads.append((two.values[:, 0] - two.values[:, 1]) / last.std(-1))
+            tokens = torch.cat([tokens, two.indices[:, :1]], 1)
+        rows = zip(tokens[:, start:].tolist(), torch.stack(leads, 1).tolist(), strict=True)
+        return [Answer(tuple(ids), tuple(lead)) for ids, lead in rows]
 
     @torch.no_grad()
     def stream(self, tokens: Tensor) -> list[Tensor]:
@@ -166,8 +175,6 @@ def _watched(
 
 def _summands(change: Tensor, inside: Sequence[tuple[str, nn.Module, Tensor]]) -> list[tuple[str, nn.Module]] | None:
     """The fewest modules (at most three) whose outputs, times one factor each, add up to the change."""
-    from itertools import combinations
-
     flat = change.flatten().double()
     columns = [out.flatten().double() for _, _, out in inside]
     for size in (1, 2, 3):
