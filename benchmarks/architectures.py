@@ -30,6 +30,7 @@ from typing import Any
 from families import ARCHITECTURES, named
 from guard import attempts, changes, environment, permitted, state
 
+RESULTS = Path(__file__).parents[1] / "docs" / "results" / "architectures.md"
 SURFACES = ("bridge", "hooked") if int(version("transformer-lens").split(".")[0]) < 4 else ("bridge",)
 
 
@@ -72,8 +73,9 @@ def serve(names: Sequence[str], surfaces: Sequence[str], out: Path, limit: float
     torch.set_num_threads(1)
     gc.freeze()  # a collection in a fork would copy all that was imported
     _write(out, {"imports": imports})
-    for name in names:
-        for surface in surfaces:
+    known = {(each.get("name"), each.get("surface")) for each in records(out)}
+    for name, surface in ((name, surface) for name in names for surface in surfaces):
+        if (name, surface) not in known:
             record = forked(lambda name=name, surface=surface: examined(name, surface), limit)
             _write(out, {"name": name, "surface": surface} | record)
 
@@ -119,6 +121,11 @@ def _in_child(run: Callable[[], Any], path: Path) -> None:
         os._exit(0)
 
 
+def records(path: Path) -> list[dict[str, Any]]:
+    """What a file of results holds."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
 def _write(out: Path, record: Mapping[str, Any]) -> None:
     with out.open("a", encoding="utf-8") as lines:
         lines.write(json.dumps({**record, "versions": versions()}) + "\n")
@@ -137,12 +144,19 @@ def versions() -> dict[str, str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", action="append", help="name of an architecture; may be repeated")
+    parser.add_argument("--only", action="append", help="an architecture by name; may be repeated")
     parser.add_argument("--surface", action="append", choices=SURFACES)
-    parser.add_argument("--out", type=Path, default=Path("architectures.jsonl"))
+    parser.add_argument("--out", type=Path, default=Path("architectures.jsonl"), help="goes on where it ends")
     parser.add_argument("--limit", type=float, default=300.0, help="seconds an architecture and surface may take")
+    parser.add_argument("--table", type=Path, nargs="+", help="files of results, one or more an environment")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.table:
+        from architecture_table import page
+
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(page([each for path in given.table for each in records(path)]), encoding="utf-8")
+        return 0
     if given.inside:
         names = given.only or [each.name for each in ARCHITECTURES]
         serve(names, given.surface or SURFACES, given.out, given.limit)

@@ -69,7 +69,7 @@ def adapter_writes(
 def _parts(point: str, theirs: Tensor, ours: Tensor, label: str) -> list[Written]:
     part, size = (theirs - ours.to(theirs))[0], theirs.norm()
     _, layer, place = point.split(".", 2)
-    stream = "attn_out" if place.startswith(("hook_attn", "ln1")) else "mlp_out"
+    stream = "mlp_out" if place.startswith(("hook_mlp", "ln2", "channel_mix")) else "attn_out"
     found = []
     for pos in range(len(part)):
         if part[pos].norm() > _SMALL * size:

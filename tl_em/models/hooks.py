@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -155,21 +156,25 @@ class _FullPasses:
 
 _WRITES: WeakKeyDictionary[Any, tuple[str, ...]] = WeakKeyDictionary()
 _ATTENTION_WRITES = ("hook_attn_out", "ln1_post.hook_out", "ln1.hook_out")
-_MLP_WRITES = ("hook_mlp_out", "ln2_post.hook_out", "ln2.hook_out")
+_MIXER_WRITES = ("mixer.hook_out", "linear_attn.hook_out", "conv.hook_out", "mamba.hook_out", "time_mix.hook_out")
+"""Of what stands in attention's place, or beside it: state spaces, convolutions, linear attention."""
+_MLP_WRITES = ("hook_mlp_out", "ln2_post.hook_out", "ln2.hook_out", "channel_mix.hook_out")
 
 
 def write_points(model: LensModel) -> tuple[str, ...]:
-    """The 2L + 1 hook points at which something is written to the residual stream: embedding, attention, MLP.
+    """The hook points at which something is written to the residual stream: embedding, and each block's parts.
 
     Checked once per model on a few random tokens: ``resid_pre + attention + mlp == resid_post`` in every block. Where
-    ``hook_attn_out`` is taken before a post-norm (Gemma 2, OLMo 2 on a Bridge), the norm's output is the write.
+    ``hook_attn_out`` is taken before a post-norm (Gemma 2, OLMo 2 on a Bridge), the norm's output is the write. A
+    state space, a convolution or linear attention may stand in attention's place (Mamba, LFM2, Qwen3-Next) or beside
+    it (Falcon-H1).
 
     Returns:
-        ``blocks.0.hook_resid_pre``, then each block's attention and MLP write, in order.
+        ``blocks.0.hook_resid_pre``, then each block's writes in order: 2L + 1 names in a usual transformer.
 
     Raises:
-        NotAdditiveError: no pair of hook points adds up (scaled or otherwise unusual blocks), so "every write" is
-            undefined.
+        NotAdditiveError: no hook points add up (scaled or otherwise unusual blocks), or those around a block never
+            fire, so "every write" is undefined.
     """
     known = _WRITES.get(model)
     if known is None:
@@ -178,39 +183,50 @@ def write_points(model: LensModel) -> tuple[str, ...]:
 
 
 def _find_writes(model: LensModel) -> tuple[str, ...]:
-    points = hook_points(model)
-    layers = range(int(model.cfg.n_layers))
-    attention = [[f"blocks.{i}.{tail}" for tail in _ATTENTION_WRITES if f"blocks.{i}.{tail}" in points] for i in layers]
-    mlp = [[f"blocks.{i}.{tail}" for tail in _MLP_WRITES if f"blocks.{i}.{tail}" in points] for i in layers]
-    ends = [f"blocks.{i}.hook_resid_{end}" for i in layers for end in ("pre", "post")]
-    seen = tiny_forward(model, [name for names in (*attention, *mlp) for name in names] + ends)
-    writes = ["blocks.0.hook_resid_pre"]
-    for i in layers:
-        change = seen[f"blocks.{i}.hook_resid_post"] - seen[f"blocks.{i}.hook_resid_pre"]
-        writes.extend(_additive_pair(i, change, attention[i], mlp[i], seen))
-    return tuple(writes)
+    points, layers = hook_points(model), range(int(model.cfg.n_layers))
+    tails = (*_ATTENTION_WRITES, *_MIXER_WRITES, *_MLP_WRITES)
+    inside = [name for i in layers for tail in tails if (name := f"blocks.{i}.{tail}") in points]
+    seen = tiny_forward(model, inside + [f"blocks.{i}.hook_resid_{end}" for i in layers for end in ("pre", "post")])
+    return ("blocks.0.hook_resid_pre", *(name for i in layers for name in _additive(i, seen)))
 
 
-def _additive_pair(
-    layer: int, change: Tensor, attention: Sequence[str], mlp: Sequence[str], seen: Mapping[str, Tensor]
-) -> tuple[str, ...]:
-    """The pair whose sum is the block's change of the stream."""
-    stream = seen[f"blocks.{layer}.hook_resid_post"]
+def _additive(layer: int, seen: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """The writes whose sum is the block's change of the stream."""
+    before, after = (seen.get(f"blocks.{layer}.hook_resid_{end}") for end in ("pre", "post"))
+    if before is None or after is None:
+        raise NotAdditiveError(
+            f"The hook points around block {layer} never fire in this architecture, so what is written to the residual "
+            f"stream cannot be told, and ablating at every write is undefined here. Edit at a site that em.capture "
+            f"can read."
+        )
+    change = after - before
     # The change is a difference of two stored streams: it carries their rounding, whatever its own size.
-    tolerance = 1e-3 * change.abs().max() + 16 * torch.finfo(stream.dtype).eps * stream.abs().max()
+    tolerance = 1e-3 * change.abs().max() + 16 * torch.finfo(after.dtype).eps * after.abs().max()
     tried = []
-    for first in attention:
-        for second in mlp or [None]:
-            total = seen[first] if second is None else seen[first] + seen[second]
-            gap = (total - change).abs().max()
-            if gap <= tolerance:
-                return (first,) if second is None else (first, second)
-            tried.append(f"{first} + {second}: off by {float(gap):.1e} of {float(change.abs().max()):.1e}")
+    for names in _candidates(layer, seen, change):
+        gap = (sum((seen[name] for name in names), torch.zeros_like(change)) - change).abs().max()
+        if gap <= tolerance:
+            return names
+        tried.append(f"{' + '.join(names)}: off by {float(gap):.1e} of {float(change.abs().max()):.1e}")
     raise NotAdditiveError(
-        f"In block {layer} no attention and MLP outputs add up to its change of the residual stream "
-        f"({'; '.join(tried) or 'no candidates'}), so ablating at every write is undefined here. Edit at resid_post "
-        f"sites instead: they exist in every architecture."
+        f"In block {layer} no outputs of its parts add up to its change of the residual stream "
+        f"({'; '.join(tried[:4]) or 'no candidates'}), so ablating at every write is undefined here. Edit at "
+        f"resid_post sites instead: they exist in every architecture."
     )
+
+
+def _candidates(layer: int, seen: Mapping[str, Tensor], change: Tensor) -> Iterator[tuple[str, ...]]:
+    """Sets of writes that a block may consist of, the most usual first."""
+
+    def fired(tails: Sequence[str]) -> list[str]:
+        names = [f"blocks.{layer}.{tail}" for tail in tails]
+        return [name for name in names if name in seen and seen[name].shape == change.shape]
+
+    attention, mixers, mlp = fired(_ATTENTION_WRITES), fired(_MIXER_WRITES), fired(_MLP_WRITES)
+    yield from product(attention, mlp) if mlp else product(attention)
+    yield from product(mixers, mlp)
+    yield from product(mixers)
+    yield from product(mixers, attention, mlp)
 
 
 probing: ContextVar[bool] = ContextVar("probing", default=False)
@@ -219,11 +235,15 @@ probing: ContextVar[bool] = ContextVar("probing", default=False)
 
 @in_plain_torch
 def tiny_forward(model: LensModel, names: Sequence[str]) -> dict[str, Tensor]:
-    """Values at the points for a few random tokens; resid_post as it is before a hook of the user's edits it."""
+    """Values at the points for a few random tokens; resid_post as it is before a hook of the user's edits it.
+
+    A point that did not fire, as some never do in some architectures, is left out.
+    """
     seen: dict[str, Tensor] = {}
 
-    def keep_output(name: str, x: Tensor, hook: Any) -> None:
-        seen[name] = x.detach().clone()
+    def keep_output(name: str, x: Any, hook: Any) -> None:
+        if isinstance(x, Tensor):  # some points of a Bridge pass on a tuple
+            seen[name] = x.detach().clone()
 
     def keep_input(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         seen[name] = args[0].detach().clone()

@@ -9,6 +9,7 @@ they are set aside and put back, and so are log handlers and the random state.
 from __future__ import annotations
 
 import logging
+import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -52,7 +53,11 @@ class _Held(logging.Handler):
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Hold back what upstream says while a model is built; warnings that are no chatter are given afterwards."""
+    """Hold back what upstream says while a model is built; warnings that are no chatter are given afterwards.
+
+    The environment is put back as well: torch's compiler writes its cache directory there when it is imported.
+    """
+    environment = dict(os.environ)
     from transformers.utils import logging as hf_logging
 
     held, loggers = _Held(), [logging.getLogger(name) for name in _LOGGERS]
@@ -73,6 +78,9 @@ def quiet() -> Iterator[None]:
                 logger.setLevel(level)
             if bars:
                 hf_logging.enable_progress_bar()
+            for name in os.environ.keys() - environment.keys():
+                del os.environ[name]
+            os.environ.update({k: v for k, v in environment.items() if os.environ.get(k) != v})
     _say_again(list(caught or ()), list(held.records.values()))
 
 
