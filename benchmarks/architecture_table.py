@@ -155,9 +155,10 @@ def _effects(found: Sequence[Mapping[str, Any]], cells: Mapping[Any, Any]) -> st
     faults = [f"- {name}, {column}: {cell['note'][:300]}" for (name, column), cell in effects.items() if cell["note"]]
     first = [each["imports"] for each in found if "imports" in each]
     changed = sorted({f"- {change}" for each in first for change in each["changed"]})
-    attempted = sum(int(cell["figure"] or 0) for cell in effects.values()) + sum(len(e["attempted"]) for e in first)
+    attempted = sum(int(cell["figure"] or 0) for cell in effects.values())
+    attempted += sum(len(each["attempted"]) for each in first)
     rows = [
         _EFFECTS.format(loads=len(effects), attempted=attempted, changed=len(faults), processes=len(first)),
         *faults,
     ]
-    return "\n".join([*rows, f"The first loads of {len(first)} processes left {len(changed)} changes.", *changed, ""])
+    return "\n".join([*rows, f"The first loads left {len(changed)}.", *changed, ""])

@@ -4,8 +4,8 @@
     OMP_NUM_THREADS=1 python benchmarks/proving.py --write docs/performance.md
 
 A random Llama in memory is loaded with ``prove=True`` and ``prove=False`` in turns; the difference of their process
-times is divided by that of one forward pass over 512 tokens, as one batch of extraction costs. Passes, and the tokens in
-them, are counted by a hook on the embedding. Memory is the growth of the resident set over a process of its own.
+times is divided by that of one forward pass over 512 tokens. Passes, and the tokens in them, are counted by a hook on
+the embedding. Memory is the growth of the resident set over a process of its own.
 """
 
 from __future__ import annotations
