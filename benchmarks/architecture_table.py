@@ -39,6 +39,7 @@ _REASONS = {
     "not the same function": "the surface is not the same function as the model (proven, so refused)",
     "cannot build a TransformerBridge": "TransformerLens builds no Bridge of it",
     "cannot build a HookedTransformer": "TransformerLens builds no HookedTransformer of it",
+    "does not run where": "TransformerLens builds a Bridge of it that does not run",
     "a token sees those that follow": "bidirectional",
     "encoder-decoder": "an encoder-decoder",
     "no logits over its vocabulary|no causal language model|no embedding of tokens|does not run on text tokens": (

@@ -1,6 +1,7 @@
-"""Kinds of architecture that differ, each equal to plain transformers or refused: benchmarks/architectures.py in little.
+"""Kinds of architecture that differ, each equal to plain transformers or refused.
 
-What is right is computed by benchmarks/judge.py from the Hugging Face model alone, without a cache, with hooks of torch.
+``benchmarks/architectures.py`` in little. What is right is computed by ``benchmarks/judge.py`` from the Hugging Face
+model alone, without a cache, with hooks of torch.
 """
 
 from __future__ import annotations

@@ -103,6 +103,22 @@ def test_a_surface_that_computes_something_else_is_refused(
         load_model(hf_model, surface=surface)
 
 
+def test_a_surface_that_is_built_and_does_not_run_is_refused(monkeypatch: pytest.MonkeyPatch, surface: str) -> None:
+    build = getattr(loading, f"as_{surface}")
+
+    def breaking(module: Any, args: Any) -> None:
+        raise AttributeError("no attribute 'embed_positions'")
+
+    def built(*args: Any) -> Any:
+        model = build(*args)
+        model.blocks[1].register_forward_pre_hook(breaking)
+        return model
+
+    monkeypatch.setattr(loading, f"as_{surface}", built)
+    with pytest.raises(ModelError, match=r"does not run where .* does \(AttributeError: no attribute 'embed_pos"):
+        load_model(zoo.llama(), surface=surface)
+
+
 def test_a_half_precision_model_is_compared_in_its_own_dtype(surface: str) -> None:
     shown = proof.proof(load_model(zoo.llama(), surface=surface, dtype=torch.bfloat16))
     assert shown is not None and shown.dtype == "bfloat16" and shown.forward is not None

@@ -21,7 +21,7 @@ from __future__ import annotations
 import inspect
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -31,7 +31,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_em.errors import CacheWarning, ModelError
+from tl_em.errors import CacheWarning, ModelError, TlEmError
 from tl_em.models.cache import has_cache, steps
 from tl_em.models.capture import batch_logits
 from tl_em.models.hooks import LensModel, hook_points, probing
@@ -196,20 +196,33 @@ def prove(model: LensModel, expected: Reference, explain: str) -> Proof:
         explain: what to do when the forward pass differs, for the message.
 
     Raises:
-        ModelError: the forward pass, or a padded batch, is not that of the reference.
+        ModelError: the forward pass, or a padded batch, is not that of the reference, or does not run.
     """
     start = time.perf_counter()
     dtype = next(iter(model.parameters())).dtype  # pyright: ignore[reportAttributeAccessIssue]
     with _alone(model):
-        forward = _forward_gap(model, expected, dtype)
+        forward = _running(model, explain, lambda: _forward_gap(model, expected, dtype))
         _refuse_beyond(_bound(dtype), forward, model, f"over {len(expected.tokens)} tokens", explain)
-        batch = _batch_gap(model, expected, dtype)
+        batch = _running(model, explain, lambda: _batch_gap(model, expected, dtype))
         _refuse_beyond(_bound(dtype), batch, model, "in a padded batch", explain)
         proof = Proof(len(expected.tokens), forward, batch, None, None, expected.beyond, str(dtype).split(".")[-1])
         proof = _with_cache(model, proof, expected.tokens, expected.middle_length, dtype)
     proof = replace(proof, seconds=time.perf_counter() - start)
     _PROOFS[model] = proof
     return proof
+
+
+def _running(model: LensModel, explain: str, gap: Callable[[], float]) -> float:
+    """A gap, or ``ModelError`` where a surface that could be built cannot be run."""
+    try:
+        return gap()
+    except TlEmError:
+        raise
+    except Exception as error:  # no common base: it meets whatever its adapter of the architecture assumes
+        raise ModelError(
+            f"The {type(model).__name__} built from {model.cfg.model_name!r} does not run where the Hugging Face model "
+            f"does ({type(error).__name__}: {first_line(error)}). {explain}"
+        ) from error
 
 
 def _forward_gap(model: LensModel, expected: Reference, dtype: torch.dtype) -> float:
