@@ -92,20 +92,18 @@ def row(name: str, rounds: int) -> str:
     without, proven = (in_own_process(width, layers, str(rounds), way)["memory"] for way in ("False", "True"))
     return (
         f"| {name} | {found['added'] / found['forward']:.1f} | {found['added'] / found['plain']:.1f} "
-        f"| {found['passes']:.0f} | {found['tokens']:.0f} | {proven - without:+.0f} MiB of {without:.0f} |"
+        f"| {found['passes']:.0f} | {found['tokens']:.0f} | {proven - without:+.0f} MiB |"
     )
 
 
 def table(rounds: int) -> str:
-    head = (
-        "| Llama | time, over a forward pass of 512 tokens | over loading unproven | passes | tokens in them | memory |"
-    )
-    return "\n".join([head, "|---|---|---|---|---|---|", *(row(name, rounds) for name in SIZES)])
+    head = "| Llama | added time, over 512 tokens forward | over loading unproven | passes | tokens in them "
+    return "\n".join([head + "| peak memory |", "|---|---|---|---|---|---|", *(row(name, rounds) for name in SIZES)])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--write", type=Path, help="put the table between its marks in this file")
     parser.add_argument("--inside", nargs=4, help=argparse.SUPPRESS)
     given = parser.parse_args()
