@@ -30,7 +30,7 @@ def make(width: int, layers: int) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": layers}
+    sizes: dict[str, Any] = {"hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": layers}
     return LlamaForCausalLM(LlamaConfig(vocab_size=2000, num_attention_heads=8, **sizes)).eval()
 
 
