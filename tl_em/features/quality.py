@@ -9,7 +9,8 @@
 **Where it was trained.** A name says little: one word is another tensor in another library. So on some of the same
 tokens, in the same pass, the dictionary is also read at the neighbouring points (the block's other streams, what its
 MLP reads before the norm's weight, and ``resid_post`` next to it). Where one of them has an FVU that is ``MARGIN``
-less and at most ``RATIO`` of it, the dictionary was trained there and does not fit here, however well it does.
+less and at most ``RATIO`` of it (both settled on the shipped toy dictionaries), the dictionary was trained there and
+does not fit here, however well it does.
 
 Reconstructions are written by a hook, ``y + (y^ - y)``, at the tokens that are judged; nothing is attached to the
 model. Sums are kept for each prompt, so that intervals are those of prompts, not of tokens.
