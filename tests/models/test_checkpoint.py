@@ -21,6 +21,7 @@ from . import zoo
 
 pytestmark = pytest.mark.surface
 PROMPT = [EncodedPrompt.from_ids([2, 7, 9, 17, 20, 3, 55])]
+TOKENS = torch.tensor([[2, 7, 9, 17, 20, 3, 89]])
 Weights = dict[str, torch.Tensor]
 
 
@@ -157,3 +158,73 @@ if find_spec("peft"):
     ) -> None:
         with pytest.raises(TlEmError, match=said):
             load_model(adapted(tmp_path, change, **config))
+
+    @pytest.mark.parametrize("changed", ["lm_head", "embed_tokens"])
+    def test_an_adapter_on_one_of_two_tied_matrices_leaves_the_other(
+        tmp_path: Path, changed: str, surface: str
+    ) -> None:
+        """peft merges into the shared matrix, so the change would be in both: another model, in silence."""
+        from peft import LoraConfig
+
+        options = LoraConfig(r=2, target_modules=[changed], init_lora_weights=False)
+        tuned, plain = tied_with(tmp_path, options)
+        expected = tuned(TOKENS).logits.log_softmax(-1)
+        found = load_model(tmp_path / "adapter", surface=surface)(TOKENS).log_softmax(-1)
+        assert (expected - plain).abs().max() > 1e-2
+        assert (expected - found).abs().max() < 1e-4
+
+    @pytest.mark.parametrize("in_memory", [False, True])
+    def test_an_adapter_of_prompts_is_refused(tmp_path: Path, in_memory: bool) -> None:
+        """It changes no weight, so a model without its learned vectors would be the base, in silence."""
+        from peft import PromptTuningConfig
+
+        tuned, _ = tied_with(tmp_path, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+        with pytest.raises(ModelError, match="PROMPT_TUNING"):
+            load_model(tuned if in_memory else tmp_path / "adapter")
+
+    def tied_with(path: Path, options: Any) -> tuple[Any, torch.Tensor]:
+        """A model with tied embeddings and an adapter, both saved, and the base's log-probabilities."""
+        from peft import get_peft_model
+        from transformers import AutoModelForCausalLM
+
+        zoo.llama(tie_word_embeddings=True).save_pretrained(path / "base")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peft's own
+            base = AutoModelForCausalLM.from_pretrained(path / "base").eval()
+            plain = base(TOKENS).logits.log_softmax(-1)
+            tuned = get_peft_model(base, options).eval()
+            tuned.save_pretrained(path / "adapter")
+        return tuned, plain
+
+
+def test_a_compiled_model_is_read_without_its_compiler() -> None:
+    model = zoo.llama()
+    compiled: Any = torch.compile(model, backend="eager")
+    assert hasattr(compiled, "_orig_mod")
+    loaded: Any = load_model(compiled)
+    assert not any(hasattr(module, "_orig_mod") for module in loaded.modules())
+    assert (loaded(TOKENS).log_softmax(-1) - model(TOKENS).logits.log_softmax(-1)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"dtype": "int8"}, "dtype=torch.int8"),
+        ({"dtype": "floaty"}, "dtype='floaty'"),
+        ({"device": "cuda:99"}, "device='cuda:99' cannot be used"),
+        ({"device": "gpu"}, "device='gpu' cannot be used"),
+        ({"tokenizer": 3}, "tokenizer= is a int"),
+        ({"tokenizer": "./not-there"}, "has no tokenizer that can be loaded"),
+        ({"chat_template_kwargs": "thinking"}, "names no arguments of a template"),
+    ],
+)
+def test_an_argument_of_loading_that_means_nothing(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(TlEmError, match=said):
+        load_model(zoo.llama(), **options)
+
+
+def test_a_dtype_by_name_and_a_model_that_is_loaded_already(surface: str) -> None:
+    model: Any = load_model(zoo.llama(), surface=surface, dtype="float64")  # pyright: ignore[reportArgumentType]
+    assert next(model.parameters()).dtype == torch.float64
+    with pytest.raises(TlEmError, match="A TransformerLens model needs no loading"):
+        load_model(model)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,22 @@ def hf_tokenizer(source: str, *, local_files_only: bool = False) -> Any:
         ) from error
 
 
+def given_tokenizer(tokenizer: Any) -> Any:
+    """A tokenizer in memory, or the one of a directory or a hub id.
+
+    Raises:
+        UsageError: neither. ModelNotFoundError, CorruptFileError: nothing is there that can be read.
+    """
+    if isinstance(tokenizer, str | Path):
+        tokenizer = hf_tokenizer(str(Path(tokenizer).expanduser()))
+    if not callable(tokenizer) or not hasattr(tokenizer, "save_pretrained") or not hasattr(tokenizer, "get_vocab"):
+        raise UsageError(
+            f"tokenizer= is a {type(tokenizer).__name__}, which reads no text here. Give one of transformers, e.g. "
+            f"AutoTokenizer.from_pretrained(…), or the directory where it is saved."
+        )
+    return tokenizer
+
+
 def _of_a_tokenizer(file: Path) -> bool:
     named = "token" in file.name or file.name.startswith("vocab") or file.suffix in (".model", ".tiktoken")
     return named and file.suffix != ".py"
@@ -196,10 +213,14 @@ def _merged_adapter(path: Path, tokenizer: Any, dtype: torch.dtype) -> tuple[str
     base = _base_of(path)
     _, hf_base, base_tokenizer = from_path_or_hub(base, tokenizer, dtype)
     try:
-        with_adapter = PeftModel.from_pretrained(hf_base, str(path))
-        _check_adapter(path, with_adapter)
-        merged = with_adapter.merge_and_unload()
-    except CorruptFileError:
+        with warnings.catch_warnings():
+            for said in ("Model (has|with) `tie_word_embeddings=True`", "Input and output embeddings are no longer"):
+                warnings.filterwarnings("ignore", said)  # seen to by _merged
+            with_adapter = PeftModel.from_pretrained(hf_base, str(path)).eval()
+            _check_merges(str(path), with_adapter)
+            _check_adapter(path, with_adapter)
+            merged = _merged(path, with_adapter)
+    except (CorruptFileError, ModelError):
         raise
     except Exception as error:  # no common base: an unknown kind of adapter, a key, a shape, a truncated file
         raise CorruptFileError(
@@ -208,6 +229,57 @@ def _merged_adapter(path: Path, tokenizer: Any, dtype: torch.dtype) -> tuple[str
         ) from error
     own = tokenizer is None and (path / "tokenizer_config.json").is_file()
     return str(path), merged, hf_tokenizer(str(path)) if own else base_tokenizer
+
+
+def _check_merges(source: str, with_adapter: Any) -> None:
+    """Raise ``ModelError`` for an adapter that puts learned vectors before a prompt: no change of weights is that."""
+    configs = getattr(with_adapter, "peft_config", {})
+    kinds = sorted({str(each.peft_type).split(".")[-1] for each in configs.values() if each.is_prompt_learning})
+    if kinds:
+        raise ModelError(
+            f"The adapter of {source!r} is {kinds[0]}: it puts learned vectors before every prompt and changes no "
+            f"weight, so without them the model would be its base. Use a fine-tune of the weights, e.g. LoRA."
+        )
+
+
+def _merged(path: Path, with_adapter: Any) -> Any:
+    """The base with the adapter in its weights, shown to compute what the two compute apart.
+
+    Where embedding and unembedding are one matrix and the adapter changes one of them, peft would add the change to
+    both; so they are made two before.
+    """
+    embedding, head = _plain(with_adapter.get_input_embeddings()), _plain(with_adapter.get_output_embeddings())
+    tied = embedding is not None and head is not None and embedding.weight is head.weight
+    if tied:
+        head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    before = _some_logits(with_adapter)
+    merged = with_adapter.merge_and_unload()
+    embedding, head = merged.get_input_embeddings(), merged.get_output_embeddings()
+    if tied and torch.equal(embedding.weight, head.weight):
+        head.weight = embedding.weight
+    elif tied:
+        merged.config.get_text_config().tie_word_embeddings = merged.config.tie_word_embeddings = False
+    gap = float((_some_logits(merged) - before).abs().max() / before.std().clamp_min(1e-12))
+    if not gap < (1e-3 if before.dtype in (torch.float32, torch.float64) else 1.0):
+        raise CorruptFileError(
+            f"The adapter in {str(path)!r} cannot be merged into its base: log-probabilities differ by {gap:.2g} "
+            f"spreads from those with the adapter beside it. Load it apart, as a PeftModel in memory: "
+            f"em.load_model(peft_model)."
+        )
+    return merged
+
+
+def _plain(module: Any) -> Any:
+    """The module that an adapter is wrapped around."""
+    return getattr(module, "base_layer", module)
+
+
+def _some_logits(hf_model: Any) -> torch.Tensor:
+    """Log-probabilities over a few tokens."""
+    size = _plain(hf_model.get_input_embeddings()).weight.shape[0]
+    tokens = torch.linspace(0, size // 2, 8).long()[None].to(next(hf_model.parameters()).device)
+    with torch.no_grad():
+        return hf_model(input_ids=tokens).logits.log_softmax(-1)
 
 
 def _base_of(path: Path) -> str:
@@ -251,10 +323,12 @@ def _check_adapter(path: Path, with_adapter: Any) -> None:
 
 def in_memory(source: Any, keep: bool, dtype: torch.dtype) -> tuple[str, Any]:
     """Name and model of a Hugging Face model in memory, copied unless ``keep``."""
+    source = getattr(source, "_orig_mod", source)  # torch.compile's wrapper: what is compiled does not see hooks
     if hasattr(source, "get_base_model"):  # a PeftModel: the model inside, its adapters with it
+        _check_merges(type(source).__name__, source)
         source = source.get_base_model()
     config = getattr(source, "config", None)
-    if config is None or not isinstance(source, torch.nn.Module):
+    if config is None or not isinstance(source, torch.nn.Module) or hasattr(source, "hook_dict"):
         raise UsageError(
             f"A {type(source).__name__} is neither a path, a hub id nor a Hugging Face model, so there is nothing to "
             f"load. A TransformerLens model needs no loading: use it as it is."
@@ -358,5 +432,3 @@ def check_weights(model: torch.nn.Module) -> None:
                     f"The parameter {name!r} holds {wrong} values that are NaN or infinite, so would everything "
                     f"computed from it. The training diverged or the file is damaged: load another checkpoint."
                 )
-
-

@@ -16,11 +16,18 @@ from typing import Any, Literal
 import torch
 
 from tl_em.errors import PairMismatchError, UsageError
-from tl_em.models.checkpoint import check_weights, from_path_or_hub, in_memory, language_model, tokenizer_of
+from tl_em.models.checkpoint import (
+    check_weights,
+    from_path_or_hub,
+    given_tokenizer,
+    in_memory,
+    language_model,
+    tokenizer_of,
+)
 from tl_em.models.hooks import LensModel
 from tl_em.models.prompts import ContrastSet
 from tl_em.models.proof import proof, prove, reference
-from tl_em.models.quiet import plain_torch, quiet
+from tl_em.models.quiet import first_line, plain_torch, quiet
 from tl_em.models.sites import vocabulary_hash
 from tl_em.models.source import boundaries, remember
 from tl_em.models.surfaces import advice, as_bridge, as_hooked, check_built, reloadable
@@ -37,11 +44,11 @@ def load_model(
     *,
     surface: Surface = "bridge",
     tokenizer: Any = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | Any = None,
     device: str | torch.device | None = None,
     in_place: bool = False,
     prove: bool = True,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | Any = None,
 ) -> LensModel:
     """A model with hook points, in eval mode, with raw weights, shown to compute what the model in the files computes.
 
@@ -55,7 +62,7 @@ def load_model(
             Hugging Face model in memory (also a ``PeftModel``, whose adapters stay apart: see ``attribute(adapter=)``).
             Of a model that reads images as well, the language model alone is taken, and shown to be equal on text.
         surface: ``"bridge"`` (TransformerBridge) or ``"hooked"`` (HookedTransformer, TransformerLens 3 only).
-        tokenizer: in place of the source's own; a model in memory has none of its own.
+        tokenizer: in place of the source's own, or where it is saved; a model in memory has none of its own.
         dtype: float32 by default.
         device: by default a GPU where there is one; a model in memory stays where it is.
         in_place: a Bridge rewires the model it is built around. A model in memory is therefore copied first, unless
@@ -78,12 +85,12 @@ def load_model(
         raise UsageError(
             f"There is no surface {surface!r}. Use 'bridge' (TransformerBridge) or 'hooked' (HookedTransformer)."
         )
-    dtype = torch.float32 if dtype is None else dtype
+    dtype, device, chat_template_kwargs = _settled(dtype, device, chat_template_kwargs)
     with quiet(), plain_torch(), ExitStack() as stack:
         if tokenizer is not None:
-            tokenizer = reloadable(tokenizer, stack)
+            tokenizer = reloadable(given_tokenizer(tokenizer), stack)
         if isinstance(source, (str, Path)):
-            name, hf_model, tokenizer = from_path_or_hub(str(source), tokenizer, dtype)
+            name, hf_model, tokenizer = from_path_or_hub(_home(source), tokenizer, dtype)
         else:
             name, hf_model = in_memory(source, in_place, dtype)
             tokenizer = tokenizer_of(hf_model) if tokenizer is None else tokenizer
@@ -96,6 +103,32 @@ def load_model(
     if chat_template_kwargs is not None and model.tokenizer is not None:
         model.tokenizer.chat_template_kwargs = dict(chat_template_kwargs)
     return model
+
+
+def _home(source: str | Path) -> str:
+    """As it was written, but for ``~``: a name of the hub is no path."""
+    return str(Path(source).expanduser()) if str(source).startswith("~") else str(source)
+
+
+def _settled(dtype: Any, device: Any, template: Any) -> tuple[torch.dtype, Any, Mapping[str, Any] | None]:
+    """The dtype as torch's, and a device that is there; or ``UsageError``."""
+    dtype = getattr(torch, dtype.removeprefix("torch."), dtype) if isinstance(dtype, str) else dtype
+    dtype = torch.float32 if dtype is None else dtype
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise UsageError(f"dtype={dtype!r} is no dtype that a model computes in. Use torch.float32, or torch.bfloat16.")
+    if template is not None and not isinstance(template, Mapping):
+        raise UsageError(
+            f"chat_template_kwargs={template!r} names no arguments of a template. Give a dict such as "
+            f'{{"enable_thinking": False}}.'
+        )
+    try:
+        if device is not None:
+            torch.empty(1, device=device)
+    except Exception as error:  # no common base: a name that torch does not know, a device that is not here
+        raise UsageError(
+            f"device={str(device)!r} cannot be used ({first_line(error)}). Use device='cpu', or leave it out."
+        ) from error
+    return dtype, device, template
 
 
 def _on_surface(
