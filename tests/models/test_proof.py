@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import subprocess
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +19,7 @@ import tl_em as em
 from tl_em.errors import CacheWarning, ModelError, TlEmError, UnprovenWarning
 from tl_em.models import generate as generation
 from tl_em.models import loading, proof
+from tl_em.models.cache import steps
 from tl_em.models.capture import capture, next_token_logits
 from tl_em.models.generate import generate
 from tl_em.models.hooks import LensModel
@@ -295,9 +298,34 @@ def test_any_of_several_end_tokens_ends_an_answer(surface: str, where: str) -> N
     second = next(i for i in range(3, 12) if free[i] not in free[:i])
     holder = hf_model.generation_config if where == "generation config" else hf_model.config
     holder.eos_token_id = [89, free[second]]  # the generation config decides where both name some
+    if where == "generation config":
+        holder.eos_token_id = torch.tensor(holder.eos_token_id)  # as transformers takes them too
     model = load_model(hf_model, surface=surface)
-    assert end_tokens(model) == sorted([89, free[second]])
-    assert generated(model, prompt, 12) == free[:second]
+    for each in (model, copy.deepcopy(model)):
+        assert end_tokens(each) == sorted([89, free[second]])
+        assert generated(each, prompt, 12) == free[:second]
+
+
+def test_each_of_two_threads_keeps_its_own_cache(surface: str) -> None:
+    """With the other's, a model continues the other's text: fluent nonsense, in silence."""
+    model, prompts = load_model(zoo.llama(), surface=surface), [torch.tensor([each.ids]) for each in tokens(9, 5)]
+    new = torch.tensor([[11]])
+
+    def elsewhere() -> None:
+        with steps(model, cached=True) as step:
+            read.append(step(prompts[1]))
+
+    read: list[torch.Tensor] = []
+    with torch.no_grad(), steps(model, cached=True) as step:
+        step(prompts[0])
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+        found = step(new)
+    with torch.no_grad():
+        expected = model(torch.cat([prompts[0], new], 1))[:, -1]
+    assert len(read) == 1
+    assert (found - expected).abs().max() < 1e-4
 
 
 # --- What is refused --------------------------------------------------------------------------------------------------
@@ -410,5 +438,5 @@ def test_template_arguments_are_kept_and_pairs_must_agree() -> None:
     ]
     assert models[0].tokenizer.chat_template_kwargs == given  # type: ignore[attr-defined]
     em.ModelPair(models[0], models[1])
-    with pytest.raises(em.TlEmError, match="different chat_template_kwargs"):
+    with pytest.raises(em.TlEmError, match="their chat_template_kwargs are"):
         em.ModelPair(models[0], models[2])

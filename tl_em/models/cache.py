@@ -8,6 +8,7 @@ name that the model itself declares, and ``proof`` compares what comes out with 
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -79,12 +80,13 @@ def _hooked_steps(model: LensModel) -> Step:
 
 def _bridge_steps(model: Any, stack: ExitStack) -> Step:
     """Through the Bridge, so that all its hooks fire, with the cache of the Hugging Face model inside."""
-    name, held = _cache_name(model), None
+    name, held, own = _cache_name(model), None, threading.get_ident()
     assert name is not None
 
     def keep(module: nn.Module, args: Any, output: Any) -> None:
         nonlocal held
-        held = getattr(output, name, None)
+        if threading.get_ident() == own:  # another thread may run the same model
+            held = getattr(output, name, None)
 
     stack.callback(model.original_model.register_forward_hook(keep).remove)
     for attention in _attentions(model):

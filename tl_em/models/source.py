@@ -1,7 +1,7 @@
 """What a model's source says that a surface of TransformerLens has no place for: end tokens, and where behaviour turns.
 
 A HookedTransformer keeps neither ``generation_config`` nor the Hugging Face config, so a model that ``load_model``
-made is remembered with them, weakly. A Bridge holds the Hugging Face model, and is read directly.
+made carries what they say, and so do its copies. A Bridge holds the Hugging Face model, and is read directly.
 """
 
 from __future__ import annotations
@@ -46,7 +46,11 @@ class Source:
     beyond: tuple[int, ...]
 
 
-_SOURCES: WeakKeyDictionary[Any, Source] = WeakKeyDictionary()
+_KEPT = "tl_em_source"
+
+
+def _source(model: Any) -> Source | None:
+    return getattr(model, "__dict__", {}).get(_KEPT)
 
 
 def remember(model: Any, hf_model: Any, *, proven: bool, beyond: Sequence[int] = ()) -> None:
@@ -54,7 +58,7 @@ def remember(model: Any, hf_model: Any, *, proven: bool, beyond: Sequence[int] =
 
     ``beyond`` are the boundaries that lie past the longest prompt on which they were.
     """
-    _SOURCES[model] = Source(tuple(_ends(hf_model)), boundaries(hf_model.config), proven, tuple(beyond))
+    model.__dict__[_KEPT] = Source(tuple(_ends(hf_model)), boundaries(hf_model.config), proven, tuple(beyond))
 
 
 _WARNED: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
@@ -62,7 +66,7 @@ _WARNED: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 
 def warn_beyond_proof(model: Any, length: int) -> None:
     """Warn, once a model, of a text longer than a boundary that was too costly to cross when the model was proven."""
-    known = _SOURCES.get(model)
+    known = _source(model)
     crossed = [] if known is None else [at for at in known.beyond if at < length]
     if crossed and model not in _WARNED:
         _WARNED[model] = True
@@ -78,13 +82,13 @@ def warn_beyond_proof(model: Any, length: int) -> None:
 
 def was_proven(model: Any) -> bool | None:
     """Whether ``load_model`` compared the model with its source; None of a model that came ready-made."""
-    known = _SOURCES.get(model)
+    known = _source(model)
     return None if known is None else known.proven
 
 
 def end_tokens(model: Any) -> list[int]:
     """The end-of-text tokens that the model can produce (a loader may have invented one that it cannot)."""
-    known = _SOURCES.get(model)
+    known = _source(model)
     configured = known.ends if known is not None else _ends(getattr(model, "original_model", None))
     own = getattr(getattr(model, "tokenizer", None), "eos_token_id", None)
     found = {*configured, *([] if own is None else [int(own)])}
@@ -96,13 +100,14 @@ def _ends(hf_model: Any) -> Iterator[int]:
     for holder in (getattr(hf_model, "generation_config", None), getattr(hf_model, "config", None)):
         found = getattr(holder, "eos_token_id", None)
         if found is not None:
-            yield from (int(token) for token in (found if isinstance(found, list | tuple) else [found]))
+            listed = found.tolist() if hasattr(found, "tolist") else found  # transformers takes a tensor as well
+            yield from (int(token) for token in (listed if isinstance(listed, list | tuple | set) else [listed]))
             return
 
 
 def boundaries_of(model: Any) -> Boundaries:
     """Of a model with hook points; none where its config is not known."""
-    known = _SOURCES.get(model)
+    known = _source(model)
     if known is not None:
         return known.boundaries
     config = getattr(getattr(model, "original_model", None), "config", None)
