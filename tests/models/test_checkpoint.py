@@ -15,8 +15,9 @@ import torch
 from tl_em.errors import CorruptFileError, ModelError, TlEmError
 from tl_em.models.capture import next_token_logits
 from tl_em.models.loading import load_model
-from tl_em.models.prompts import EncodedPrompt
+from tl_em.models.prompts import EncodedPrompt, encode
 
+from ..conftest import make_hf_model, make_tokenizer
 from . import zoo
 
 pytestmark = pytest.mark.surface
@@ -228,3 +229,13 @@ def test_a_dtype_by_name_and_a_model_that_is_loaded_already(surface: str) -> Non
     assert next(model.parameters()).dtype == torch.float64
     with pytest.raises(TlEmError, match="A TransformerLens model needs no loading"):
         load_model(model)
+
+
+def test_a_tokenizer_of_ones_own_beside_a_model_of_a_family(tmp_path: Path, surface: str) -> None:
+    """transformers 5 reads it with the rules of the family's own tokenizer: other ids, in silence."""
+    make_hf_model("qwen2").save_pretrained(tmp_path)
+    own = make_tokenizer()
+    own.save_pretrained(tmp_path)
+    assert "TokenizersBackend" in (tmp_path / "tokenizer_config.json").read_text(encoding="utf-8")
+    prompt = encode(load_model(tmp_path, surface=surface), ["the cat"])[0]
+    assert list(prompt.ids[slice(*prompt.instruction)]) == own("the cat", add_special_tokens=False)["input_ids"]

@@ -248,3 +248,10 @@ def test_classes_that_differ_in_length_are_warned_about_and_others_are_not() -> 
         warnings.simplefilter("error")
         warn_of_nuisance(contrast, [[7, 9] * 6, [7, 9, 7] * 3])
         warn_of_nuisance(contrast, [[9, 9], [7, 7]])  # too few to tell
+
+
+def test_a_set_is_not_saved_under_the_name_of_a_table(tmp_path: Path) -> None:
+    """It would be read back as one, and refused."""
+    with pytest.raises(UsageError, match="saved as JSON"):
+        ContrastSet(["a"], ["b"]).save(tmp_path / "set.csv")
+    assert not (tmp_path / "set.csv").exists()

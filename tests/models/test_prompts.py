@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizer
 
-from tl_em.errors import PositionError, PromptError, PromptTooLongError, UnknownTokenError
+from tl_em.errors import PositionError, PromptError, PromptTooLongError, UnknownTokenError, UsageError
 from tl_em.models import prompts as prompts_module
 from tl_em.models.hooks import LensModel
 from tl_em.models.prompts import EncodedPrompt, batches, encode, token_index
@@ -273,3 +273,9 @@ def test_plain_prompts_in_one_call_are_encoded_as_one_by_one(model: LensModel) -
         has_bos = model.tokenizer.bos_token_id is not None and model.tokenizer.bos_token_id < model.cfg.d_vocab
         options = {} if has_bos else {"prepend_bos": False}
         assert list(each.ids) == model.to_tokens(text, truncate=False, **options)[0].tolist()
+
+
+def test_a_batch_of_tokens_is_not_one_prompt() -> None:
+    for ids in (torch.ones(2, 2, dtype=torch.long), torch.ones(2)):
+        with pytest.raises(UsageError, match="ids"):
+            EncodedPrompt.from_ids(ids)

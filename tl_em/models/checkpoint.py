@@ -18,6 +18,7 @@ import torch
 
 from tl_em.errors import CorruptFileError, ModelError, ModelNotFoundError, NonFiniteError, UsageError
 from tl_em.models.quiet import first_line
+from tl_em.models.tokenizing import same_ids
 
 
 def from_path_or_hub(source: str, tokenizer: Any, dtype: torch.dtype) -> tuple[str, Any, Any]:
@@ -170,7 +171,8 @@ def hf_tokenizer(source: str, *, local_files_only: bool = False) -> Any:
     if directory.is_dir() and not any(map(_of_a_tokenizer, directory.iterdir())):
         return None
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=local_files_only)
+        found = AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=local_files_only)
+        return _as_saved(source, found, local_files_only)
     except json.JSONDecodeError as error:
         raise CorruptFileError(
             f"The tokenizer of {source!r} cannot be read ({error}). Copy or download it again."
@@ -179,6 +181,25 @@ def hf_tokenizer(source: str, *, local_files_only: bool = False) -> Any:
         raise ModelNotFoundError(
             f"{source!r} has no tokenizer that can be loaded ({first_line(error)}). Pass one with tokenizer=."
         ) from error
+
+
+def _as_saved(source: str, found: Any, local_files_only: bool) -> Any:
+    """The tokenizer of the file, where transformers takes that of the model's family in its place.
+
+    A tokenizer of one's own is saved under the name of no family; beside a Qwen2 model, transformers 5 reads it with
+    the rules of Qwen2's, and the ids are others.
+    """
+    from transformers import PreTrainedTokenizerFast
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    named = get_tokenizer_config(source, local_files_only=local_files_only).get("tokenizer_class")
+    if named not in ("PreTrainedTokenizerFast", "TokenizersBackend") or not getattr(found, "is_fast", False):
+        return found
+    own = PreTrainedTokenizerFast.from_pretrained(source, local_files_only=local_files_only)
+    if type(found) is type(own) or same_ids(own, found):
+        return found
+    own.init_kwargs |= {"name_or_path": "", "add_bos_token": True}  # TransformerLens then does not reload it
+    return own
 
 
 def given_tokenizer(tokenizer: Any) -> Any:
@@ -248,8 +269,9 @@ def _merged(path: Path, with_adapter: Any) -> Any:
     Where embedding and unembedding are one matrix and the adapter changes one of them, peft would add the change to
     both; so they are made two before.
     """
-    embedding, head = _plain(with_adapter.get_input_embeddings()), _plain(with_adapter.get_output_embeddings())
-    tied = embedding is not None and head is not None and embedding.weight is head.weight
+    embedding: Any = _plain(with_adapter.get_input_embeddings())
+    head: Any = _plain(with_adapter.get_output_embeddings())
+    tied = None not in (embedding, head) and embedding.weight is head.weight
     if tied:
         head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
     before = _some_logits(with_adapter)

@@ -210,8 +210,10 @@ class ContrastSet:
         """Write the set as JSON, as ``load`` reads it: what is read back equals it.
 
         Raises:
-            UsageError: a group or a message holds what JSON has no sign for. OutputError: it cannot be written.
+            UsageError: a group or a message holds what JSON has no sign for, or the name is a table's. OutputError: it cannot be written.
         """
+        if Path(path).suffix.lower() in (".csv", ".tsv"):
+            raise UsageError(f"{str(path)!r} names a table, and a set is saved as JSON. Name it …json.")
         record = {name: getattr(self, name) for name in self.__dataclass_fields__}
         kept = {name: value for name, value in record.items() if value is not None}
         try:

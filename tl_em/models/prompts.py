@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from tl_em.arguments import token_ids
 from tl_em.errors import PositionError, PromptError, PromptTooLongError, UnknownTokenError
 from tl_em.models.contrasts import ContrastSet, Message, Prompt, Splits, as_prompts, built_in_sets
 from tl_em.models.hooks import LensModel
@@ -64,14 +65,19 @@ class EncodedPrompt:
     text: str
 
     @classmethod
-    def from_ids(cls, ids: Sequence[int], text: str = "") -> EncodedPrompt:
-        """Tokens as they are, for models without a tokenizer."""
-        return cls(tuple(int(i) for i in ids), (0, len(ids)), len(ids) - 1, None, text)
+    def from_ids(cls, ids: Sequence[int] | Any, text: str = "") -> EncodedPrompt:
+        """Tokens as they are, for models without a tokenizer.
 
-    def with_response(self, ids: Sequence[int]) -> EncodedPrompt:
+        Raises:
+            UsageError: not one list of whole numbers.
+        """
+        tokens = token_ids("ids", ids)
+        return cls(tokens, (0, len(tokens)), len(tokens) - 1, None, text)
+
+    def with_response(self, ids: Sequence[int] | Any) -> EncodedPrompt:
         """This prompt, answered with these tokens."""
         start = self.prompt_end + 1
-        kept = self.ids[:start] + tuple(int(i) for i in ids)
+        kept = self.ids[:start] + token_ids("ids", ids)
         return replace(self, ids=kept, response=(start, len(kept)))
 
     def __len__(self) -> int:
