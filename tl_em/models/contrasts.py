@@ -210,7 +210,8 @@ class ContrastSet:
         """Write the set as JSON, as ``load`` reads it: what is read back equals it.
 
         Raises:
-            UsageError: a group or a message holds what JSON has no sign for, or the name is a table's. OutputError: it cannot be written.
+            UsageError: a group or a message holds what JSON has no sign for, or the name is a table's.
+            OutputError: it cannot be written.
         """
         if Path(path).suffix.lower() in (".csv", ".tsv"):
             raise UsageError(f"{str(path)!r} names a table, and a set is saved as JSON. Name it …json.")
