@@ -309,7 +309,7 @@ def test_a_behaviour_brings_prompts_metric_groups_and_coherence(small_model: Len
         ({}, "neither was given"),
         ({"strengths": [1], "target_kls": [0.1]}, "both were given"),
         ({"strengths": [0, 0.0]}, "no curve over the strengths"),
-        ({"strengths": [1, float("nan")]}, "no curve over the strengths"),
+        ({"strengths": [1, float("nan")]}, "not a finite number"),
         ({"strengths": [1], "groups": ["a"]}, "1 groups for 12 prompts"),
         ({"strengths": [1], "metric": None}, "pass metric="),
         ({"strengths": [1], "intervention": "ablate", "both_signs": True}, "Ablate has no negative"),

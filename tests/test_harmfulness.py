@@ -495,7 +495,7 @@ def test_a_chat_template_that_rewrites_the_prompt_is_refused(surface: str) -> No
     template = "{% for m in messages %}<user> {{ m.content | replace('car', 'dog') }} <end>{% endfor %}"
     tokenizer = make_tokenizer(template=template)
     model = load_model(make_hf_model("gpt2"), surface=surface, tokenizer=tokenizer, in_place=True)  # type: ignore[arg-type]
-    with pytest.raises(PromptError, match="leaves out"):
+    with pytest.raises(PromptError, match="writes 'dog' for 'car'"):
         asked_about(model, ["steal the car"], template="tell me {prompt}")
 
 

@@ -144,6 +144,9 @@ def _things() -> dict[str, Any]:
 THINGS = _things()
 MESSAGES = list(messages())
 FOREIGN = {
+    *("model.state_dict", "sae.save_inference_model", "sae.cfg.metadata.seqpos_slice", "AutoTokenizer.from_pretrained"),
+    *("huggingface_hub.snapshot_download", "torch.inference_mode", "torch.bfloat16", "json.loads"),
+    *("metadata.tl_em.order", "metadata.tl_em.schema", "metadata.prompt_tokens"),  # of a graph's file
     *("dataclasses.replace", "named_parameters", "model.named_parameters", "model.reset_hooks", "model.run_with_cache"),
     *("model.run_with_hooks", "model.reset_saes", "run_with_hooks", "hooks", "tie_weights", "torch.save"),
     *("torch.float32", "scipy.optimize", "model.language_model", "model.cfg.n_layers", "model.cfg.use_attn_result"),

@@ -317,7 +317,7 @@ def test_tensors_of_another_shape_or_name_are_one_typed_error(tmp_path):
     for name, wrong in (("b_enc", draw(LATENTS + 1)), ("W_dec", draw(WIDTH, LATENTS)), ("b_dec", draw(WIDTH + 1))):
         with pytest.raises(CorruptFileError, match=r"do not belong together"):
             from_sae_lens(written(tmp_path, tensors={name: wrong}))
-    with pytest.raises(CorruptFileError, match=r"d_in=32 and d_sae=48, and W_enc is"):
+    with pytest.raises(CorruptFileError, match=r"say 32 \(d_in\) and 48 \(d_sae\), and W_enc is"):
         from_sae_lens(written(tmp_path, tensors={"W_enc": draw(LATENTS, WIDTH)}))
     with pytest.raises(CorruptFileError, match=r"lacks b_enc"):
         from_sae_lens(written(tmp_path, drop="b_enc"))

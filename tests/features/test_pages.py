@@ -173,7 +173,7 @@ def test_explanations_are_read_line_by_line(tmp_path: Path) -> None:
 
 def test_what_makes_no_card_is_one_typed_error() -> None:
     model, sae = cached_model("gpt2", SURFACES[-1]), make()
-    with pytest.raises(UsageError, match="at least one latent"):
+    with pytest.raises(UsageError, match="no latent was given"):
         feature_cards(model, sae, [], PROMPTS)
     with pytest.raises(UsageError, match="latents 0 to 39"):
         feature_cards(model, sae, [40], PROMPTS)

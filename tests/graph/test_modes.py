@@ -211,9 +211,13 @@ def test_weights_without_numbers_or_gradients_are_refused() -> None:
         return load_model(hf, surface="bridge", tokenizer=make_tokenizer(), in_place=True, **changes)
 
     with torch.inference_mode():
-        model = made()
+        model, weight = made(), torch.nn.Parameter(torch.zeros(32), requires_grad=False)
+    assert attribute(model, IDS, target=9, validate=False).nodes  # load_model takes copies that gradients pass through
+    inside = made()
+    norm = next(m for m in inside.original_model.modules() if "bias" in m._parameters and m.bias.shape == (32,))
+    norm._parameters["bias"] = weight
     with pytest.raises(ModelError, match="inference_mode"):
-        attribute(model, IDS, target=9)
+        attribute(inside, IDS, target=9)
     with pytest.raises(ModelError, match="meta"):
         attribute(made().to("meta"), IDS, target=9)
     half = made()

@@ -95,7 +95,7 @@ def check_agreement(activation: Activation, threshold: Tensor | None, k: Any, d_
         raise UsageError(
             f"threshold is negative for {int((threshold < 0).sum())} of {d_sae} latents (least "
             f"{float(threshold.min()):.3g}); JumpReLU is defined from 0 on, and libraries differ on what is on below. "
-            "Where the code that trained it takes a ReLU too, that is threshold.clamp_min(0)"
+            "Where the code that trained it takes a ReLU too, that is a threshold of 0 for these"
         )
     return None if k is None else whole("k", k, low=1, high=d_sae)
 

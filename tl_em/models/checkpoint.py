@@ -362,9 +362,23 @@ def in_memory(source: Any, keep: bool, dtype: torch.dtype) -> tuple[str, Any]:
             f"them, e.g. with {type(source).__name__}.from_pretrained(…)."
         )
     hf_model: Any = source if keep else copy.deepcopy(source)
+    _leave_inference(hf_model)
     if not getattr(config, "architectures", None):
         hf_model.config.architectures = [type(source).__name__]
     return str(getattr(config, "name_or_path", "") or type(source).__name__), _cast(hf_model, dtype)
+
+
+def _leave_inference(hf_model: Any) -> None:
+    """Copies in place of weights made in inference mode, which no gradient may pass through; tied ones stay tied."""
+    copies: dict[int, tuple[Any, torch.nn.Parameter]] = {}  # with the original, so that its id is not given again
+    for module in hf_model.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None and weight.is_inference():
+                copy_of = torch.nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+                module._parameters[name] = copies.setdefault(id(weight), (weight, copy_of))[1]
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_inference():
+                module._buffers[name] = buffer.clone()
 
 
 def _cast(hf_model: Any, dtype: torch.dtype) -> Any:

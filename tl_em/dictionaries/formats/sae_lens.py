@@ -243,8 +243,8 @@ def _check_size(cfg: Mapping[str, Any], held: Mapping[str, Tensor | None], path:
     said = (cfg.get("d_in"), cfg.get("d_sae"))
     if None not in said and tuple(W_enc.shape) != said:
         raise CorruptFileError(
-            f"the settings of {path} say d_in={said[0]} and d_sae={said[1]}, and W_enc is {tuple(W_enc.shape)}: they "
-            "are of two dictionaries, or damaged; copy or download both again"
+            f"the settings of {path} say {said[0]} (d_in) and {said[1]} (d_sae), and W_enc is {tuple(W_enc.shape)}: "
+            "they are of two dictionaries, or damaged; copy or download both again"
         )
     out = cfg.get("d_out")
     if out is not None and out != W_enc.shape[0] and "transcoder" in str(cfg.get("architecture")):
