@@ -125,6 +125,7 @@ def test_the_pass_ends_when_everything_is_read(small_model: LensModel, site: Sit
     assert counted_blocks(small_model, lambda: small_model(torch.tensor([[2, 7]]))) == [0, 1, 2, 3]
 
 
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")  # in TransformerLens's generate
 def test_ending_early_leaves_no_trace(small_model: LensModel) -> None:
     tokens = torch.tensor([[2, 7, 9]])
     before = small_model(tokens)

@@ -87,6 +87,7 @@ def test_a_gated_hook_raises_at_the_end_of_a_full_forward(small_model: LensModel
         small_model(TOKENS)
 
 
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")  # in TransformerLens's generate
 @pytest.mark.parametrize("run", ["run_with_hooks", "generate"])
 def test_a_full_forward_is_seen_inside_tl_methods_too(small_model: LensModel, surface: str, run: str) -> None:
     """HookedTransformer's run_with_hooks and generate call forward directly, past hooks on the model itself."""
