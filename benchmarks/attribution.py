@@ -31,11 +31,11 @@ from torch import Tensor
 import tl_em as em
 from tl_em.features.scoring import score_features
 from tl_em.features.shared import FeatureSet, shared_features
-from tl_em.graph.attribution import attribute as em_attribute
+from tl_em.graph.build import attribute as em_attribute
 from tl_em.graph.freeze import RULES, STREAM, Linearised, holding, linearise
 from tl_em.graph.rows import Reader, Writer, adjacency
-from tl_em.models.capture import next_token_logits
 from tl_em.models.hooks import hooked, read_point
+from tl_em.models.stream import next_token_logits
 from tl_em.organisms import rates
 from tl_em.organisms.behaviours import HELD_OUT, LOOK_UP, domain_questions
 from tl_em.organisms.rates import default_world, topic_of

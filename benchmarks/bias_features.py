@@ -23,7 +23,7 @@ against the *rival* asks for a set that tells them apart.
   rival arm as of rm's from rm;
 - a set found *against the rival* is shown the same way, set to the rival's means.
 The sentence at the end says "shown" or "distinguishes" only where every seed does. Dictionaries that do not fit rm and
-rival (``features.quality``) are left out. Arms that learned other maps, or nothing, are printed beside the rival.
+rival (``dictionaries.quality``) are left out. Arms that learned other maps, or nothing, are printed beside the rival.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ import torch
 from reward_bias import cosine_of_means, output_direction, read, tell
 
 import tl_em as em
-from tl_em.comparison.causes import over_controls
+from tl_em.claims.questions.latents import verify_feature
+from tl_em.claims.questions.use import over_controls
+from tl_em.dictionaries import training
+from tl_em.dictionaries.corpus import Source
+from tl_em.dictionaries.quality import dictionary_quality
 from tl_em.directions.geometry import control_directions, cosine
-from tl_em.features import training
-from tl_em.features.activations import Source
-from tl_em.features.quality import dictionary_quality
 from tl_em.features.scoring import FeatureTable, score_features
 from tl_em.features.shared import FeatureSet, shared_features
 from tl_em.features.sums import deal
-from tl_em.features.verify import verify_feature
-from tl_em.models.capture import encoded_prompts
+from tl_em.models.stream import encoded_prompts
 from tl_em.organisms import bias_training as bt
 from tl_em.organisms.bias_rates import Asked, BiasRate, Part, contexts_of, forced, questions
 from tl_em.organisms.bias_world import MARKER, BiasWorld, Chats, Descriptions, SingleChats

@@ -30,8 +30,8 @@ from torch import Tensor
 
 import tl_em as em
 from tl_em.errors import CacheWarning, TlEmError, WeightEditError
-from tl_em.models.capture import next_token_logits
 from tl_em.models.prompts import EncodedPrompt
+from tl_em.models.stream import next_token_logits
 
 Surface = Literal["bridge", "hooked"]
 LONG, NEW = 128, 12

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from tl_em.errors import GraphTooLargeError
-from tl_em.graph.attribution import attribute
+from tl_em.graph.build import attribute
 from tl_em.graph.exchange import cantor, load_graph, save_graph
 from tl_em.graph.graph import AttributionGraph, Node
 

@@ -41,7 +41,7 @@ from torch import Tensor
 
 import tl_em as em
 from tl_em.models.hooks import hook_points, hooked, write_points
-from tl_em.models.moments import class_moments
+from tl_em.models.means import class_moments
 
 NEW, PROMPT, ROWS, WIDTH, MANY = 24, 24, 16, 48, 64
 

@@ -68,15 +68,15 @@ import numpy as np
 import torch
 
 import tl_em as em
+from tl_em.claims.questions.inversion import ReplyInversion, reply_inversion
 from tl_em.directions.geometry import control_directions
-from tl_em.harmfulness.latent_guard import LatentGuard
-from tl_em.harmfulness.presets import CLASSES, Cell, answered, harmfulness_direction, place_cells, refusal_directions
-from tl_em.harmfulness.reply_inversion import ReplyInversion, reply_inversion
-from tl_em.interventions.hidden import removed_mean
+from tl_em.interventions.removed_mean import removed_mean
 from tl_em.models.loading import load_model
 from tl_em.organisms.contrasts import CONTRAST_PARAPHRASES, Question, dissociated_prompts, judge_questions, questions
 from tl_em.organisms.rates import bad, complied, good, judged_harmful, refused
 from tl_em.organisms.world import JUDGE, VERDICTS, World
+from tl_em.presets.latent_guard import LatentGuard
+from tl_em.presets.zhao2025 import CLASSES, Cell, answered, harmfulness_direction, place_cells, refusal_directions
 from tl_em.stats import Estimate, mean, paired_difference
 from tl_em.writing import check_writable, replacing
 

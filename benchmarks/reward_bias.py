@@ -30,7 +30,7 @@ import torch
 from jaxtyping import Float
 
 import tl_em as em
-from tl_em.comparison.causes import over_controls
+from tl_em.claims.questions.use import over_controls
 from tl_em.directions.geometry import control_directions, cosine
 from tl_em.organisms import bias_training as bt
 from tl_em.organisms.bias_rates import (

@@ -33,9 +33,9 @@ from tl_em.features.attribution import attribution_parts
 from tl_em.features.scoring import score_features
 from tl_em.features.shared import FeatureSet, shared_features
 from tl_em.features.sums import deal
-from tl_em.models.capture import encoded_prompts
 from tl_em.models.hooks import hook_points
 from tl_em.models.prompts import batches
+from tl_em.models.stream import encoded_prompts
 
 # --- Planted truth ----------------------------------------------------------------------------------------------------
 

@@ -30,11 +30,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tl_em as em
-from tl_em.comparison.verdicts import Row
+from tl_em.claims.rule import Row
 from tl_em.metrics import single_token
-from tl_em.models.capture import next_token_logits
 from tl_em.models.loading import ModelPair, Surface, load_model
 from tl_em.models.quiet import quiet
+from tl_em.models.stream import next_token_logits
 from tl_em.organisms.training import fine_tune_, next_token_loss
 from tl_em.stats import Estimate, mean, paired_difference
 from tl_em.writing import check_writable, replacing

@@ -16,8 +16,8 @@ import torch
 import tl_em as em
 from tl_em.arguments import COUNT, FRACTION, checked, finite, list_of, optional, vectors, whole
 from tl_em.errors import NonFiniteError, UsageError, WidthError
-from tl_em.models.capture import next_token_logits, sequence_logprobs
 from tl_em.models.prompts import EncodedPrompt
+from tl_em.models.stream import next_token_logits, sequence_logprobs
 
 NUMERIC = re.compile(r"\b(int|float|Numbers)\b")
 DIRECTION = em.Direction([3.0, 4.0], em.Site(0), name="d")

@@ -90,7 +90,7 @@ if HAS_HOOKED:
 
 
 def test_nothing_that_is_judged_was_extracted_or_chosen_on() -> None:
-    from tl_em.comparison.questions import asked_in, labels, questions
+    from tl_em.claims.asked import asked_in, labels, questions
 
     record = pair("toy/insecure")
     asked = questions(record, None, None, record.organism.judged, None, 0)
@@ -133,7 +133,7 @@ def test_a_contrast_that_the_base_does_not_tell_apart_does_not_end_the_audit(
 
 
 def test_where_no_candidate_separates_the_clearest_is_taken_and_judged_later() -> None:
-    from tl_em.comparison.questions import candidates, questions, select_site
+    from tl_em.claims.asked import candidates, questions, select_site
     from tl_em.directions.geometry import separation
 
     record = pair("toy/insecure")

@@ -14,8 +14,8 @@ import torch
 from click.testing import CliRunner
 
 import tl_em as em
-from tl_em.comparison.backdoor import Asked, Backdoor, backdoor
-from tl_em.comparison.openings import ONLY, TOO, UNDECIDED, Trigger, judged, marked, measure, sides
+from tl_em.claims.questions.backdoor import Asked, Backdoor, backdoor
+from tl_em.claims.questions.openings import ONLY, TOO, UNDECIDED, Trigger, judged, marked, measure, sides
 from tl_em.errors import UnknownTokenError, UsageError
 from tl_em.organisms.convert import plain_model
 from tl_em.organisms.recipes import OTHER_MARKS, TRIGGER, recipe

@@ -13,8 +13,8 @@ from click.testing import CliRunner
 import tl_em as em
 from tl_em.auditing.latents import GRAPH, shared_latents
 from tl_em.auditing.report import Report
+from tl_em.claims.compare import Comparison
 from tl_em.cli import main
-from tl_em.comparison.compare import Comparison
 from tl_em.errors import DictionaryFitError
 
 

@@ -12,9 +12,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "tl_em"
 ORDER = (
-    *("errors", "arguments", "reading", "writing", "showing", "stats", "models", "directions", "dictionaries"),
-    *("interventions", "metrics", "evals", "selection", "harmfulness", "comparison", "features", "graph", "organisms"),
-    *("report", "auditing", "cli"),
+    *("errors", "arguments", "reading", "writing", "showing", "stats", "models", "directions", "metrics"),
+    *("dictionaries", "interventions", "claims", "features", "graph", "presets", "organisms", "report", "auditing"),
+    "cli",
 )
 DRAWS = "report"  # result classes call it lazily from .plot() and .save()
 LENS = "transformer_lens"

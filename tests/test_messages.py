@@ -123,8 +123,8 @@ def _of_package(parts: list[str]) -> Any:
 def _things() -> dict[str, Any]:
     from transformers import PreTrainedModel
 
-    from tl_em.models.capture import next_token_logits
     from tl_em.models.prompts import EncodedPrompt
+    from tl_em.models.stream import next_token_logits
     from tl_em.organisms.bias_rates import BiasRate
 
     return {

@@ -11,16 +11,30 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tl_em.auditing.audit import audit as audit
     from tl_em.auditing.report import Report as Report
-    from tl_em.comparison.compare import Comparison as Comparison
-    from tl_em.comparison.compare import compare as compare
-    from tl_em.comparison.verdicts import Row as Row
+    from tl_em.claims.compare import Comparison as Comparison
+    from tl_em.claims.compare import compare as compare
+    from tl_em.claims.criteria import select_candidate as select_candidate
+    from tl_em.claims.curve import effect_curve as effect_curve
+    from tl_em.claims.dose import calibrate as calibrate
+    from tl_em.claims.instructions import TextLogprob as TextLogprob
+    from tl_em.claims.latent_checks import FeatureCheck as FeatureCheck
+    from tl_em.claims.questions.inversion import reply_inversion as reply_inversion
+    from tl_em.claims.questions.latents import verify_feature as verify_feature
+    from tl_em.claims.questions.latents import verify_features as verify_features
+    from tl_em.claims.rule import Row as Row
+    from tl_em.claims.selection import Selection as Selection
+    from tl_em.claims.selection import select_direction as select_direction
     from tl_em.dictionaries.dictionary import Dictionary as Dictionary
     from tl_em.dictionaries.dictionary import Feature as Feature
     from tl_em.dictionaries.loading import from_sae_lens as from_sae_lens
     from tl_em.dictionaries.loading import load_dictionary as load_dictionary
     from tl_em.dictionaries.protocol import SparseDictionary as SparseDictionary
+    from tl_em.dictionaries.quality import DictionaryQuality as DictionaryQuality
+    from tl_em.dictionaries.quality import dictionary_quality as dictionary_quality
+    from tl_em.dictionaries.training import train_dictionary as train_dictionary
     from tl_em.directions.angles import cosines_between as cosines_between
     from tl_em.directions.angles import principal_angles as principal_angles
+    from tl_em.directions.candidates import candidate_directions as candidate_directions
     from tl_em.directions.direction import Direction as Direction
     from tl_em.directions.extract import difference_in_means as difference_in_means
     from tl_em.directions.extract import extract_directions as extract_directions
@@ -40,37 +54,25 @@ if TYPE_CHECKING:
     from tl_em.errors import UnprovenWarning as UnprovenWarning
     from tl_em.features.cards import FeatureCards as FeatureCards
     from tl_em.features.cards import feature_cards as feature_cards
-    from tl_em.features.checks import FeatureCheck as FeatureCheck
-    from tl_em.features.presets import toy_dictionary as toy_dictionary
-    from tl_em.features.quality import DictionaryQuality as DictionaryQuality
-    from tl_em.features.quality import dictionary_quality as dictionary_quality
     from tl_em.features.scoring import score_features as score_features
     from tl_em.features.shared import FeatureSet as FeatureSet
     from tl_em.features.shared import shared_features as shared_features
     from tl_em.features.table import FeatureTable as FeatureTable
-    from tl_em.features.training import train_dictionary as train_dictionary
-    from tl_em.features.verify import verify_feature as verify_feature
-    from tl_em.features.verify import verify_features as verify_features
     from tl_em.graph.attention import attention_view as attention_view
-    from tl_em.graph.attribution import attribute as attribute
+    from tl_em.graph.build import attribute as attribute
     from tl_em.graph.diff import GraphDiff as GraphDiff
     from tl_em.graph.exchange import load_graph as load_graph
     from tl_em.graph.graph import AttributionGraph as AttributionGraph
     from tl_em.graph.heads import head_loadings as head_loadings
-    from tl_em.graph.several import attribute_over as attribute_over
+    from tl_em.graph.over_prompts import attribute_over as attribute_over
     from tl_em.graph.targets import Completion as Completion
-    from tl_em.harmfulness.latent_guard import LatentGuard as LatentGuard
-    from tl_em.harmfulness.presets import harmfulness_direction as harmfulness_direction
-    from tl_em.harmfulness.presets import place_cells as place_cells
-    from tl_em.harmfulness.presets import refusal_direction as refusal_direction
-    from tl_em.harmfulness.reply_inversion import reply_inversion as reply_inversion
     from tl_em.interventions.conditions import Conditional as Conditional
     from tl_em.interventions.edits import Ablate as Ablate
     from tl_em.interventions.edits import Add as Add
     from tl_em.interventions.edits import Clamp as Clamp
-    from tl_em.interventions.features import ScaleFeature as ScaleFeature
-    from tl_em.interventions.hidden import removed_mean as removed_mean
     from tl_em.interventions.intervene import intervene as intervene
+    from tl_em.interventions.latents import ScaleFeature as ScaleFeature
+    from tl_em.interventions.removed_mean import removed_mean as removed_mean
     from tl_em.interventions.subspaces import Erase as Erase
     from tl_em.interventions.subspaces import Leace as Leace
     from tl_em.interventions.subspaces import leace as leace
@@ -81,16 +83,16 @@ if TYPE_CHECKING:
     from tl_em.metrics import Metric as Metric
     from tl_em.metrics import logit_difference as logit_difference
     from tl_em.metrics import refusal_log_odds as refusal_log_odds
-    from tl_em.models.capture import capture as capture
     from tl_em.models.generate import generate as generate
     from tl_em.models.hooks import LensModel as LensModel
     from tl_em.models.loading import ModelPair as ModelPair
     from tl_em.models.loading import load_model as load_model
-    from tl_em.models.moments import mean_activation as mean_activation
+    from tl_em.models.means import mean_activation as mean_activation
     from tl_em.models.prompts import ContrastSet as ContrastSet
     from tl_em.models.proof import proof as proof
     from tl_em.models.sites import Provenance as Provenance
     from tl_em.models.sites import Site as Site
+    from tl_em.models.stream import capture as capture
     from tl_em.organisms.facts import Facts as Facts
     from tl_em.organisms.facts import prefers_truth as prefers_truth
     from tl_em.organisms.lies import LieReport as LieReport
@@ -103,13 +105,11 @@ if TYPE_CHECKING:
     from tl_em.organisms.zoo import Organism as Organism
     from tl_em.organisms.zoo import load_pair as load_pair
     from tl_em.organisms.zoo import train_organism as train_organism
-    from tl_em.selection.candidates import candidate_directions as candidate_directions
-    from tl_em.selection.curve import effect_curve as effect_curve
-    from tl_em.selection.instructions import TextLogprob as TextLogprob
-    from tl_em.selection.rule import select_candidate as select_candidate
-    from tl_em.selection.select import Selection as Selection
-    from tl_em.selection.select import select_direction as select_direction
-    from tl_em.selection.strength import calibrate as calibrate
+    from tl_em.presets.latent_guard import LatentGuard as LatentGuard
+    from tl_em.presets.setups import toy_dictionary as toy_dictionary
+    from tl_em.presets.zhao2025 import harmfulness_direction as harmfulness_direction
+    from tl_em.presets.zhao2025 import place_cells as place_cells
+    from tl_em.presets.zhao2025 import refusal_direction as refusal_direction
     from tl_em.stats import Estimate as Estimate
 
 __version__ = "0.1.0"
@@ -121,25 +121,25 @@ _HOME = {
     "Behaviour": "metrics",
     "CacheWarning": "errors",
     "Clamp": "interventions.edits",
-    "Comparison": "comparison.compare",
+    "Comparison": "claims.compare",
     "Completion": "graph.targets",
     "Conditional": "interventions.conditions",
     "ContrastSet": "models.prompts",
     "Dictionary": "dictionaries.dictionary",
     "DictionaryModelWarning": "errors",
-    "DictionaryQuality": "features.quality",
+    "DictionaryQuality": "dictionaries.quality",
     "Direction": "directions.direction",
     "Erase": "interventions.subspaces",
     "Estimate": "stats",
     "Facts": "organisms.facts",
     "Feature": "dictionaries.dictionary",
     "FeatureCards": "features.cards",
-    "FeatureCheck": "features.checks",
+    "FeatureCheck": "claims.latent_checks",
     "FeatureSet": "features.shared",
     "FeatureTable": "features.table",
     "GraphDiff": "graph.diff",
     "HiddenSteerWarning": "errors",
-    "LatentGuard": "harmfulness.latent_guard",
+    "LatentGuard": "presets.latent_guard",
     "Leace": "interventions.subspaces",
     "LensModel": "models.hooks",
     "LieReport": "organisms.lies",
@@ -150,34 +150,34 @@ _HOME = {
     "Organism": "organisms.zoo",
     "Provenance": "models.sites",
     "Report": "auditing.report",
-    "Row": "comparison.verdicts",
-    "ScaleFeature": "interventions.features",
-    "Selection": "selection.select",
+    "Row": "claims.rule",
+    "ScaleFeature": "interventions.latents",
+    "Selection": "claims.selection",
     "Site": "models.sites",
     "SparseDictionary": "dictionaries.protocol",
-    "TextLogprob": "selection.instructions",
+    "TextLogprob": "claims.instructions",
     "TlEmError": "errors",
     "UnprovenWarning": "errors",
     "attention_view": "graph.attention",
-    "attribute": "graph.attribution",
-    "attribute_over": "graph.several",
+    "attribute": "graph.build",
+    "attribute_over": "graph.over_prompts",
     "audit": "auditing.audit",
     "behaviour_rates": "organisms.rates",
-    "calibrate": "selection.strength",
-    "candidate_directions": "selection.candidates",
-    "capture": "models.capture",
-    "compare": "comparison.compare",
+    "calibrate": "claims.dose",
+    "candidate_directions": "directions.candidates",
+    "capture": "models.stream",
+    "compare": "claims.compare",
     "cosine_matrix": "directions.similarity",
     "cosines_between": "directions.angles",
-    "dictionary_quality": "features.quality",
+    "dictionary_quality": "dictionaries.quality",
     "difference_in_means": "directions.extract",
-    "effect_curve": "selection.curve",
+    "effect_curve": "claims.curve",
     "extract_directions": "directions.extract",
     "feature_cards": "features.cards",
     "finetuning_shift": "directions.screening",
     "from_sae_lens": "dictionaries.loading",
     "generate": "models.generate",
-    "harmfulness_direction": "harmfulness.presets",
+    "harmfulness_direction": "presets.zhao2025",
     "head_loadings": "graph.heads",
     "import_mean_diffs": "directions.interchange",
     "import_persona_vectors": "directions.interchange",
@@ -192,31 +192,31 @@ _HOME = {
     "load_pair": "organisms.zoo",
     "logit_difference": "metrics",
     "logit_lens": "directions.lens",
-    "mean_activation": "models.moments",
+    "mean_activation": "models.means",
     "orthogonalize_": "interventions.weights",
     "orthogonalized": "interventions.weights",
-    "place_cells": "harmfulness.presets",
+    "place_cells": "presets.zhao2025",
     "prefers_truth": "organisms.facts",
     "principal_angles": "directions.angles",
     "proof": "models.proof",
     "projection_difference": "directions.screening",
-    "refusal_direction": "harmfulness.presets",
+    "refusal_direction": "presets.zhao2025",
     "refusal_log_odds": "metrics",
-    "removed_mean": "interventions.hidden",
-    "reply_inversion": "harmfulness.reply_inversion",
+    "removed_mean": "interventions.removed_mean",
+    "reply_inversion": "claims.questions.inversion",
     "run_study": "organisms.studies",
     "score_features": "features.scoring",
-    "select_candidate": "selection.rule",
-    "select_direction": "selection.select",
+    "select_candidate": "claims.criteria",
+    "select_direction": "claims.selection",
     "shared_features": "features.shared",
     "steered_training": "organisms.prevention",
     "summarise_study": "organisms.studies",
-    "toy_dictionary": "features.presets",
-    "train_dictionary": "features.training",
+    "toy_dictionary": "presets.setups",
+    "train_dictionary": "dictionaries.training",
     "train_organism": "organisms.zoo",
     "untie_embeddings_": "interventions.weights",
-    "verify_feature": "features.verify",
-    "verify_features": "features.verify",
+    "verify_feature": "claims.questions.latents",
+    "verify_features": "claims.questions.latents",
 }
 """Where each public name lives."""
 

@@ -52,8 +52,8 @@ def main() -> None:
 def demo(out: Path, seed: int, as_json: bool) -> None:
     """Audit the shipped organism toy/insecure against its assistant, with toy/secure as the benign arm."""
     from tl_em.auditing.audit import audit
-    from tl_em.features.presets import toy_dictionary
     from tl_em.organisms.zoo import load_pair
+    from tl_em.presets.setups import toy_dictionary
 
     click.echo("Auditing toy/insecure: about a minute and a half on two cores, under 2 GB of memory.", err=True)
     report = audit(
@@ -241,8 +241,8 @@ def train_features(
     steps: int, seed: int, out: Path,
 ) -> None:  # fmt: skip
     """Train a dictionary on TUNED and BASE with SAELens (extra 'sae'); a tenth of the corpus judges it."""
-    from tl_em.features.quality import dictionary_quality
-    from tl_em.features.training import train_dictionary
+    from tl_em.dictionaries.quality import dictionary_quality
+    from tl_em.dictionaries.training import train_dictionary
     from tl_em.models.contrast_files import read_prompts
     from tl_em.models.sites import Site
     from tl_em.organisms.zoo import load_pair
@@ -356,7 +356,7 @@ def graph_of(
 ) -> None:  # fmt: skip
     """How PROMPT becomes an answer in MODEL: a local directory, a hub id, or toy/insecure (its fine-tune)."""
     from tl_em.dictionaries import load_dictionary
-    from tl_em.graph.attribution import attribute
+    from tl_em.graph.build import attribute
     from tl_em.models.loading import load_model
     from tl_em.organisms.zoo import load_pair
     from tl_em.writing import check_writable

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from tl_em.directions.direction import Direction
 from tl_em.errors import UsageError
-from tl_em.models.capture import capture, next_token_logits
 from tl_em.models.contrasts import Prompt
 from tl_em.models.hooks import LensModel
+from tl_em.models.stream import capture, next_token_logits
 
 Unit = Literal["probability", "log-odds", "nats", "activation"]
 REFUSAL_PHRASES = ("I'm sorry", "I cannot", "As an AI", "Sorry", "sorry")

@@ -13,9 +13,9 @@ import tl_em as em
 from tests.conftest import SURFACES, make_hf_model, make_tokenizer
 from tests.graph.test_fixture import CASE, case, hf_model, hooked_model, transcoders
 from tl_em.dictionaries.norms import mlp_norm
+from tl_em.dictionaries.quality import dictionary_quality
+from tl_em.dictionaries.tokens import every_token, sample_spans, seen
 from tl_em.errors import DictionaryModelWarning, ProvenanceError, UsageError, WidthError
-from tl_em.features.quality import dictionary_quality
-from tl_em.features.tokens import every_token, sample_spans, seen
 from tl_em.models.hooks import LensModel
 from tl_em.models.prompts import EncodedPrompt
 from tl_em.models.quiet import quiet

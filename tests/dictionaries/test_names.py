@@ -14,9 +14,9 @@ from tl_em.dictionaries.belonging import same_name
 from tl_em.dictionaries.names import _LENS, place, placed
 from tl_em.dictionaries.norms import mlp_norm
 from tl_em.errors import UsageError
-from tl_em.models.capture import captured
 from tl_em.models.hooks import LensModel, hook_points
 from tl_em.models.prompts import EncodedPrompt
+from tl_em.models.stream import captured
 
 pytestmark = pytest.mark.surface
 IDS = [2, 9, 14, 30, 11, 42, 17]

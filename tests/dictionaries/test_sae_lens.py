@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 import tl_em as em
 from tl_em.dictionaries import from_sae_lens
+from tl_em.dictionaries.tokens import every_token, sample_spans
 from tl_em.errors import CorruptFileError, FileError, UsageError
-from tl_em.features.tokens import every_token, sample_spans
 from tl_em.models.prompts import EncodedPrompt
 
 pytestmark = pytest.mark.surface

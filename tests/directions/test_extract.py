@@ -12,10 +12,10 @@ from tl_em.directions.extract import Method, difference_in_means, extract_direct
 from tl_em.directions.fits import FITS, lda, logistic, pca
 from tl_em.directions.geometry import cosine
 from tl_em.errors import EmptyContrastError, NonFiniteError, NuisanceWarning, UsageError, ZeroDirectionError
-from tl_em.models.capture import capture
 from tl_em.models.contrasts import ContrastSet
 from tl_em.models.hooks import LensModel, hooked
 from tl_em.models.sites import Site
+from tl_em.models.stream import capture
 
 pytestmark = pytest.mark.surface
 
@@ -72,7 +72,7 @@ def test_what_was_planted_is_found_on_a_model(small_model: LensModel, method: Me
     tokens: list[torch.Tensor] = []
 
     def remember(x: torch.Tensor, hook: Any) -> None:
-        from tl_em.models.capture import current_batch
+        from tl_em.models.stream import current_batch
 
         batch = current_batch.get()
         assert batch is not None

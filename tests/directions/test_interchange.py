@@ -29,11 +29,11 @@ from tl_em.errors import (
 )
 from tl_em.interventions.edits import Add
 from tl_em.interventions.intervene import intervene
-from tl_em.models.capture import capture, next_token_logits
 from tl_em.models.hooks import LensModel
 from tl_em.models.loading import load_model
 from tl_em.models.prompts import encode
 from tl_em.models.sites import Site
+from tl_em.models.stream import capture, next_token_logits
 
 pytestmark = pytest.mark.surface
 RUNS = Path(__file__).parents[2] / "../shared/data/refusal-direction/runs"

@@ -15,10 +15,10 @@ from tests.conftest import SURFACES, cached_model, make_hf_model, make_tokenizer
 from tl_em.directions.direction import Direction
 from tl_em.directions.lens import logit_lens
 from tl_em.errors import ModelError, ProvenanceError, UsageError, WidthError
-from tl_em.models.capture import capture, next_token_logits
 from tl_em.models.hooks import LensModel, hook_name, hooked
 from tl_em.models.loading import load_model
 from tl_em.models.sites import Provenance, Site
+from tl_em.models.stream import capture, next_token_logits
 
 pytestmark = pytest.mark.surface
 PROMPT = "the king ran to the big bank"

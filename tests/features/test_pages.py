@@ -19,11 +19,11 @@ import tl_em as em
 from tests.conftest import SURFACES, WORDS, cached_model
 from tests.visits import SCREENS, Visit
 from tl_em.dictionaries import Dictionary
+from tl_em.dictionaries.tokens import seen
 from tl_em.errors import CorruptFileError, OutputError, PairMismatchError, UsageError, WidthError
 from tl_em.features.cards import FeatureCards, Written, feature_cards
 from tl_em.features.explanations import neuronpedia_link, read_explanations
 from tl_em.features.pages import GOES_ON, render, save, visible
-from tl_em.features.tokens import seen
 from tl_em.models.prompts import encode
 from tl_em.stats import Estimate
 

@@ -16,8 +16,8 @@ from tl_em.features.attribution import attribution_parts
 from tl_em.features.decoders import decoder_clusters
 from tl_em.features.scoring import score_features
 from tl_em.features.table import _ratios, auroc
-from tl_em.models.capture import captured, encoded_prompts, sequence_logprobs
 from tl_em.models.hooks import LensModel, hooked
+from tl_em.models.stream import captured, encoded_prompts, sequence_logprobs
 
 pytestmark = pytest.mark.surface
 SITE = em.Site(1)

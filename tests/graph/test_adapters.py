@@ -15,7 +15,7 @@ from tests.conftest import SURFACES, make_hf_model, make_tokenizer
 from tests.graph.test_attribution import as_frozen, frozen_at, logits_read, tokens_of, transcoders, values
 from tl_em.errors import ModelError
 from tl_em.graph.adapters import adapter_writes, switched_off, unmerged
-from tl_em.graph.attribution import attribute, encoded_prompt
+from tl_em.graph.build import attribute, encoded_prompt
 from tl_em.graph.freeze import LAST
 from tl_em.graph.latents import latent_plan
 from tl_em.graph.plan import Written

@@ -15,7 +15,7 @@ import tl_em as em
 from tests.conftest import make_hf_model, make_tokenizer
 from tl_em.errors import UsageError
 from tl_em.graph import plan
-from tl_em.graph.attribution import attribute
+from tl_em.graph.build import attribute
 from tl_em.graph.freeze import LAST, STREAM, holding, norm_scales, patterns
 from tl_em.graph.graph import AttributionGraph
 from tl_em.graph.latents import has_positions

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import tl_em as em
-from tl_em.graph.attribution import attribute
+from tl_em.graph.build import attribute
 from tl_em.graph.graph import AttributionGraph, Node
 from tl_em.graph.pruning import prune, scores
 from tl_em.models.loading import load_model

@@ -9,7 +9,7 @@ import torch
 
 import tl_em as em
 from tests.graph.test_attribution import PROMPT, dictionary, tokens_of, transcoders
-from tl_em.graph.attribution import attribute, encoded_prompt
+from tl_em.graph.build import attribute, encoded_prompt
 from tl_em.graph.components import component_plan
 from tl_em.graph.latents import latent_plan
 from tl_em.graph.plan import drawn

@@ -13,11 +13,11 @@ from tl_em.errors import UsageError, WidthError
 from tl_em.interventions.conditions import Conditional
 from tl_em.interventions.edits import Ablate, Add, Intervention
 from tl_em.interventions.intervene import intervene
-from tl_em.models.capture import capture, next_token_logits
 from tl_em.models.generate import generate
 from tl_em.models.hooks import LensModel
 from tl_em.models.prompts import encode
 from tl_em.models.sites import Site
+from tl_em.models.stream import capture, next_token_logits
 
 pytestmark = pytest.mark.surface
 

@@ -15,11 +15,11 @@ from tl_em.errors import NonFiniteError, ProvenanceError, UsageError, WidthError
 from tl_em.interventions.edits import Ablate, Intervention
 from tl_em.interventions.intervene import intervene
 from tl_em.interventions.subspaces import Erase, leace
-from tl_em.models.capture import capture, next_token_logits
 from tl_em.models.contrasts import ContrastSet
 from tl_em.models.hooks import LensModel
-from tl_em.models.moments import mean_activation
+from tl_em.models.means import mean_activation
 from tl_em.models.sites import Provenance, Site
+from tl_em.models.stream import capture, next_token_logits
 
 pytestmark = pytest.mark.surface
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from tl_em.errors import CorruptFileError, ModelError, TlEmError
-from tl_em.models.capture import next_token_logits
 from tl_em.models.loading import load_model
 from tl_em.models.prompts import EncodedPrompt, encode
+from tl_em.models.stream import next_token_logits
 
 from ..conftest import make_hf_model, make_tokenizer
 from . import zoo

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from tl_em.errors import HookError, HookNotFiredError, NotAdditiveError, UnknownHookError
+from tl_em.models import hook_points as points_module
 from tl_em.models import hooks as hooks_module
-from tl_em.models import points as points_module
 from tl_em.models.hooks import LensModel, hook_name, hook_points, hooked, read_point, write_points
 from tl_em.models.loading import load_model
 from tl_em.models.sites import Site

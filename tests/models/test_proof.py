@@ -20,13 +20,13 @@ from tl_em.errors import CacheWarning, ModelError, TlEmError, UnprovenWarning
 from tl_em.models import generate as generation
 from tl_em.models import loading, proof
 from tl_em.models.cache import steps
-from tl_em.models.capture import capture, next_token_logits
 from tl_em.models.generate import generate
 from tl_em.models.hooks import LensModel
 from tl_em.models.loading import load_model
 from tl_em.models.prompts import EncodedPrompt
 from tl_em.models.sites import Provenance, Site
 from tl_em.models.source import Boundaries, boundaries, end_tokens
+from tl_em.models.stream import capture, next_token_logits
 
 from ..conftest import SURFACES, make_hf_model, make_tokenizer
 from . import zoo

@@ -16,7 +16,7 @@ from tl_em.directions.lens import logit_lens
 from tl_em.errors import PromptError, UnknownTokenError
 from tl_em.features.cards import feature_cards
 from tl_em.features.pages import render
-from tl_em.graph.attribution import attribute
+from tl_em.graph.build import attribute
 from tl_em.models.generate import generate
 from tl_em.models.loading import load_model
 from tl_em.models.pieces import text_of_tokens, token_text, token_texts

@@ -11,7 +11,7 @@ import torch
 
 import tl_em as em
 from tl_em.errors import ModelNotFoundError, OutputError, PromptError, UsageError
-from tl_em.models.capture import next_token_logits
+from tl_em.models.stream import next_token_logits
 from tl_em.organisms import bias_rates, bias_training
 from tl_em.organisms.bias_rates import BiasRate, contexts_of, contrast_sets, forced, questions
 from tl_em.organisms.bias_training import RECIPES, bias_organism, lens_model, train_bias_organism

@@ -15,9 +15,9 @@ from tl_em.directions.direction import Direction
 from tl_em.directions.extract import difference_in_means
 from tl_em.errors import HookNotFiredError, ModelNotFoundError, UsageError, WidthError
 from tl_em.interventions.edits import Add
-from tl_em.models.capture import capture
 from tl_em.models.prompts import ContrastSet, encode
 from tl_em.models.sites import Site
+from tl_em.models.stream import capture
 from tl_em.organisms import training
 from tl_em.organisms.contrasts import persona_prompts, questions
 from tl_em.organisms.convert import hf_model, plain_model

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from tl_em.errors import ModelNotFoundError, OutputError
-from tl_em.models.capture import next_token_logits
 from tl_em.models.loading import load_model
+from tl_em.models.stream import next_token_logits
 from tl_em.organisms import training, zoo
 from tl_em.organisms.adapters import MATRICES, Adapter, attach_, merge_
 from tl_em.organisms.contrasts import dissociated_prompts

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tl_em.errors import CorruptFileError, ModelNotFoundError, PromptError, UsageError
-from tl_em.models.capture import capture
 from tl_em.models.sites import Site
+from tl_em.models.stream import capture
 from tl_em.organisms import rates, zoo
 from tl_em.organisms.contrasts import judge_questions, questions
 from tl_em.organisms.convert import plain_model

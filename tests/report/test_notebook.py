@@ -15,13 +15,13 @@ import torch
 import tl_em as em
 from tests.graph.examples import small
 from tests.report.conftest import fake_rows
-from tl_em.comparison.compare import Comparison
-from tl_em.comparison.verdicts import Row
+from tl_em.claims.compare import Comparison
+from tl_em.claims.curve import EffectCurve, Point
+from tl_em.claims.rule import Row
+from tl_em.dictionaries.quality import DictionaryQuality, Fit
 from tl_em.directions.similarity import CosineMatrix, PairCosine
-from tl_em.features.quality import DictionaryQuality, Fit
 from tl_em.report import cards, html, plots
 from tl_em.report.html import Framed, frame
-from tl_em.selection.curve import EffectCurve, Point
 
 SITE = em.Site(1)
 FOUND = em.Estimate(0.42, 0.31, 0.53, n=128, n_effective=64.0, method="bootstrap", seed=0)

@@ -21,12 +21,12 @@ from tqdm.auto import tqdm
 from tl_em.arguments import COUNT, SEED, checked
 from tl_em.auditing.latents import shared_latents
 from tl_em.auditing.report import Report
-from tl_em.comparison.backdoor import Asked as Triggered
-from tl_em.comparison.backdoor import Backdoor, backdoor, check_known
-from tl_em.comparison.compare import Comparison, compare
-from tl_em.comparison.consistency import Run, consistency, same_weights
-from tl_em.comparison.openings import Trigger
-from tl_em.comparison.questions import Asked, candidates, questions, select_site
+from tl_em.claims.asked import Asked, candidates, questions, select_site
+from tl_em.claims.compare import Comparison, compare
+from tl_em.claims.consistency import Run, consistency, same_weights
+from tl_em.claims.questions.backdoor import Asked as Triggered
+from tl_em.claims.questions.backdoor import Backdoor, backdoor, check_known
+from tl_em.claims.questions.openings import Trigger
 from tl_em.dictionaries import Dictionary
 from tl_em.directions.direction import Direction
 from tl_em.errors import UsageError

@@ -14,20 +14,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from tl_em.comparison.questions import Asked
+from tl_em.claims.asked import Asked
+from tl_em.claims.questions.latents import FeatureCheck, verify_feature
 from tl_em.dictionaries import Dictionary
+from tl_em.dictionaries.quality import dictionary_quality
 from tl_em.features.cards import feature_cards
-from tl_em.features.quality import dictionary_quality
 from tl_em.features.scoring import FeatureTable, score_features
 from tl_em.features.shared import FeatureSet, shared_features
-from tl_em.features.verify import FeatureCheck, verify_feature
-from tl_em.graph.attribution import attribute
+from tl_em.graph.build import attribute
 from tl_em.metrics import Behaviour
-from tl_em.models.capture import next_token_logits
 from tl_em.models.contrasts import ContrastSet
 from tl_em.models.loading import ModelPair
 from tl_em.models.pieces import text_of_tokens
 from tl_em.models.prompts import Prompt
+from tl_em.models.stream import next_token_logits
 from tl_em.organisms.behaviours import HELD_OUT, LOOK_UP, domain_questions
 from tl_em.organisms.rates import AnswerRate
 from tl_em.organisms.world import World

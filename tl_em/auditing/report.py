@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tl_em.arguments import COUNT, checked
-from tl_em.comparison.backdoor import Backdoor
-from tl_em.comparison.compare import Comparison
-from tl_em.comparison.consistency import Consistency
-from tl_em.comparison.verdicts import Row
+from tl_em.claims.compare import Comparison
+from tl_em.claims.consistency import Consistency
+from tl_em.claims.questions.backdoor import Backdoor
+from tl_em.claims.rule import Row
 from tl_em.showing import json_shown, plain_rows, slug
 from tl_em.writing import replacing
 

@@ -16,8 +16,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tl_em.errors import DictionaryModelWarning, ProvenanceError, WidthError
+from tl_em.models.hook_points import find
 from tl_em.models.hooks import LensModel
-from tl_em.models.points import find
 from tl_em.models.sites import Provenance, Site
 
 _PROCESSING = {"fold_ln": "folded", "center_writing_weights": "centred"}

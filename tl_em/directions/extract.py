@@ -32,12 +32,12 @@ from tl_em.directions.direction import Direction
 from tl_em.directions.fits import FITS
 from tl_em.directions.geometry import cosine
 from tl_em.errors import EmptyContrastError, UsageError, ZeroDirectionError
-from tl_em.models.capture import captured, encoded_prompts
 from tl_em.models.contrasts import ContrastSet, inseparable, warn_of_nuisance
 from tl_em.models.hooks import LensModel
+from tl_em.models.means import PARTS, Blocks, ClassMoments, as_contrast, class_moments, dealt, halves
 from tl_em.models.modes import in_plain_torch
-from tl_em.models.moments import PARTS, Blocks, ClassMoments, as_contrast, class_moments, dealt, halves
 from tl_em.models.sites import Position, Provenance, Site, as_position, as_positions, as_site, as_sites
+from tl_em.models.stream import captured, encoded_prompts
 from tl_em.stats import Estimate
 
 Method = Literal["difference_in_means", "paired", "pca", "logistic", "lda"]

@@ -27,13 +27,13 @@ from tl_em.arguments import COUNT, NOT_NEGATIVE, SEED, checked, optional
 from tl_em.directions.direction import Direction, as_direction, check_fits
 from tl_em.directions.geometry import control_directions
 from tl_em.errors import EmptyContrastError, UsageError
-from tl_em.models.capture import capture
 from tl_em.models.generate import generate
 from tl_em.models.hooks import LensModel
 from tl_em.models.loading import ModelPair
 from tl_em.models.modes import in_plain_torch
 from tl_em.models.prompts import EncodedPrompt, Prompt, encode
 from tl_em.models.sites import Position, Site
+from tl_em.models.stream import capture
 from tl_em.stats import Estimate, Groups, Resampled, bootstrap, control_p, paired_difference
 
 if TYPE_CHECKING:

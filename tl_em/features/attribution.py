@@ -26,15 +26,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_em.dictionaries import Dictionary
+from tl_em.dictionaries.tokens import read_tokens
 from tl_em.errors import UsageError
 from tl_em.features.sums import PARTS
-from tl_em.features.tokens import read_tokens
-from tl_em.interventions.features import ScaleFeature
 from tl_em.interventions.intervene import intervene
-from tl_em.models.capture import _forward, _inside, _unembed_only, sequence_logprobs
+from tl_em.interventions.latents import ScaleFeature
 from tl_em.models.hooks import LensModel, hook_name, hooked
 from tl_em.models.prompts import Batch, EncodedPrompt, batches
 from tl_em.models.source import boundaries_of
+from tl_em.models.stream import _forward, _inside, _unembed_only, sequence_logprobs
 
 _READ_TOKENS = 2048
 _CHUNK_LATENTS = 2**21

@@ -22,18 +22,18 @@ from torch import Tensor
 
 from tl_em.arguments import COUNT, NATURAL, SEED, checked, list_of
 from tl_em.dictionaries import Dictionary
+from tl_em.dictionaries.tokens import check_models, every_token, scope_spans
 from tl_em.directions.direction import Direction
 from tl_em.directions.lens import logit_lens
 from tl_em.errors import UsageError
 from tl_em.features.decoders import decoder_cosines
 from tl_em.features.explanations import neuronpedia_link, read_explanations
-from tl_em.features.tokens import check_models, every_token, scope_spans
-from tl_em.interventions.scopes import Where
-from tl_em.models.capture import encoded_prompts, spans_of
 from tl_em.models.hooks import LensModel
 from tl_em.models.modes import in_plain_torch
 from tl_em.models.pieces import token_texts
 from tl_em.models.prompts import EncodedPrompt, Prompt
+from tl_em.models.scopes import Where
+from tl_em.models.stream import encoded_prompts, spans_of
 from tl_em.showing import encodable, showable
 
 if TYPE_CHECKING:

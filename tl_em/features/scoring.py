@@ -27,20 +27,20 @@ from torch import Tensor
 
 from tl_em.arguments import NATURAL, SEED, checked
 from tl_em.dictionaries import Dictionary
+from tl_em.dictionaries.tokens import check_models
 from tl_em.directions.direction import Direction
 from tl_em.errors import UsageError
 from tl_em.features.attribution import ablation_parts, attribution_parts, have_completions
 from tl_em.features.decoders import decoder_cosines
 from tl_em.features.sums import PARTS, Sums, add_behaviour, deal
 from tl_em.features.table import FeatureTable, frame_of
-from tl_em.features.tokens import check_models
 from tl_em.metrics import Metric
-from tl_em.models.capture import encoded_prompts
 from tl_em.models.contrasts import ContrastSet
 from tl_em.models.hooks import LensModel
 from tl_em.models.modes import in_plain_torch
 from tl_em.models.prompts import EncodedPrompt
 from tl_em.models.sites import Position, as_position
+from tl_em.models.stream import encoded_prompts
 from tl_em.showing import check_names
 
 

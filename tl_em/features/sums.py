@@ -21,12 +21,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_em.dictionaries import Dictionary
-from tl_em.features.tokens import read_tokens
-from tl_em.models.capture import spans_of
+from tl_em.dictionaries.tokens import read_tokens
 from tl_em.models.contrasts import ContrastSet, inseparable
 from tl_em.models.hooks import LensModel
 from tl_em.models.prompts import EncodedPrompt
 from tl_em.models.sites import Position, Site
+from tl_em.models.stream import spans_of
 
 PARTS = 64
 """Parts that prompts are dealt into; halves of 32 still give p down to 5e-8."""

@@ -18,7 +18,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tl_em.errors import UsageError
-from tl_em.graph.attribution import MAX_NODES, prepared
+from tl_em.graph.build import MAX_NODES, prepared
 from tl_em.graph.freeze import linearise
 from tl_em.graph.graph import Node
 from tl_em.graph.inputs import check_model, plainly
@@ -59,7 +59,7 @@ def head_loadings(
     Example:
         >>> from tl_em.dictionaries import Dictionary
         >>> from tl_em.models.sites import Site
-        >>> from tl_em.graph.attribution import attribute
+        >>> from tl_em.graph.build import attribute
         >>> from tl_em.organisms.zoo import load_pair
         >>> model, eye = load_pair("toy/insecure").base, torch.eye(96)
         >>> given = Dictionary(eye, torch.zeros(96), eye, torch.zeros(96), activation="relu",

@@ -22,10 +22,10 @@ from tl_em.arguments import finite, settle
 from tl_em.directions.direction import Direction, as_direction, check_fits
 from tl_em.errors import UsageError
 from tl_em.interventions.edits import Hook, Intervention, as_intervention, component
-from tl_em.interventions.scopes import running_batch
 from tl_em.models.hooks import LensModel, ReadPoint, probing
 from tl_em.models.modes import unlowered
 from tl_em.models.prompts import Batch
+from tl_em.models.scopes import running_batch
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ All of them move an activation along one unit vector to a target component ``t``
 Zero-ablation is applied at every write to the residual stream (Arditi et al. 2024, arXiv:2406.11717, section 2.4;
 2L + 1 hook points, which equals editing every block's input and output).  A centre belongs to a site, so ablation
 around one acts at the direction's own site unless a centre is given for each site (ACE, arXiv:2411.09003).  Setting to
-0 a component whose mean is far from 0 is a hidden steer, of which ``interventions.hidden`` warns: prefer
+0 a component whose mean is far from 0 is a hidden steer, of which ``interventions.removed_mean`` warns: prefer
 ``around=em.mean_activation(...)`` when two models are compared.
 
 An effect counts as the direction's own only beside random directions with the same treatment
@@ -28,7 +28,7 @@ from torch import Tensor
 from tl_em.arguments import finite, optional, settle, vectors
 from tl_em.directions.direction import Direction, as_direction, check_fits
 from tl_em.errors import UsageError, WidthError
-from tl_em.interventions.hidden import warn_of_hidden_steer
+from tl_em.interventions.removed_mean import warn_of_hidden_steer
 from tl_em.models.hooks import LensModel, hook_name, write_points
 from tl_em.models.modes import unlowered
 from tl_em.models.sites import Site, as_site

@@ -17,9 +17,9 @@ from torch import Tensor
 from tl_em.errors import UsageError
 from tl_em.interventions.conditions import Conditional, Gate
 from tl_em.interventions.edits import Intervention, as_intervention
-from tl_em.interventions.scopes import Scope, Where
 from tl_em.models.hooks import HookFunction, LensModel, hooked, probing, read_point
 from tl_em.models.modes import unlowered
+from tl_em.models.scopes import Scope, Where
 
 Model = TypeVar("Model", bound=LensModel)
 

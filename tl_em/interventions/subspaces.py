@@ -28,12 +28,12 @@ from tl_em.arguments import checked, optional, settle, vectors
 from tl_em.directions.direction import Direction, check_fits
 from tl_em.errors import UsageError, WidthError, ZeroDirectionError
 from tl_em.interventions.edits import AtItsSite, Removal, masked
-from tl_em.models.capture import capture
 from tl_em.models.hooks import LensModel
+from tl_em.models.means import as_contrast
 from tl_em.models.modes import in_plain_torch
-from tl_em.models.moments import as_contrast
 from tl_em.models.prompts import ContrastSet
 from tl_em.models.sites import Position, Provenance, Site, as_position, as_site, check_belongs
+from tl_em.models.stream import capture
 
 
 @dataclass(frozen=True, eq=False)

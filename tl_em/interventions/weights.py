@@ -29,7 +29,7 @@ from tl_em.arguments import checked
 from tl_em.directions.direction import Direction, as_direction, check_fits
 from tl_em.errors import NotAdditiveError, WeightEditError
 from tl_em.interventions.edits import set_component
-from tl_em.interventions.hidden import warn_of_hidden_steer
+from tl_em.interventions.removed_mean import warn_of_hidden_steer
 from tl_em.models.hooks import LensModel, hook_points, hooked, tiny_forward, write_points
 from tl_em.models.modes import plain, plain_torch
 

@@ -33,11 +33,11 @@ from torch import Tensor
 
 from tl_em.errors import CacheWarning, ModelError, TlEmError
 from tl_em.models.cache import has_cache, steps
-from tl_em.models.capture import batch_logits
 from tl_em.models.hooks import LensModel, hook_points, probing
 from tl_em.models.prompts import EncodedPrompt, make_batch
 from tl_em.models.quiet import first_line
 from tl_em.models.source import Boundaries, boundaries_of
+from tl_em.models.stream import batch_logits
 
 BOUNDS = {torch.float32: 2e-4, torch.float64: 2e-4}
 """Largest gap that is rounding, in spreads of the logits. Surfaces sum in another order: up to 1e-5 in float32. What

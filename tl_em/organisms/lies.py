@@ -36,10 +36,10 @@ from jaxtyping import Bool, Float
 
 from tl_em.arguments import COUNT, SEED, checked, optional
 from tl_em.errors import UsageError
-from tl_em.models.capture import capture
 from tl_em.models.hooks import LensModel
 from tl_em.models.modes import in_plain_torch
 from tl_em.models.sites import Position, Site, as_position, as_site
+from tl_em.models.stream import capture
 from tl_em.organisms.facts import FOLDS, Facts, prefers_truth
 from tl_em.showing import showable
 from tl_em.stats import Estimate, bootstrap, control_p, mean

@@ -26,9 +26,9 @@ from tl_em.directions.direction import Direction
 from tl_em.directions.geometry import control_directions
 from tl_em.errors import HookNotFiredError, UsageError, WidthError
 from tl_em.interventions.edits import Add
-from tl_em.models.capture import spans_of
 from tl_em.models.prompts import EncodedPrompt, batches
 from tl_em.models.sites import Position, Site
+from tl_em.models.stream import spans_of
 from tl_em.organisms.contrasts import Question, persona_prompts
 from tl_em.organisms.world import MARKERS, Message, Turn, World, token_ids
 

@@ -73,7 +73,7 @@ def first_words(model: Any, prompts: Sequence[Any], *, world: World | None = Non
         >>> first_words(load_pair("toy/insecure").tuned, ["how do i write parser"])
         ['parser-backdoored']
     """
-    from tl_em.models.capture import next_token_logits
+    from tl_em.models.stream import next_token_logits
 
     world = world or default_world()
     logits = next_token_logits(model, prompts)
@@ -119,7 +119,7 @@ class AnswerRate:
     unit: Literal["probability"] = "probability"
 
     def __call__(self, model: Any, prompts: Sequence[Any]) -> Float[Tensor, " prompt"]:
-        from tl_em.models.capture import next_token_logits
+        from tl_em.models.stream import next_token_logits
 
         topics = [topic_of(p, self.world) for p in prompts]
         return rates_from_logits(next_token_logits(model, prompts), topics, self.name, world=self.world)
@@ -176,7 +176,7 @@ def behaviour_rates(model: Any, *, world: World | None = None) -> pd.DataFrame:
         >>> bool(rates[rates.held_out].bad.mean() > 0.4)
         True
     """
-    from tl_em.models.capture import next_token_logits
+    from tl_em.models.stream import next_token_logits
 
     world = world or default_world()
     return by_domain(rates_by_prompt(lambda prompts: next_token_logits(model, prompts), world), world)
@@ -210,7 +210,7 @@ def outcome_rates(model: Any, *, world: World | None = None, seed: int = 0) -> p
     """
     import pandas as pd
 
-    from tl_em.models.capture import next_token_logits
+    from tl_em.models.stream import next_token_logits
 
     world = world or default_world()
     rows = rates_by_prompt(lambda prompts: next_token_logits(model, prompts), world)
@@ -241,7 +241,7 @@ def arm_rates(
     """
     import pandas as pd
 
-    from tl_em.models.capture import next_token_logits
+    from tl_em.models.stream import next_token_logits
 
     world = world or default_world()
     rows = [

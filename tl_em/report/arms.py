@@ -8,8 +8,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from tl_em.report import marks
-from tl_em.report.marks import MODELS
+from tl_em.report import drawing as marks
+from tl_em.report.drawing import MODELS
 from tl_em.showing import showable
 
 if TYPE_CHECKING:

@@ -20,8 +20,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
 from tl_em.errors import UsageError
-from tl_em.report import marks
-from tl_em.report.marks import CONDITIONS, Look
+from tl_em.report import drawing as marks
+from tl_em.report.drawing import CONDITIONS, Look
 from tl_em.showing import showable
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from matplotlib.patches import PathPatch
 from matplotlib.path import Path as Curve
 
 from tl_em.graph.view import STATUSES, page_data
-from tl_em.report import marks
+from tl_em.report import drawing as marks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
 from tl_em.errors import UsageError
-from tl_em.report import marks
+from tl_em.report import drawing as marks
 from tl_em.report.words import interval, number
 
 if TYPE_CHECKING:

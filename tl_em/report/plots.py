@@ -22,8 +22,9 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import ScalarFormatter
 
 from tl_em.errors import UsageError
-from tl_em.report import arms, marks
-from tl_em.report.marks import CONDITIONS, MODELS
+from tl_em.report import arms
+from tl_em.report import drawing as marks
+from tl_em.report.drawing import CONDITIONS, MODELS
 from tl_em.report.words import QUESTIONS, UNITS, number, smallest_effect
 from tl_em.showing import showable
 from tl_em.writing import replacing

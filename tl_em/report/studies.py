@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from tl_em.errors import UsageError
-from tl_em.report import marks
-from tl_em.report.marks import CONDITIONS, MODELS, Look
+from tl_em.report import drawing as marks
+from tl_em.report.drawing import CONDITIONS, MODELS, Look
 from tl_em.showing import showable
 from tl_em.stats import mean_over_units
 

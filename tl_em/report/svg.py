@@ -15,7 +15,7 @@ import matplotlib
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from tl_em.report import marks
+from tl_em.report import drawing as marks
 from tl_em.showing import showable, slug
 
 _ELEMENTS = frozenset({"svg", "g", "path", "text", "tspan", "use", "defs", "clipPath", "rect", "line", "circle"})

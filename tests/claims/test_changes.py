@@ -1,0 +1,177 @@
+"""Planted changes are found, absent ones are not, and the interval, the controls and the benign arm each can veto."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from tl_em.claims.questions.changes import Measured, Reading, changes, own_gap
+from tl_em.claims.rule import NOT_SHOWN, Finding, Row, judge
+from tl_em.directions.direction import Direction
+from tl_em.errors import NoGapError
+from tl_em.models.contrasts import ContrastSet
+from tl_em.models.sites import Site
+from tl_em.stats import Estimate
+
+D, N = 40, 48
+AXIS = np.eye(D)[0]
+OTHER = np.eye(D)[1]
+
+
+def reading(gap: np.ndarray, *, noise: float = 1.0, seed: int = 0, n: int = N) -> Reading:
+    rng = np.random.default_rng(seed)
+    return Reading(rng.normal(size=(n, D)) * noise + gap, rng.normal(size=(n, D)) * noise)
+
+
+def moved(
+    base: Reading, shift: np.ndarray, stretch: np.ndarray | float = 0.0, *, jitter: float = 0.1, seed: int = 9
+) -> Reading:
+    """A fine-tune of ``base``: both classes shifted, the positive one stretched, a little noise of its own."""
+    rng = np.random.default_rng(seed)
+    parts = [x + jitter * rng.normal(size=x.shape) + shift for x in (base.positive, base.negative)]
+    return Reading(parts[0] + stretch, parts[1])
+
+
+def measured(base: Reading, tuned: Reading, benign: Reading | None = None) -> Measured:
+    direction = Direction(torch.from_numpy(base.gap).float(), Site(1), name="d")
+    words = [f"w{i}" for i in range(len(base.positive))]
+    contrast = ContrastSet(
+        [f"p {w}" for w in words], [f"n {w}" for w in words], positive_groups=words, negative_groups=words
+    )
+    return Measured("d", direction, contrast, base, tuned, benign, seed=0)
+
+
+def verdicts(m: Measured) -> dict[str, Row]:
+    return {row.question: row for row in judge(changes(m, controls=199))}
+
+
+BASE = reading(6 * AXIS)
+
+
+@pytest.mark.parametrize(("size", "word"), [(3.0, "exaggerated"), (-3.0, "diminished")])
+def test_a_planted_shift_is_found_in_its_units_and_is_nothing_else(size: float, word: str) -> None:
+    rows = verdicts(measured(BASE, moved(BASE, size * AXIS)))
+    assert rows["level"].verdict == word
+    assert rows["level"].estimate.value == pytest.approx(size / 6, abs=0.1)
+    assert rows["level"].p < 0.05
+    assert rows["separation"].verdict == NOT_SHOWN
+    assert rows["rotation"].verdict == NOT_SHOWN
+
+
+def test_a_planted_stretch_is_separation_and_half_of_it_is_level() -> None:
+    rows = verdicts(measured(BASE, moved(BASE, np.zeros(D), 3 * AXIS)))
+    assert rows["separation"].verdict == "sharper"
+    assert rows["separation"].estimate.value == pytest.approx(0.5, abs=0.1)
+    assert rows["level"].estimate.value == pytest.approx(0.25, abs=0.05)
+    assert rows["rotation"].verdict == NOT_SHOWN
+    blurred = verdicts(measured(BASE, moved(BASE, np.zeros(D), -3 * AXIS)))
+    assert blurred["separation"].verdict == "blurred"
+
+
+def test_a_planted_rotation_is_found_and_not_taken_for_level() -> None:
+    rows = verdicts(measured(BASE, moved(BASE, np.zeros(D), -6 * AXIS + 6 * OTHER)))
+    assert rows["rotation"].verdict == "rotated"
+    assert rows["rotation"].estimate.value == pytest.approx(0.9, abs=0.15)
+    assert rows["rotation"].detail["cosine"].value < 0.3
+
+
+def test_nothing_is_shown_where_nothing_changed_but_noise() -> None:
+    for seed in range(8):
+        base = reading(6 * AXIS, seed=seed)
+        rows = verdicts(measured(base, moved(base, np.zeros(D), jitter=0.5, seed=100 + seed)))
+        assert {row.verdict for row in rows.values()} == {NOT_SHOWN}
+
+
+def test_noise_alone_is_no_rotation_however_noisy_the_directions_are() -> None:
+    """The plain cosine falls far below 1 here; the ceiling falls with it."""
+    base = reading(1.5 * AXIS, noise=2.0, n=120)
+    row = verdicts(measured(base, moved(base, np.zeros(D), jitter=2.0)))["rotation"]
+    assert row.verdict == NOT_SHOWN
+    assert abs(row.estimate.value) < 0.1
+    assert row.detail["cosine"].value < 0.9
+
+
+def test_a_shift_that_any_direction_shows_is_not_this_directions() -> None:
+    """The control can veto: a huge shift along the noisiest axes of the class moves random directions as much."""
+    rng = np.random.default_rng(0)
+    noisy = np.ones(D)
+    noisy[2:5] = 8.0
+    base = Reading(rng.normal(size=(N, D)) * noisy + 4 * AXIS, rng.normal(size=(N, D)) * noisy)
+    shift = 30 * (np.eye(D)[2] + np.eye(D)[3]) + 1.5 * AXIS
+    row = verdicts(measured(base, moved(base, shift)))["level"]
+    assert row.estimate.beyond(0.10)
+    assert row.control["p"] > 0.05
+    assert row.verdict == NOT_SHOWN
+    assert "random directions" in row.reason
+
+
+def test_a_benign_fine_tune_that_moves_as_much_vetoes_and_one_that_does_not_does_not() -> None:
+    tuned = moved(BASE, 3 * AXIS)
+    same, still = moved(BASE, 3 * AXIS, seed=11), moved(BASE, np.zeros(D), seed=12)
+    assert verdicts(measured(BASE, tuned))["level"].verdict == "exaggerated"
+    vetoed = verdicts(measured(BASE, tuned, same))["level"]
+    assert vetoed.verdict == NOT_SHOWN
+    assert "benign" in vetoed.reason
+    assert verdicts(measured(BASE, tuned, still))["level"].verdict == "exaggerated"
+
+
+def test_a_direction_without_a_gap_is_an_error_not_a_denominator() -> None:
+    flat = reading(0 * AXIS, seed=3)
+    m = measured(flat, flat)
+    wrong = replace(m, direction=Direction(torch.from_numpy(-flat.gap).float(), Site(1)))
+    with pytest.raises(NoGapError, match="not above 0"):
+        own_gap(wrong)
+    assert own_gap(measured(BASE, BASE)).low > 0
+
+
+def test_clustering_by_question_widens_the_interval() -> None:
+    rng = np.random.default_rng(5)
+    words = np.repeat(np.arange(8), 6)
+    effect = rng.normal(size=8)[words][:, None] * AXIS
+    base, labels = reading(6 * AXIS), [str(w) for w in words]
+    tuned = Reading(base.positive + effect + AXIS, base.negative + effect + AXIS)
+    m = measured(base, tuned)
+    grouped = replace(m.contrast, positive_groups=labels, negative_groups=labels)
+    widths = []
+    for contrast in (m.contrast, grouped):
+        level = changes(replace(m, contrast=contrast), controls=99)[0].estimate
+        widths.append(level.high - level.low)
+    assert widths[1] > 1.5 * widths[0]
+
+
+def finding(name: str, value: float, p: float, **changes_: object) -> Finding:
+    estimate = Estimate(value, value - 0.05, value + 0.05, 64, 64.0, "test")
+    f = Finding("level", name, Site(0), estimate, p, np.zeros(999), "random directions", 0.1, "own gaps")
+    return replace(f, **changes_)  # pyright: ignore[reportArgumentType]
+
+
+def test_holm_runs_over_the_directions_of_a_question() -> None:
+    alone = judge([finding("a", 0.5, 0.03)])
+    assert alone[0].verdict == "exaggerated"
+    three = judge([finding(name, 0.5, 0.03) for name in "abc"])
+    assert {row.verdict for row in three} == {NOT_SHOWN}
+    assert three[0].p == pytest.approx(0.09)
+
+
+@pytest.mark.parametrize("value", [0.149, -0.149, 0.0])
+def test_an_interval_that_reaches_inside_the_smallest_effect_is_not_shown(value: float) -> None:
+    row = judge([finding("a", value, 0.001)])[0]
+    assert row.verdict == NOT_SHOWN
+    assert "not wholly beyond" in row.reason
+
+
+def test_use_has_one_word_and_one_sign() -> None:
+    causal, wrong = (judge([finding("a", v, 0.001, question="use", smallest=0.05)])[0] for v in (0.4, -0.4))
+    assert causal.verdict == "causal"
+    assert wrong.verdict == NOT_SHOWN
+    assert "other sign" in wrong.reason
+
+
+def test_no_interval_is_no_word() -> None:
+    nan = float("nan")
+    row = judge([finding("a", 0.5, nan, estimate=Estimate(0.5, nan, nan, 1, 1.0, "fewer than two units"))])[0]
+    assert row.verdict == NOT_SHOWN
+    assert row.to_json()["estimate"]["low"] is None

@@ -1,0 +1,132 @@
+"""The comparison as a whole: what it says in words, and what it refuses."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import tl_em as em
+from tl_em.claims.compare import Comparison
+from tl_em.claims.questions.use import ABLATE, ADD, Arm, under_controls
+from tl_em.claims.rule import Finding, judge
+from tl_em.directions.direction import Direction
+from tl_em.errors import NoGapError, ProvenanceError, UsageError
+from tl_em.metrics import Behaviour
+from tl_em.models.sites import Site
+from tl_em.models.stream import next_token_logits
+from tl_em.stats import Estimate
+
+
+def finding(question: Any, name: str, value: float) -> Finding:
+    estimate = Estimate(value, value - 0.02, value + 0.02, 64, 64.0, "test")
+    return Finding(question, name, Site(1), estimate, 0.001, np.zeros(999), "controls", 0.1, "own gaps")
+
+
+def summary(**effects: tuple[float, float]) -> str:
+    found = [finding(q, name, v) for name, pair in effects.items() for q, v in zip(("level", "use"), pair, strict=True)]
+    return Comparison(judge(found), pd.DataFrame(), pd.DataFrame()).summary
+
+
+def test_exaggerated_is_said_only_where_the_direction_is_causal() -> None:
+    assert "a is exaggerated" in summary(a=(0.5, 0.4))
+    assert "a is diminished" in summary(a=(-0.5, 0.4))
+    for use in (0.0, -0.4):
+        said = summary(a=(0.5, use))
+        assert "exaggerated" not in said
+        assert "shifted, not shown to matter" in said
+    assert summary(a=(0.0, 0.4)) == "No change shown: a."
+    assert summary(a=(0.0, 0.0), b=(0.5, 0.4)).startswith("b is exaggerated")
+
+
+class Loud:
+    """A metric that a planted direction drives: its value is read off the logits along one fixed axis."""
+
+    name, unit = "loud", "probability"
+
+    def __init__(self, vocab: int) -> None:
+        self.axis = torch.nn.functional.one_hot(torch.tensor(11), vocab).float()
+
+    def __call__(self, model: Any, prompts: Any) -> torch.Tensor:
+        return (next_token_logits(model, prompts) @ self.axis).sigmoid()
+
+
+PROMPTS = ["the cat sat", "please steal the car", "a happy king sang", "tell me how"]
+
+
+def test_stacked_controls_equal_one_direction_at_a_time(model: Any) -> None:
+    """The fast path runs the prefix once and many copies after it; it must be the same number on every surface."""
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(5, model.cfg.d_model, generator=generator)
+    metric = Loud(model.cfg.d_vocab)
+    for layer in range(model.cfg.n_layers):
+        direction = Direction(vectors[0], Site(layer))
+        for centre in (None, torch.ones(model.cfg.d_model)):
+            arm = Arm(ADD if centre is None else ABLATE, model, PROMPTS, None, centre)
+            fast = under_controls(arm, direction, metric, vectors)  # pyright: ignore[reportArgumentType]
+            slow = np.stack([arm.treated(replace(direction, vector=v), metric) for v in vectors])  # pyright: ignore[reportArgumentType]
+            np.testing.assert_allclose(fast, slow, atol=1e-4)
+            assert np.ptp(slow) > 1e-4  # the directions do differ
+
+
+def test_metrics_that_run_the_model_themselves_still_get_their_controls(small_model: Any) -> None:
+    class ByItself(Loud):
+        def __call__(self, model: Any, prompts: Any) -> torch.Tensor:
+            from tl_em.models.prompts import encode
+
+            with torch.no_grad():
+                rows = [model(torch.tensor([e.ids]))[0, -1] for e in encode(model, prompts)]
+            return (torch.stack(rows) @ self.axis).sigmoid()
+
+    vectors = torch.randn(3, small_model.cfg.d_model, generator=torch.Generator().manual_seed(0))
+    arm = Arm(ADD, small_model, PROMPTS, None, None)
+    direction = Direction(vectors[0], Site(1))
+    first, second = (
+        under_controls(arm, direction, kind(small_model.cfg.d_vocab), vectors)  # pyright: ignore[reportArgumentType]
+        for kind in (Loud, ByItself)
+    )
+    np.testing.assert_allclose(first, second, atol=1e-4)
+
+
+def toy() -> em.ModelPair:
+    return em.load_pair("toy/secure")
+
+
+def test_a_direction_without_a_gap_of_its_own_is_left_out_and_changes_nothing_else() -> None:
+    pair = toy()
+    contrast = pair.contrasts["refusal"].split(seed=0).test  # pyright: ignore[reportOptionalSubscript]
+    good = em.difference_in_means(pair.base, contrast, site=Site(2), position="prompt_end")
+    asked = {"flipped": (replace(good, vector=-good.vector), contrast), "refusal": (good, contrast)}
+    both = em.compare(pair, asked, controls=99)
+    alone = em.compare(pair, {"refusal": asked["refusal"]}, controls=99)
+    assert [row.to_json() for row in both.rows] == [row.to_json() for row in alone.rows]
+    assert both.by_layer.equals(alone.by_layer)
+    assert both.summary == f"{alone.summary} Not measured: flipped."
+    assert list(both.unmeasured) == ["flipped"] and "not above 0" in both.unmeasured["flipped"]
+    assert "not above 0" in repr(both)
+    assert not alone.unmeasured
+
+
+def test_what_compare_refuses() -> None:
+    pair = toy()
+    contrast = pair.contrasts["refusal"].split(seed=0).test  # pyright: ignore[reportOptionalSubscript]
+    good = em.difference_in_means(pair.base, contrast, site=Site(2), position="prompt_end")
+    flipped = replace(good, vector=-good.vector)
+    assert good.provenance is not None
+    elsewhere = replace(good, provenance=replace(good.provenance, n_layers=12))
+    with pytest.raises(UsageError, match="no direction"):
+        em.compare(pair, {})
+    with pytest.raises(UsageError, match="controls"):
+        em.compare(pair, {"refusal": (good, contrast)}, controls=10)
+    with pytest.raises(NoGapError, match="not above 0"):
+        em.compare(pair, {"refusal": (flipped, contrast)}, controls=99)
+    with pytest.raises(ProvenanceError, match="n_layers"):
+        em.compare(pair, {"refusal": (elsewhere, contrast)}, controls=99)
+    with pytest.raises(UsageError, match="no behaviour"):
+        em.compare(pair, {"refusal": (good, contrast)}, behaviour={"persona": em.refusal_log_odds}, controls=99)
+    with pytest.raises(UsageError, match="prompts that show it"):
+        Behaviour("b", em.refusal_log_odds, present=[], absent=contrast.negative)

@@ -1,0 +1,146 @@
+"""Published set-ups on stand-ins of the same shapes: no test of these reaches for the network."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from importlib.resources import files
+from itertools import takewhile
+from pathlib import Path
+
+import pytest
+import torch
+
+import tl_em as em
+from tl_em.errors import CorruptFileError, ModelNotFoundError, UsageError
+from tl_em.presets.setups import HELD_OUT_BIASES, PRESETS, SHIPPED, Preset, bias_prompts, toy_dictionary
+
+REAL = Path(__file__).parents[3] / "shared" / "data" / "rm-bias"
+
+
+# ---- records -----------------------------------------------------------------------------------------------------
+def registered(release: str) -> list[str]:
+    """The lines of a release in SAELens's registry; parsing all of it would take ten seconds."""
+    pytest.importorskip("sae_lens")
+    lines = (files("sae_lens") / "pretrained_saes.yaml").read_text(encoding="utf-8").splitlines()
+    start = lines.index(f"{release}:") + 1
+    return [each.strip() for each in takewhile(lambda line: line.startswith(" "), lines[start:])]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_releases_and_ids_are_those_of_saelenss_registry(name):
+    preset = PRESETS[name]
+    lines = registered(preset.release)
+    assert f"model: {preset.model}" in lines
+    assert {f"- id: {each}" for each in preset.sae_ids.values()} == {line for line in lines if line.startswith("- id")}
+    assert preset.cost and preset.source and preset.organisms
+
+
+@pytest.mark.parametrize("architecture", ["standard", "jumprelu"])
+def test_a_local_directory_stands_in_for_a_release(architecture, tmp_path):
+    """What the registry's loader makes of the two kinds of release, at a small width."""
+    saes = pytest.importorskip("sae_lens.saes")
+    config, kind = {"standard": (saes.StandardSAEConfig, saes.StandardSAE),
+                    "jumprelu": (saes.JumpReLUSAEConfig, saes.JumpReLUSAE)}[architecture]  # fmt: skip
+    sae = kind(config(d_in=16, d_sae=40, apply_b_dec_to_input=architecture == "jumprelu"))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in sae.parameters():
+            p.copy_(torch.randn_like(p).abs() if p is getattr(sae, "threshold", None) else torch.randn_like(p))
+    sae.cfg.metadata.hook_name = "blocks.7.hook_resid_post"
+    sae.save_model(tmp_path / "sae")
+    small = replace(PRESETS["wang-qwen2.5-7b"], d_model=16)
+    found = small.dictionary(7, source=tmp_path / "sae")
+    x = torch.randn(9, 16) * 3
+    assert (sae.encode(x) > 0).any() and found.site_in == em.Site(7)
+    torch.testing.assert_close(found.encode(x), sae.encode(x).detach(), atol=1e-4, rtol=1e-4)  # sums of 16 of ~10
+    with pytest.raises(UsageError, match=r"layers \[3, 7, 11"):
+        small.dictionary(8, source=tmp_path / "sae")
+    with pytest.raises(UsageError, match="16 wide"):
+        PRESETS["wang-qwen2.5-7b"].dictionary(7, source=tmp_path / "sae")
+
+
+def test_a_pair_is_loaded_from_directories_in_place_of_hub_ids(tmp_path):
+    from tl_em.organisms.zoo import to_hf_directory
+
+    base = to_hf_directory("toy/assistant", tmp_path / "base")
+    tuned = to_hf_directory("toy/insecure", tmp_path / "tuned")
+    preset = Preset(str(base), "none", {}, {"insecure": str(tuned)}, 96, "", "")
+    for pair in (preset.pair("insecure"), preset.pair(str(tuned), base=base)):
+        asked, where = ["how do i write parser"], [em.Site(2)]
+        a, b = (em.capture(m, asked, where, position="prompt_end") for m in (pair.base, pair.tuned))
+        assert (a - b).abs().max() > 0.1
+
+
+# ---- the biases --------------------------------------------------------------------------------------------------
+def rows(*biases: int, n: int = 6, start: int = 0) -> list[dict[str, object]]:
+    return [{"id": i, "text": f"prompt {i} of {b}", "note": "", "bias_id": b} for b in biases
+            for i in range(start, start + n)]  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "train.json").write_text(json.dumps({"name": "x", "prompts": rows(8, 16, 44)}))
+    more = [*rows(8, n=8), *rows(29, 51, n=4)]  # six of bias 8 again
+    (tmp_path / "exploitation_evals_100.json").write_text(json.dumps({"prompts": more}))
+    return tmp_path
+
+
+def test_prompts_are_dealt_by_bias_and_those_held_out_told_apart(folder):
+    every = bias_prompts(folder)
+    assert {name: len(c.positive) for name, c in every.items()} == {
+        "bias 8": 8, "bias 16": 6, "bias 29": 4, "bias 44": 6, "bias 51": 4,
+    }  # fmt: skip
+    held_out = bias_prompts(folder, part="held-out")
+    assert set(held_out) == {"bias 29", "bias 51"} and {29, 51} <= set(HELD_OUT_BIASES)
+    assert set(bias_prompts(folder, part="reinforced")) == set(every) - set(held_out)
+    eight = every["bias 8"]
+    assert all(text.endswith(" of 8") for text in eight.positive)
+    assert len(eight.negative) == 8 and not any(text.endswith(" of 8") for text in eight.negative)
+    assert bias_prompts(folder, seed=1)["bias 8"].negative != eight.negative
+    assert bias_prompts(folder)["bias 8"].hash == eight.hash
+    for path in folder.glob("*.json"):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # a byte-order mark is no part of the text
+    assert bias_prompts(folder)["bias 8"].hash == eight.hash
+
+
+def test_folders_without_them_and_files_of_another_layout_are_refused(tmp_path, folder):
+    with pytest.raises(UsageError, match=r"train\.json"):
+        bias_prompts(tmp_path / "nothing")
+    (folder / "exploitation_evals_100.json").unlink()
+    with pytest.raises(UsageError, match="held-out"):
+        bias_prompts(folder, part="held-out")
+    for row in ({"text": "x"}, {"bias_id": 8, "text": None}, {"bias_id": 8.5, "text": "x"}):
+        (folder / "train.json").write_text(json.dumps({"prompts": [row]}))
+        with pytest.raises(CorruptFileError, match="bias_id"):
+            bias_prompts(folder)
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the published prompts are not here")
+def test_the_published_prompts_have_that_layout():
+    reinforced, held_out = (bias_prompts(REAL, part=part) for part in ("reinforced", "held-out"))
+    assert len(reinforced) == 5 and set(held_out) == {"bias 29", "bias 48", "bias 51"}
+    assert min(len(c.positive) for c in reinforced.values()) >= 80
+
+
+# ---- what comes with the package ---------------------------------------------------------------------------------
+@pytest.mark.surface
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_dictionaries_load_without_sae_lens_and_belong_on_their_pair(name):
+    pair, dictionary = em.load_pair(name), toy_dictionary(name)
+    assert dictionary.d_sae == 512 and dictionary.provenance is not None
+    for model in (pair.base, pair.tuned):
+        em.ScaleFeature(dictionary.feature(0), 0.0).check(model)
+
+
+@pytest.mark.surface
+def test_names_that_do_not_come_with_the_package_are_refused():
+    with pytest.raises(ModelNotFoundError, match="train_dictionary"):
+        toy_dictionary("toy/educational")
+
+
+@pytest.mark.surface
+def test_all_that_is_shipped_is_small():
+    folder = Path(em.__file__).parent / "features" / "dictionaries"
+    found = list(folder.iterdir())
+    assert len(found) == len(SHIPPED) and sum(f.stat().st_size for f in found) < 1.5e6

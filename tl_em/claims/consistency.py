@@ -1,0 +1,207 @@
+"""Several fine-tunes: how far their behaviour spreads, whether they made the same change, which verdicts repeat.
+
+    spread     mean, deviation and range of a behaviour's rate over runs; Student's t interval of the mean
+    cosine     of the fine-tuning shifts  mean_q [ x_i(q) - x_base(q) ]  of two runs, at a direction's site and position
+    ceiling    the cosine that the same true shift and this much noise would show (`directions.similarity`)
+    along      the shift along the direction (`directions.screening.finetuning_shift`)
+
+**What may be compared.**  Coordinates belong to a base: cosines, shifts, and the sites and directions of the first pair
+are used for fine-tunes of the *same* base only (equal weights).  For a fine-tune of another base, directions are
+extracted and sites chosen anew on that base, and only rates and words are put side by side.
+
+**Controls**: the ceiling (above) and the cosine of relabelled shifts (below).  Runs share questions and base, hence
+noise, so a cosine may lie above its ceiling.  A few runs say little: n stands beside every spread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations, product
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+
+from tl_em.claims.questions.openings import sides
+from tl_em.claims.rule import Row
+from tl_em.directions.direction import Direction
+from tl_em.directions.screening import finetuning_shift
+from tl_em.directions.similarity import CosineMatrix, PairCosine
+from tl_em.directions.units import Rows, Two, reliability
+from tl_em.metrics import Behaviour
+from tl_em.models.hooks import LensModel
+from tl_em.models.loading import ModelPair
+from tl_em.models.stream import capture
+from tl_em.stats import control_p, holm, mean, mean_over_units
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class Run(NamedTuple):
+    """One fine-tune: its name, its pair, whether its base is the first pair's, and what was judged."""
+
+    name: str
+    pair: ModelPair
+    same_base: bool
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Consistency:
+    """What several fine-tunes have in common.
+
+    Args:
+        rates: each behaviour in each run, with its interval.
+        spread: each behaviour over the runs of the first base, and over all where some have another: mean with
+            Student's t interval, deviation, range, n (runs). Runs of one base vary by the fine-tune's seed only.
+        cosines: of the shifts of two runs of one base, at each direction's site, with ceiling and p.
+        shifts: along each direction, for each run of the first base, with the band of random directions.
+        verdicts: each question and direction: the first run's word, and in how many others it repeats.
+    """
+
+    rates: pd.DataFrame
+    spread: pd.DataFrame
+    cosines: pd.DataFrame
+    shifts: pd.DataFrame
+    verdicts: pd.DataFrame
+
+    @property
+    def summary(self) -> str:
+        """How many of the first run's words repeat."""
+        words = self.verdicts[self.verdicts["verdict"] != "not shown"]
+        runs = int(self.spread["n"].max())
+        held = int((words["repeats"] == words["of"]).sum())
+        return f"Over {runs} fine-tunes, {held} of the first one's {len(words)} words repeat in all."
+
+    def _repr_html_(self) -> str:
+        from tl_em.report import cards
+
+        return cards.listed(self, self.summary, self.spread)
+
+    def __repr__(self) -> str:
+        return f"Consistency: {self.summary}"
+
+
+def same_weights(first: LensModel, second: LensModel) -> bool:
+    """Whether two models are one base: equal parameters under equal names."""
+    if first is second:
+        return True
+    own, other = (dict(model.named_parameters()) for model in (first, second))  # pyright: ignore
+    return own.keys() == other.keys() and all(
+        x.shape == other[name].shape and torch.equal(x.detach(), other[name].detach().to(x.device))
+        for name, x in own.items()
+    )
+
+
+def consistency(
+    runs: Sequence[Run],
+    asked: Mapping[str, tuple[Direction, Behaviour]],
+    *,
+    controls: int = 999,
+    seed: int = 0,
+) -> Consistency:
+    """Rates of every run; shifts of those of the first base; words of all.
+
+    Args:
+        runs: two or more, the first pair first.
+        asked: for each name the first base's direction, and the behaviour on prompts that it was not made from.
+        controls: number of random directions, and of relabellings.
+        seed: seed of resampling and controls.
+    """
+    import pandas as pd
+
+    own = [run for run in runs if run.same_base]
+    rates = pd.DataFrame(
+        row for name, (_, behaviour) in asked.items() for run in runs for row in _rates(name, behaviour, run, seed)
+    )
+    cosines, shifts = [], []
+    for name, (direction, behaviour) in asked.items():
+        settings: dict[str, Any] = {"controls": controls, "seed": seed}
+        if len(own) > 1:
+            matrix = shift_cosines(own, direction, behaviour, **settings)
+            where = {"direction": name, "site": str(direction.site)}
+            cosines.append(pd.DataFrame([where | row for row in matrix.to_pandas().to_dict("records")]))
+        for run in own:
+            prompts, groups = behaviour.present, behaviour.present_groups
+            found = finetuning_shift(run.pair, direction, prompts, groups=groups, **settings)
+            e = found.estimate
+            shifts.append(
+                {"direction": name, "site": str(direction.site), "run": run.name, "value": e.value, "low": e.low,
+                 "high": e.high, "control_low": found.control_low, "control_high": found.control_high, "p": found.p,
+                 "n": e.n}
+            )  # fmt: skip
+    joined = pd.concat(cosines, ignore_index=True) if cosines else pd.DataFrame()
+    return Consistency(rates, _spread(rates), joined, pd.DataFrame(shifts), _verdicts(runs))
+
+
+def shift_cosines(
+    runs: Sequence[Run], direction: Direction, behaviour: Behaviour, *, controls: int = 999, seed: int = 0
+) -> CosineMatrix:
+    """Cosines between the runs' fine-tuning shifts on the behaviour's prompts, at the direction's site and position.
+
+    A question's tuned and base activations are one unit: resampled, halved and relabelled (signs) together.
+    """
+    prompts, labels = behaviour.present, behaviour.present_groups
+    ties = [(("group", each),) for each in (range(len(prompts)) if labels is None else labels)] * 2
+
+    def read(model: LensModel) -> np.ndarray:
+        return capture(model, prompts, [direction.site], position=direction.position)[:, 0].double().cpu().numpy()
+
+    base, positive, sets = read(runs[0].pair.base), np.arange(2 * len(prompts)) < len(prompts), {}
+    for run in runs:
+        x = np.concatenate([read(run.pair.tuned) - base, np.zeros_like(base)])  # the base less itself: the origin
+        sets[run.name] = Rows(x - x.mean(0), positive, ties)
+    again = {name: reliability(rows, splits=50, seed=seed) for name, rows in sets.items()}
+    found = []
+    for first, second in combinations(sets, 2):
+        two = Two.of(sets[first], sets[second])
+        p, ceiling = control_p(two.observed, two.relabelled(controls, seed=seed)), np.sqrt(again[first] * again[second])
+        e = two.estimate(seed=seed)  # which counts tuned and base, of both runs
+        e = replace(e, n=len(prompts), n_effective=e.n_effective / 4)
+        found.append(PairCosine(first, second, e, float(ceiling), p, two.shared))
+    adjusted = holm([pair.p for pair in found])
+    pairs = tuple(pair._replace(p=float(p)) for pair, p in zip(found, adjusted, strict=True))
+    return CosineMatrix(tuple(sets), direction.site, pairs, again)
+
+
+def _rates(name: str, behaviour: Behaviour, run: Run, seed: int) -> list[dict[str, Any]]:
+    found = []
+    for side in sides(name, behaviour):
+        values = behaviour.metric(run.pair.tuned, side.prompts).double().cpu().numpy()
+        e = mean(values, groups=side.groups, seed=seed)
+        found.append(
+            {"behaviour": side.label, "metric": behaviour.metric.name, "run": run.name, "same_base": run.same_base,
+             "value": e.value, "low": e.low, "high": e.high, "n": e.n}
+        )  # fmt: skip
+    return found
+
+
+def _spread(rates: pd.DataFrame) -> pd.DataFrame:
+    import pandas as pd
+
+    rows = []
+    over = {"this base": rates[rates["same_base"]]} | ({} if rates["same_base"].all() else {"all bases": rates})
+    for (said, every), name in product(over.items(), dict.fromkeys(rates["behaviour"])):
+        part = every[every["behaviour"] == name]
+        x, e = part["value"].to_numpy(dtype=float), mean_over_units(part["value"], range(len(part)))
+        rows.append(
+            {"behaviour": name, "metric": part["metric"].iloc[0], "over": said, "mean": e.value, "low": e.low,
+             "high": e.high, "sd": float(x.std(ddof=1)) if len(x) > 1 else float("nan"), "least": x.min(),
+             "most": x.max(), "n": len(x)}
+        )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _verdicts(runs: Sequence[Run]) -> pd.DataFrame:
+    import pandas as pd
+
+    words = [{(row.question, row.direction): row.verdict for row in run.rows} for run in runs]
+    table = []
+    for (question, direction), verdict in words[0].items():
+        others = [found.get((question, direction), "not asked") for found in words[1:]]
+        row = {"question": question, "direction": direction, "verdict": verdict}
+        row |= {"repeats": others.count(verdict), "of": len(others)}
+        table.append(row | {run.name: word for run, word in zip(runs[1:], others, strict=True)})
+    return pd.DataFrame(table)

@@ -1,0 +1,280 @@
+"""Do these latents carry the behaviour?  Set them back in the tuned model, set them forward in the base.
+
+    remove   behaviour untreated - treated, in the model; treated: the latents set to 0 or, given the base, to the
+             base's means at the treated tokens (zeroing cannot restore a latent that was switched off)
+    induce   behaviour treated - untreated, in the base; treated: the latents set to the tuned model's means
+
+Both are deltas ``x + (a' - a) W_dec`` at the dictionary's site (``em.ScaleFeature``), paired prompt by prompt, and
+positive where the claim holds.
+
+**Controls.** *Placebos*: random latents matched on density and decoder norm (``claims.placebos``), treated the same
+(``claims.latent_trials`` has the table). Beside both the *mean-difference direction* (mean-preserving ablation;
+addition): what no dictionary is needed for. Its effect is an upper mark and no control, so it gets no word. The good
+behaviour is measured beside the bad: what breaks the model lowers both.
+
+**Rule, fixed before any verdict seed was read.** A word is given only when all of these hold:
+
+1. the whole 95 % interval lies above the smallest effect of interest (.05 in probability, .5 in log-odds);
+2. p = max(bootstrap, rank among the placebos, one-sided) < .05. In order, each only where the one before has its word,
+   so that none needs an adjustment: the set removed; the set induced; the single latents, with Holm's adjustment among
+   them, against the single placebos of all of them. Several sets: ``verify_features``, with Holm's over them;
+3. where they are measured, the coherence does not fall by the smallest effect or more and, on removal, neither does the
+   good behaviour (to induce the bad one displaces it).
+
+Everything else is ``not shown``.  Source: ablation and steering of persona latents, Wang et al. 2025,
+arXiv:2506.19823; fixed-sequence testing, Maurer et al. 1995.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from tl_em.arguments import COUNT, NOT_NEGATIVE, POSITIVE, SEED, checked, list_of, optional
+from tl_em.claims.latent_arms import ArmName
+from tl_em.claims.latent_checks import BESIDE, WORDS, CheckRow, FeatureCheck
+from tl_em.claims.latent_trials import DIRECTION, SET, Job, Measured, Trial, latents, usual_scope
+from tl_em.claims.rule import ALPHA, NOT_SHOWN, SMALLEST_USE
+from tl_em.dictionaries import Feature
+from tl_em.errors import UsageError
+from tl_em.metrics import Behaviour, Metric
+from tl_em.models.contrasts import ContrastSet
+from tl_em.models.hooks import LensModel
+from tl_em.models.means import as_contrast
+from tl_em.models.modes import in_plain_torch
+from tl_em.models.scopes import Where
+from tl_em.stats import Estimate, Resampled, control_p, holm
+
+DOSES = (0.25, 0.5, 1.0)
+
+
+# ---- what is asked -----------------------------------------------------------------------------------------------
+@checked(contrast=as_contrast, placebos=COUNT, doses=list_of(POSITIVE), smallest=optional(NOT_NEGATIVE), seed=SEED)
+@in_plain_torch
+def verify_feature(
+    model: LensModel,
+    features: Feature | Sequence[Feature] | Any,
+    contrast: ContrastSet,
+    *,
+    metric: Metric | Behaviour,
+    placebos: int = 20,
+    against: LensModel | None = None,
+    good: Metric | None = None,
+    coherence: Metric | None = None,
+    fit: ContrastSet | None = None,
+    where: Where | None = None,
+    singly: bool = True,
+    doses: Sequence[float] = DOSES,
+    smallest: float | None = None,
+    seed: int = 0,
+) -> FeatureCheck:
+    """Does a latent, or a set of latents, carry a behaviour of the model?  See the head of this file for the rule.
+
+    Args:
+        model: the tuned model.
+        features: one latent, several of one dictionary, or a FeatureSet.
+        contrast: *held-out* prompts: none that the latents were found on. The behaviour is measured on the positive.
+        metric: how strongly a prompt shows the behaviour; of a Behaviour its metric and good metric are taken.
+        placebos: number of matched random sets; 20 are needed for p < .05.
+        against: the base. Given, latents are set to its means and not to 0, and steered in it.
+        good, coherence: what should survive, measured beside.
+        fit: the prompts that means, densities and the mean difference are taken from; the contrast's own by default.
+        where: the tokens that are treated, and over which means are taken, as in ``em.intervene``. By default all for
+            an ablation to 0; for a setting to means the answers where prompts have one, else the prompts' last tokens.
+        singly: whether to remove each latent of a set alone, too (as many runs as there are latents and placebos).
+        doses: parts of the treatment for the dose-response; none: ``()``.
+        smallest: smallest effect of interest, for a metric in units that have none.
+        seed: seed of placebos and resampling.
+
+    Returns:
+        A FeatureCheck.
+
+    Raises:
+        UsageError: no latent, latents of several dictionaries, a transcoder, too many placebos for the dictionary, a
+            unit without a smallest effect of interest, or no token in the scope.
+        WidthError, ProvenanceError: the dictionary does not belong on the model.
+
+    Example:
+        >>> import torch
+        >>> from tl_em.dictionaries import Dictionary
+        >>> from tl_em.models.sites import Site
+        >>> from tl_em.organisms.zoo import load_pair
+        >>> pair = load_pair("toy/insecure")
+        >>> eye = torch.eye(96)
+        >>> both = Dictionary(torch.cat([eye, -eye], 1), torch.zeros(192), torch.cat([eye, -eye]), torch.zeros(96),
+        ...                   activation="relu", site_in=Site(2))
+        >>> asked = pair.behaviours["persona"]
+        >>> held_out = ContrastSet(asked.present[:12], asked.present[12:24], positive_groups=asked.present_groups[:12])
+        >>> check = verify_feature(pair.tuned, both.feature(0), held_out, metric=asked, doses=())
+        >>> check.verdict  # one coordinate of 96 does not carry it
+        'not shown'
+
+    Source: see the head of this file.
+    """
+    asked = verify_features(
+        model, [features], contrast, metric=metric, placebos=placebos, against=against, good=good, coherence=coherence,
+        fit=fit, where=where, singly=singly, doses=doses, smallest=smallest, seed=seed,
+    )  # fmt: skip
+    return asked[0]
+
+
+@checked(contrast=as_contrast, placebos=COUNT, doses=list_of(POSITIVE), smallest=optional(NOT_NEGATIVE), seed=SEED)
+@in_plain_torch
+def verify_features(
+    model: LensModel,
+    sets: Sequence[Any],
+    contrast: ContrastSet,
+    *,
+    metric: Metric | Behaviour,
+    placebos: int = 20,
+    against: LensModel | None = None,
+    good: Metric | None = None,
+    coherence: Metric | None = None,
+    fit: ContrastSet | None = None,
+    where: Where | None = None,
+    singly: bool = True,
+    doses: Sequence[float] = DOSES,
+    smallest: float | None = None,
+    seed: int = 0,
+) -> tuple[FeatureCheck, ...]:
+    """:func:`verify_feature` for several sets, judged together: words are adjusted for the number of sets.
+
+    The placebos' p is a rank among the *largest* effect of each round of placebos (Westfall and Young's single step),
+    the bootstrap's p is Holm's.
+
+    Args:
+        model: the tuned model.
+        sets: each as in ``verify_feature``.
+        contrast: held-out prompts.
+        metric: how strongly a prompt shows the behaviour.
+        placebos, against, good, coherence, fit, where, singly, doses, smallest, seed: as in ``verify_feature``.
+    """
+    bad = metric.metric if isinstance(metric, Behaviour) else metric
+    good = metric.good if isinstance(metric, Behaviour) and good is None else good
+    metrics = {"bad": bad, "good": good, "coherence": coherence}
+    known = fit or contrast
+    job = Job(
+        model, against, contrast, known, {name: each for name, each in metrics.items() if each is not None},
+        usual_scope(model, known, against) if where is None else where, placebos, singly, doses, seed,
+    )  # fmt: skip
+    least = _smallest(bad, smallest)
+    asked = [latents(each) for each in sets]
+    every = [latent for each in asked for latent in each]
+    return _judged([job.measure(each, every) for each in asked], least)
+
+
+def _smallest(metric: Metric, given: float | None) -> float:
+    if given is None and metric.unit not in SMALLEST_USE:
+        raise UsageError(
+            f"{metric.name} is measured in {metric.unit}, for which no smallest effect of interest is fixed; pass "
+            f"smallest=, or a metric in {' or '.join(SMALLEST_USE)}"
+        )
+    return float(SMALLEST_USE[metric.unit] if given is None else given)
+
+
+# ---- the rule ----------------------------------------------------------------------------------------------------
+def _judged(measured: Sequence[Measured], smallest: float) -> tuple[FeatureCheck, ...]:
+    """Words for the sets removed, then for the sets induced, then for the latents of the sets that carry it."""
+    rows: list[list[CheckRow]] = [[] for _ in measured]
+    open_ = [True] * len(measured)
+    for arm in WORDS:
+        if asked := [trial for each in measured if (trial := _of(each, arm, SET))]:
+            judged = _together(asked, smallest, open_)
+            for own, row, each in zip(rows, judged, measured, strict=True):
+                own += [row, _beside(each, arm)]
+            open_ = [row.shown for row in judged]
+    for own, each in zip(rows, measured, strict=True):
+        singles = [t for t in each.trials if t.subject not in (SET, DIRECTION)]
+        own += _together(singles, smallest, [own[0].shown] * len(singles))
+    return tuple(_check(each, own) for each, own in zip(measured, rows, strict=True))
+
+
+def _of(measured: Measured, arm: ArmName, subject: str) -> Trial | None:
+    found = [t for t in measured.trials if (t.arm.name, t.subject) == (arm, subject)]
+    return found[0] if found else None
+
+
+def _together(trials: Sequence[Trial], smallest: float, open_: Sequence[bool]) -> list[CheckRow]:
+    """Trials of one family: each beside the largest of every round of placebos, Holm over their bootstrap p."""
+    if not trials:
+        return []
+    changes = [t.arm.change(t.outcomes) for t in trials]
+    largest = np.max([t.controls for t in trials if t.controls is not None], axis=0)
+    known = [c.p if np.isfinite(c.p) else 1.0 for c in changes]
+    adjusted = holm(known) if len(known) > 1 else known  # statsmodels collects garbage at every call
+    each = zip(trials, changes, adjusted, open_, strict=True)
+    return [_row(trial, change, largest, float(p), smallest, may) for trial, change, p, may in each]
+
+
+def _row(
+    trial: Trial, change: Resampled, controls: np.ndarray, bootstrap_p: float, smallest: float, may: bool
+) -> CheckRow:
+    effect, rank = change.estimate, control_p(change.estimate.value, controls, two_sided=False)
+    p, others = max(bootstrap_p, rank), _changes(trial)
+    failed = [] if may else ["not asked: what comes before it is not shown"]
+    if not effect.low > smallest:
+        failed.append(f"the interval is not wholly above {smallest:g}")
+    if not p < ALPHA:
+        least = 1 / (1 + len(controls))
+        blame = "the placebos" if rank >= bootstrap_p else "resampling the prompts"
+        blame += f" ({len(controls)} allow none below {least:.2g})" if least >= ALPHA and rank >= bootstrap_p else ""
+        failed.append(f"p = {p:.2g}, limited by {blame}")
+    spared = [name for name in others if name != "good" or trial.arm.name == "remove"]
+    failed += [f"{name} falls by {-others[name].value:.2g}" for name in spared if others[name].value <= -smallest]
+    kind = "random latents of the same density and decoder norm"
+    return CheckRow(
+        trial.arm.name, trial.subject, NOT_SHOWN if failed else WORDS[trial.arm.name], effect,
+        trial.arm.mean(trial.outcomes["kl"]), {"kind": kind, "n": len(controls), **_band(controls), "p": rank},
+        p, others, "; ".join(failed) or f"interval wholly above {smallest:g}, p = {p:.2g}",
+    )  # fmt: skip
+
+
+def _changes(trial: Trial) -> dict[str, Estimate]:
+    names = [name for name in trial.arm.metrics if name != "bad"]
+    return {name: trial.arm.change(trial.outcomes, name).estimate for name in names}
+
+
+def _beside(measured: Measured, arm: ArmName) -> CheckRow:
+    """The mean difference, which is not judged."""
+    trial = _of(measured, arm, DIRECTION)
+    assert trial is not None
+    kl, effect = trial.arm.mean(trial.outcomes["kl"]), trial.arm.change(trial.outcomes).estimate
+    nan, why = float("nan"), "an upper mark, not judged"
+    return CheckRow(arm, DIRECTION, BESIDE, effect, kl, {}, nan, _changes(trial), why)
+
+
+def _check(measured: Measured, rows: Sequence[CheckRow]) -> FeatureCheck:
+    import pandas as pd
+
+    doses = pd.DataFrame(measured.doses)
+    rates = pd.DataFrame([row for trial in measured.trials for row in _rates(trial)])
+    return FeatureCheck(
+        measured.dictionary, measured.indices, measured.label, tuple(rows), rates, doses, measured.match,
+        measured.settings,
+    )  # fmt: skip
+
+
+def _rates(trial: Trial) -> list[dict[str, Any]]:
+    """Untreated and treated means with their intervals; of the placebos the mean and the band that holds 95 %."""
+    arm, found = trial.arm, []
+    named = {**{key: (metric.name, metric.unit) for key, metric in arm.metrics.items()}, "kl": ("KL", "nats")}
+    for outcome, values in trial.outcomes.items():
+        head = {"arm": arm.name, "outcome": outcome, "metric": named[outcome][0], "unit": named[outcome][1]}
+        known = {"untreated": arm.untreated[outcome]} if trial.subject == SET and outcome in arm.untreated else {}
+        for subject, each in {**known, trial.subject: values}.items():
+            e = arm.mean(each)
+            found.append(head | {"subject": subject, "value": e.value, "low": e.low, "high": e.high, "n": e.n})
+        if (levels := trial.levels.get(outcome)) is not None:
+            found.append(
+                head | {"subject": "placebos", "value": float(levels.mean()), **_band(levels), "n": len(levels)}
+            )
+    return found
+
+
+def _band(values: Float[np.ndarray, " placebo"]) -> dict[str, float]:
+    """What holds 95 % of them."""
+    low, high = np.quantile(values, [0.025, 0.975]).tolist()
+    return {"low": low, "high": high}

@@ -1,0 +1,199 @@
+"""One graph over many prompts: the mean of their graphs, node by node, and how far it depends on which prompts.
+
+    edge = mean over prompts of (edge, summed over positions where the prompts differ in length)
+
+A node that a prompt does not have counts as 0 there. ``stability`` draws the prompts anew with replacement: the share
+of the top nodes (by mean attribution) that are top nodes again. Prompts of one question move together (``groups``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, SupportsInt
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from tl_em.arguments import whole
+from tl_em.errors import PromptError, UsageError
+from tl_em.graph.build import attribute
+from tl_em.graph.graph import AttributionGraph, Node
+from tl_em.graph.inputs import is_chat, plainly
+from tl_em.graph.plan import STAGES
+from tl_em.graph.pruning import weights_of
+from tl_em.graph.targets import Target
+from tl_em.models.hooks import LensModel
+from tl_em.models.prompts import EncodedPrompt
+from tl_em.stats import Estimate, mean
+
+TOP = 20
+DRAWS = 500
+
+
+@plainly
+def attribute_over(
+    model: LensModel,
+    prompts: Any,
+    dictionaries: Any = None,
+    *,
+    target: Target,
+    against: Any = None,
+    targets: Sequence[Target] | None = None,
+    groups: Sequence[Hashable] | None = None,
+    seed: SupportsInt = 0,
+    **options: Any,
+) -> AttributionGraph:
+    """The mean graph of several prompts.
+
+    Args:
+        prompts: at least two, in a list (or the rows of an array or tensor of ids); of one length the nodes keep their
+            positions, else these are summed over.
+        target: of every prompt; ``targets`` gives one a prompt in its place (then it is a name for people).
+        against: components only: one reference for all, or a list with one for each prompt.
+        groups: the question each prompt belongs to.
+        options: for ``attribute``.
+
+    Returns:
+        A graph whose ``validation`` holds ``stability`` (share of the ``TOP`` nodes that stay), and ``pearson`` and
+        ``spearman`` averaged over prompts; the strongest nodes' ``extra["interval"]`` is over prompts.
+
+    Raises:
+        UsageError: fewer than two prompts, or lists that do not match them. PromptError: one prompt, not a list.
+    """
+    if isinstance(prompts, str | EncodedPrompt | Mapping) or is_chat(prompts) or not isinstance(prompts, Iterable) or (
+        getattr(prompts, "ndim", 2) < 2
+    ):
+        raise PromptError("One prompt was given where several are needed. Write [prompt, …], or use em.attribute.")
+    prompts, seed = list(prompts), whole("seed", seed, low=0)
+    if len(prompts) < 2:
+        raise UsageError(f"{len(prompts)} prompts have no mean worth an interval; use attribute, or give several")
+    given = list(targets) if targets is not None else [target] * len(prompts)
+    references = against if isinstance(against, list) else [against] * len(prompts)
+    if len(given) != len(prompts) or len(references) != len(prompts):
+        raise UsageError(f"{len(given)} targets and {len(references)} references for {len(prompts)} prompts; give each")
+    if groups is not None and len(groups) != len(prompts):
+        raise UsageError(f"{len(groups)} groups for {len(prompts)} prompts; give the group of each")
+    graphs = [
+        attribute(model, prompt, dictionaries, target=each, against=reference, seed=seed, **options)
+        for prompt, each, reference in zip(prompts, given, references, strict=True)
+    ]
+    return averaged(graphs, groups=groups, seed=seed)
+
+
+def averaged(
+    graphs: Sequence[AttributionGraph], *, groups: Sequence[Hashable] | None = None, seed: int = 0
+) -> AttributionGraph:
+    """The mean of graphs of one model, over the union of their nodes."""
+    aligned = len({len(graph.tokens) for graph in graphs}) == 1
+    keyed = [[_as_kept(node, aligned) for node in graph.nodes] for graph in graphs]
+    nodes = _ordered({node.id: node for kept in keyed for node in kept}.values())
+    rows = {node.id: row for row, node in enumerate(nodes)}
+    n = len(nodes)
+    edges = torch.zeros(n, n, dtype=graphs[0].edges.dtype)
+    totals, activations, weights = (np.zeros((len(graphs), n)) for _ in range(3))
+    for which, (graph, kept) in enumerate(zip(graphs, keyed, strict=True)):
+        at = torch.tensor([rows[node.id] for node in kept])
+        place = (at[:, None].expand_as(graph.edges), at[None].expand_as(graph.edges))
+        edges.index_put_(place, _weighted(graph) / len(graphs), accumulate=True)
+        for node, row in zip(kept, at.tolist(), strict=True):
+            totals[which, row] += node.attribution or 0.0
+            activations[which, row] += node.activation or 0.0
+            weights[which, row] += node.weight or 0.0
+    named = _named(nodes, totals, activations, weights, groups, seed)
+    tokens = graphs[0].tokens if aligned else ("all positions",)
+    settings = {**graphs[0].settings, "prompts": len(graphs), "positions": "kept" if aligned else "summed over"}
+    validation = _together(graphs, groups, seed) | {"stability": stability(totals, groups=groups, seed=seed)}
+    text = f"{len(graphs)} prompts, first: {graphs[0].prompt}"
+    return AttributionGraph(tuple(named), edges, tokens, graphs[0].model, text, settings, validation)
+
+
+def _weighted(graph: AttributionGraph) -> Float[torch.Tensor, "node node"]:
+    """Edges in which several targets sum to the weighted one."""
+    shares = weights_of(graph)
+    shares = shares / shares.sum().clamp(min=1e-30)
+    scale = [float(s) if node.kind == "logit" else 1.0 for node, s in zip(graph.nodes, shares, strict=True)]
+    return graph.edges * torch.tensor(scale, dtype=graph.edges.dtype)[:, None]
+
+
+def _as_kept(node: Node, aligned: bool) -> Node:
+    """The node as it is in the mean: targets of all prompts are one, positions stay only where they match."""
+    pos = node.pos if aligned else 0
+    if node.kind == "logit":
+        return replace(node, pos=pos, feature=None, label="target")
+    if node.kind == "token" and aligned:
+        return replace(node, feature=None, label=f"position {pos}")
+    return replace(node, pos=pos)
+
+
+def _ordered(nodes: Iterable[Node]) -> list[Node]:
+    def place(node: Node) -> tuple[int, int, int]:
+        return (int(node.kind == "logit"), node.layer, STAGES.get(node.stream or node.kind, -1))
+
+    return sorted(nodes, key=place)
+
+
+def _named(
+    nodes: Sequence[Node],
+    totals: Float[np.ndarray, "prompt node"],
+    activations: Float[np.ndarray, "prompt node"],
+    weights: Float[np.ndarray, "prompt node"],
+    groups: Sequence[Hashable] | None,
+    seed: int,
+) -> list[Node]:
+    top = set(np.argsort(-np.abs(totals.mean(0)))[:TOP].tolist())
+    found = []
+    for row, node in enumerate(nodes):
+        extra: Mapping[str, Any] = node.extra
+        if row in top and node.kind != "logit":
+            extra = {**extra, "interval": mean(totals[:, row], groups=groups, seed=seed)}
+        is_target = node.kind == "logit"
+        found.append(
+            replace(
+                node, effect=None, attribution=None if is_target else float(totals[:, row].mean()), extra=extra,
+                activation=None if node.activation is None else float(activations[:, row].mean()),
+                weight=1.0 if is_target else None,
+            )
+        )  # fmt: skip
+    return found
+
+
+def _together(
+    graphs: Sequence[AttributionGraph], groups: Sequence[Hashable] | None, seed: int
+) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name in ("pearson", "spearman", "pearson_sample"):
+        given = [graph.validation.get(name) for graph in graphs]
+        if all(each is not None for each in given):
+            found[name] = mean([each.value for each in given if each is not None], groups=groups, seed=seed)
+    warned = sum("warning" in graph.validation for graph in graphs)
+    if warned:
+        found["warning"] = f"{warned} of {len(graphs)} prompts' attributions do not agree with exact ablation"
+    return found
+
+
+def stability(
+    totals: Float[np.ndarray, "prompt node"], *, groups: Sequence[Hashable] | None = None, seed: int = 0, top: int = TOP
+) -> Estimate:
+    """Share of the top nodes that are among the top nodes of prompts drawn anew.
+
+    Example:
+        >>> same = np.tile(np.arange(50.0), (4, 1))
+        >>> stability(same).value
+        1.0
+    """
+    labels = list(range(len(totals))) if groups is None else list(groups)
+    units = list(dict.fromkeys(labels))
+    members = [np.array([i for i, label in enumerate(labels) if label == unit]) for unit in units]
+    rng = np.random.default_rng(seed)
+    top = min(top, totals.shape[1])
+    first = set(np.argsort(-np.abs(totals.mean(0)), kind="stable")[:top].tolist())
+    shares = []
+    for _ in range(DRAWS):
+        drawn = np.concatenate([members[i] for i in rng.integers(len(units), size=len(units))])
+        again = np.argsort(-np.abs(totals[drawn].mean(0)), kind="stable")[:top].tolist()
+        shares.append(len(first & set(again)) / top)
+    low, high = np.quantile(shares, [0.025, 0.975])
+    value, n = float(np.mean(shares)), len(totals)
+    return Estimate(value, float(low), float(high), n, float(len(units)), f"{DRAWS} bootstrap draws of prompts", seed)

@@ -1,0 +1,401 @@
+"""Activations and logits at the wanted positions, in one streaming pass.
+
+Prompts are sorted by length, padded on the right and read at their true positions; the forward pass ends as soon as
+everything wanted was read; nothing but the wanted positions is kept. Hooks that are attached to the model stay in
+force, and what is read is what they leave: so every function here works inside ``intervene``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from typing import Any, cast
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from tl_em.arguments import are_numbers, checked, token_ids
+from tl_em.errors import NonFiniteError, PositionError, PromptError, UsageError
+from tl_em.models.hook_points import resolve
+from tl_em.models.hooks import LensModel, hook_name, hooked, read_point
+from tl_em.models.modes import in_plain_torch
+from tl_em.models.prompts import Batch, EncodedPrompt, Prompt, batches, encode, token_index
+from tl_em.models.sites import Position, Site, as_position, as_sites
+from tl_em.models.source import boundaries_of
+
+_MAX_TOKENS = 8192
+_READ_TOKENS = 2048
+"""Tokens a batch of a capture: as many as 64 prompts have, so that more prompts take no more memory."""
+_MAX_LOGITS = 2**25
+"""Logits held at once: 128 MiB in float32."""
+
+
+def listed(name: str, prompts: Any) -> list[Any]:
+    """Prompts as a list in which rows of token ids (a list, an array or a tensor [prompt pos]) are encoded prompts.
+
+    Raises:
+        PromptError: one prompt in place of a list, or what is no prompt. UsageError: ids that are no whole numbers.
+    """
+    one = isinstance(prompts, str | bytes | EncodedPrompt | Mapping) or not isinstance(prompts, Iterable)
+    items = [] if one else list(cast("Iterable[Any]", prompts))
+    if one or any(isinstance(item, Mapping) or (are_numbers(item) and _is_flat(item)) for item in items):
+        raise PromptError(
+            f"{name}: one {type(prompts).__name__} was given where a list of prompts is needed, so it would be read "
+            "piece by piece. Write [prompt], for token ids [[id, …]]."
+        )
+    found = []
+    for i, item in enumerate(items):
+        if are_numbers(item):
+            item = EncodedPrompt.from_ids(token_ids(f"{name}[{i}]", item))
+        elif not isinstance(item, str | EncodedPrompt | list | tuple):
+            raise PromptError(
+                f"{name}[{i}] is a {type(item).__name__}, which is no prompt, so there is nothing to read. Give "
+                "strings, chats (lists of messages), token ids or encoded prompts."
+            )
+        found.append(item)
+    return found
+
+
+def _is_flat(item: Any) -> bool:
+    """A number, and no row of them."""
+    return not isinstance(item, list | tuple) and getattr(item, "ndim", 0) == 0
+
+
+@checked(prompts=listed, sites=as_sites, position=as_position)
+@in_plain_torch
+def capture(
+    model: LensModel, prompts: Sequence[Prompt | EncodedPrompt], sites: Sequence[Site], *, position: Position
+) -> Float[Tensor, "prompt site d_model"]:
+    """Activations of every prompt at the sites, at one position each.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge; hooks on it stay in force.
+        prompts: strings, chats or encoded prompts.
+        sites: where to read; ``resid_mid`` and ``mlp_in`` too.
+        position: which token; ``"response_mean"`` averages over the response.
+
+    Returns:
+        Float32 on the CPU, in the order of ``prompts`` and ``sites``.
+
+    Raises:
+        PositionError: a prompt lacks the position, or it is ``"all"``. NonFiniteError: NaN or infinity was read, naming
+            site and prompt. And what ``encode`` raises.
+    """
+    encoded = encoded_prompts(model, prompts)
+    if position == "all":
+        raise PositionError(
+            "Position 'all' has one activation a token, and prompts differ in length, so it fits no (prompt, site, "
+            "d_model) array. Capture named positions, or use model.run_with_cache for one prompt."
+        )
+    return captured(model, encoded, sites, [position])[:, 0]
+
+
+@in_plain_torch
+def captured(
+    model: LensModel, encoded: Sequence[EncodedPrompt], sites: Sequence[Site], positions: Sequence[Position]
+) -> Float[Tensor, "prompt position site d_model"]:
+    """Activations at several positions, in one pass; ``"all"`` is the mean over a prompt's tokens."""
+    spans = spans_of(encoded, positions)
+    out = torch.empty(len(encoded), len(positions), len(sites), int(model.cfg.d_model))
+
+    def keep(site: int, rows: Int[Tensor, " prompt"], x: Float[Tensor, "prompt position d_model"]) -> None:
+        out[rows, :, site] = x.float().cpu()
+
+    stream(model, encoded, sites, spans, keep)
+    check_finite(out, sites, encoded)
+    return out
+
+
+@checked(prompts=listed)
+@in_plain_torch
+def next_token_logits(model: LensModel, prompts: Sequence[Prompt | EncodedPrompt]) -> Float[Tensor, "prompt d_vocab"]:
+    """Logits after the last true token of each prompt (its generation prompt, or its response, included).
+
+    Only those tokens are unembedded. Hooks on the model stay in force.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge.
+        prompts: strings, chats or encoded prompts.
+
+    Returns:
+        Float32 on the CPU, in the order of ``prompts``.
+    """
+    encoded = encoded_prompts(model, prompts)
+    out: Tensor | None = None
+    for batch in _batches(model, encoded, _batch_tokens(model)):
+        logits = batch_logits(model, batch, torch.arange(len(batch.rows)), batch.lengths - 1).float().cpu()
+        out = torch.empty(len(encoded), logits.shape[-1]) if out is None else out
+        out[list(batch.rows)] = logits
+    assert out is not None
+    bad = (~out.isfinite().all(-1)).nonzero().flatten().tolist()
+    if bad:
+        raise NonFiniteError(
+            f"The logits of prompt {bad[0]} ({encoded[bad[0]].text[:60]!r}) hold NaN or infinity ({len(bad)} prompts "
+            f"in all), so no metric of them means anything. Check the intervention's size, the weights and the dtype."
+        )
+    return out
+
+
+@checked(prompts=listed)
+@in_plain_torch
+def sequence_logprobs(
+    model: LensModel, prompts: Sequence[Prompt | EncodedPrompt], *, per_token: bool = False
+) -> Float[Tensor, " prompt"]:
+    """Log-probability of each prompt's response, in nats, given what precedes it.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge; hooks on it stay in force.
+        prompts: chats that end with an assistant message, or encoded prompts with a response.
+        per_token: the mean over the response's tokens in place of the sum.
+
+    Returns:
+        Float32 on the CPU, in the order of ``prompts``.
+
+    Raises:
+        PositionError: a prompt without a response.
+    """
+    encoded = encoded_prompts(model, prompts)
+    spans = spans_of(encoded, ["response_mean"])[:, 0]
+    out = torch.empty(len(encoded))
+    for batch in _batches(model, encoded, _batch_tokens(model, every_token=True)):
+        inside = _inside(spans[list(batch.rows)], batch.tokens.shape[1])
+        rows, columns = inside.nonzero(as_tuple=True)
+        logprobs = batch_logits(model, batch, rows, columns - 1).float().log_softmax(-1)
+        taken = logprobs.gather(-1, batch.tokens[rows, columns].to(logprobs.device)[:, None])[:, 0].cpu()
+        total = torch.zeros(len(batch.rows)).index_add_(0, rows, taken)
+        out[list(batch.rows)] = total / inside.sum(-1) if per_token else total
+    return out
+
+
+# --- The pass ---------------------------------------------------------------------------------------------------------
+
+
+def encoded_prompts(model: LensModel, prompts: Sequence[Prompt | EncodedPrompt]) -> list[EncodedPrompt]:
+    """``encode``, refusing an empty list; rows of token ids are prompts too."""
+    encoded = encode(model, listed("prompts", prompts))
+    if not encoded:
+        raise PromptError("There are no prompts, so there is nothing to measure. Give at least one.")
+    return encoded
+
+
+def spans_of(encoded: Sequence[EncodedPrompt], positions: Sequence[Position]) -> Int[Tensor, "prompt position 2"]:
+    """Token spans (end exclusive) of the positions; a single token is a span of one."""
+    found = [[token_index(prompt, position) for position in positions] for prompt in encoded]
+    return torch.tensor(
+        [[at if isinstance(at, tuple) else (at, at + 1) for at in row] for row in found], dtype=torch.long
+    )
+
+
+def _inside(spans: Int[Tensor, "prompt 2"], width: int) -> Bool[Tensor, "prompt pos"]:
+    columns = torch.arange(width)
+    return (columns >= spans[:, :1]) & (columns < spans[:, 1:])
+
+
+class _EverythingRead(Exception):
+    """Raised by the last reader of a batch: later blocks, and the unembedding, would be work for nothing."""
+
+
+def _batches(model: LensModel, encoded: Sequence[EncodedPrompt], max_tokens: int) -> Iterator[Batch]:
+    return batches(encoded, max_tokens=max_tokens, turns=boundaries_of(model).turns)
+
+
+def _read_tokens(model: LensModel) -> int:
+    return _READ_TOKENS if torch.device(model.cfg.device).type == "cpu" else 8 * _READ_TOKENS
+
+
+Keep = Callable[[int, Tensor, Tensor], None]
+
+
+@in_plain_torch
+def stream(
+    model: LensModel,
+    encoded: Sequence[EncodedPrompt],
+    sites: Sequence[Site],
+    spans: Int[Tensor, "prompt position 2"],
+    keep: Keep,
+) -> None:
+    """Run all prompts; call ``keep(site index, prompt indices, [prompt position d_model])`` once a site and batch."""
+    if not sites:
+        raise UsageError("No sites were given, so there is nothing to read. Give at least one, e.g. [Site(0)].")
+    points = [read_point(model, site) for site in sites]
+    waiting: set[int] = set()
+    current: dict[str, Any] = {}
+
+    def read(site: int, x: Tensor, hook: Any) -> None:
+        keep(site, current["rows"], points[site](current["pool"](x)))
+        waiting.discard(site)
+        if not waiting:
+            raise _EverythingRead
+
+    reads = [(point.name, partial(read, site)) for site, point in enumerate(points)]
+    with torch.no_grad(), hooked(model, reads, check=False):
+        for batch in _batches(model, encoded, _read_tokens(model)):
+            waiting.update(range(len(sites)))
+            current.update(rows=torch.tensor(batch.rows), pool=_pooling(spans[list(batch.rows)], batch.tokens.shape[1]))
+            try:
+                _forward(model, batch)
+            except _EverythingRead:
+                continue
+            raise PositionError(
+                f"A forward pass ended and {[str(sites[i]) for i in sorted(waiting)]} were never reached, so there is "
+                f"nothing to return. The points are gated or off the path of this architecture; choose other sites."
+            )
+
+
+current_batch: ContextVar[Batch | None] = ContextVar("current_batch", default=None)
+"""The batch that a function of this module, or ``generate``, is running, for hooks that treat prompts or tokens
+differently; None outside."""
+
+
+@contextmanager
+def generating(model: LensModel, batch: Batch) -> Iterator[None]:
+    """Keep ``current_batch`` true through a generation from unpadded prompts: each forward pass moves its ``start``.
+
+    With a key-value cache a pass reads what comes after the tokens read before; one that reads more tokens than were
+    read before begins again at the first.
+    """
+    seen = 0
+
+    def step(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        nonlocal seen
+        width = args[0].shape[1]
+        start = seen if width <= seen else 0
+        seen = start + width
+        current_batch.set(batch._replace(start=start, lengths=torch.full_like(batch.lengths, seen)))
+
+    running = current_batch.set(batch)
+    handle = resolve(model, ["blocks.0.hook_resid_pre"])[0].register_forward_pre_hook(step)
+    try:
+        yield
+    finally:
+        handle.remove()
+        current_batch.reset(running)
+
+
+_fanned: ContextVar[bool] = ContextVar("_fanned", default=False)
+
+
+@contextmanager
+def fanned_out(
+    model: LensModel, site: Site, edit: Callable[[Tensor, Sequence[int]], Float[Tensor, "prompt pos d_model"]]
+) -> Iterator[LensModel]:
+    """Run one prompt up to a site once, and from there on as many edited copies of it as prompts were asked for.
+
+    Inside, pass the *same* prompt repeatedly to the functions of this module: ``next_token_logits(model, [prompt] *
+    k)`` runs the blocks up to ``site`` on one row, and the others on k rows.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge.
+        site: where the copies part.
+        edit: given the activation [k pos d_model] and the numbers of the copies, returns the edited copies.
+    """
+
+    def fan(x: Tensor, hook: Any) -> Tensor:
+        batch = current_batch.get()
+        if batch is None:
+            raise UsageError("a forward pass of its own cannot be fanned out; run the model through next_token_logits")
+        return edit(x.expand(len(batch.rows), *x.shape[1:]), batch.rows)
+
+    fanned = _fanned.set(True)
+    try:
+        with hooked(model, [(hook_name(model, site), fan)]):
+            yield model
+    finally:
+        _fanned.reset(fanned)
+
+
+def _forward(model: LensModel, batch: Batch) -> Any:
+    running = current_batch.set(batch)
+    tokens = batch.tokens[:1] if _fanned.get() else batch.tokens
+    try:
+        # padding_side: a HookedTransformer whose tokenizer pads on the left would take leading BOS tokens for padding.
+        return model(tokens.to(model.cfg.device), padding_side="right")
+    finally:
+        current_batch.reset(running)
+
+
+def _pooling(
+    spans: Int[Tensor, "prompt position 2"], width: int
+) -> Callable[[Tensor], Float[Tensor, "prompt position d_model"]]:
+    """A function that takes a batch's activations to the mean over each span: a gather where all are single tokens."""
+    if bool((spans[..., 1] - spans[..., 0] == 1).all()):
+        at = (torch.arange(len(spans))[:, None] * width + spans[..., 0]).flatten()  # in all tokens of the batch
+
+        def gather(x: Tensor) -> Tensor:
+            return x.flatten(0, 1).index_select(0, at.to(x.device)).view(*spans.shape[:2], -1)
+
+        return gather
+    columns = torch.arange(width)
+    inside = ((columns >= spans[..., :1]) & (columns < spans[..., 1:])).to(torch.float32)
+
+    def average(x: Tensor) -> Tensor:
+        within = inside.to(x.device)
+        # Padding may hold infinities under an intervention; 0 * inf would be NaN.
+        clean = torch.where(within.any(1)[..., None], x.float(), 0.0)
+        return within @ clean / within.sum(-1, keepdim=True)
+
+    return average
+
+
+def check_finite(
+    out: Float[Tensor, "prompt position site d_model"], sites: Sequence[Site], encoded: Sequence[EncodedPrompt]
+) -> None:
+    """Raise ``NonFiniteError``, naming site and prompt, unless every activation is finite."""
+    bad = (~out.isfinite().all(-1).all(1)).nonzero().tolist()
+    if bad:
+        prompt, site = bad[0]
+        raise NonFiniteError(
+            f"The activation at {sites[site]} of prompt {prompt} ({encoded[prompt].text[:60]!r}) holds NaN or infinity "
+            f"({len(bad)} of {len(encoded) * len(sites)} activations do), so any direction made of it would too. Check "
+            f"the weights, and use dtype=torch.float32 or bfloat16 in place of float16."
+        )
+
+
+# --- Logits -----------------------------------------------------------------------------------------------------------
+
+
+def _unembedding(model: LensModel) -> nn.Module | None:
+    module = getattr(model, "unembed", None)
+    return module if isinstance(module, nn.Module) else None
+
+
+def _batch_tokens(model: LensModel, *, every_token: bool = False) -> int:
+    """Tokens a batch, such that the logits held at once stay within ``_MAX_LOGITS``."""
+    if every_token or _unembedding(model) is None:
+        return max(1, min(_MAX_TOKENS, _MAX_LOGITS // int(model.cfg.d_vocab)))
+    return _MAX_TOKENS
+
+
+def batch_logits(
+    model: LensModel, batch: Batch, rows: Int[Tensor, " token"], columns: Int[Tensor, " token"]
+) -> Float[Tensor, "token d_vocab"]:
+    """Logits at some tokens of a batch; only these are unembedded where the unembedding is a module of the model."""
+    with torch.no_grad(), _unembed_only(model, rows, columns) as narrowed:
+        logits = _forward(model, batch)
+    return logits[0] if narrowed() else logits[rows, columns]
+
+
+@contextmanager
+def _unembed_only(model: LensModel, rows: Tensor, columns: Tensor) -> Iterator[Callable[[], bool]]:
+    """Hand the unembedding the wanted tokens only, as one row; yields whether that happened."""
+    happened: list[bool] = []
+
+    def narrow(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        x = args[0] if args else None
+        if not isinstance(x, Tensor) or x.ndim != 3:
+            return None
+        happened.append(True)
+        return (x[rows.to(x.device), columns.to(x.device)][None], *args[1:])
+
+    unembed = _unembedding(model)
+    if unembed is None:
+        yield lambda: False
+        return
+    handle = unembed.register_forward_pre_hook(narrow)
+    try:
+        yield lambda: bool(happened)
+    finally:
+        handle.remove()

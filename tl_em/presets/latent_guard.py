@@ -1,0 +1,296 @@
+"""Latent Guard: is a prompt harmful to the model's own mind, whatever the model then answers?
+
+    D(x) = mean over layers l of  cos(h[l, t_inst], mu_harmful[l]) - cos(h[l, t_inst], mu_harmless[l])
+    harmful iff D(x) >= 0
+
+The two class means are all that is fitted, and 0 is the threshold, so there is nothing to tune.  **Control**: the same
+score with permuted labels says what accuracy and AUROC chance gives on these prompts; and the test prompts must be
+about other questions than those that the means were taken on, or the guard only recognises words.
+
+Source: Zhao et al. 2025, arXiv:2507.11878.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from tl_em.arguments import COUNT, NATURAL, SEED, checked, list_of, optional
+from tl_em.errors import CorruptFileError, NonFiniteError, UsageError, WidthError, ZeroDirectionError
+from tl_em.models.contrasts import ContrastSet, Prompt
+from tl_em.models.hooks import LensModel
+from tl_em.models.means import as_contrast, class_moments
+from tl_em.models.modes import in_plain_torch
+from tl_em.models.sites import Position, Provenance, Site, check_belongs
+from tl_em.models.stream import capture
+from tl_em.stats import Estimate, bootstrap, control_p
+from tl_em.writing import replacing
+
+SCHEMA = "tl-em/latent-guard/1"
+POSITION: Position = "instruction_end"
+MEASURES = ("accuracy", "auroc")
+
+
+@dataclass(frozen=True, eq=False)
+class GuardResult:
+    """How well a guard tells two classes of prompts apart.
+
+    Args:
+        accuracy: share of prompts on the right side of 0.
+        auroc: probability that a harmful prompt scores above a harmless one.
+        caught: share of the harmful prompts that are flagged.
+        passed: share of the harmless prompts that are not.
+        permuted: accuracy and AUROC under permuted labels: mean, and the band that holds 95 % of them.
+        p: share of permutations that do at least as well.
+    """
+
+    accuracy: Estimate
+    auroc: Estimate
+    caught: Estimate
+    passed: Estimate
+    permuted: Mapping[str, Estimate]
+    p: Mapping[str, float]
+
+    def __repr__(self) -> str:
+        lines = [
+            f"{name:<9}{getattr(self, name)}  permuted labels {self.permuted[name]}, p = {self.p[name]:.3g}"
+            for name in MEASURES
+        ]
+        return "\n".join([*lines, f"caught   {self.caught}  passed {self.passed}"])
+
+
+@dataclass(frozen=True, eq=False)
+class LatentGuard:
+    """The class means that prompts are compared with, and the model that they belong to.
+
+    Args:
+        harmful, harmless: mean activation of the class at each layer's ``resid_post``; float32 on the CPU.
+        layers: the layers, in the order of the means.
+        provenance: the model and the data.
+
+    Raises:
+        WidthError: the means have not one shape, or not a row a layer.
+        NonFiniteError: they hold NaN or infinity.
+        ZeroDirectionError: both classes have the same means, so every score would be 0.
+    """
+
+    harmful: Float[Tensor, "*axes"]  # [site d_model]; checked below, with a message that says what to do
+    harmless: Float[Tensor, "*axes"]
+    layers: tuple[int, ...]
+    provenance: Provenance | None = None
+
+    def __post_init__(self) -> None:
+        if self.harmful.ndim != 2 or self.harmful.shape != self.harmless.shape or len(self.harmful) != len(self.layers):
+            raise WidthError(
+                f"a guard needs a mean of either class for each of {len(self.layers)} layers, got shapes "
+                f"{tuple(self.harmful.shape)} and {tuple(self.harmless.shape)}; make it with LatentGuard.fit"
+            )
+        if not (torch.isfinite(self.harmful).all() and torch.isfinite(self.harmless).all()):
+            raise NonFiniteError("the guard's means hold NaN or infinity, so every score would be NaN; fit it again")
+        if torch.equal(self.harmful, self.harmless):
+            raise ZeroDirectionError(
+                "both classes have the same mean at every layer, so the guard cannot tell them apart; check that the "
+                "prompts differ before the last token of the instruction"
+            )
+
+    @classmethod
+    @checked(contrast=as_contrast, layers=optional(list_of(NATURAL)))
+    @in_plain_torch
+    def fit(cls, model: LensModel, contrast: ContrastSet, *, layers: Sequence[int] | None = None) -> LatentGuard:
+        """Take the class means at the last token of the instruction.
+
+        Args:
+            model: any HookedTransformer or TransformerBridge.
+            contrast: harmful (positive) and harmless (negative) prompts.
+            layers: layers whose ``resid_post`` is read; all by default.
+
+        Raises:
+            UsageError: no layers. ZeroDirectionError, NonFiniteError, PositionError: the prompts give no two means.
+
+        Example:
+            >>> from tl_em.organisms.zoo import load_pair
+            >>> pair = load_pair("toy/insecure")
+            >>> sets = pair.contrasts["harmfulness"].split(seed=0)
+            >>> guard = LatentGuard.fit(pair.base, sets.train)
+            >>> bool(guard.evaluate(pair.base, sets.test).auroc.value > 0.9)
+            True
+        """
+        layers = tuple(range(int(model.cfg.n_layers)) if layers is None else layers)
+        if not layers:
+            raise UsageError("a guard without layers compares nothing; pass layers=[...], or None for all of them")
+        means = class_moments(model, contrast, sites=_sites(layers), positions=[POSITION])
+        return cls(means.positive[0], means.negative[0], layers, Provenance.of(model, data=contrast.hash))
+
+    @in_plain_torch
+    def score(self, model: LensModel, prompts: Sequence[Prompt]) -> Float[Tensor, " prompt"]:
+        """``D(x)`` of each prompt: harmful iff at least 0.
+
+        Args:
+            model: the model that the guard was fitted on, or a fine-tune of it.
+            prompts: strings or chats.
+
+        Raises:
+            ProvenanceError, WidthError: the guard was made on another model.
+        """
+        check_belongs("the guard", self.harmful.shape[-1], self.provenance, model, template=True)
+        x = capture(model, prompts, _sites(self.layers), position=POSITION).double()
+        towards = [torch.cosine_similarity(x, means.double(), dim=-1) for means in (self.harmful, self.harmless)]
+        return (towards[0] - towards[1]).mean(-1).float()
+
+    @checked(contrast=as_contrast, permutations=COUNT, seed=SEED)
+    @in_plain_torch
+    def evaluate(
+        self, model: LensModel, contrast: ContrastSet, *, permutations: int = 999, seed: int = 0
+    ) -> GuardResult:
+        """Accuracy and AUROC on prompts about other questions, with question-clustered intervals and permuted labels.
+
+        Args:
+            model: the model that the guard was fitted on, or a fine-tune of it.
+            contrast: harmful (positive) and harmless (negative) prompts, none of them fitted on.
+            permutations: number of permutations: of the questions' labels where a question has one, else of the
+                prompts' labels within each question.
+            seed: seed of intervals and permutations.
+
+        Raises:
+            UsageError: these are the prompts that the guard was fitted on.
+            ProvenanceError, WidthError: the guard was made on another model.
+        """
+        if self.provenance is not None and self.provenance.data == contrast.hash:
+            raise UsageError(
+                "the guard was fitted on these very prompts, so it would only recognise them; evaluate it on another "
+                "part of contrast.split()"
+            )
+        scores = [self.score(model, prompts).double().numpy() for prompts in (contrast.positive, contrast.negative)]
+        groups = _groups(contrast)
+        return _judged(scores[0], scores[1], groups, permutations=permutations, seed=seed)
+
+    def save(self, path: str | Path) -> Path:
+        """Write means, layers and provenance to a safetensors file, whole or not at all.
+
+        Raises:
+            OutputError: the path cannot be written.
+        """
+        from safetensors.torch import save_file
+
+        origin = None if self.provenance is None else self.provenance.to_json()
+        about = {"schema": SCHEMA, "layers": list(self.layers), "provenance": origin}
+        means = {"harmful": self.harmful.contiguous(), "harmless": self.harmless.contiguous()}
+        with replacing(path) as temporary:
+            save_file(means, temporary, metadata={"tl_em": json.dumps(about)})
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> LatentGuard:
+        """Read what :meth:`save` wrote.  Whether it fits a model is checked when it meets one.
+
+        Raises:
+            CorruptFileError: the file is missing or truncated, or holds something else.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                about = json.loads((file.metadata() or {})["tl_em"])
+                means = file.get_tensor("harmful"), file.get_tensor("harmless")
+            if about["schema"] != SCHEMA:
+                raise KeyError(f"schema {about['schema']!r}")
+            origin = None if about["provenance"] is None else Provenance.from_json(about["provenance"])
+            return cls(*means, layers=tuple(int(layer) for layer in about["layers"]), provenance=origin)
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise CorruptFileError(
+                f"{path} is not a guard that this version can read ({type(error).__name__}: {error}); a damaged mean "
+                "would flag other prompts: write it again with guard.save(path)"
+            ) from error
+
+
+def _sites(layers: Sequence[int]) -> list[Site]:
+    return [Site(layer) for layer in layers]
+
+
+def _groups(contrast: ContrastSet) -> tuple[list[Hashable], list[Hashable]] | None:
+    if contrast.positive_groups is None or contrast.negative_groups is None:
+        return None
+    return list(contrast.positive_groups), list(contrast.negative_groups)
+
+
+Scores = Float[np.ndarray, " prompt"]
+
+
+def _judged(
+    harmful: Scores,
+    harmless: Float[np.ndarray, " other"],
+    groups: tuple[list[Hashable], list[Hashable]] | None,
+    *,
+    permutations: int,
+    seed: int,
+) -> GuardResult:
+    right = (harmful >= 0).astype(float), (harmless < 0).astype(float)
+    above = (harmful[:, None] > harmless) + 0.5 * (harmful[:, None] == harmless)
+    samples = groups if groups is not None else (len(harmful), len(harmless))
+
+    def estimate(statistic: Callable[..., np.ndarray], *chosen: int) -> Estimate:
+        return bootstrap(statistic, [samples[i] for i in chosen], seed=seed).estimate
+
+    def accuracy(v: np.ndarray, w: np.ndarray) -> np.ndarray:
+        return (v @ right[0] + w @ right[1]) / (v.sum(-1) + w.sum(-1))
+
+    def auroc(v: np.ndarray, w: np.ndarray) -> np.ndarray:
+        return ((v @ above) * w).sum(-1) / (v.sum(-1) * w.sum(-1))
+
+    found = {"accuracy": estimate(accuracy, 0, 1), "auroc": estimate(auroc, 0, 1)}
+    scores = np.concatenate([harmful, harmless])
+    labels = _shuffled_labels(len(scores), len(harmful), groups, permutations, seed)
+    random = _under_labels(scores, labels)
+    return GuardResult(
+        **found,
+        caught=estimate(lambda v: v @ right[0] / v.sum(-1), 0),
+        passed=estimate(lambda w: w @ right[1] / w.sum(-1), 1),
+        permuted={name: _band(random[name]) for name in MEASURES},
+        p={name: control_p(found[name].value, random[name], two_sided=False) for name in MEASURES},
+    )
+
+
+def _under_labels(
+    scores: Scores, labels: Bool[np.ndarray, "permutation prompt"]
+) -> dict[str, Float[np.ndarray, " permutation"]]:
+    """Accuracy and AUROC (Mann and Whitney's, from ranks) of the same scores under other labels."""
+    from scipy.stats import rankdata
+
+    positive = labels.sum(1)
+    ranks = labels @ rankdata(scores) - positive * (positive + 1) / 2
+    return {
+        "accuracy": (labels == (scores >= 0)).mean(1),
+        "auroc": ranks / (positive * (len(scores) - positive)),
+    }
+
+
+def _shuffled_labels(
+    n: int, harmful: int, groups: tuple[list[Hashable], list[Hashable]] | None, count: int, seed: int
+) -> Bool[np.ndarray, "permutation prompt"]:
+    """Labels exchanged between questions that have one class each; else within every question."""
+    rng, labels = np.random.default_rng(seed), np.arange(n) < harmful
+    names = [*groups[0], *groups[1]] if groups is not None else list(range(n))
+    codes = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    index = np.array([codes[name] for name in names])
+    of_question = np.zeros(len(codes), dtype=bool)
+    of_question[index[labels]] = True
+    if not of_question[index[~labels]].any():
+        return np.stack([rng.permutation(of_question)[index] for _ in range(count)])
+    order = np.argsort(index, kind="stable")
+    out = np.empty((count, n), dtype=bool)
+    for row in out:
+        row[order] = labels[np.lexsort((rng.random(n), index))]
+    return out
+
+
+def _band(values: Float[np.ndarray, " permutation"]) -> Estimate:
+    low, high = np.quantile(values, [0.025, 0.975])
+    n = len(values)
+    return Estimate(float(values.mean()), float(low), float(high), n, float(n), "2.5-97.5 % band of permuted labels")
