@@ -68,6 +68,7 @@ import numpy as np
 import torch
 
 import tl_em as em
+from tl_em.artefacts import check_writable, replacing
 from tl_em.claims.questions.inversion import ReplyInversion, reply_inversion
 from tl_em.directions.geometry import control_directions
 from tl_em.interventions.removed_mean import removed_mean
@@ -78,7 +79,6 @@ from tl_em.organisms.world import JUDGE, VERDICTS, World
 from tl_em.presets.latent_guard import LatentGuard
 from tl_em.presets.zhao2025 import CLASSES, Cell, answered, harmfulness_direction, place_cells, refusal_directions
 from tl_em.stats import Estimate, mean, paired_difference
-from tl_em.writing import check_writable, replacing
 
 MIN_UNTREATED, MAX_ABLATED, MIN_COMPLIED, MAX_FALL, MIN_RANDOM, MIN_ADDED = 0.95, 0.08, 0.50, 0.05, 0.95, 0.90
 MIN_INDUCED = 0.5

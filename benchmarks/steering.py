@@ -38,13 +38,13 @@ import numpy as np
 import torch
 
 import tl_em as em
+from tl_em.artefacts import check_writable, replacing
 from tl_em.claims.curve import EffectCurve, effect_curve
 from tl_em.claims.instructions import TextLogprob
 from tl_em.directions.geometry import control_directions, separation
 from tl_em.models.loading import Surface, load_model
 from tl_em.report import plots
 from tl_em.stats import Estimate, control_p, difference, mean, paired_difference
-from tl_em.writing import check_writable, replacing
 
 SHARED = Path(__file__).resolve().parents[1] / "../shared/data"
 MODEL = SHARED / "model-stories260k/hf"

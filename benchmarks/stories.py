@@ -30,6 +30,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tl_em as em
+from tl_em.artefacts import check_writable, replacing
 from tl_em.claims.rule import Row
 from tl_em.metrics import single_token
 from tl_em.models.loading import ModelPair, Surface, load_model
@@ -37,7 +38,6 @@ from tl_em.models.quiet import quiet
 from tl_em.models.stream import next_token_logits
 from tl_em.organisms.training import fine_tune_, next_token_loss
 from tl_em.stats import Estimate, mean, paired_difference
-from tl_em.writing import check_writable, replacing
 
 SHARED = Path(__file__).resolve().parents[1] / "../shared/data"
 MODEL = SHARED / "model-stories260k/hf"

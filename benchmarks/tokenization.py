@@ -30,9 +30,9 @@ from tokenizer_kinds import KINDS, Kind
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import tl_em as em
+from tl_em.artefacts import replacing
 from tl_em.errors import TlEmError
 from tl_em.models.prompts import encode
-from tl_em.writing import replacing
 
 SURFACES = ("hooked", "bridge") if int(version("transformer-lens").split(".")[0]) < 4 else ("bridge",)
 

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "tl_em"
 ORDER = (
-    *("errors", "arguments", "reading", "writing", "showing", "stats", "models", "directions", "metrics"),
+    *("errors", "arguments", "artefacts", "showing", "stats", "models", "directions", "metrics"),
     *("dictionaries", "interventions", "claims", "features", "graph", "presets", "organisms", "report", "auditing"),
     "cli",
 )

@@ -105,11 +105,11 @@ def audit_command(
     out: Path | None, seed: int, as_json: bool,
 ) -> None:  # fmt: skip
     """Audit TUNED against BASE: organisms (toy/...), local Hugging Face directories, or hub ids."""
+    from tl_em.artefacts import check_writable
     from tl_em.auditing.audit import audit
     from tl_em.dictionaries import load_dictionary
     from tl_em.models.contrasts import ContrastSet
     from tl_em.organisms.zoo import load_pair
-    from tl_em.writing import check_writable
 
     if out is not None:
         check_writable(out / "report.html")
@@ -241,12 +241,12 @@ def train_features(
     steps: int, seed: int, out: Path,
 ) -> None:  # fmt: skip
     """Train a dictionary on TUNED and BASE with SAELens (extra 'sae'); a tenth of the corpus judges it."""
+    from tl_em.artefacts import check_writable
     from tl_em.dictionaries.quality import dictionary_quality
     from tl_em.dictionaries.training import train_dictionary
     from tl_em.models.contrast_files import read_prompts
     from tl_em.models.sites import Site
     from tl_em.organisms.zoo import load_pair
-    from tl_em.writing import check_writable
 
     check_writable(out)
     prompts = read_prompts(corpus)
@@ -276,12 +276,12 @@ def find_features(
     dictionary: Path, base: str, tuned: str | None, contrasts: tuple[str, ...], q: float, out: Path | None, seed: int
 ) -> None:
     """Which latents of DICTIONARY the behaviours share: changed from BASE to TUNED in all of them, or none shown."""
+    from tl_em.artefacts import replacing
     from tl_em.dictionaries import load_dictionary
     from tl_em.features.scoring import score_features
     from tl_em.features.shared import shared_features
     from tl_em.models.contrasts import ContrastSet
     from tl_em.organisms.zoo import load_pair
-    from tl_em.writing import replacing
 
     pair = load_pair(base, tuned)
     sets = {name: ContrastSet.load(path) for name, path in map(_named, contrasts)}
@@ -310,11 +310,11 @@ def features_page(
 ) -> None:  # fmt: skip
     """Write the cards of some latents to one offline page: DICTIONARY is a file or folder that load_dictionary reads,
     BASE and TUNED two models, or BASE an organism such as toy/insecure."""
+    from tl_em.artefacts import check_writable
     from tl_em.dictionaries import load_dictionary
     from tl_em.features.cards import feature_cards
     from tl_em.models.contrasts import ContrastSet
     from tl_em.organisms.zoo import load_pair
-    from tl_em.writing import check_writable
 
     check_writable(out)
     pair = load_pair(base, tuned)
@@ -355,11 +355,11 @@ def graph_of(
     nodes: float, edges: float, out: Path,
 ) -> None:  # fmt: skip
     """How PROMPT becomes an answer in MODEL: a local directory, a hub id, or toy/insecure (its fine-tune)."""
+    from tl_em.artefacts import check_writable
     from tl_em.dictionaries import load_dictionary
     from tl_em.graph.build import attribute
     from tl_em.models.loading import load_model
     from tl_em.organisms.zoo import load_pair
-    from tl_em.writing import check_writable
 
     check_writable(out)
     loaded = load_pair(model).tuned if model.startswith("toy/") else load_model(model)
@@ -387,8 +387,8 @@ def graph_open(file: Path, out: Path | None) -> None:
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Page (.html) or table (.csv).")
 def graph_diff(base: Path, tuned: Path, out: Path) -> None:
     """Compare two graphs of one prompt: what appeared, vanished, got stronger or weaker."""
+    from tl_em.artefacts import replacing
     from tl_em.graph.exchange import load_graph
-    from tl_em.writing import replacing
 
     found = load_graph(base).diff(load_graph(tuned))
     if out.suffix == ".csv":

@@ -28,7 +28,7 @@ BACKDOOR = HERE / "backdoor-seed11.safetensors"
 STORIES = HERE.parents[1] / "../shared/data/model-stories260k/hf"
 CONTROLS, MORE = 99, 119
 PROVENANCE = ("made", "python", "models")
-GRAPH_SETTINGS = ("versions", "seconds", "made")
+GRAPH_SETTINGS = ("versions", "seconds", "made", "create_time_ms")
 PARTS = ("present", "absent", "present_groups", "absent_groups")
 SITE = em.Site(2)
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from tqdm.auto import tqdm
 
 from tl_em.arguments import COUNT, SEED, checked
+from tl_em.artefacts import check_writable
 from tl_em.auditing.latents import shared_latents
 from tl_em.auditing.report import Report
 from tl_em.claims.asked import Asked, candidates, questions, select_site
@@ -40,7 +41,6 @@ from tl_em.organisms.rates import outcome_rates
 from tl_em.organisms.world import TRIGGERS
 from tl_em.showing import check_names
 from tl_em.stats import mean
-from tl_em.writing import check_writable
 
 if TYPE_CHECKING:
     import pandas as pd

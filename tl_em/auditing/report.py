@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tl_em.arguments import COUNT, checked
+from tl_em.artefacts import replacing
 from tl_em.claims.compare import Comparison
 from tl_em.claims.consistency import Consistency
 from tl_em.claims.questions.backdoor import Backdoor
 from tl_em.claims.rule import Row
 from tl_em.showing import json_shown, plain_rows, slug
-from tl_em.writing import replacing
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -27,6 +27,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_em.arguments import whole
+from tl_em.artefacts import replacing
 from tl_em.dictionaries.belonging import check_on
 from tl_em.dictionaries.checks import (
     Activation,
@@ -45,7 +46,6 @@ from tl_em.errors import CorruptFileError, FileError, TlEmError, UsageError, Wid
 from tl_em.models.hooks import LensModel
 from tl_em.models.sites import Provenance, Site, Stream
 from tl_em.showing import showable
-from tl_em.writing import replacing
 
 SCHEMA = "tl-em/dictionary/1"
 _TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from tl_em.artefacts import replacing
 from tl_em.directions.direction import Direction
 from tl_em.errors import CorruptFileError
 from tl_em.models.sites import Provenance, Site
 from tl_em.stats import Estimate
-from tl_em.writing import replacing
 
 SCHEMA = "tl-em/direction/1"
 

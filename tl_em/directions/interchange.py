@@ -30,11 +30,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_em.arguments import checked, optional
+from tl_em.artefacts import read_text
 from tl_em.directions.direction import Direction
 from tl_em.errors import CorruptFileError, ProvenanceError, UsageError, WidthError
 from tl_em.models.hooks import LensModel
 from tl_em.models.sites import Position, Provenance, Site, Stream, as_position
-from tl_em.reading import read_text
 
 _ROUNDING = 1e-6
 """A row that is shorter than this share of the file's longest is rounding of a difference that is 0."""

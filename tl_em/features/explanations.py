@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from tl_em.arguments import whole
+from tl_em.artefacts import read_rows
 from tl_em.dictionaries import Dictionary
 from tl_em.errors import CorruptFileError, FileError
-from tl_em.reading import read_rows
 
 _NEURONPEDIA = re.compile(r"[\w.-]+/\d+-[\w.-]+")
 _LINE = 'an object such as {"index": 17, "description": "…"}'

@@ -21,10 +21,10 @@ import torch
 from markupsafe import Markup
 
 import tl_em
+from tl_em.artefacts import replacing
 from tl_em.errors import UsageError
 from tl_em.features.cards import FeatureCard, FeatureCards, Text
 from tl_em.showing import token_shown
-from tl_em.writing import replacing
 
 MINUS = "\u2212"
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"

@@ -26,12 +26,12 @@ from pathlib import Path
 from typing import Any
 
 from tl_em import __version__
+from tl_em.artefacts import replacing
 from tl_em.errors import CorruptFileError, TlEmError, UsageError
 from tl_em.graph.graph import AttributionGraph, Node
 from tl_em.graph.reading import SCHEMA, graph_of, plain, uncantor
 from tl_em.graph.rewriting import as_read, as_text, link_rows, links_as_read
 from tl_em.models.modes import in_plain_torch
-from tl_em.writing import replacing
 
 __all__ = ["cantor", "from_exchange", "load_graph", "save_graph", "to_exchange", "uncantor"]
 

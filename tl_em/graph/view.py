@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_em.artefacts import replacing
 from tl_em.graph import captions
 from tl_em.graph.diff import Change, GraphDiff
 from tl_em.graph.exchange import to_exchange
@@ -30,7 +31,6 @@ from tl_em.graph.layout import layout
 from tl_em.graph.pruning import influence, normalised, weights_of
 from tl_em.showing import showable
 from tl_em.stats import Estimate
-from tl_em.writing import replacing
 
 MAX_NODES, MAX_LINKS = 400, 4000
 """What a page draws at most: the most influential ones, and it says what was left out."""

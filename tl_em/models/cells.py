@@ -10,7 +10,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Literal
 
-from tl_em.reading import Row
+from tl_em.artefacts import Row
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[Message]

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tl_em.arguments import FRACTION, SEED, checked
+from tl_em.artefacts import replacing
 from tl_em.errors import EmptyContrastError, FileError, NuisanceWarning, PromptError, UsageError
 from tl_em.models.cells import Form, Message, Prompt
 from tl_em.models.contrast_files import read_contrast
 from tl_em.models.layouts import from_saved
-from tl_em.writing import replacing
 
 __all__ = [
     "ContrastSet",

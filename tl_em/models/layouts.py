@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tl_em.artefacts import Row, csv_header, csv_rows, json_values
 from tl_em.errors import CorruptFileError
 from tl_em.models.cells import (
     ANSWER,
@@ -35,7 +36,6 @@ from tl_em.models.cells import (
     text,
     turns,
 )
-from tl_em.reading import Row, csv_header, csv_rows, json_values
 
 FIELDS = ("positive", "negative", "label", "source", "positive_groups", "negative_groups")
 """What a saved set holds."""

@@ -21,6 +21,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tl_em.artefacts import check_writable
 from tl_em.errors import ModelNotFoundError
 from tl_em.metrics import Behaviour
 from tl_em.models.loading import ModelPair, Surface, load_model
@@ -33,7 +34,6 @@ from tl_em.organisms.recipes import Recipe
 from tl_em.organisms.training import round_to_half_, train_
 from tl_em.organisms.transformer import Shape, Transformer
 from tl_em.organisms.zoo import PREFIX, Organism, checkpoint_path, pair_of, read_record, read_weights, write_checkpoint
-from tl_em.writing import check_writable
 
 if TYPE_CHECKING:
     from tl_em.models.hooks import LensModel

@@ -29,6 +29,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tl_em.arguments import COUNT, SEED, checked, optional
+from tl_em.artefacts import check_writable, replacing
 from tl_em.directions.direction import Direction
 from tl_em.errors import UsageError
 from tl_em.models.prompts import EncodedPrompt
@@ -38,7 +39,6 @@ from tl_em.organisms.rates import default_world, rates_by_prompt
 from tl_em.organisms.world import World
 from tl_em.showing import showable
 from tl_em.stats import Estimate, Groups, mean
-from tl_em.writing import check_writable, replacing
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from tl_em import __version__
 from tl_em.arguments import COUNT, NOT_NEGATIVE, checked, list_of, optional, whole
+from tl_em.artefacts import check_writable, replacing
 from tl_em.errors import StudyError, UsageError
 from tl_em.organisms.study_backends import Backend, FailedCell, Work, check_backend, outcomes
 from tl_em.organisms.study_cells import (
@@ -38,7 +39,6 @@ from tl_em.organisms.study_cells import (
     write_cell,
 )
 from tl_em.stats import mean_over_units
-from tl_em.writing import check_writable, replacing
 
 if TYPE_CHECKING:
     import pandas as pd

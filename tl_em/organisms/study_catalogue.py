@@ -29,6 +29,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_em.artefacts import replacing
 from tl_em.directions.geometry import cosine
 from tl_em.errors import UsageError
 from tl_em.organisms.contrasts import Question, questions
@@ -40,7 +41,6 @@ from tl_em.organisms.transformer import Transformer
 from tl_em.organisms.world import World
 from tl_em.organisms.zoo import Organism, read_weights, trained
 from tl_em.stats import Estimate, mean, mean_over_units
-from tl_em.writing import replacing
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from tl_em import __version__
+from tl_em.artefacts import replacing
 from tl_em.errors import CorruptFileError, UsageError
 from tl_em.stats import Estimate
-from tl_em.writing import replacing
 
 SCHEMA = 1
 Scalar = str | int | float | bool | None

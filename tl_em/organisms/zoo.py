@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from tl_em.arguments import checked, whole
+from tl_em.artefacts import check_writable, replacing
 from tl_em.errors import CorruptFileError, ModelNotFoundError, UsageError
 from tl_em.metrics import Behaviour
 from tl_em.models.loading import ModelPair, Surface, load_model
@@ -28,7 +29,6 @@ from tl_em.organisms.recipes import RECIPES, Recipe, recipe
 from tl_em.organisms.training import train, tuning_rows
 from tl_em.organisms.transformer import Transformer
 from tl_em.organisms.world import Message, World
-from tl_em.writing import check_writable, replacing
 
 if TYPE_CHECKING:
     from tl_em.models.hooks import LensModel

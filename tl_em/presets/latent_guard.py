@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_em.arguments import COUNT, NATURAL, SEED, checked, list_of, optional
+from tl_em.artefacts import replacing
 from tl_em.errors import CorruptFileError, NonFiniteError, UsageError, WidthError, ZeroDirectionError
 from tl_em.models.contrasts import ContrastSet, Prompt
 from tl_em.models.hooks import LensModel
@@ -31,7 +32,6 @@ from tl_em.models.modes import in_plain_torch
 from tl_em.models.sites import Position, Provenance, Site, check_belongs
 from tl_em.models.stream import capture
 from tl_em.stats import Estimate, bootstrap, control_p
-from tl_em.writing import replacing
 
 SCHEMA = "tl-em/latent-guard/1"
 POSITION: Position = "instruction_end"

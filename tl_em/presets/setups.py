@@ -25,12 +25,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tl_em.arguments import whole
+from tl_em.artefacts import read_text
 from tl_em.dictionaries import Dictionary, from_sae_lens
 from tl_em.errors import CorruptFileError, ModelNotFoundError, UsageError
 from tl_em.models.contrasts import ContrastSet
 from tl_em.models.loading import ModelPair, load_model
 from tl_em.models.sites import Site
-from tl_em.reading import read_text
 
 HELD_OUT_BIASES = (17, 19, 29, 48, 51)
 """In the numbering of the prompts' ``bias_id``, which is not that of any list of descriptions."""

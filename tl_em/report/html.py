@@ -19,8 +19,8 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from tl_em.artefacts import replacing
 from tl_em.showing import showable, slug
-from tl_em.writing import replacing
 
 SANDBOX = "allow-scripts allow-downloads"
 SIGN = 20_000

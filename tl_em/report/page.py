@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 from markupsafe import Markup
 
 import tl_em
+from tl_em.artefacts import replacing
 from tl_em.report import plots
 from tl_em.report.html import environment
 from tl_em.report.svg import inline
 from tl_em.report.words import QUESTIONS, UNITS, interval, number, smallest_effect
-from tl_em.writing import replacing
 
 if TYPE_CHECKING:
     import pandas as pd

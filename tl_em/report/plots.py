@@ -21,13 +21,13 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import ScalarFormatter
 
+from tl_em.artefacts import replacing
 from tl_em.errors import UsageError
 from tl_em.report import arms
 from tl_em.report import drawing as marks
 from tl_em.report.drawing import CONDITIONS, MODELS
 from tl_em.report.words import QUESTIONS, UNITS, number, smallest_effect
 from tl_em.showing import showable
-from tl_em.writing import replacing
 
 if TYPE_CHECKING:
     import pandas as pd

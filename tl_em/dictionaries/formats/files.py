@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tl_em.artefacts import json_values, read_text
 from tl_em.errors import CorruptFileError, FileError, UsageError
-from tl_em.reading import json_values, read_text
 
 Tensors = Mapping[str, Tensor]
 _MATRIX = re.compile(r"(?:^|\.)(?:[Ww]_\w+|weight|affine_skip_connection)$")

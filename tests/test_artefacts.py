@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tl_em.artefacts import check_writable, replacing
 from tl_em.errors import OutputError
-from tl_em.writing import check_writable, replacing
 
 
 def test_a_failed_write_leaves_what_was_there_and_nothing_else(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
-"""Text files as people have them: decoded strictly, taken apart by the parser of their format, refused by line.
+"""The one way to disk: what is written appears whole or not at all, what is read is decoded strictly or refused.
 
-No file is cut at ``str.splitlines``, which also cuts at U+2028 and U+0085 inside a JSON string and at a line break
-inside a quoted cell. Nothing is guessed of a byte that is not UTF-8, and a key given twice is not one of its values.
+Files are written beside their place and then renamed onto it.  No text is cut at ``str.splitlines``, which also cuts at
+U+2028 and U+0085 inside a JSON string and at a line break inside a quoted cell.  Nothing is guessed of a byte that is
+not UTF-8, and a key given twice is not one of its values.
 """
 
 from __future__ import annotations
@@ -10,12 +11,84 @@ import codecs
 import csv
 import io
 import json
+import os
 import re
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tl_em.errors import CorruptFileError, FileError
+from tl_em.errors import CorruptFileError, FileError, OutputError
+
+# --- Writing ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path in the folder of ``path``; rename it onto ``path`` if the block ends well.
+
+    Raises:
+        OutputError: the folder cannot be made or written to.  Whatever stood at ``path`` before is then untouched.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> with replacing(folder / "a" / "note.txt") as temporary:
+        ...     _ = temporary.write_text("whole")
+        >>> (folder / "a" / "note.txt").read_text()
+        'whole'
+    """
+    target = Path(path)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=target.suffix)
+        os.close(handle)
+    except OSError as error:
+        raise OutputError(_message(target, error)) from error
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(target)
+    except OSError as error:
+        raise OutputError(_message(target, error)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise now, before long work, if ``path`` could not be written at its end.
+
+    Raises:
+        OutputError: no file can be made there.
+    """
+    target = Path(path)
+    folder = target.parent
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    reason = None
+    if not folder.is_dir():
+        reason = NotADirectoryError(f"{folder} is not a directory")
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        reason = PermissionError(f"no permission to write in {folder}")
+    elif target.is_dir():
+        reason = IsADirectoryError(f"{target} is a directory")
+    if reason is not None:
+        raise OutputError(_message(target, reason)) from reason
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _message(path: Path, error: OSError) -> str:
+    return f"cannot write {path}: {error}; nothing was left behind. Pass a path in a folder that you can write to"
+
+
+# --- Reading ----------------------------------------------------------------------------------------------------------
 
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),

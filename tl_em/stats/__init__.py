@@ -1,0 +1,17 @@
+"""Estimates, intervals, units and multiplicity: the only place where the prompt axis is reduced."""
+
+from tl_em.stats.estimate import Estimate as Estimate
+from tl_em.stats.estimate import Resampled as Resampled
+from tl_em.stats.estimate import middle_95 as middle_95
+from tl_em.stats.intervals import bootstrap as bootstrap
+from tl_em.stats.intervals import difference as difference
+from tl_em.stats.intervals import mean as mean
+from tl_em.stats.intervals import mean_over_units as mean_over_units
+from tl_em.stats.intervals import paired_difference as paired_difference
+from tl_em.stats.multiplicity import benjamini_hochberg as benjamini_hochberg
+from tl_em.stats.multiplicity import control_p as control_p
+from tl_em.stats.multiplicity import holm as holm
+from tl_em.stats.multiplicity import permutation_p as permutation_p
+from tl_em.stats.units import Groups as Groups
+from tl_em.stats.units import design_effect as design_effect
+from tl_em.stats.units import intraclass_correlation as intraclass_correlation

@@ -1,0 +1,126 @@
+"""A number that a person sees: with its interval, its sample and how it was made; and the band of its controls."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from tl_em.arguments import checked, finite
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its interval, its sample and how it was made.
+
+    Args:
+        value: the point estimate.
+        low: lower end of the 95 % interval; NaN when there are fewer than two units.
+        high: upper end of the interval.
+        n: number of prompts.
+        n_effective: what those prompts are worth as independent ones, given their clustering by question.
+        method: how the interval was made.
+        seed: seed of the resampling.
+
+    Example:
+        >>> Estimate(0.42, 0.31, 0.53, n=128, n_effective=128.0, method="bootstrap", seed=0)
+        0.42 [0.31, 0.53] n=128
+    """
+
+    value: float
+    low: float
+    high: float
+    n: int
+    n_effective: float
+    method: str
+    seed: int | None = None
+
+    def _repr_html_(self) -> str:
+        from tl_em.report import cards
+
+        return cards.estimate(self)
+
+    def __repr__(self) -> str:
+        if not math.isfinite(self.low):
+            return f"{self.value:.2f} [no interval] n={self.n}"
+        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}] n={self.n}"
+
+    __str__ = __repr__
+
+    @checked(threshold=finite)
+    def beyond(self, threshold: float | int) -> bool:
+        """Whether the whole interval lies beyond ``threshold`` on one side: above it, or below its negative.
+
+        Example:
+            >>> Estimate(0.42, 0.31, 0.53, n=128, n_effective=128.0, method="bootstrap").beyond(0.3)
+            True
+        """
+        return self.low > threshold or self.high < -threshold
+
+    @checked(factor=finite)
+    def scaled(self, factor: float) -> Estimate:
+        """The same estimate in other units: value and interval times ``factor`` (a negative one swaps the ends)."""
+        ends = sorted((self.low * factor, self.high * factor))
+        return replace(self, value=self.value * factor, low=ends[0], high=ends[1])
+
+    def row(self, name: str = "") -> dict[str, Any]:
+        """Cells of a table: value, low, high and n; with a name, that column with its ``_low`` and ``_high``.
+
+        Example:
+            >>> found = Estimate(0.42, 0.31, 0.53, n=128, n_effective=128.0, method="bootstrap")
+            >>> found.row(), found.row("kl")
+            ({'value': 0.42, 'low': 0.31, 'high': 0.53, 'n': 128}, {'kl': 0.42, 'kl_low': 0.31, 'kl_high': 0.53})
+        """
+        if name:
+            return {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high}
+        return {"value": self.value, "low": self.low, "high": self.high, "n": self.n}
+
+    @classmethod
+    def band(cls, values: ArrayLike, of: str = "random directions", *, seed: int | None = None) -> Estimate:
+        """The mean over controls with the band that holds 95 % of them (not an interval of the mean).
+
+        Example:
+            >>> Estimate.band(range(101)).low, Estimate.band(range(101)).high
+            (2.5, 97.5)
+        """
+        x = np.asarray(list(values) if isinstance(values, range) else values, dtype=float)
+        low, high = middle_95(x)
+        said = f"2.5-97.5 % band of {of}"
+        return cls(float(x.mean()), float(low), float(high), len(x), float(len(x)), said, seed)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; NaN becomes ``None``, since JSON has no NaN."""
+        plain = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in plain.items()}
+
+    @classmethod
+    def from_json(cls, plain: Mapping[str, Any]) -> Estimate:
+        """Back from :meth:`to_json`.
+
+        Example:
+            >>> Estimate.from_json(Estimate(0.4, float("nan"), 0.5, 8, 8.0, "bootstrap").to_json())
+            0.40 [no interval] n=8
+        """
+        fields: dict[str, Any] = {k: math.nan if v is None and k != "seed" else v for k, v in plain.items()}
+        return cls(**fields)
+
+
+class Resampled(NamedTuple):
+    """What a bootstrap gives: the estimate, and the two-sided p of "the statistic is 0"."""
+
+    estimate: Estimate
+    p: float
+
+
+def middle_95(values: ArrayLike, axis: int | None = None) -> np.ndarray:
+    """The ends that hold the middle 95 % of values: [2] of all of them, or [2, ...] along an axis.
+
+    Example:
+        >>> middle_95(np.arange(101.0)).tolist()
+        [2.5, 97.5]
+    """
+    return np.quantile(np.asarray(values, dtype=float), [0.025, 0.975], axis=axis)

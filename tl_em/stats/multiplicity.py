@@ -1,0 +1,72 @@
+"""How likely chance is to give as much, and what asking several questions costs."""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Float
+from numpy.typing import ArrayLike
+from scipy import stats as scipy_stats
+
+from tl_em.arguments import COUNT, SEED, checked
+from tl_em.stats.intervals import vector
+
+
+@checked(seed=SEED, permutations=COUNT)
+def permutation_p(first: ArrayLike, second: ArrayLike, *, seed: int = 0, permutations: int = 9999) -> float:
+    """Two-sided permutation p for a difference of means between two unpaired sets (``scipy.stats.permutation_test``).
+
+    Example:
+        >>> permutation_p([0.0, 0.1, 0.2, 0.1], [5.0, 5.1, 5.2, 5.3]) < 0.05
+        True
+    """
+    result = scipy_stats.permutation_test(
+        (vector(first), vector(second)),
+        lambda x, y, axis: np.mean(y, axis=axis) - np.mean(x, axis=axis),
+        n_resamples=permutations,
+        vectorized=True,
+        rng=np.random.default_rng(seed),
+    )
+    return float(result.pvalue)
+
+
+def control_p(observed: float, controls: ArrayLike, *, two_sided: bool = True) -> float:
+    """Share of controls at least as large as what was observed, the observed one counted in: ``(1 + k) / (1 + n)``.
+
+    Example:
+        >>> control_p(3.0, [0.1, -0.2, 0.4])
+        0.25
+    """
+    x = vector(controls)
+    k = np.sum(np.abs(x) >= abs(observed)) if two_sided else np.sum(x >= observed)
+    return float((1 + k) / (1 + len(x)))
+
+
+def holm(p: ArrayLike) -> Float[np.ndarray, " test"]:
+    """Holm's step-down adjustment (statsmodels), which controls the chance of any false claim.
+
+    Example:
+        >>> holm([0.01, 0.04, 0.03]).round(2).tolist()
+        [0.03, 0.06, 0.06]
+    """
+    return _adjusted(p, "holm")
+
+
+def benjamini_hochberg(p: ArrayLike) -> Float[np.ndarray, " test"]:
+    """Benjamini and Hochberg's adjustment (statsmodels), which controls the share of false claims.
+
+    Example:
+        >>> benjamini_hochberg([0.01, 0.04, 0.03]).round(2).tolist()
+        [0.03, 0.04, 0.04]
+    """
+    return _adjusted(p, "fdr_bh")
+
+
+def _adjusted(p: ArrayLike, method: str) -> np.ndarray:
+    from statsmodels.stats.multitest import multipletests
+
+    values = np.atleast_1d(np.asarray(p, dtype=float))
+    known = np.isfinite(values)
+    adjusted = np.full(values.shape, np.nan)
+    if known.any():
+        adjusted[known] = multipletests(values[known], method=method)[1]
+    return adjusted

@@ -1,0 +1,83 @@
+"""What is drawn together: the units of samples whose prompts share questions, and what clustered prompts are worth.
+
+Prompts of one question always move together, because answers are clustered by question: with intraclass correlation r
+and m prompts a question, n prompts are worth ``n / (1 + (m - 1) r)`` independent ones (Kish 1965, section 5.4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from tl_em.errors import UsageError
+
+Groups = Sequence[Hashable]
+
+
+class Units(NamedTuple):
+    """The units that are drawn: how many there are in each stratum, and each sample's prompts in terms of them."""
+
+    strata: list[int]
+    members: list[tuple[int, Int[np.ndarray, " prompt"]]]
+
+
+def units_of(samples: Sequence[int | Groups]) -> Units:
+    labels = [[(i, k) for k in range(s)] if isinstance(s, int) else list(s) for i, s in enumerate(samples)]
+    if not labels or any(not each for each in labels):
+        raise UsageError("a sample has no prompts: nothing can be estimated from it; pass at least one prompt a class")
+    joint = sum(len(set(each)) for each in labels) > len(set().union(*labels))
+    strata: list[int] = []
+    members: list[tuple[int, np.ndarray]] = []
+    index: dict[Hashable, int] = {}
+    for stratum, each in enumerate(labels):
+        if not joint:
+            index = {}
+        members.append((0 if joint else stratum, np.array([index.setdefault(label, len(index)) for label in each])))
+        strata = [len(index)] if joint else [*strata, len(index)]
+    return Units(strata, members)
+
+
+def as_counts(drawn: Int[np.ndarray, "resample unit"], size: int) -> Float[np.ndarray, "resample unit"]:
+    flat = drawn + size * np.arange(len(drawn))[:, None]
+    return np.bincount(flat.ravel(), minlength=size * len(drawn)).reshape(len(drawn), size).astype(float)
+
+
+def n_effective(samples: Sequence[int | Groups], statistic: Callable[..., np.ndarray], sizes: list[int]) -> float:
+    """Prompts over the design effect, from the intraclass correlation of each prompt's influence on the statistic."""
+    total = 0.0
+    for i, sample in enumerate(samples):
+        if isinstance(sample, int) or len(set(sample)) == sizes[i]:
+            total += sizes[i]
+            continue
+        weights = [np.ones((sizes[i], n)) for n in sizes]
+        weights[i] = weights[i] + 1e-3 * np.eye(sizes[i])
+        total += sizes[i] / design_effect(statistic(*weights), sample)
+    return total
+
+
+def intraclass_correlation(values: Float[np.ndarray, " prompt"], groups: Groups) -> float:
+    """Share of variance that lies between groups: the one-way ANOVA estimator, clipped to [0, 1] (Donner 1986).
+
+    Example:
+        >>> intraclass_correlation(np.array([1.0, 1.0, 5.0, 5.0]), ["a", "a", "b", "b"])
+        1.0
+    """
+    _, index, counts = np.unique([str(g) for g in groups], return_inverse=True, return_counts=True)
+    k, n = len(counts), len(values)
+    if k < 2 or n == k:
+        return 0.0
+    means = np.bincount(index, weights=values) / counts
+    between = float(np.sum(counts * (means - values.mean()) ** 2)) / (k - 1)
+    within = float(np.sum((values - means[index]) ** 2)) / (n - k)
+    size = (n - np.sum(counts**2) / n) / (k - 1)
+    spread = between + (size - 1) * within
+    return float(np.clip((between - within) / spread, 0, 1)) if spread > 0 else 0.0
+
+
+def design_effect(values: Float[np.ndarray, " prompt"], groups: Groups) -> float:
+    """How many clustered prompts one independent prompt is worth: ``1 + (m - 1) r``, m the mean group size."""
+    size = len(values) / len(set(groups))
+    return 1 + (size - 1) * intraclass_correlation(np.asarray(values, dtype=float), groups)
