@@ -26,7 +26,7 @@ from tl_em.claims.rule import Row
 from tl_em.directions.similarity import CosineMatrix, PairCosine
 from tl_em.errors import UsageError
 from tl_em.graph.view import page, page_data
-from tl_em.report import cards, marks, plots, svg
+from tl_em.report import cards, drawing, plots, svg
 from tl_em.report.page import render
 from tl_em.showing import encodable, json_shown, showable, slug, token_shown
 
@@ -174,7 +174,7 @@ def test_a_figure_shows_a_hostile_name_as_text(name: str) -> None:
 
 
 def test_a_dollar_is_a_dollar_even_where_text_is_made_after_the_style() -> None:
-    figure = marks.Picture(figsize=(3, 2))
+    figure = drawing.Picture(figsize=(3, 2))
     ax = figure.subplots()
     ax.set_title("$x_1$")  # outside the house style, as in a study's own figure
     ax.set_xticks([0, 1], ["$\\frac{a}{b$", "a\x1bb"])

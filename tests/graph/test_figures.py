@@ -17,7 +17,7 @@ from tl_em.errors import UsageError
 from tl_em.graph import attention
 from tl_em.graph.attention import attention_pattern, attention_view
 from tl_em.graph.figures import draw
-from tl_em.report import graphs, marks
+from tl_em.report import drawing, graphs
 
 
 @pytest.mark.parametrize("width", [3.25, 7.0])
@@ -27,7 +27,7 @@ def test_every_strong_link_and_node_is_drawn_inside_the_figure(width: float) -> 
     assert len([patch for patch in ax.patches if isinstance(patch, PathPatch)]) == 100
     assert len(ax.lines) == 120
     canvas = FigureCanvasAgg(figure)
-    with marks.styled():
+    with drawing.styled():
         canvas.draw()
     for label in (*ax.get_xticklabels(), *ax.get_yticklabels(), ax.xaxis.label):
         box = label.get_window_extent(canvas.get_renderer())

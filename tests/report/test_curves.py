@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 
 from tl_em.errors import UsageError
-from tl_em.report import curves, marks, plots
+from tl_em.report import curves, drawing, plots
 
 WIDTHS = [3.25, 7.0]
 
@@ -55,7 +55,7 @@ def test_nothing_is_cut_off_or_overlaps(width: float, scale: float) -> None:
     figure = curves.effect(made(scale=scale), width=width)
     assert figure.get_figwidth() == width and len(figure.axes) == 2
     canvas = FigureCanvasAgg(figure)
-    with marks.styled():
+    with drawing.styled():
         canvas.draw()
     renderer = canvas.get_renderer()
     boxes = [t.get_window_extent(renderer) for t in texts(figure)]
@@ -135,7 +135,7 @@ def test_a_training_run_is_drawn_with_its_intervals_and_its_transition(width: fl
     assert (band[:, 1].min(), band[:, 1].max()) == pytest.approx((-1.0, 13.0))
     assert figure.axes[2].get_title(loc="right") == "rotation at step 18"
     canvas = FigureCanvasAgg(figure)
-    with marks.styled():
+    with drawing.styled():
         canvas.draw()
     boxes = [t.get_window_extent() for ax in figure.axes for t in (ax.xaxis.label, ax.yaxis.label)]
     boxes.append(figure.axes[0].get_legend().get_window_extent())

@@ -14,7 +14,7 @@ from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
 
 from tl_em.errors import UsageError
-from tl_em.report import marks, matrices, plots, svg
+from tl_em.report import drawing, matrices, plots, svg
 
 NAMES = ["harmfulness", "refusal", "refusal_dissociated", "persona"]
 VALUES = [0.5, -0.25, 0.0, 0.9, 0.1, -0.8]
@@ -30,7 +30,7 @@ def table() -> pd.DataFrame:
 
 
 def cells(ax: Any) -> list[Rectangle]:
-    return [p for p in ax.patches if to_hex(p.get_facecolor()) != marks.BAND]
+    return [p for p in ax.patches if to_hex(p.get_facecolor()) != drawing.BAND]
 
 
 @pytest.mark.parametrize("width", [3.25, 7.0])
@@ -47,7 +47,7 @@ def test_every_pair_is_written_with_interval_and_ceiling(table: pd.DataFrame, wi
 def test_colour_is_the_sign_and_opacity_the_size(table: pd.DataFrame) -> None:
     drawn = cells(matrices.cosines(table).axes[0])
     found = [(to_hex(c.get_facecolor()), round(c.get_alpha() / 0.65, 6)) for c in drawn]
-    colours = [marks.MODELS["tuned"].colour if v > 0 else marks.MODELS["benign"].colour for v in VALUES]
+    colours = [drawing.MODELS["tuned"].colour if v > 0 else drawing.MODELS["benign"].colour for v in VALUES]
     assert found == [(colour, abs(v)) for colour, v in zip(colours, VALUES, strict=True)]
     order = {(round(c.get_x() + 0.5), round(c.get_y() + 0.5)) for c in drawn}
     assert order == set(combinations(range(4), 2))  # below the diagonal: column before row
@@ -69,7 +69,7 @@ def test_nothing_is_cut_off_or_overlaps(table: pd.DataFrame, width: float, n: in
     rows = [dict(table.iloc[1], first=a, second=b) for a, b in combinations(names, 2)]
     figure = matrices.cosines(pd.DataFrame(rows), reliability=dict.fromkeys(names, 0.97), width=width)
     canvas = FigureCanvasAgg(figure)
-    with marks.styled():
+    with drawing.styled():
         canvas.draw()
     (ax,) = figure.axes
     labels = [*ax.texts, *ax.get_xticklabels(), *ax.get_yticklabels()]

@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 
 from tl_em.errors import OutputError, UsageError
-from tl_em.report import marks, plots
+from tl_em.report import drawing, plots
 from tl_em.report.studies import study
 
 WIDTHS = [3.25, 7.0]
@@ -39,7 +39,7 @@ def test_nothing_is_cut_off_or_overlaps(report: Any, width: float) -> None:
     """Every text lies inside the figure, and no two panels' titles or axis labels overlap."""
     for name, figure in plots.figures(report, width=width).items():
         canvas = FigureCanvasAgg(figure)
-        with marks.styled():
+        with drawing.styled():
             canvas.draw()
         renderer = canvas.get_renderer()
         texts = [t for ax in figure.axes for t in (ax.title, ax._left_title, ax.xaxis.label, *ax.texts)]
@@ -59,7 +59,7 @@ def test_the_key_names_every_line_inside_the_figure(lines: int) -> None:
     arms = [f"{32 + n} · {'the same domain' if n % 2 else 'other domains'}" for n in range(lines)]
     rows = [{"arm": arm, "seed": s, "share": x, "bad": x / 2} for arm in arms for s in (1, 2) for x in (0.0, 1.0)]
     figure = study(pd.DataFrame(rows), x="share", by=["arm"], values=["bad"])
-    with marks.styled():
+    with drawing.styled():
         FigureCanvasAgg(figure).draw()
     (legend,) = figure.legends
     names = [text.get_window_extent() for text in legend.get_texts()]

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from tl_em.report import drawing as marks
+from tl_em.report import drawing
 from tl_em.report.drawing import MODELS
 from tl_em.showing import showable
 
@@ -33,19 +33,19 @@ def tokens(table: pd.DataFrame, *, width: float = 7.0) -> Figure:
     names: list[str] = []
     for direction, part in table.groupby("direction", sort=False):
         names += [str(direction), *dict.fromkeys(part["row"])]  # a line for its name, then one a token
-    labels = [name.partition("\n")[2] or marks.broken(name, 40 if width >= 5 else 16) for name in names]
+    labels = [name.partition("\n")[2] or drawing.broken(name, 40 if width >= 5 else 16) for name in names]
     outcomes = list(dict.fromkeys(table["outcome"]))
     models = [name for name in MODELS if name in set(table["model"])]
-    with marks.styled():
-        figure, grid = marks.panels(width, 1, len(outcomes), 0.5 + 0.2 * len(names), len(outcomes))
+    with drawing.styled():
+        figure, grid = drawing.panels(width, 1, len(outcomes), 0.5 + 0.2 * len(names), len(outcomes))
         for ax, outcome in zip(grid, outcomes, strict=True):
             part = table[table["outcome"] == outcome]
             series = {name: part[part["model"] == name].set_index("row").reindex(names) for name in models}
-            marks.dots(ax, series, MODELS, labels)
-            marks.fit_axis(ax, part)
+            drawing.dots(ax, series, MODELS, labels)
+            drawing.fit_axis(ax, part)
             ax.set_title({"bad": "the behaviour", "good": "the good answers"}.get(outcome, showable(outcome)))
-        marks.key(figure, models, MODELS)
-        return marks.settle(figure)
+        drawing.key(figure, models, MODELS)
+        return drawing.settle(figure)
 
 
 def spread(rates: pd.DataFrame, summary: pd.DataFrame, *, width: float = 7.0) -> Figure:
@@ -66,28 +66,28 @@ def spread(rates: pd.DataFrame, summary: pd.DataFrame, *, width: float = 7.0) ->
         summary = summary[summary["over"] == summary["over"].iloc[-1]]  # all bases, where there are several
     names = list(summary["behaviour"])
     looks = {True: ("o", MODELS["tuned"].colour), False: ("s", MODELS["benign"].colour)}
-    with marks.styled():
+    with drawing.styled():
         keyed = 0.25 if width >= 5 else 0.6  # inches that the key takes: one line, or three
-        figure, (ax,) = marks.panels(width, 1, 1, 0.7 + keyed + 0.36 * len(names), 1)
+        figure, (ax,) = drawing.panels(width, 1, 1, 0.7 + keyed + 0.36 * len(names), 1)
         for y, name in enumerate(names):
             part, over = rates[rates["behaviour"] == name], summary.iloc[y]
-            ax.hlines(y - 0.22, over["low"], over["high"], color=marks.INK, linewidth=1.6)
-            ax.plot(over["mean"], y - 0.22, "|", color=marks.INK, markersize=9, markeredgewidth=1.8)
+            ax.hlines(y - 0.22, over["low"], over["high"], color=drawing.INK, linewidth=1.6)
+            ax.plot(over["mean"], y - 0.22, "|", color=drawing.INK, markersize=9, markeredgewidth=1.8)
             for same, (marker, colour) in looks.items():
                 x = part.loc[part["same_base"] == same, "value"].to_numpy(dtype=float)
                 ax.plot(x, np.full(len(x), y + 0.14), marker, color=colour, markersize=4.5, markerfacecolor="none")
-        ax.set_yticks(range(len(names)), [marks.broken(str(name), 34 if width >= 5 else 16) for name in names])
+        ax.set_yticks(range(len(names)), [drawing.broken(str(name), 34 if width >= 5 else 16) for name in names])
         ax.set_ylim(len(names) - 0.5, -0.5)
-        ax.tick_params(axis="y", labelcolor=marks.INK)
-        marks.fit_axis(ax, rates.assign(low=rates["value"], high=rates["value"]))
+        ax.tick_params(axis="y", labelcolor=drawing.INK)
+        drawing.fit_axis(ax, rates.assign(low=rates["value"], high=rates["value"]))
         said = {True: "a fine-tune of this base", False: "one of another base"}
         handles = [
             Line2D([], [], marker=marker, color=colour, markerfacecolor="none", linestyle="", label=said[same])
             for same, (marker, colour) in looks.items()
             if (rates["same_base"] == same).any()
         ]
-        handles.append(Line2D([], [], color=marks.INK, linewidth=1.6, label="mean, 95 % over fine-tunes"))
+        handles.append(Line2D([], [], color=drawing.INK, linewidth=1.6, label="mean, 95 % over fine-tunes"))
         figure.legend(handles=handles, loc="outside upper left", ncols=len(handles) if width >= 5 else 1)
-        side = marks.MARGIN / width
+        side = drawing.MARGIN / width
         figure.set_layout_engine("constrained", rect=(side, 0, 1 - 2 * side, 1))
-        return marks.settle(figure)
+        return drawing.settle(figure)

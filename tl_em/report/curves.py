@@ -20,7 +20,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
 from tl_em.errors import UsageError
-from tl_em.report import drawing as marks
+from tl_em.report import drawing
 from tl_em.report.drawing import CONDITIONS, Look
 from tl_em.showing import showable
 
@@ -58,14 +58,14 @@ def effect(curve: Any, *, width: float | int = 7.0) -> Figure:
     if curve.coherence is not None:
         axes.append(_Axis("coherence", f"{showable(curve.coherence)} (less to the right)"))
     lines, columns = (1, len(axes)) if width >= 5 else (len(axes), 1)
-    with marks.styled():
-        figure, grid = marks.panels(float(width), lines, columns, 2.5, len(axes), sharey=True)
+    with drawing.styled():
+        figure, grid = drawing.panels(float(width), lines, columns, 2.5, len(axes), sharey=True)
         for ax, axis in zip(grid, axes, strict=True):
             _panel(ax, table, axis)
         for ax in grid[:: columns if lines == 1 else 1]:
             ax.set_ylabel(showable(curve.metric))
         _key(figure, table)
-        marks.settle(figure)
+        drawing.settle(figure)
         for ax, axis in zip(grid, axes, strict=True):  # where there is room is known once the panels lie where they lie
             _names(ax, table, axis.column)
         return figure
@@ -95,8 +95,8 @@ def training(table: pd.DataFrame, *, transition: Any = None, width: float | int 
     kinds = {label: part for label, part in kinds.items() if np.isfinite(part["value"]).any()}
     if not kinds:
         raise UsageError("the monitor saw nothing that can be drawn; look at it after training, with rates or a window")
-    with marks.styled():
-        figure, grid = marks.panels(float(width), len(kinds), 1, 1.8, len(kinds), sharey=False)
+    with drawing.styled():
+        figure, grid = drawing.panels(float(width), len(kinds), 1, 1.8, len(kinds), sharey=False)
         for ax, (label, part) in zip(grid, kinds.items(), strict=True):
             for look, (name, series) in zip(itertools.cycle(_SERIES), part.groupby("name", sort=False)):
                 _line(ax, series, look, str(name).partition("/")[2] or label)
@@ -108,16 +108,16 @@ def training(table: pd.DataFrame, *, transition: Any = None, width: float | int 
             if len(ax.lines) > 1 + (transition is not None):
                 ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=6 if width >= 5 else 3, borderaxespad=0.1)
         if transition is not None:
-            grid[-1].set_title(f"rotation at step {transition.step}", loc="right", color=marks.MUTED)
+            grid[-1].set_title(f"rotation at step {transition.step}", loc="right", color=drawing.MUTED)
         grid[-1].set_xlabel("step")
-        return marks.settle(figure)
+        return drawing.settle(figure)
 
 
 def _line(ax: Axes, series: pd.DataFrame, look: Look, label: str) -> None:
     x, value, low, high = (series[name].to_numpy(dtype=float) for name in ("step", "value", "low", "high"))
     ax.fill_between(x, low, high, color=look.colour, alpha=0.15, linewidth=0)
     style: dict[str, Any] = {"marker": look.marker, "markersize": 3.5, "markevery": max(1, len(x) // 8)}
-    ax.plot(x, value, color=look.colour, linewidth=1.2, label=marks.named(label), **style)
+    ax.plot(x, value, color=look.colour, linewidth=1.2, label=drawing.named(label), **style)
 
 
 def _panel(ax: Axes, table: pd.DataFrame, axis: _Axis) -> None:
@@ -134,11 +134,11 @@ def _panel(ax: Axes, table: pd.DataFrame, axis: _Axis) -> None:
     else:
         ax.invert_xaxis()
     ends = known[["effect", "effect_low", "effect_high"]].to_numpy(dtype=float)
-    if np.nanmin(ends) >= -marks.SLACK and np.nanmax(ends) <= 1 + marks.SLACK:
+    if np.nanmin(ends) >= -drawing.SLACK and np.nanmax(ends) <= 1 + drawing.SLACK:
         ax.set_ylim(-0.03, 1.03)
 
 
-_DASHES: dict[str, Any] = {"color": marks.MUTED, "linewidth": 0.8, "linestyle": (0, (3, 2)), "zorder": 0.6}
+_DASHES: dict[str, Any] = {"color": drawing.MUTED, "linewidth": 0.8, "linestyle": (0, (3, 2)), "zorder": 0.6}
 
 
 def _signs(known: pd.DataFrame) -> Iterator[tuple[Look, pd.DataFrame]]:
@@ -171,7 +171,7 @@ def _random(ax: Axes, part: pd.DataFrame, column: str) -> None:
         order = by["kl"].mean().sort_values()
         if column == "kl" and len(order) > 1:
             low, high = (by["effect"].quantile(q)[order.index].to_numpy(dtype=float) for q in (0.025, 0.975))
-            ax.fill_between(order.to_numpy(dtype=float), low, high, color=marks.BAND, linewidth=0, zorder=0.2)
+            ax.fill_between(order.to_numpy(dtype=float), low, high, color=drawing.BAND, linewidth=0, zorder=0.2)
     style: dict[str, Any] = {"linestyle": "none", "marker": RANDOM.marker, "markerfacecolor": "none", "zorder": 1}
     ax.plot(part[column], part["effect"], markersize=2.0, markeredgewidth=0.5, color=RANDOM.colour, alpha=0.6, **style)
 
@@ -192,7 +192,7 @@ def _names(ax: Axes, table: pd.DataFrame, column: str) -> None:
     dot = ax.figure.get_figure(root=True).dpi / 72  # pixels a point
     taken: list[Bbox] = []
     for row in known[known["arm"] == "instruction"].to_dict("records"):
-        name = marks.broken(str(row["name"]), _LETTERS)
+        name = drawing.broken(str(row["name"]), _LETTERS)
         at = ax.transData.transform((row[column], row["effect"]))
         size = np.array([0.58 * max(map(len, name.split("\n"))), 1.3 * (1 + name.count("\n"))]) * _SIZE * dot
         costs, boxes = [], []
@@ -254,10 +254,10 @@ def _key(figure: Figure, table: pd.DataFrame) -> None:
         handles.append(Line2D([], [], color=TOLD.colour, label="instruction", **style))
     if "random" in arms:
         label = "random, same push (95 %)"
-        handles.append(Patch(facecolor=marks.BAND, edgecolor=RANDOM.colour, linewidth=0.5, label=label))
+        handles.append(Patch(facecolor=drawing.BAND, edgecolor=RANDOM.colour, linewidth=0.5, label=label))
     handles.append(Line2D([], [], label="untreated", **_DASHES))
     columns = len(handles) if figure.get_figwidth() >= 5 else 2
     figure.legend(handles=handles, loc="upper left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.1)
-    room, side = 0.2 * math.ceil(len(handles) / columns), marks.MARGIN / figure.get_figwidth()
+    room, side = 0.2 * math.ceil(len(handles) / columns), drawing.MARGIN / figure.get_figwidth()
     figure.set_figheight(height := figure.get_figheight() + room)
     figure.set_layout_engine("constrained", rect=(side, 0, 1 - 2 * side, 1 - room / height), w_pad=0.04, h_pad=0.04)

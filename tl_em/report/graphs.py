@@ -16,7 +16,7 @@ from matplotlib.patches import PathPatch
 from matplotlib.path import Path as Curve
 
 from tl_em.graph.view import STATUSES, page_data
-from tl_em.report import drawing as marks
+from tl_em.report import drawing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,9 +53,9 @@ def graph(shown: AttributionGraph | GraphDiff, *, width: float = 7.0, links: int
     ['sat']
     """
     view = page_data(shown)["view"]
-    with marks.styled():
+    with drawing.styled():
         size = width, min(9.0, 0.7 + width * view["height"] / view["width"])
-        figure = marks.Picture(figsize=size, layout="constrained")
+        figure = drawing.Picture(figsize=size, layout="constrained")
         ax = figure.subplots()
         _links(ax, view, links)
         _nodes(ax, view, names)
@@ -63,7 +63,7 @@ def graph(shown: AttributionGraph | GraphDiff, *, width: float = 7.0, links: int
         figure.legend(handles=_handles(view), loc="outside upper left", ncols=5)
         said = [f"{name} {value}" for name, value, _ in view["validation"]] or ["not validated by ablation"]
         ax.set_xlabel("\n".join(textwrap.wrap(";  ".join(said), int(13 * width))), loc="left", fontsize=6.5)
-        return marks.settle(figure)
+        return drawing.settle(figure)
 
 
 def _links(ax: Axes, view: dict[str, Any], count: int) -> None:
@@ -88,14 +88,14 @@ def _score(link: list[Any]) -> float:
 
 def _nodes(ax: Axes, view: dict[str, Any], names: int) -> None:
     for node in view["nodes"]:
-        colour = marks.INK if node["kind"] in ("token", "logit") else _colour(node)
+        colour = drawing.INK if node["kind"] in ("token", "logit") else _colour(node)
         hollow = node["kind"] == "token" or node.get("status") in ("vanished", "weaker")
         ax.plot(node["x"], node["y"], marker=MARKERS[node["kind"]], markersize=4.2, color=colour, zorder=2,
                 markerfacecolor="white" if hollow else colour, markeredgewidth=0.7)  # fmt: skip
     named = [node for node in view["nodes"] if node["kind"] == "logit"]
     others = [node for node in view["nodes"] if node["kind"] not in ("logit", "token") and node["label"]]
     for node in named + sorted(others, key=lambda node: -node["reach"])[:names]:
-        ax.annotate(marks.broken(node["label"].strip() or node["id"], 22), (node["x"], node["y"]), xytext=(-4, 0),
+        ax.annotate(drawing.broken(node["label"].strip() or node["id"], 22), (node["x"], node["y"]), xytext=(-4, 0),
                     textcoords="offset points", ha="right", va="center", fontsize=6, zorder=3)  # fmt: skip
 
 
@@ -119,12 +119,12 @@ def _axes(ax: Axes, view: dict[str, Any], width: float) -> None:
     ax.tick_params(length=0)
     for spine in ax.spines.values():
         spine.set_visible(False)
-    ax.hlines([row["start"] for row in view["rows"]], 0, view["width"], color=marks.RULE, linewidth=0.4, zorder=0)
+    ax.hlines([row["start"] for row in view["rows"]], 0, view["width"], color=drawing.RULE, linewidth=0.4, zorder=0)
 
 
 def _handles(view: dict[str, Any]) -> list[Line2D]:
     kinds = dict.fromkeys(node["kind"] for node in view["nodes"])
-    found = [Line2D([], [], linestyle="none", marker=MARKERS[kind], markersize=4, color=marks.MUTED,
+    found = [Line2D([], [], linestyle="none", marker=MARKERS[kind], markersize=4, color=drawing.MUTED,
                     label="target" if kind == "logit" else kind) for kind in MARKERS if kind in kinds]  # fmt: skip
     if view["mode"] == "diff":
         return found + [Line2D([], [], color=c, linestyle=dash, label=name) for name, (c, dash) in CHANGES.items()]

@@ -14,14 +14,14 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
 from tl_em.errors import UsageError
-from tl_em.report import drawing as marks
+from tl_em.report import drawing
 from tl_em.report.words import interval, number
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-_POSITIVE, _NEGATIVE = marks.MODELS["tuned"].colour, marks.MODELS["benign"].colour
+_POSITIVE, _NEGATIVE = drawing.MODELS["tuned"].colour, drawing.MODELS["benign"].colour
 _OPACITY = 0.65
 """Opacity of a cosine of 1: what text in the ink's colour stands out on, in light and dark."""
 
@@ -44,8 +44,8 @@ def cosines(table: pd.DataFrame, *, reliability: Mapping[str, float] | None = No
         raise UsageError(f"the table has {len(table)} rows and lacks the columns {sorted(missing)}; nothing to draw")
     names = list(dict.fromkeys([*table["first"], *table["second"]]))
     n = len(names)
-    with marks.styled():
-        figure = marks.Picture(figsize=(width, 0.75 + 0.52 * n), layout="constrained")
+    with drawing.styled():
+        figure = drawing.Picture(figsize=(width, 0.75 + 0.52 * n), layout="constrained")
         ax = figure.subplots()
         size = min(7.0, 7.0 * (width - 1.2) / n / 0.85)  # points: an interval takes .85 inches at 7
         for row in table.to_dict("records"):
@@ -56,11 +56,11 @@ def cosines(table: pd.DataFrame, *, reliability: Mapping[str, float] | None = No
         shown = "not shown: p ≥ .05, or the interval reaches 0"
         handles: list[Any] = [Patch(facecolor=_POSITIVE, alpha=_OPACITY, label="cosine 1")]
         handles.append(Patch(facecolor=_NEGATIVE, alpha=_OPACITY, label=f"cosine {number(-1.0, 0)}"))
-        handles.append(Line2D([], [], linestyle="none", marker="o", color=marks.MUTED, markerfacecolor="none",
+        handles.append(Line2D([], [], linestyle="none", marker="o", color=drawing.MUTED, markerfacecolor="none",
                               markersize=4, label=shown))  # fmt: skip
         figure.legend(handles=handles, loc="outside upper left", ncols=3 if width >= 5 else 1)
-        figure.set_layout_engine("constrained", w_pad=marks.MARGIN)
-        return marks.settle(figure)
+        figure.set_layout_engine("constrained", w_pad=drawing.MARGIN)
+        return drawing.settle(figure)
 
 
 def _pair(ax: Axes, i: int, j: int, row: Mapping[Any, Any], size: float) -> None:
@@ -74,13 +74,13 @@ def _pair(ax: Axes, i: int, j: int, row: Mapping[Any, Any], size: float) -> None
     ax.text(x, y + 0.08, interval(row["low"], row["high"]), ha="center", va="center", fontsize=size)
     ax.text(x, y + 0.32, f"ceiling {number(row['ceiling'])}", ha="center", va="center", fontsize=size)
     if not shown:
-        ax.plot(x + 0.4, y - 0.34, marker="o", markersize=4, color=marks.MUTED, markerfacecolor="none")
+        ax.plot(x + 0.4, y - 0.34, marker="o", markersize=4, color=drawing.MUTED, markerfacecolor="none")
 
 
 def _own(ax: Axes, i: int, reliability: float | None, size: float) -> None:
-    ax.add_patch(Rectangle((i - 0.5, i - 0.5), 1, 1, facecolor=marks.BAND, linewidth=0))
+    ax.add_patch(Rectangle((i - 0.5, i - 0.5), 1, 1, facecolor=drawing.BAND, linewidth=0))
     if reliability is not None:
-        style: dict[str, Any] = {"ha": "center", "va": "center", "color": marks.MUTED}
+        style: dict[str, Any] = {"ha": "center", "va": "center", "color": drawing.MUTED}
         ax.text(i, i - 0.12, number(reliability), fontsize=size + 1.5, **style)
         ax.text(i, i + 0.16, "replication", fontsize=size, **style)
 
@@ -96,17 +96,17 @@ def _frame(ax: Axes, names: list[str], *, cell: float) -> None:
     ax.set_xlim(-0.5, n - 0.5)
     ax.set_ylim(n - 0.5, -0.5)
     length = int(13 * cell)
-    below = [marks.broken(name, length) for name in names] if length > 3 else ["…"]
+    below = [drawing.broken(name, length) for name in names] if length > 3 else ["…"]
     if all(_whole(label, name) for label, name in zip(below, names, strict=False)):
-        beside = [marks.broken(name, 14) for name in names]
+        beside = [drawing.broken(name, 14) for name in names]
     else:  # numbers where a column is too narrow for its name
         below = [str(i) for i in range(1, n + 1)]
-        beside = [f"{i}: {marks.broken(name, 14)}" for name, i in zip(names, below, strict=True)]
+        beside = [f"{i}: {drawing.broken(name, 14)}" for name, i in zip(names, below, strict=True)]
     ax.set_xticks(range(n), below)
     ax.set_yticks(range(n), beside)
-    ax.tick_params(length=0, labelcolor=marks.INK)
+    ax.tick_params(length=0, labelcolor=drawing.INK)
     for side in ("left", "bottom"):
         ax.spines[side].set_visible(False)
     for edge in range(1, n):  # only where there are cells
-        ax.plot([-0.5, edge + 0.5], [edge - 0.5, edge - 0.5], color=marks.RULE, linewidth=0.6)
-        ax.plot([edge - 0.5, edge - 0.5], [edge - 1.5, n - 0.5], color=marks.RULE, linewidth=0.6)
+        ax.plot([-0.5, edge + 0.5], [edge - 0.5, edge - 0.5], color=drawing.RULE, linewidth=0.6)
+        ax.plot([edge - 0.5, edge - 0.5], [edge - 1.5, n - 0.5], color=drawing.RULE, linewidth=0.6)

@@ -23,8 +23,7 @@ from matplotlib.ticker import ScalarFormatter
 
 from tl_em.artefacts import replacing
 from tl_em.errors import UsageError
-from tl_em.report import arms
-from tl_em.report import drawing as marks
+from tl_em.report import arms, drawing
 from tl_em.report.drawing import CONDITIONS, MODELS
 from tl_em.report.words import QUESTIONS, UNITS, number, smallest_effect
 from tl_em.showing import showable
@@ -72,18 +71,18 @@ def rates(table: pd.DataFrame, *, width: float = 7.0) -> Figure:
     models = [name for name in MODELS if name in set(table["model"])]
     columns = min(len(outcomes), 4 if width >= 5 else 2)
     lines = math.ceil(len(outcomes) / columns)
-    with marks.styled():
-        figure, grid = marks.panels(
+    with drawing.styled():
+        figure, grid = drawing.panels(
             width, lines, columns, 0.5 + 0.055 * (1 + len(models)) * len(domains), len(outcomes)
         )
         for ax, outcome in zip(grid, outcomes, strict=True):
             part = table[table["outcome"] == outcome]
             series = {name: _indexed(part[part["model"] == name], "domain", list(domains)) for name in models}
-            marks.dots(ax, series, MODELS, list(domains.values()))
-            marks.fit_axis(ax, table)
+            drawing.dots(ax, series, MODELS, list(domains.values()))
+            drawing.fit_axis(ax, table)
             ax.set_title(OUTCOMES.get(outcome, showable(outcome)))
-        marks.key(figure, models, MODELS)
-        return marks.settle(figure)
+        drawing.key(figure, models, MODELS)
+        return drawing.settle(figure)
 
 
 def layers(
@@ -123,15 +122,15 @@ def layers(
     quantities += [name for name in dict.fromkeys(part["quantity"]) if name not in TITLES]
     lines = math.ceil(len(quantities) / max(2, int(width // 1.75)))
     columns = math.ceil(len(quantities) / lines)
-    with marks.styled():
-        figure, grid = marks.panels(width, lines, columns, 1.55, len(quantities), sharey=False)
+    with drawing.styled():
+        figure, grid = drawing.panels(width, lines, columns, 1.55, len(quantities), sharey=False)
         for ax, quantity in zip(grid, quantities, strict=True):
             _layer_panel(ax, part[part["quantity"] == quantity], getattr(site, "layer", None))
             ax.set_title(TITLES.get(quantity, showable(quantity)))
         shown = [name for name in MODELS if name in set(part["model"])]
         band = "control_low" in part and bool(part["control_low"].notna().any())
-        marks.key(figure, shown, MODELS, band="95 % of random directions" if band else None)
-        return marks.settle(figure)
+        drawing.key(figure, shown, MODELS, band="95 % of random directions" if band else None)
+        return drawing.settle(figure)
 
 
 def use(table: pd.DataFrame, *, width: float = 7.0) -> Figure:
@@ -151,23 +150,23 @@ def use(table: pd.DataFrame, *, width: float = 7.0) -> Figure:
     'the behaviour'
     """
     _require(table, "direction", "arm", "outcome", "condition", "value", "low", "high")
-    directions = [marks.broken(str(name), 30 if width >= 5 else 15) for name in table["direction"]]
+    directions = [drawing.broken(str(name), 30 if width >= 5 else 15) for name in table["direction"]]
     table = table.assign(row=[f"{name}\n{arm}" for name, arm in zip(directions, table["arm"], strict=True)])
     names = list(dict.fromkeys(table["row"]))
     outcomes = list(dict.fromkeys(table["outcome"]))
     conditions = [name for name in CONDITIONS if name in set(table["condition"])]
-    with marks.styled():
+    with drawing.styled():
         height = 0.5 + 0.13 * sum(name.count("\n") + 2.1 for name in names)
-        figure, grid = marks.panels(width, 1, len(outcomes), height, len(outcomes))
+        figure, grid = drawing.panels(width, 1, len(outcomes), height, len(outcomes))
         for ax, outcome in zip(grid, outcomes, strict=True):
             part = table[table["outcome"] == outcome]
             series = {name: _indexed(part[part["condition"] == name], "row", names) for name in conditions}
             measured = part.drop_duplicates("row").set_index("row").get("metric")
-            marks.dots(ax, series, CONDITIONS, names, notes=None if measured is None else measured.reindex(names))
-            marks.fit_axis(ax, part)
+            drawing.dots(ax, series, CONDITIONS, names, notes=None if measured is None else measured.reindex(names))
+            drawing.fit_axis(ax, part)
             ax.set_title({"bad": "the behaviour", "good": "the good answers"}.get(outcome, showable(outcome)))
-        marks.key(figure, conditions, CONDITIONS)
-        return marks.settle(figure)
+        drawing.key(figure, conditions, CONDITIONS)
+        return drawing.settle(figure)
 
 
 def verdicts(rows: Sequence[Any], *, width: float = 7.0) -> Figure:
@@ -192,14 +191,14 @@ def verdicts(rows: Sequence[Any], *, width: float = 7.0) -> Figure:
     tallest = [
         max(len(found) for found in list(groups.values())[i * columns : (i + 1) * columns]) for i in range(lines)
     ]
-    with marks.styled():
+    with drawing.styled():
         heights = [0.48 + (0.19 if width >= 5 else 0.25) * n for n in tallest]
-        figure, grid = marks.panels(width, lines, columns, heights, len(groups), sharey=False)
+        figure, grid = drawing.panels(width, lines, columns, heights, len(groups), sharey=False)
         for ax, (question, found) in zip(grid, groups.items(), strict=True):
             _forest(ax, found, wide=width >= 5)
             ax.set_title(f"{question}, {UNITS[question]}")
-        marks.key(figure, [], MODELS, band="95 % of the controls", bound="smallest effect of interest")
-        return marks.settle(figure)
+        drawing.key(figure, [], MODELS, band="95 % of the controls", bound="smallest effect of interest")
+        return drawing.settle(figure)
 
 
 def selection(found: Any, *, width: float = 7.0) -> Figure:
@@ -214,12 +213,12 @@ def selection(found: Any, *, width: float = 7.0) -> Figure:
     titles = {"bypass": "bypass: ablated", "induce": "induce: added", "kl": "KL under ablation, nats"}
     positions = list(dict.fromkeys(table["position"]))
     lines, columns = (1, 3) if width >= 5 else (3, 1)
-    with marks.styled():
-        figure, grid = marks.panels(width, lines, columns, 2.1, 3, sharey=False)
+    with drawing.styled():
+        figure, grid = drawing.panels(width, lines, columns, 2.1, 3, sharey=False)
         for ax, (name, limit) in zip(grid, limits.items(), strict=True):
-            ax.axvspan(bounds.first_deep_layer - 0.5, bounds.n_layers, color=marks.RULE, alpha=0.3, linewidth=0)
+            ax.axvspan(bounds.first_deep_layer - 0.5, bounds.n_layers, color=drawing.RULE, alpha=0.3, linewidth=0)
             if limit is not None:
-                ax.axhline(limit, color=marks.MUTED, linewidth=0.8, linestyle=(0, (3, 2)))
+                ax.axhline(limit, color=drawing.MUTED, linewidth=0.8, linestyle=(0, (3, 2)))
             if name in found.controls and len(found.controls):
                 low, high = np.quantile(found.controls[name], [0.025, 0.975])
                 _band(ax, np.array([float(found.direction.site.layer)]), np.array([low]), np.array([high]))
@@ -227,16 +226,16 @@ def selection(found: Any, *, width: float = 7.0) -> Figure:
                 rows = table[table["position"] == position].sort_values("layer")
                 ax.plot(rows["layer"], rows[name], **_series(index))
             chosen = table[table["fate"] == "chosen"]
-            ax.plot(chosen["layer"], chosen[name], "*", markersize=9, color=marks.INK, zorder=3)
+            ax.plot(chosen["layer"], chosen[name], "*", markersize=9, color=drawing.INK, zorder=3)
             ax.set_xlim(-0.5, bounds.n_layers - 0.5)
             ax.set_xlabel("layer")
             ax.set_title(titles[name])
             if name == "kl":
                 ax.set_yscale("symlog", linthresh=bounds.max_kl)
                 ax.yaxis.set_major_formatter(ScalarFormatter())
-        handles: list[Any] = [Line2D([], [], label=marks.named(p), **_series(i)) for i, p in enumerate(positions)]
-        handles.append(Line2D([], [], marker="*", linestyle="", color=marks.INK, label="chosen"))
-        handles.append(Patch(facecolor=marks.BAND, label="random directions (95 %)"))
+        handles: list[Any] = [Line2D([], [], label=drawing.named(p), **_series(i)) for i, p in enumerate(positions)]
+        handles.append(Line2D([], [], marker="*", linestyle="", color=drawing.INK, label="chosen"))
+        handles.append(Patch(facecolor=drawing.BAND, label="random directions (95 %)"))
         figure.legend(handles=handles, loc="outside upper left", ncols=4 if width >= 5 else 2)
         return figure
 
@@ -296,8 +295,8 @@ def save(figure: Figure, path: str | Path) -> Path:
         raise UsageError(f"{path.name}: figures are written as .png, .svg or .pdf; give one of these suffixes")
     background = "none" if path.suffix == ".svg" else "white"
     salt = showable(path.stem)
-    with marks.styled(), matplotlib.rc_context({"svg.hashsalt": salt}), replacing(path) as temporary:
-        marks.seen(figure)
+    with drawing.styled(), matplotlib.rc_context({"svg.hashsalt": salt}), replacing(path) as temporary:
+        drawing.seen(figure)
         figure.savefig(temporary, dpi=300, metadata=undated[path.suffix], facecolor=background)
     return path
 
@@ -312,7 +311,7 @@ def _domains(table: pd.DataFrame) -> dict[str, str]:
     """Domain -> tick label, the fine-tuned ones first and marked."""
     held_out = dict(zip(table["domain"], table["held_out"], strict=True)) if "held_out" in table else {}
     names = sorted(dict.fromkeys(table["domain"]), key=lambda name: bool(held_out.get(name, True)))
-    return {name: marks.broken(str(name) if held_out.get(name, True) else f"{name} (tuned on)", 18) for name in names}
+    return {name: drawing.broken(str(name) if held_out.get(name, True) else f"{name} (tuned on)", 18) for name in names}
 
 
 def _indexed(part: pd.DataFrame, column: str, names: Sequence[str]) -> pd.DataFrame:
@@ -322,7 +321,7 @@ def _indexed(part: pd.DataFrame, column: str, names: Sequence[str]) -> pd.DataFr
 def _layer_panel(ax: Axes, part: pd.DataFrame, layer: int | None) -> None:
     """Lines with interval bands for each model, the random directions' band behind."""
     if layer is not None:
-        ax.axvline(layer, color=marks.MUTED, linewidth=0.8, linestyle=(0, (1, 1.5)), zorder=0.5)
+        ax.axvline(layer, color=drawing.MUTED, linewidth=0.8, linestyle=(0, (1, 1.5)), zorder=0.5)
     if "control_low" in part and part["control_low"].notna().any():
         known = part.dropna(subset=["control_low", "control_high"])
         band = (known[known["model"] == "tuned"] if "tuned" in set(known["model"]) else known).groupby("layer")
@@ -342,23 +341,23 @@ def _layer_panel(ax: Axes, part: pd.DataFrame, layer: int | None) -> None:
     ax.margins(x=0.12)
     ax.set_xlabel("layer")
     ax.grid(axis="y")
-    ax.axhline(0, color=marks.RULE, linewidth=0.6, zorder=0)
+    ax.axhline(0, color=drawing.RULE, linewidth=0.6, zorder=0)
 
 
 def _band(ax: Axes, x: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
     if len(x) == 1:
         x, low, high = x + np.array([-0.3, 0.3]), np.repeat(low, 2), np.repeat(high, 2)
-    ax.fill_between(x, low, high, color=marks.BAND, linewidth=0, zorder=0.2)
+    ax.fill_between(x, low, high, color=drawing.BAND, linewidth=0, zorder=0.2)
 
 
 def _forest(ax: Axes, rows: Sequence[Any], *, wide: bool) -> None:
     """One line a row: control band behind, smallest effect of interest on both sides, verdict at the right."""
-    ax.axvline(0, color=marks.RULE, linewidth=0.8, zorder=0.5)
+    ax.axvline(0, color=drawing.RULE, linewidth=0.8, zorder=0.5)
     for y, row in enumerate(rows):
         _forest_row(ax, float(y), row)
-    ax.set_yticks(range(len(rows)), [marks.broken(str(row.direction), 30 if wide else 13) for row in rows])
+    ax.set_yticks(range(len(rows)), [drawing.broken(str(row.direction), 30 if wide else 13) for row in rows])
     ax.set_ylim(len(rows) - 0.5, -0.5)
-    ax.tick_params(axis="y", labelcolor=marks.INK)
+    ax.tick_params(axis="y", labelcolor=drawing.INK)
     ax.spines["left"].set_visible(False)
     ax.locator_params(axis="x", nbins=5 if wide else 3)
 
@@ -367,10 +366,10 @@ def _forest_row(ax: Axes, y: float, row: Any) -> None:
     shown, estimate, bound = row.verdict != "not shown", row.estimate, smallest_effect(row)
     low, high = row.control.get("low"), row.control.get("high")
     if low is not None and high is not None and math.isfinite(low) and math.isfinite(high):
-        ax.barh(y, high - low, left=low, height=0.72, color=marks.BAND, linewidth=0, zorder=0.2)
-    dashes = {"color": marks.MUTED, "linewidth": 0.8, "linestyle": (0, (3, 2)), "zorder": 0.6}
+        ax.barh(y, high - low, left=low, height=0.72, color=drawing.BAND, linewidth=0, zorder=0.2)
+    dashes = {"color": drawing.MUTED, "linewidth": 0.8, "linestyle": (0, (3, 2)), "zorder": 0.6}
     ax.vlines([-bound, bound], y - 0.5, y + 0.5, **dashes)
-    colour, face = (marks.INK, marks.INK) if shown else (marks.MUTED, "none")
+    colour, face = (drawing.INK, drawing.INK) if shown else (drawing.MUTED, "none")
     ax.hlines(y, estimate.low, estimate.high, color=colour, linewidth=1.4 if shown else 1.0)
     ax.plot(estimate.value, y, marker="o", markersize=4.5, color=colour, markerfacecolor=face)
     words = f"{row.verdict}  {number(estimate.value)}" if shown else row.verdict

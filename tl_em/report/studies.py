@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from tl_em.errors import UsageError
-from tl_em.report import drawing as marks
+from tl_em.report import drawing
 from tl_em.report.drawing import CONDITIONS, MODELS, Look
 from tl_em.showing import showable
 from tl_em.stats import mean_over_units
@@ -60,9 +60,9 @@ def study(
     lines = {" · ".join(map(str, name)): part for name, part in table.groupby(list(by), sort=False)}
     looks = {name: LOOKS[i % len(LOOKS)]._replace(label=name) for i, name in enumerate(lines)}
     names = None if table[x].dtype.kind in "if" else list(dict.fromkeys(table[x]))
-    with marks.styled():
+    with drawing.styled():
         rows, columns = (1, len(values)) if width >= 5 else (len(values), 1)
-        figure, grid = marks.panels(float(width), rows, columns, 2.6, len(values))
+        figure, grid = drawing.panels(float(width), rows, columns, 2.6, len(values))
         for ax, value in zip(grid, values, strict=True):
             for i, (name, part) in enumerate(lines.items()):
                 shift = 0.0 if names is None else 0.16 * (i - (len(lines) - 1) / 2)
@@ -72,8 +72,8 @@ def study(
             ax.grid(axis="y")
             ax.set_ylim(-0.03, 1.03)
             _ticks(ax, table[x], names, logarithmic)
-        marks.key(figure, list(lines), looks)
-        return marks.settle(figure)
+        drawing.key(figure, list(lines), looks)
+        return drawing.settle(figure)
 
 
 def _places(values: Any, names: Sequence[str] | None) -> np.ndarray:
@@ -95,7 +95,7 @@ def _line(ax: Axes, part: pd.DataFrame, value: str, look: Look, unit: str, joine
 
 def _ticks(ax: Axes, values: Any, names: Sequence[str] | None, logarithmic: bool) -> None:
     if names is not None:
-        ax.set_xticks(range(len(names)), [marks.broken(name, 12) for name in names])
+        ax.set_xticks(range(len(names)), [drawing.broken(name, 12) for name in names])
     elif logarithmic:
         ax.set_xscale("log")
         ax.set_xticks(sorted(set(values)))

@@ -15,7 +15,7 @@ import matplotlib
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from tl_em.report import drawing as marks
+from tl_em.report import drawing
 from tl_em.showing import showable, slug
 
 _ELEMENTS = frozenset({"svg", "g", "path", "text", "tspan", "use", "defs", "clipPath", "rect", "line", "circle"})
@@ -23,20 +23,20 @@ _ATTRIBUTES = frozenset(
     {"id", "d", "style", "transform", "x", "y", "width", "height", "clip-path", "viewBox", "href", "cx", "cy", "r"}
 )
 _COLOURS = {
-    marks.INK: "ink",
-    marks.MUTED: "muted",
-    marks.RULE: "rule",
-    marks.BAND: "band",
-    **{look.colour: f"{name}" for name, look in (marks.MODELS | marks.CONDITIONS).items()},
-    **{look.text: f"{name}-text" for name, look in (marks.MODELS | marks.CONDITIONS).items()},
+    drawing.INK: "ink",
+    drawing.MUTED: "muted",
+    drawing.RULE: "rule",
+    drawing.BAND: "band",
+    **{look.colour: f"{name}" for name, look in (drawing.MODELS | drawing.CONDITIONS).items()},
+    **{look.text: f"{name}-text" for name, look in (drawing.MODELS | drawing.CONDITIONS).items()},
 }
 
 
 def inline(figure: Figure, name: str) -> Markup:
     """A figure as an SVG element for a page: allowed elements only, text as text, colours as custom properties."""
     buffer = StringIO()
-    with marks.styled(), matplotlib.rc_context({"svg.hashsalt": showable(name)}):
-        marks.seen(figure)
+    with drawing.styled(), matplotlib.rc_context({"svg.hashsalt": showable(name)}):
+        drawing.seen(figure)
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     root = ElementTree.fromstring(buffer.getvalue())
     return Markup(ElementTree.tostring(clean(root, name), encoding="unicode"))
