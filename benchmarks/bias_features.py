@@ -90,7 +90,7 @@ def dictionaries(models: Sequence[em.LensModel], world: BiasWorld, seed: int) ->
             with torch.random.fork_rng(), training._quiet(), tempfile.TemporaryDirectory() as folder:
                 fitted = training._fitted(source, training._Run(config, STEPS, BATCH, 1e-3, seed), STEPS)
                 fitted.save_inference_model(folder)
-                found = em.from_sae_lens(folder, site_in=site)
+                found = em.interop.from_sae_lens(folder, site_in=site)
             found = source.scale.folded(replace(found, site_out=site, name=f"{site}/{d_sae}"))
             quality = [dictionary_quality(model, found, judged, against=models[0]) for model in models[1:]]
             fits = all(each.fits for each in quality)

@@ -222,7 +222,7 @@ def weights(case: Case, model: Any) -> Cell:
 
 
 def _edited(case: Case, model: Any) -> Tensor:
-    with em.orthogonalized(model, case.direction):
+    with em.interventions.orthogonalized(model, case.direction):
         return _logits(model, case)
 
 

@@ -202,7 +202,7 @@ def weights(family: Any, size: Size, surface: str, rounds: int, device: torch.de
     model = make_model(family, size, surface, device)
     tokens, direction = make_tokens(device), make_direction(size, 4)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    with em.orthogonalized(model, direction):
+    with em.interventions.orthogonalized(model, direction):
         assert any(not torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters()), "not restored bit for bit"
 
@@ -211,7 +211,7 @@ def weights(family: Any, size: Size, surface: str, rounds: int, device: torch.de
             return model(tokens)
 
     def context() -> None:
-        with em.orthogonalized(model, direction):
+        with em.interventions.orthogonalized(model, direction):
             pass
 
     ways: dict[str, Way] = {f"forward of {ROWS} x {WIDTH}": forward}

@@ -451,7 +451,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.json is not None:
         check_writable(options.json)
-    warnings.simplefilter("ignore", em.HiddenSteerWarning)  # the table says z
+    warnings.simplefilter("ignore", em.errors.HiddenSteerWarning)  # the table says z
     procedures = (options.procedure,) if options.procedure else PROCEDURES
     tables = [toy(s, options.out, procedures, controls=options.controls, random=options.random) for s in options.seeds]
     if STORIES.is_dir() and options.procedure is None:

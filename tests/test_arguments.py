@@ -139,7 +139,7 @@ def test_numbers_of_any_library_are_numbers(name: str, parameter: str) -> None:
 
 FIELDS: dict[str, tuple[Callable[[Any], Any], bool]] = {
     "Site.layer": (lambda x: em.Site(x).layer, True),
-    "TextLogprob.last": (lambda x: em.TextLogprob(last=x).last, True),
+    "TextLogprob.last": (lambda x: em.claims.TextLogprob(last=x).last, True),
     "Add.coefficient": (lambda x: em.Add(DIRECTION, x).coefficient, False),
     "Clamp.low": (lambda x: em.Clamp(DIRECTION, low=x).low, False),
     "Clamp.high": (lambda x: em.Clamp(DIRECTION, high=x).high, False),

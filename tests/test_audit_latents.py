@@ -37,7 +37,7 @@ def test_a_broad_fine_tune_has_a_verified_set_and_a_graph_and_the_page_shows_bot
     assert check.row("remove").control["high"] < check.row("remove").effect.low
     assert "carries" in report.summary
     graph = report.graphs[GRAPH]
-    assert isinstance(graph, em.GraphDiff)
+    assert isinstance(graph, em.graph.GraphDiff)
     assert graph.tuned.validation["pearson"].low > 0.7  # or the page would have to warn of it
     assert {status for status, n in graph.count().items() if n} >= {"appeared", "vanished", "same"} or graph.count()
     report.save(tmp_path / "out")

@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "tl_em"
 ORDER = (
     *("errors", "arguments", "artefacts", "showing", "stats", "models", "directions", "metrics"),
-    *("dictionaries", "interventions", "claims", "features", "graph", "presets", "organisms", "report", "auditing"),
-    "cli",
+    *("dictionaries", "interventions", "claims", "features", "graph", "interop", "presets", "organisms", "report"),
+    *("auditing", "cli"),
 )
 DRAWS = "report"  # result classes call it lazily from .plot() and .save()
 LENS = "transformer_lens"
@@ -22,6 +22,7 @@ DISTRIBUTIONS = {
     "concept_erasure": "concept-erasure",
     "sklearn": "scikit-learn",
     "huggingface_hub": "huggingface-hub",
+    "lazy_loader": "lazy-loader",
     "transformer_lens": "transformer-lens",
     "sae_lens": "sae-lens",
 }

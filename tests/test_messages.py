@@ -97,10 +97,9 @@ def resolved(name: str) -> Any:
     head, *rest = name.split(".")
     if head in ("em", "tl_em"):
         return _of_package(rest)
-    found = em if head in em.__all__ else THINGS.get(head)
+    found = THINGS.get(head, getattr(em, head) if head in em.__all__ else None)
     if found is None:
         return None
-    found = getattr(em, head) if found is em else found
     for part in rest:
         fields = getattr(found, "__dataclass_fields__", {})
         found = fields[part] if part in fields else getattr(found, part)
@@ -132,7 +131,8 @@ def _things() -> dict[str, Any]:
         "dictionary": em.Dictionary,
         "direction": em.Direction,
         "graph": em.AttributionGraph,
-        "guard": em.LatentGuard,
+        "guard": em.presets.LatentGuard,
+        "LatentGuard": em.presets.LatentGuard,
         "hf_model": PreTrainedModel,
         "prune": em.AttributionGraph.prune,
         "BiasRate": BiasRate,

@@ -235,7 +235,7 @@ def test_the_terminal_prints_a_hostile_name_as_text(name: str, capsys: Any) -> N
 def test_results_say_and_draw_hostile_names_in_a_notebook(name: str) -> None:
     label = HOSTILE[name]
     site, found = em.Site(1), em.Estimate(0.5, 0.4, 0.6, 9, 9.0, label)
-    named = encodable(label)  # em.cosine_matrix refuses another
+    named = encodable(label)  # em.directions.cosine_matrix refuses another
     pair = PairCosine(named, "b", found, 0.9, 0.01, 0)
     results = [
         em.Direction(torch.ones(3), site, name=label), em.ContrastSet([label], ["b"], label=label, source=label),
@@ -256,7 +256,7 @@ def test_half_a_character_in_a_name_is_refused_before_any_work() -> None:
     refused = [
         lambda name: em.audit(pair, contrasts={name: contrast}),
         lambda name: em.compare(pair, {name: (direction, contrast)}),
-        lambda name: em.cosine_matrix(pair.base, {name: contrast}, site=em.Site(1), position="prompt_end"),
+        lambda name: em.directions.cosine_matrix(pair.base, {name: contrast}, site=em.Site(1), position="prompt_end"),
     ]
     for call in refused:
         with pytest.raises(UsageError, match=r"half a character.*name it 'a⟨d800⟩'"):

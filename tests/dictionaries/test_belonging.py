@@ -164,7 +164,7 @@ def test_another_models_name_is_a_warning_wherever_it_meets_one(small_model: Len
         "quality": lambda d: dictionary_quality(small_model, d, ids()),
         "score": lambda d: em.score_features(small_model, d, {"x": em.ContrastSet(PROMPTS[:2], PROMPTS[1:])}),
         "edit": lambda d: em.intervene(small_model, em.ScaleFeature(d.feature(0), 0.0)).__enter__(),
-        "cards": lambda d: em.feature_cards(small_model, d, [0], PROMPTS),
+        "cards": lambda d: em.features.feature_cards(small_model, d, [0], PROMPTS),
         "graph": lambda d: em.attribute(small_model, PROMPTS[0], d, target=None),
     }
     for name, meet in meets.items():
@@ -183,7 +183,7 @@ def test_another_width_says_what_to_do_for_a_dictionary(small_model: LensModel) 
     small = em.Dictionary(eye, torch.zeros(8), eye, torch.zeros(8), activation="relu", site_in=em.Site(1))
     with pytest.raises(WidthError, match=r"8 wide.*em\.train_dictionary\(model, site, corpus, d_sae=512\)"):
         small.check(small_model)
-    made = em.Provenance.of(small_model)
+    made = em.models.Provenance.of(small_model)
     foreign = exact(em.Site(1), provenance=replace(made, weights="folded+centred"))
     with pytest.raises(ProvenanceError, match=r"weights.*dictionary\.unchecked\(\)"):
         foreign.check(small_model)

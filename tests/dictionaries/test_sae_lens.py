@@ -387,7 +387,7 @@ def test_a_directory_of_saelenss_trainer_is_used_from_end_to_end(small_model, tm
     torch.testing.assert_close(mine.reconstruct(x), said, atol=1e-5, rtol=1e-4)
     judged = ids(12, seed=1)
     y = stream(small_model, judged)
-    quality = em.dictionary_quality(small_model, mine, judged)
+    quality = em.dictionaries.dictionary_quality(small_model, mine, judged)
     with torch.no_grad():
         fvu = float((y - theirs(y)).square().sum() / (y - y.mean(0)).square().sum())
         l0 = float((theirs.encode(y) > 0).float().sum(-1).mean())

@@ -100,7 +100,7 @@ def steered(model: Any, *interventions: Any) -> Tensor:
 
 
 def edited(model: Any) -> Tensor:
-    with em.orthogonalized(model, DIRECTION):
+    with em.interventions.orthogonalized(model, DIRECTION):
         return next_token_logits(model, POSITIVE)
 
 
@@ -128,7 +128,7 @@ VERBS: dict[str, Callable[[Any], Any]] = {
     "orthogonalized": edited,
     "select_direction": selected,
     "calibrate": lambda m: em.calibrate(m, em.Add(DIRECTION), POSITIVE, target_kl=0.01).strength,
-    "logit_lens": lambda m: em.logit_lens(m, DIRECTION, controls=9).logit.to_numpy(),
+    "logit_lens": lambda m: em.directions.logit_lens(m, DIRECTION, controls=9).logit.to_numpy(),
     "generate": lambda m: em.generate(m, POSITIVE, max_new_tokens=3),
     "effect_curve": lambda m: em.effect_curve(
         m, em.Add(DIRECTION), POSITIVE, metric=METRIC, strengths=[0.5], controls=2
@@ -136,7 +136,7 @@ VERBS: dict[str, Callable[[Any], Any]] = {
     "score_features": lambda m: em.score_features(m, SAE, {"a": em.ContrastSet(ANSWERED, REFUSED)})
     .to_pandas()[["effect", "attribution"]].to_numpy(),
     "verify_feature": verified,
-    "removed_mean": lambda m: em.removed_mean(m, DIRECTION, SET).value,
+    "removed_mean": lambda m: em.interventions.removed_mean(m, DIRECTION, SET).value,
 }  # fmt: skip
 
 
@@ -193,7 +193,7 @@ def test_weights_that_were_made_in_inference_mode_can_be_edited_and_come_back() 
                     module._parameters[name] = nn.Parameter(parameter.clone(), requires_grad=False)
     before = next_token_logits(model, POSITIVE)
     for context in (nullcontext, torch.inference_mode):
-        with context(), em.orthogonalized(model, DIRECTION):
+        with context(), em.interventions.orthogonalized(model, DIRECTION):
             inside = next_token_logits(model, POSITIVE)
         assert (inside - before).abs().max() > 1e-2
         assert torch.equal(next_token_logits(model, POSITIVE), before)

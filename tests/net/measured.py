@@ -175,8 +175,8 @@ def verification(surface: str, seed: int) -> dict[str, Any]:
 
 def inversion(surface: str, seed: int) -> dict[str, Any]:
     model, parts = pair("toy/insecure", surface).base, contrast("harmfulness", surface)
-    direction = em.harmfulness_direction(model, parts.train, site=em.Site(0))
-    found = em.reply_inversion(
+    direction = em.presets.harmfulness_direction(model, parts.train, site=em.Site(0))
+    found = em.claims.reply_inversion(
         model,
         [direction],
         parts.test.negative,

@@ -61,7 +61,7 @@ def shared_latents(
         seed: of splits, placebos and resampling.
 
     Raises:
-        DictionaryFitError: the dictionary does not fit the activations (``em.dictionary_quality``).
+        DictionaryFitError: the dictionary does not fit the activations (``em.dictionaries.dictionary_quality``).
     """
     sets = _organism_sets() if pair.organism is not None else _contrast_sets(asked)
     prompts = [prompt for each in sets.behaviours.values() for prompt in (*each.positive, *each.negative)]

@@ -101,7 +101,7 @@ class Report:
         """The report with a section for latents: what was verified about them, and a row for each.
 
         Args:
-            cards: from ``em.feature_cards(…, checks=[em.verify_feature(…), …])``.
+            cards: from ``em.features.feature_cards(…, checks=[em.verify_feature(…), …])``.
             note: a sentence for the reader: how they were found.
         """
         return replace(self, features=cards, features_note=note)

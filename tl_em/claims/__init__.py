@@ -1,0 +1,5 @@
+"""One experiment, written once: treat, measure per prompt, compare with controls, judge."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -21,7 +21,7 @@ from tl_em.models.hooks import LensModel
 from tl_em.models.sites import Provenance, Site
 
 _PROCESSING = {"fold_ln": "folded", "center_writing_weights": "centred"}
-_TRAIN = "em.train_dictionary(model, site, corpus, d_sae=512)"
+_TRAIN = "em.dictionaries.train_dictionary(model, site, corpus, d_sae=512)"
 
 
 def check_on(
@@ -93,7 +93,7 @@ def _check_module(label: str, sites: Sequence[Site], model: LensModel) -> None:
             raise ProvenanceError(
                 f"{label} was trained on the output of a module, and in this model a norm ({norms[site.stream]}) "
                 f"stands between it and {site}, so another tensor is read here. Train one at {site}: "
-                f"em.train_dictionary(model, em.Site({site.layer}, {site.stream!r}), corpus, d_sae=512)"
+                f"em.dictionaries.train_dictionary(model, em.Site({site.layer}, {site.stream!r}), corpus, d_sae=512)"
             )
 
 
@@ -101,8 +101,8 @@ def _warn_of_name(label: str, said: Any, here: str) -> None:
     if said and not same_name(str(said), here):
         warnings.warn(
             f"{label} was made on {said!r} and this model is called {here!r}. On a fine-tune of it that is right; on "
-            "another model its latents mean nothing. Measure it: em.dictionary_quality(model, dictionary, prompts); or "
-            "say that you know, with dictionary.unchecked()",
+            "another model its latents mean nothing. Measure it: em.dictionaries.dictionary_quality(model, dictionary, "
+            "prompts); or say that you know, with dictionary.unchecked()",
             DictionaryModelWarning,
             stacklevel=4,
         )

@@ -2,7 +2,7 @@
 
 Whoever wrote it, what comes back encodes and decodes as the library that trained it does (each format's file in
 ``formats/`` has the equation), reads the tensor that it was trained on, and carries what its source says of its model.
-The control: ``em.dictionary_quality`` on the model, which also reads the neighbouring points.
+The control: ``em.dictionaries.dictionary_quality`` on the model, which also reads the neighbouring points.
 """
 
 from __future__ import annotations
@@ -67,12 +67,14 @@ def load_dictionary(
     Source: see ``tl_em/dictionaries/formats``.
     """
     if not isinstance(path, str | Path):
-        raise UsageError(f"a {type(path).__name__} is no path; an SAE in memory is read by em.from_sae_lens(sae)")
+        raise UsageError(
+            f"a {type(path).__name__} is no path; an SAE in memory is read by em.interop.from_sae_lens(sae)"
+        )
     found = Path(path).expanduser()
     if not found.exists() or not str(path).strip():
         raise FileError(
             f"There is no {str(path)!r}, so no dictionary. Check the path; of the hub, download its folder first "
-            "(huggingface_hub.snapshot_download), or em.from_sae_lens(release, sae_id)"
+            "(huggingface_hub.snapshot_download), or em.interop.from_sae_lens(release, sae_id)"
         )
     if layer is not None:
         layer = whole("layer", layer, low=0)

@@ -95,7 +95,7 @@ def place(name: str, field: str) -> Place | None:
         raise UsageError(
             f"{field} is {name!r}, which names no site of this package (heads, keys, neurons and what the attention "
             "reads are none): another tensor read in its place would name wrong latents. Train one where it can be "
-            f"read: em.train_dictionary(model, em.Site({layer}, 'attn_out'), corpus, d_sae=512)"
+            f"read: em.dictionaries.train_dictionary(model, em.Site({layer}, 'attn_out'), corpus, d_sae=512)"
         )
     stream, before_weight, module = table[rest]
     return Place(Site(layer, stream), before_weight, module)
@@ -121,7 +121,8 @@ def placed(name: Any, field: str, given: Any, argument: str) -> Place:
             raise UsageError(
                 f"{field} is {name!r}, which names no site that is known here, and a dictionary read elsewhere than "
                 f"where it was trained names wrong latents. Pass {argument}=em.Site(layer, stream) of where it was; "
-                "em.dictionary_quality(model, dictionary, prompts) says whether a neighbouring point fits better"
+                "em.dictionaries.dictionary_quality(model, dictionary, prompts) says whether a neighbouring point fits "
+                "better"
             )
         return Place(given)
     if given is not None and given != said.site:

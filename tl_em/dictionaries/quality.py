@@ -139,7 +139,8 @@ class DictionaryQuality:
     def _mended(self) -> str:
         if (better := self.better) is None:
             return (
-                "Train one on this model: em.train_dictionary(model, site, corpus, d_sae=512, against=base, mix='both')"
+                "Train one on this model: em.dictionaries.train_dictionary(model, site, corpus, d_sae=512, "
+                "against=base, mix='both')"
             )
         assert better.site is not None
         moved = "" if better.site == self.dictionary.site_in else f".at(em.{better.site!r})"

@@ -1,1 +1,5 @@
-"""Attribution graphs: how a prompt becomes an answer, what validates the picture, and the page that shows it."""
+"""Attribution graphs: made, pruned, compared, shown, exchanged."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

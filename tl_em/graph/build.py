@@ -137,7 +137,7 @@ def encoded_prompt(model: LensModel, prompt: Any) -> EncodedPrompt:
         several = isinstance(prompt, Sequence)
         raise PromptError(
             f"{f'{len(prompt)} prompts' if several else repr(prompt)[:40]} where one prompt is meant. Give text, the "
-            "messages of one chat, or token ids; em.attribute_over(model, prompts, …) takes the mean of several."
+            "messages of one chat, or token ids; em.graph.attribute_over(model, prompts, …) takes the mean of several."
         )
     return encode(model, [prompt])[0]
 

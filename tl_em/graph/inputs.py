@@ -78,7 +78,7 @@ def ids_of(value: Any, d_vocab: int) -> list[int]:
         if len(listed) > 1:
             raise PromptError(
                 f"The prompt is a batch of {len(listed)} rows where one prompt is meant; run together they would be a "
-                "text that nobody wrote. Give one row, tokens[0], or all: em.attribute_over(model, tokens, …)."
+                "text that nobody wrote. Give one row, tokens[0], or all: em.graph.attribute_over(model, tokens, …)."
             )
         listed = list(listed[0].tolist() if hasattr(listed[0], "tolist") else listed[0])
     if not listed:

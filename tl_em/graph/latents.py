@@ -65,7 +65,9 @@ def listed(dictionaries: Any) -> list[Dictionary]:
     if not each:
         raise UsageError("dictionaries= is empty; leave it out for a graph of heads and MLPs")
     if not all(isinstance(one, Dictionary) for one in each):
-        raise UsageError("dictionaries= holds something that is no em.Dictionary; convert it, e.g. em.from_sae_lens(…)")
+        raise UsageError(
+            "dictionaries= holds something that is no em.Dictionary; convert it, e.g. em.interop.from_sae_lens(…)"
+        )
     return each
 
 

@@ -103,7 +103,7 @@ class Erase(Removal):
 
 @dataclass(frozen=True, eq=False)
 class Leace(AtItsSite):
-    """A fitted LEACE eraser, frozen, at its site; ``em.leace`` fits one.
+    """A fitted LEACE eraser, frozen, at its site; ``em.interventions.leace`` fits one.
 
     Args:
         left: [rank d_model]; the directions in which activations are moved.
@@ -134,7 +134,7 @@ class Leace(AtItsSite):
         if self.left.shape != self.right.shape or self.left.shape[1] != len(self.mean):
             raise WidthError(
                 f"left {tuple(self.left.shape)}, right {tuple(self.right.shape)} and mean {tuple(self.mean.shape)} do "
-                "not belong together; fit an eraser with em.leace(model, contrast, site=…, position=…)"
+                "not belong together; fit an eraser with em.interventions.leace(model, contrast, site=…, position=…)"
             )
 
     @property

@@ -175,7 +175,7 @@ def toy_dictionary(name: str = "toy/insecure") -> Dictionary:
     if name not in SHIPPED:
         raise ModelNotFoundError(
             f"no dictionary of {name!r} comes with the package (there are {', '.join(SHIPPED)}); train one: "
-            "em.train_dictionary(pair.tuned, em.Site(2), corpus, against=pair.base, mix='both', d_sae=512)"
+            "em.dictionaries.train_dictionary(pair.tuned, em.Site(2), corpus, against=pair.base, mix='both', d_sae=512)"
         )
     path = files("tl_em.features") / "dictionaries" / f"{name.removeprefix('toy/')}-seed11.safetensors"
     return Dictionary.load(Path(str(path)))

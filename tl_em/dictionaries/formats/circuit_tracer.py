@@ -54,7 +54,7 @@ def from_file(
     held, threshold = _oriented(tensors, path), tensors.get(THRESHOLD)
     if threshold is not None and bool((threshold < 0).any()):
         raise refuse(THRESHOLD, "below 0", "circuit-tracer lets those latents be negative, and none here is; train "
-                     "one: em.train_dictionary(model, site, corpus, d_sae=512)")  # fmt: skip
+                     "one: em.dictionaries.train_dictionary(model, site, corpus, d_sae=512)")  # fmt: skip
     hooks = {key: f"blocks.{layer}.{config[key]}" if config.get(key) and layer is not None else None
              for key in ("feature_input_hook", "feature_output_hook")}  # fmt: skip
     read = placed(hooks["feature_input_hook"], "feature_input_hook", site_in, "site_in")

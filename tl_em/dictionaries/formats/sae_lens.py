@@ -47,7 +47,7 @@ _NORMALISED = {
     "covariance_whitening": "its inputs are whitened by matrices that its file does not hold. Where they are "
     "published, sae.fold_activation_whitening(mean, matrix, inverse), and pass the SAE object; else ",
 }
-_TRAIN = "train one: em.train_dictionary(model, site, corpus, d_sae=512)"
+_TRAIN = "train one: em.dictionaries.train_dictionary(model, site, corpus, d_sae=512)"
 
 
 def from_directory(

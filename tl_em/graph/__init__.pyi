@@ -1,0 +1,10 @@
+"""Attribution graphs: made, pruned, compared, shown, exchanged."""
+
+from .attention import attention_view as attention_view
+from .build import attribute as attribute
+from .diff import GraphDiff as GraphDiff
+from .exchange import load_graph as load_graph
+from .graph import AttributionGraph as AttributionGraph
+from .heads import head_loadings as head_loadings
+from .over_prompts import attribute_over as attribute_over
+from .targets import Completion as Completion

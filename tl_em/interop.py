@@ -1,0 +1,9 @@
+"""What other programs write and read: directions, dictionaries and graphs from elsewhere."""
+
+from tl_em.dictionaries.loading import from_sae_lens as from_sae_lens
+from tl_em.dictionaries.loading import load_dictionary as load_dictionary
+from tl_em.directions.interchange import import_mean_diffs as import_mean_diffs
+from tl_em.directions.interchange import import_persona_vectors as import_persona_vectors
+from tl_em.directions.interchange import import_refusal_direction as import_refusal_direction
+from tl_em.directions.interchange import import_steering_vector as import_steering_vector
+from tl_em.graph.exchange import load_graph as load_graph

@@ -1,0 +1,15 @@
+"""Interventions: frozen values that edit activations or weights."""
+
+from .conditions import Conditional as Conditional
+from .edits import Ablate as Ablate
+from .edits import Add as Add
+from .edits import Clamp as Clamp
+from .intervene import intervene as intervene
+from .latents import ScaleFeature as ScaleFeature
+from .removed_mean import removed_mean as removed_mean
+from .subspaces import Erase as Erase
+from .subspaces import Leace as Leace
+from .subspaces import leace as leace
+from .weights import orthogonalize_ as orthogonalize_
+from .weights import orthogonalized as orthogonalized
+from .weights import untie_embeddings_ as untie_embeddings_
