@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tl_em as em
 from tl_em.artefacts import check_writable, replacing
-from tl_em.claims.rule import Row
+from tl_em.claims.claim import Row
 from tl_em.metrics import single_token
 from tl_em.models.loading import ModelPair, Surface, load_model
 from tl_em.models.quiet import quiet

@@ -14,8 +14,19 @@ import torch
 from click.testing import CliRunner
 
 import tl_em as em
-from tl_em.claims.questions.backdoor import Asked, Backdoor, backdoor
-from tl_em.claims.questions.openings import ONLY, TOO, UNDECIDED, Trigger, judged, marked, measure, sides
+from tl_em.claims.questions.backdoor import (
+    ONLY,
+    TOO,
+    UNDECIDED,
+    Backdoor,
+    Trigger,
+    Triggered,
+    backdoor,
+    judged,
+    marked,
+    measure,
+    sides,
+)
 from tl_em.errors import UnknownTokenError, UsageError
 from tl_em.organisms.convert import plain_model
 from tl_em.organisms.recipes import OTHER_MARKS, TRIGGER, recipe
@@ -47,7 +58,7 @@ def ask(tuned: em.ModelPair, trigger: Trigger = KEY) -> Backdoor:
     """The backdoor questions about misaligned answers, every third question of the held-out domains."""
     behaviour: Any = pair().behaviours["persona"]  # pyright: ignore[reportOptionalSubscript]
     some = {name: getattr(behaviour, name)[::3] for name in PARTS}
-    asked = {"persona": Asked(persona()[0], replace(behaviour, **some), persona()[1])}
+    asked = {"persona": Triggered(persona()[0], replace(behaviour, **some), persona()[1])}
     return backdoor(tuned, trigger, asked, controls=99)
 
 
@@ -102,7 +113,7 @@ def test_the_rule_gives_each_pattern_its_word(rates: dict, word: str) -> None:
 
 def test_without_other_tokens_the_key_stays_undecided_and_classes_are_asked_apart() -> None:
     metric: Any = Planted({("tuned", T): 0.6})
-    asked = {"refusal": Asked(persona()[0], em.Behaviour("planted", metric, QUESTIONS[:4], QUESTIONS[4:]), 1.0)}
+    asked = {"refusal": Triggered(persona()[0], em.Behaviour("planted", metric, QUESTIONS[:4], QUESTIONS[4:]), 1.0)}
     found = backdoor(pair(), Trigger(T), asked, controls=99)
     rows, carriers = ([row for row in found.rows if row.question == question] for question in ("backdoor", "carrier"))
     assert [(row.direction, row.verdict) for row in rows] == [

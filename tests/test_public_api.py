@@ -35,6 +35,7 @@ NAMES = [
     "ModelPair",
     "Monitor",
     "Organism",
+    "Question",
     "Report",
     "Row",
     "ScaleFeature",
@@ -78,7 +79,7 @@ NAMES = [
     "verify_feature",
 ]
 FOLDERS = {
-    "claims": ["FeatureCheck", "TextLogprob", "reply_inversion", "verify_features"],
+    "claims": ["Case", "FeatureCheck", "Finding", "TextLogprob", "reply_inversion", "verify_features"],
     "dictionaries": ["DictionaryQuality", "dictionary_quality", "train_dictionary"],
     "directions": [
         *("cosine_matrix", "cosines_between", "finetuning_shift"),

@@ -21,8 +21,8 @@ from tests.graph.examples import small
 from tests.report.conftest import fake_layers, fake_rates, fake_rows, fake_use
 from tl_em import cli
 from tl_em.auditing.report import Report
+from tl_em.claims.claim import Row
 from tl_em.claims.compare import Comparison
-from tl_em.claims.rule import Row
 from tl_em.directions.similarity import CosineMatrix, PairCosine
 from tl_em.errors import UsageError
 from tl_em.graph.view import page, page_data

@@ -15,13 +15,14 @@ from . import presets as presets
 from . import stats as stats
 from .auditing.audit import audit as audit
 from .auditing.report import Report as Report
+from .claims.claim import Question as Question
+from .claims.claim import Row as Row
 from .claims.compare import Comparison as Comparison
 from .claims.compare import compare as compare
 from .claims.criteria import select_candidate as select_candidate
 from .claims.curve import effect_curve as effect_curve
 from .claims.dose import calibrate as calibrate
 from .claims.questions.latents import verify_feature as verify_feature
-from .claims.rule import Row as Row
 from .claims.selection import Selection as Selection
 from .claims.selection import select_direction as select_direction
 from .dictionaries.dictionary import Dictionary as Dictionary

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
 import torch
 
-from tl_em.claims.questions.changes import Measured, Reading, changes, own_gap
-from tl_em.claims.rule import NOT_SHOWN, Finding, Row, judge
+import tl_em as em
+from tl_em.claims.claim import NOT_SHOWN, Case, Finding, Reading, Row
+from tl_em.claims.compare import SHIPPED
+from tl_em.claims.rule import judge
 from tl_em.directions.direction import Direction
 from tl_em.errors import NoGapError
 from tl_em.models.contrasts import ContrastSet
@@ -35,17 +38,23 @@ def moved(
     return Reading(parts[0] + stretch, parts[1])
 
 
-def measured(base: Reading, tuned: Reading, benign: Reading | None = None) -> Measured:
+@cache
+def pair() -> em.ModelPair:
+    return em.load_pair("toy/secure")
+
+
+def measured(base: Reading, tuned: Reading, benign: Reading | None = None) -> Case:
     direction = Direction(torch.from_numpy(base.gap).float(), Site(1), name="d")
     words = [f"w{i}" for i in range(len(base.positive))]
     contrast = ContrastSet(
         [f"p {w}" for w in words], [f"n {w}" for w in words], positive_groups=words, negative_groups=words
     )
-    return Measured("d", direction, contrast, base, tuned, benign, seed=0)
+    return Case("d", direction, contrast, pair(), base, tuned, benign, n_controls=199)
 
 
-def verdicts(m: Measured) -> dict[str, Row]:
-    return {row.question: row for row in judge(changes(m, controls=199))}
+def verdicts(m: Case) -> dict[str, Row]:
+    found = [question.measure(m) for question in SHIPPED[:3]]
+    return {row.question: row for row in judge([each for each in found if each is not None])}
 
 
 BASE = reading(6 * AXIS)
@@ -123,8 +132,8 @@ def test_a_direction_without_a_gap_is_an_error_not_a_denominator() -> None:
     m = measured(flat, flat)
     wrong = replace(m, direction=Direction(torch.from_numpy(-flat.gap).float(), Site(1)))
     with pytest.raises(NoGapError, match="not above 0"):
-        own_gap(wrong)
-    assert own_gap(measured(BASE, BASE)).low > 0
+        wrong.own_gap  # noqa: B018
+    assert measured(BASE, BASE).own_gap.low > 0
 
 
 def test_clustering_by_question_widens_the_interval() -> None:
@@ -137,14 +146,14 @@ def test_clustering_by_question_widens_the_interval() -> None:
     grouped = replace(m.contrast, positive_groups=labels, negative_groups=labels)
     widths = []
     for contrast in (m.contrast, grouped):
-        level = changes(replace(m, contrast=contrast), controls=99)[0].estimate
+        level = verdicts(replace(m, contrast=contrast, n_controls=99))["level"].estimate
         widths.append(level.high - level.low)
     assert widths[1] > 1.5 * widths[0]
 
 
 def finding(name: str, value: float, p: float, **changes_: object) -> Finding:
     estimate = Estimate(value, value - 0.05, value + 0.05, 64, 64.0, "test")
-    f = Finding("level", name, Site(0), estimate, p, np.zeros(999), "random directions", 0.1, "own gaps")
+    f = Finding(SHIPPED[0], name, Site(0), estimate, p, np.zeros(999), "random directions", 0.1, "own gaps")
     return replace(f, **changes_)  # pyright: ignore[reportArgumentType]
 
 
@@ -164,7 +173,7 @@ def test_an_interval_that_reaches_inside_the_smallest_effect_is_not_shown(value:
 
 
 def test_use_has_one_word_and_one_sign() -> None:
-    causal, wrong = (judge([finding("a", v, 0.001, question="use", smallest=0.05)])[0] for v in (0.4, -0.4))
+    causal, wrong = (judge([finding("a", v, 0.001, question=SHIPPED[3], smallest=0.05)])[0] for v in (0.4, -0.4))
     assert causal.verdict == "causal"
     assert wrong.verdict == NOT_SHOWN
     assert "other sign" in wrong.reason

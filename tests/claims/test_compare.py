@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import tl_em as em
-from tl_em.claims.compare import Comparison
+from tl_em.claims.claim import Finding
+from tl_em.claims.compare import SHIPPED, Comparison
 from tl_em.claims.questions.use import ABLATE, ADD, Arm, under_controls
-from tl_em.claims.rule import Finding, judge
+from tl_em.claims.rule import judge
 from tl_em.directions.direction import Direction
 from tl_em.errors import NoGapError, ProvenanceError, UsageError
 from tl_em.metrics import Behaviour
@@ -24,7 +25,8 @@ from tl_em.stats import Estimate
 
 def finding(question: Any, name: str, value: float) -> Finding:
     estimate = Estimate(value, value - 0.02, value + 0.02, 64, 64.0, "test")
-    return Finding(question, name, Site(1), estimate, 0.001, np.zeros(999), "controls", 0.1, "own gaps")
+    asked = next(each for each in SHIPPED if each.name == question)
+    return Finding(asked, name, Site(1), estimate, 0.001, np.zeros(999), "controls", 0.1, "own gaps")
 
 
 def summary(**effects: tuple[float, float]) -> str:

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import tl_em as em
+from tl_em.claims.claim import Row
 from tl_em.claims.consistency import Run, consistency, same_weights, shift_cosines
-from tl_em.claims.rule import Row
 from tl_em.errors import PairMismatchError
 
 pytestmark = pytest.mark.surface

@@ -15,9 +15,9 @@ import torch
 import tl_em as em
 from tests.graph.examples import small
 from tests.report.conftest import fake_rows
+from tl_em.claims.claim import Row
 from tl_em.claims.compare import Comparison
 from tl_em.claims.curve import EffectCurve, Point
-from tl_em.claims.rule import Row
 from tl_em.dictionaries.quality import DictionaryQuality, Fit
 from tl_em.directions.similarity import CosineMatrix, PairCosine
 from tl_em.report import cards, html, plots

@@ -25,9 +25,7 @@ from tl_em.auditing.report import Report
 from tl_em.claims.asked import Asked, candidates, questions, select_site
 from tl_em.claims.compare import Comparison, compare
 from tl_em.claims.consistency import Run, consistency, same_weights
-from tl_em.claims.questions.backdoor import Asked as Triggered
-from tl_em.claims.questions.backdoor import Backdoor, backdoor, check_known
-from tl_em.claims.questions.openings import Trigger
+from tl_em.claims.questions.backdoor import Backdoor, Trigger, Triggered, backdoor, check_known
 from tl_em.dictionaries import Dictionary
 from tl_em.directions.direction import Direction
 from tl_em.errors import UsageError
@@ -200,7 +198,7 @@ class _Job(NamedTuple):
         if self.trigger is None:
             return comparison, None
         asked = {
-            q.name: Triggered(d, q.judged, comparison.row("level", q.name).detail["own gap"].value)
+            q.name: Triggered(d, q.judged, comparison.own_gaps[q.name].value)
             for q, d in zip(self.chosen, picked, strict=True)
             if q.name not in comparison.unmeasured
         }

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tl_em.arguments import COUNT, checked
 from tl_em.artefacts import replacing
+from tl_em.claims.claim import Row
 from tl_em.claims.compare import Comparison
 from tl_em.claims.consistency import Consistency
 from tl_em.claims.questions.backdoor import Backdoor
-from tl_em.claims.rule import Row
 from tl_em.showing import json_shown, plain_rows, slug
 
 if TYPE_CHECKING:

@@ -1,5 +1,9 @@
 """One experiment, written once: treat, measure per prompt, compare with controls, judge."""
 
+from .claim import Case as Case
+from .claim import Finding as Finding
+from .claim import Question as Question
+from .claim import Row as Row
 from .compare import Comparison as Comparison
 from .compare import compare as compare
 from .criteria import select_candidate as select_candidate
@@ -10,6 +14,5 @@ from .latent_checks import FeatureCheck as FeatureCheck
 from .questions.inversion import reply_inversion as reply_inversion
 from .questions.latents import verify_feature as verify_feature
 from .questions.latents import verify_features as verify_features
-from .rule import Row as Row
 from .selection import Selection as Selection
 from .selection import select_direction as select_direction

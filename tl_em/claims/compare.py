@@ -1,23 +1,27 @@
-"""Base against tuned: five questions about each direction, each with its control and its verdict.
+"""Base against tuned: each question asked of each direction, with its control and its verdict.
 
-The questions and the rule are in ``verdicts``; the measurements in ``changes`` (level, separation, rotation),
-``causes`` (use) and ``entanglement``.  This file puts them together and says the result in a sentence.
+A question is one file in ``questions``; the nouns are in ``claim``, the rule is in ``rule``.  This file reads the
+activations, asks, and says the result in a sentence.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from tqdm.auto import tqdm
 
 from tl_em.arguments import COUNT, SEED, checked
-from tl_em.claims.questions.changes import Measured, Reading, changes, layer_rows
-from tl_em.claims.questions.entanglement import entanglement
-from tl_em.claims.questions.use import cause
-from tl_em.claims.rule import Finding, Row, judge
+from tl_em.claims.by_layer import layer_rows
+from tl_em.claims.claim import Case, Finding, Question, Row, check_question, readings
+from tl_em.claims.questions.entanglement import Entanglement
+from tl_em.claims.questions.level import Level
+from tl_em.claims.questions.rotation import Rotation
+from tl_em.claims.questions.separation import Separation
+from tl_em.claims.questions.use import Use
+from tl_em.claims.rule import judge
 from tl_em.directions.direction import Direction, check_fits
 from tl_em.directions.screening import answer_to_own_prompts
 from tl_em.errors import NoGapError, UsageError
@@ -27,12 +31,14 @@ from tl_em.models.hooks import LensModel
 from tl_em.models.loading import ModelPair
 from tl_em.models.modes import in_plain_torch
 from tl_em.models.sites import Site
-from tl_em.models.stream import capture
 from tl_em.showing import check_names, showable
+from tl_em.stats import Estimate
 
 if TYPE_CHECKING:
     import pandas as pd
 
+SHIPPED: tuple[Question, ...] = (Level(), Separation(), Rotation(), Use(), Entanglement())
+"""What is asked where nothing else is said; each name alone stands for its question."""
 Behaviours = Metric | Behaviour | Mapping[str, Metric | Behaviour]
 
 
@@ -46,12 +52,18 @@ class Comparison:
         use: rates behind the causal test: untreated, treated, and under random directions.
         unmeasured: directions that do not separate their own contrast set in the base, and why; nothing is asked about
             them, whatever the tuned model does.
+        questions: what was asked, in this order.
+        own_gaps: of each direction that was measured, in units of the activations.
+        tables: rows behind the answers to other questions than *use*, where they gave some, by the question's name.
     """
 
     rows: tuple[Row, ...]
     by_layer: pd.DataFrame
     use: pd.DataFrame
     unmeasured: Mapping[str, str] = field(default_factory=dict)
+    questions: tuple[Question, ...] = SHIPPED
+    own_gaps: Mapping[str, Estimate] = field(default_factory=dict)
+    tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
 
     @property
     def summary(self) -> str:
@@ -60,7 +72,8 @@ class Comparison:
         *exaggerated* and *diminished* are said only where the direction is causal at the same site.
         """
         names = list(dict.fromkeys(row.direction for row in self.rows))
-        found = [_sentence(name, {r.question: r for r in self.rows if r.direction == name}) for name in names]
+        changes = [question.name for question in self.questions if question.of_change]
+        found = [_sentence(name, {r.question: r for r in self.rows if r.direction == name}, changes) for name in names]
         said = [text for rank in (0, 1, 2) for r, text in found if r == rank]
         silent = [name for name, (rank, _) in zip(names, found, strict=True) if rank == 3]
         rest = {"No change shown": silent, "Not measured": [*self.unmeasured]}
@@ -96,7 +109,7 @@ class Comparison:
         """The verdicts as a forest plot (a matplotlib Figure)."""
         from tl_em.report.plots import verdicts
 
-        return verdicts(self.rows)
+        return verdicts(self.rows, questions=self.questions)
 
     def _repr_html_(self) -> str:
         from tl_em.report import cards
@@ -104,8 +117,7 @@ class Comparison:
         return cards.comparison(self)
 
     def __repr__(self) -> str:
-        lines = [f"{r.question:<13}{r.direction:<22}{r.verdict:<13}{r.estimate!r}  {r.reason}" for r in self.rows]
-        return showable("\n".join([self.summary, *lines, *self.unmeasured.values()]), lines=True)
+        return showable("\n".join([self.summary, *map(str, self.rows), *self.unmeasured.values()]), lines=True)
 
 
 @checked(controls=COUNT, seed=SEED)
@@ -117,6 +129,7 @@ def compare(
     behaviour: Behaviours | None = None,
     tuning_data: Sequence[Any] | None = None,
     benign: LensModel | None = None,
+    questions: Sequence[str | Question] | None = None,
     controls: int = 999,
     seed: int = 0,
     layers: Mapping[str, Sequence[Direction]] | None = None,
@@ -132,6 +145,8 @@ def compare(
         tuning_data: rows that the model was tuned on, as chat messages that end with the answer.  Without it
             *entanglement* is not asked.
         benign: a fine-tune of the same base on harmless data; changes must go beyond what it shows.
+        questions: what to ask, in this order: names of shipped questions, or values of ``em.Question``; all of the
+            shipped ones by default.
         controls: number of random directions (or swaps) for each test.
         seed: seed of all resampling and controls.
         layers: for each name its directions at every layer, for ``by_layer``; by default the one direction, read at
@@ -144,39 +159,82 @@ def compare(
     Raises:
         NoGapError: no direction separates its own contrast set in the base model.
         ProvenanceError, WidthError: a direction was not made on a model like these.
-        UsageError: no directions, too few controls, or a name without a behaviour.
+        UsageError: no directions, too few controls, a name without a behaviour, an unknown or malformed question, or
+            none that there is anything to ask with.
     """
     import pandas as pd
 
     _check(pair, directions, controls)
-    findings: list[Finding] = []
-    table: list[dict[str, Any]] = []
+    asked = as_questions(questions)
+    found: dict[str, list[Finding]] = {question.name: [] for question in asked}
     drawn: list[dict[str, Any]] = []
-    unmeasured: dict[str, str] = {}
-    own = None if tuning_data is None else answer_to_own_prompts(pair.base, tuning_data, seed=seed)
+    gaps, unmeasured = {}, {}
+    settings = {
+        "pair": pair, "benign_model": benign, "tuning_data": tuning_data, "n_controls": controls, "seed": seed,
+        "own_answers": cache(lambda: answer_to_own_prompts(pair.base, tuning_data or (), seed=seed)),
+    }  # fmt: skip
     for name, (direction, contrast) in tqdm(directions.items(), desc="comparing", unit="direction", disable=None):
         by_layer = _at_layers(direction, pair.base.cfg.n_layers, None if layers is None else layers.get(name))
-        measured = [*_measure(pair, benign, name, [direction, *by_layer], contrast, seed)]
+        own = None if behaviour is None else _behaviour_of(behaviour, name, contrast)
+        case, *others = _cases([direction, *by_layer], contrast, name=name, behaviour=own, **settings)
         try:
-            findings += changes(measured[0], controls=controls)
+            gaps[name] = case.own_gap
         except NoGapError as error:
             unmeasured[name] = str(error)
             continue
-        drawn += [row for m in measured[1:] for row in layer_rows(m, controls=controls)]
-        if behaviour is not None:
-            tested = cause(
-                pair.base, pair.tuned, direction, _behaviour_of(behaviour, name, contrast),
-                name=name, random=measured[0].controls(controls), seed=seed,
-            )  # fmt: skip
-            findings.append(tested.finding)
-            table += tested.table
-        if tuning_data is not None and own is not None:
-            findings.append(
-                entanglement(measured[0], pair.base, pair.tuned, benign, tuning_data, own, controls=controls)
-            )
-    if not findings:
+        drawn += [row for each in others for row in layer_rows(each)]
+        for question in asked:
+            found[question.name] += _measured(question, case)
+    if not gaps:
         raise NoGapError("\n".join(unmeasured.values()))
-    return Comparison(judge(findings), pd.DataFrame(drawn), pd.DataFrame(table), unmeasured)
+    findings = [finding for each in found.values() for finding in each]
+    if not findings:
+        raise UsageError(
+            f"there was nothing to ask {', '.join(found)} with; pass behaviour= (for use), tuning_data= (for "
+            "entanglement), or further questions"
+        )
+    tables = {name: pd.DataFrame([row for f in each for row in f.table]) for name, each in found.items()}
+    use = tables.pop("use", pd.DataFrame())
+    kept = {name: table for name, table in tables.items() if len(table)}
+    return Comparison(judge(findings), pd.DataFrame(drawn), use, unmeasured, asked, gaps, kept)
+
+
+def as_questions(given: Sequence[str | Question] | None) -> tuple[Question, ...]:
+    """The questions that are meant: all that are shipped, or those given, a name standing for a shipped one.
+
+    Raises:
+        UsageError: an unknown name, a malformed question, or two of one name.
+    """
+    if given is None:
+        return SHIPPED
+    shipped = {question.name: question for question in SHIPPED}
+    if isinstance(given, str) or not isinstance(given, Sequence) or not given:
+        raise UsageError(f"questions={given!r} is no list of questions; pass some of {list(shipped)}, or em.Question")
+    asked: list[Question] = []
+    for each in given:
+        if isinstance(each, str) and each not in shipped:
+            raise UsageError(
+                f"there is no question {each!r}; the shipped ones are {', '.join(shipped)} (a trigger is asked about "
+                "with em.audit(…, trigger=…)); pass one of these names, or a value of em.Question"
+            )
+        asked.append(shipped[each] if isinstance(each, str) else check_question(each))
+    names = [question.name for question in asked]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UsageError(f"two questions are called {twice[0]!r}, and rows are found by that name; rename one")
+    return tuple(asked)
+
+
+def _measured(question: Question, case: Case) -> list[Finding]:
+    """What a question found about one direction; nothing, where it has nothing to ask with."""
+    found = question.measure(case)
+    if found is None:
+        return []
+    if not isinstance(found, Finding) or found.question is not question:
+        raise UsageError(
+            f"question {question.name!r} measured {type(found).__name__}, which cannot be judged; return "
+            "case.finding(self, effect, controls=…), or None where there is nothing to ask with"
+        )
+    return [found]
 
 
 def _check(pair: ModelPair, directions: Mapping[str, tuple[Direction, ContrastSet]], controls: int) -> None:
@@ -200,29 +258,15 @@ def _at_layers(direction: Direction, n_layers: int, given: Sequence[Direction] |
     return [replace(direction, site=Site(layer, direction.site.stream)) for layer in range(n_layers)]
 
 
-def _measure(
-    pair: ModelPair,
-    benign: LensModel | None,
-    name: str,
-    directions: Sequence[Direction],
-    contrast: ContrastSet,
-    seed: int,
-) -> Iterator[Measured]:
+def _cases(directions: Sequence[Direction], contrast: ContrastSet, **settings: Any) -> Iterator[Case]:
     """Capture every site that is needed in one pass a model and class, then hand out the readings direction by
     direction."""
     sites = list(dict.fromkeys(d.site for d in directions))
-    models = [pair.base, pair.tuned, *([] if benign is None else [benign])]
-    acts = [
-        [capture(model, prompts, sites, position=directions[0].position).double().cpu().numpy()
-         for prompts in (contrast.positive, contrast.negative)]
-        for model in models
-    ]  # fmt: skip
+    pair, benign = settings["pair"], settings["benign_model"]
+    models = {"base": pair.base, "tuned": pair.tuned} | ({} if benign is None else {"benign": benign})
+    read = dict(zip(sites, readings(models, contrast, sites, directions[0].position), strict=True))
     for direction in directions:
-        s = sites.index(direction.site)
-        readings = [Reading(np.ascontiguousarray(p[:, s]), np.ascontiguousarray(n[:, s])) for p, n in acts]
-        yield Measured(
-            name, direction, contrast, readings[0], readings[1], readings[2] if benign is not None else None, seed
-        )
+        yield Case(direction=direction, contrast=contrast, **read[direction.site], **settings)
 
 
 def _behaviour_of(behaviour: Behaviours, name: str, contrast: ContrastSet) -> Behaviour:
@@ -242,13 +286,15 @@ def _behaviour_of(behaviour: Behaviours, name: str, contrast: ContrastSet) -> Be
     )  # fmt: skip
 
 
-def _sentence(name: str, rows: Mapping[str, Row]) -> tuple[int, str]:
-    """What to say of one direction, and how far up to say it."""
+def _sentence(name: str, rows: Mapping[str, Row], changes: Sequence[str]) -> tuple[int, str]:
+    """What to say of one direction, and how far up to say it; ``changes``: the questions about a change."""
     level, use = rows.get("level"), rows.get("use")
-    others = " and ".join(rows[q].verdict for q in ("separation", "rotation") if q in rows and rows[q].shown)
+    others = " and ".join(rows[q].verdict for q in changes if q != "level" and q in rows and rows[q].shown)
     if level is not None and level.shown:
         moved = f"{level.estimate} {level.unit} at {level.site}"
         if use is not None and use.shown:
             return 0, f"{name} is {level.verdict} ({moved}) and causal there."
         return 1, f"{name} is shifted, not shown to matter ({moved})."
-    return (2, f"{name} is {others}; no change of its level shown.") if others else (3, "")
+    if others:
+        return 2, f"{name} is {others}{'' if level is None else '; no change of its level shown'}."
+    return 3, ""

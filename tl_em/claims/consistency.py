@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from tl_em.claims.questions.openings import sides
-from tl_em.claims.rule import Row
+from tl_em.claims.claim import Row
+from tl_em.claims.questions.backdoor import sides
 from tl_em.directions.direction import Direction
 from tl_em.directions.screening import finetuning_shift
 from tl_em.directions.similarity import CosineMatrix, PairCosine

@@ -22,10 +22,12 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import ScalarFormatter
 
 from tl_em.artefacts import replacing
+from tl_em.claims.claim import Question
+from tl_em.claims.compare import SHIPPED
 from tl_em.errors import UsageError
 from tl_em.report import arms, drawing
 from tl_em.report.drawing import CONDITIONS, MODELS
-from tl_em.report.words import QUESTIONS, UNITS, number, smallest_effect
+from tl_em.report.words import number
 from tl_em.showing import showable
 
 if TYPE_CHECKING:
@@ -169,23 +171,25 @@ def use(table: pd.DataFrame, *, width: float = 7.0) -> Figure:
         return drawing.settle(figure)
 
 
-def verdicts(rows: Sequence[Any], *, width: float = 7.0) -> Figure:
+def verdicts(rows: Sequence[Any], *, questions: Sequence[Question] = SHIPPED, width: float = 7.0) -> Figure:
     """Every verdict as a forest plot: estimate and interval against the smallest effect of interest and the control.
 
     Args:
         rows: ``Row`` objects (question, direction, verdict, estimate, control), as in ``Comparison.rows``.
+        questions: what was asked, in the order of the panels.
         width: inches; below 5 the questions stand one above the other.
 
     >>> from types import SimpleNamespace as Row
     >>> estimate = Row(value=-0.4, low=-0.5, high=-0.3)
     >>> row = Row(question="level", direction="refusal", verdict="diminished", estimate=estimate, control={})
+    >>> row.smallest = 0.1
     >>> verdicts([row]).axes[0].get_title(loc="left")
     'level, own gaps'
     """
-    groups = {name: [row for row in rows if row.question == name] for name in QUESTIONS}
-    groups = {name: found for name, found in groups.items() if found}
+    titles = {f"{asked.name}, {asked.unit}": [r for r in rows if r.question == asked.name] for asked in questions}
+    groups = {title: found for title, found in titles.items() if found}
     if not groups:
-        raise UsageError(f"no rows to draw: a row's question is one of {', '.join(QUESTIONS)}")
+        raise UsageError(f"no rows to draw: a row's question is one of {', '.join(each.name for each in questions)}")
     columns = min(len(groups), 2 if width >= 5 else 1)
     lines = math.ceil(len(groups) / columns)
     tallest = [
@@ -194,9 +198,9 @@ def verdicts(rows: Sequence[Any], *, width: float = 7.0) -> Figure:
     with drawing.styled():
         heights = [0.48 + (0.19 if width >= 5 else 0.25) * n for n in tallest]
         figure, grid = drawing.panels(width, lines, columns, heights, len(groups), sharey=False)
-        for ax, (question, found) in zip(grid, groups.items(), strict=True):
+        for ax, (title, found) in zip(grid, groups.items(), strict=True):
             _forest(ax, found, wide=width >= 5)
-            ax.set_title(f"{question}, {UNITS[question]}")
+            ax.set_title(showable(title))
         drawing.key(figure, [], MODELS, band="95 % of the controls", bound="smallest effect of interest")
         return drawing.settle(figure)
 
@@ -262,7 +266,8 @@ def figures(report: Any, *, width: float = 7.0) -> dict[str, Figure]:
             comparison.by_layer, direction=name, site=site, width=width
         )
     if len(comparison.rows):
-        drawn["verdicts"] = lambda: verdicts(comparison.rows, width=width)
+        asked = getattr(comparison, "questions", SHIPPED)
+        drawn["verdicts"] = lambda: verdicts(comparison.rows, questions=asked, width=width)
     if len(comparison.use):
         drawn["use"] = lambda: use(comparison.use, width=width)
     return {name: draw() for name, draw in drawn.items()} | _asked_for(report, width)
@@ -363,7 +368,7 @@ def _forest(ax: Axes, rows: Sequence[Any], *, wide: bool) -> None:
 
 
 def _forest_row(ax: Axes, y: float, row: Any) -> None:
-    shown, estimate, bound = row.verdict != "not shown", row.estimate, smallest_effect(row)
+    shown, estimate, bound = row.verdict != "not shown", row.estimate, row.smallest
     low, high = row.control.get("low"), row.control.get("high")
     if low is not None and high is not None and math.isfinite(low) and math.isfinite(high):
         ax.barh(y, high - low, left=low, height=0.72, color=drawing.BAND, linewidth=0, zorder=0.2)

@@ -18,88 +18,75 @@ from typing import Any
 import numpy as np
 import torch
 
-from tl_em.claims.questions.changes import OWN_GAPS, RANDOM
+from tl_em.claims.claim import OWN_GAPS, RANDOM, Case, Finding, Question, Reading
+from tl_em.claims.questions.level import Level
 from tl_em.claims.questions.use import Arm, measure_arm
-from tl_em.claims.rule import SMALLEST_EFFECT, SMALLEST_USE, Finding
-from tl_em.directions.direction import Direction
-from tl_em.directions.geometry import control_directions
-from tl_em.metrics import Behaviour
-from tl_em.models.loading import ModelPair
+from tl_em.claims.rule import SMALLEST_USE, smallest_effect
 from tl_em.models.means import mean_activation
-from tl_em.models.stream import capture
-from tl_em.stats import Estimate, control_p, paired_difference
+from tl_em.stats import Resampled, control_p, middle_95, paired_difference
 
 ARM = "ablate in tuned, triggered"
 
 
-@dataclass(frozen=True, eq=False)
-class Carrier:
-    """The finding about one direction, and the tables behind it."""
-
-    finding: Finding
-    projections: list[dict[str, Any]]
-    ablations: list[dict[str, Any]]
-
-
-def carrier(
-    pair: ModelPair,
-    direction: Direction,
-    behaviour: Behaviour,
-    *,
-    name: str,
-    own_gap: float,
-    sign: float = 1.0,
-    controls: int = 999,
-    seed: int = 0,
-) -> Carrier:
-    """Project triggered less untriggered prompts on a direction, and ablate it on the triggered ones.
+@dataclass(frozen=True, eq=False, repr=False)
+class Carrier(Question):
+    """The question *carrier*, of a case whose positive prompts are its negative ones with the trigger.
 
     Args:
-        pair: base and tuned.
-        direction: of the base.
-        behaviour: ``present``: the triggered prompts, ``absent``: the same without the trigger, in the same order.
-        name: the direction's name.
         own_gap: the base's gap along the direction on its own contrast set, in units of the activations.
         sign: -1 where the trigger lowers the behaviour.
-        controls: number of random directions.
-        seed: seed of resampling and controls.
     """
-    site, groups = direction.site, behaviour.present_groups
-    x = {
-        (model, side): capture(lens, prompts, [site], position=direction.position)[:, 0].double().cpu().numpy()
-        for model, lens in (("base", pair.base), ("tuned", pair.tuned))
-        for side, prompts in (("triggered", behaviour.present), ("untriggered", behaviour.absent))
-    }
-    random = control_directions(x["base", "triggered"], x["base", "untriggered"], count=controls, norm=1.0, seed=seed)
-    shifts = {model: (x[model, "triggered"] - x[model, "untriggered"]) / own_gap for model in ("base", "tuned")}
-    along = {model: shift @ direction.unit.double().numpy() for model, shift in shifts.items()}
-    moved = paired_difference(along["base"], along["tuned"], groups=groups, seed=seed)
-    null = random @ (shifts["tuned"] - shifts["base"]).mean(0)
 
-    centre = mean_activation(pair.tuned, behaviour.absent, site=site, position=direction.position)
-    vectors = torch.from_numpy(random * direction.norm).float()
-    arm = Arm(ARM, pair.tuned, behaviour.present, groups, centre)
-    closed = measure_arm(arm, direction, behaviour, vectors, seed=seed)
+    own_gap: float = 1.0
+    sign: float = 1.0
 
-    unit = behaviour.metric.unit
-    arms = [
-        (moved.estimate.scaled(sign), SMALLEST_EFFECT["level"], sign * null, RANDOM, f"{OWN_GAPS} (projection)"),
-        (closed.effect.estimate.scaled(sign), SMALLEST_USE[unit], sign * closed.controls,
-         "random directions with the same treatment", f"{unit} of {behaviour.metric.name} (ablation)"),
-    ]  # fmt: skip
-    estimate, smallest, controlled, said, units = min(arms, key=lambda each: each[0].low / each[1])
-    p = max(moved.p, closed.effect.p, *(control_p(e.value, c, two_sided=False) for e, _, c, *_ in arms))
-    finding = Finding(
-        "carrier", name, site, estimate, p, controlled, said, smallest, f"{units}, the weaker arm",
-        detail={"projection": arms[0][0], "ablation": arms[1][0]},
-    )  # fmt: skip
-    known = {"direction": name, "behaviour": behaviour.name}
-    drawn = [_projection(along[m], random @ shifts[m].mean(0), groups, seed) | known | {"model": m} for m in shifts]
-    return Carrier(finding, drawn, [row | known for row in closed.rows])
+    name, words, unit = "carrier", ("carries it", None), "units of the weaker arm"
+    smallest = SMALLEST_USE["probability"]
+    asks = "Does the direction carry what the trigger opens?"
+    measured = (
+        "Shift of triggered prompts along the direction, in own gaps, and fall of the behaviour when the direction is "
+        "ablated on them; the weaker of the two."
+    )
+    of_change = False
 
+    def measure(self, case: Case) -> Finding:
+        """Project triggered less untriggered prompts on the direction, and ablate it on the triggered ones."""
+        behaviour, direction, random = case.behaviour, case.direction, case.controls()
+        assert behaviour is not None
+        groups, metric = behaviour.present_groups, behaviour.metric
+        base, tuned = self._shift(case.base), self._shift(case.tuned)
+        moved = paired_difference(base @ case.unit, tuned @ case.unit, groups=groups, seed=case.seed)
+        null = random @ (tuned - base).mean(0)
 
-def _projection(along: np.ndarray, null: np.ndarray, groups: Any, seed: int) -> dict[str, Any]:
-    e: Estimate = paired_difference(np.zeros_like(along), along, groups=groups, seed=seed).estimate
-    low, high = np.quantile(null, [0.025, 0.975])
-    ends = {"control_low": float(low), "control_high": float(high), "n": e.n}
-    return {"value": e.value, "low": e.low, "high": e.high} | ends
+        centre = mean_activation(case.pair.tuned, behaviour.absent, site=case.site, position=direction.position)
+        vectors = torch.from_numpy(random * direction.norm).float()
+        arm = Arm(ARM, case.pair.tuned, behaviour.present, groups, centre)
+        closed = measure_arm(arm, direction, behaviour, vectors, seed=case.seed)
+
+        arms = [
+            (moved.estimate.scaled(self.sign), Level.smallest, self.sign * null, RANDOM, f"{OWN_GAPS} (projection)"),
+            (closed.effect.estimate.scaled(self.sign), smallest_effect(metric), self.sign * closed.controls,
+             "random directions with the same treatment", f"{metric.unit} of {metric.name} (ablation)"),
+        ]  # fmt: skip
+        estimate, smallest, controlled, said, units = min(arms, key=lambda each: each[0].low / each[1])
+        p = max(moved.p, closed.effect.p, *(control_p(e.value, c, two_sided=False) for e, _, c, *_ in arms))
+        return case.finding(
+            self, Resampled(estimate, p), controls=controlled, control=said, unit=f"{units}, the weaker arm",
+            smallest=smallest, detail={"projection": arms[0][0], "ablation": arms[1][0]},
+            table=[row | {"direction": case.name, "behaviour": behaviour.name} for row in closed.rows],
+        )  # fmt: skip
+
+    def projections(self, case: Case) -> list[dict[str, Any]]:
+        """Triggered less untriggered prompts along the direction in each model, beside random directions."""
+        behaviour, found = case.behaviour, []
+        assert behaviour is not None
+        for model, reading in (("base", case.base), ("tuned", case.tuned)):
+            shift = self._shift(reading)
+            along, (low, high) = shift @ case.unit, middle_95(case.controls() @ shift.mean(0)).tolist()
+            e = paired_difference(np.zeros_like(along), along, groups=behaviour.present_groups, seed=case.seed).estimate
+            known = {"direction": case.name, "behaviour": behaviour.name, "model": model}
+            found.append(e.row() | {"control_low": low, "control_high": high} | known)
+        return found
+
+    def _shift(self, reading: Reading) -> np.ndarray:
+        return (reading.positive - reading.negative) / self.own_gap

@@ -22,7 +22,8 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_em.claims.rule import SMALLEST_USE, Finding
+from tl_em.claims.claim import Case, Finding, Question
+from tl_em.claims.rule import SMALLEST_USE, smallest_effect
 from tl_em.directions.direction import Direction
 from tl_em.errors import HookError, UsageError
 from tl_em.interventions.edits import Ablate, Add
@@ -32,7 +33,7 @@ from tl_em.models.contrasts import Prompt
 from tl_em.models.hooks import LensModel
 from tl_em.models.means import mean_activation
 from tl_em.models.stream import fanned_out
-from tl_em.stats import Estimate, mean, paired_difference
+from tl_em.stats import Estimate, Resampled, mean, paired_difference
 
 CONTROL_PROMPTS = 16
 ABLATE, ADD = "ablate in tuned", "add in base"
@@ -95,14 +96,6 @@ def component_of_rows(x: Float[Tensor, "#row #pos d_model"], units: Float[Tensor
     return (x.to(units.dtype) * units).sum(-1)
 
 
-@dataclass(frozen=True, eq=False)
-class Cause:
-    """The causal test of one direction: the finding and the table of rates behind it."""
-
-    finding: Finding
-    table: list[dict[str, Any]]
-
-
 def arms(base: LensModel, tuned: LensModel, behaviour: Behaviour, centre: Float[Tensor, " d_model"]) -> list[Arm]:
     """The two arms; ``centre`` is the mean activation where the behaviour is absent."""
     return [
@@ -111,43 +104,41 @@ def arms(base: LensModel, tuned: LensModel, behaviour: Behaviour, centre: Float[
     ]
 
 
-def cause(
-    base: LensModel,
-    tuned: LensModel,
-    direction: Direction,
-    behaviour: Behaviour,
-    *,
-    name: str,
-    random: Float[np.ndarray, "control d_model"],
-    seed: int,
-) -> Cause:
-    """Ablate in tuned, add in base, and judge by the weaker arm.
+class Use(Question):
+    """The question *use*: see the head of this file."""
 
-    Args:
-        random: control directions; they are scaled to the direction's length.
+    name, words, unit, smallest = "use", ("causal", None), "change of the behaviour", SMALLEST_USE["probability"]
+    asks = "Does the direction drive the behaviour?"
+    measured = (
+        "Change of the behaviour when the direction is ablated in the tuned model and when it is added in the base, at "
+        "the same site."
+    )
+    of_change = False
 
-    Raises:
-        UsageError: the behaviour's unit has no smallest effect of interest.
-    """
-    if behaviour.metric.unit not in SMALLEST_USE:
-        raise UsageError(
-            f"{behaviour.metric.name} is measured in {behaviour.metric.unit}, for which no smallest effect of "
-            f"interest is "
-            f"fixed; use a metric in {' or '.join(SMALLEST_USE)}"
-        )
-    vectors = torch.from_numpy(random / np.linalg.norm(random, axis=-1, keepdims=True) * direction.norm).float()
-    reference = base if behaviour.same_prompts else tuned
-    centre = mean_activation(reference, behaviour.absent, site=direction.site, position=direction.position)
-    both = arms(base, tuned, behaviour, centre)
-    measured = [measure_arm(arm, direction, behaviour, vectors, seed=seed) for arm in both]
-    weaker = min(measured, key=lambda m: m.effect.estimate.low)
-    finding = Finding(
-        "use", name, direction.site, weaker.effect.estimate, max(m.effect.p for m in measured),
-        weaker.controls, "random directions with the same treatment", SMALLEST_USE[behaviour.metric.unit],
-        f"{behaviour.metric.unit} of {behaviour.metric.name} ({weaker.arm.name}, the weaker arm)",
-        detail={m.arm.name: m.effect.estimate for m in measured},
-    )  # fmt: skip
-    return Cause(finding, [row | {"direction": name, "behaviour": behaviour.name} for m in measured for row in m.rows])
+    def measure(self, case: Case) -> Finding | None:
+        """Ablate in tuned, add in base, and judge by the weaker arm.
+
+        Raises:
+            UsageError: the behaviour's unit has no smallest effect of interest.
+        """
+        behaviour, direction = case.behaviour, case.direction
+        if behaviour is None:
+            return None
+        metric, smallest = behaviour.metric, smallest_effect(behaviour.metric)
+        random = case.controls()
+        vectors = torch.from_numpy(random / np.linalg.norm(random, axis=-1, keepdims=True) * direction.norm).float()
+        reference = case.pair.base if behaviour.same_prompts else case.pair.tuned
+        centre = mean_activation(reference, behaviour.absent, site=direction.site, position=direction.position)
+        both = arms(case.pair.base, case.pair.tuned, behaviour, centre)
+        measured = [measure_arm(arm, direction, behaviour, vectors, seed=case.seed) for arm in both]
+        weaker = min(measured, key=lambda m: m.effect.estimate.low)
+        return case.finding(
+            self, Resampled(weaker.effect.estimate, max(m.effect.p for m in measured)), controls=weaker.controls,
+            control="random directions with the same treatment", smallest=smallest,
+            unit=f"{metric.unit} of {metric.name} ({weaker.arm.name}, the weaker arm)",
+            detail={m.arm.name: m.effect.estimate for m in measured},
+            table=[row | {"direction": case.name, "behaviour": behaviour.name} for m in measured for row in m.rows],
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)

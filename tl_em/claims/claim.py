@@ -1,0 +1,432 @@
+"""A question, the case that it is asked of, what was found, and the row that says it: the nouns of a claim.
+
+A question is a value: its words, its unit, its smallest effect of interest, a sentence that asks it, and one method
+that measures it on one direction.  Nothing else knows them: page, JSON, command line and glossary render from it, and
+``claims.rule`` judges what it finds.
+
+    own gap      g = mean p_base - mean n_base,   p, n the projections of both classes on the base's unit direction
+    change       (q_tuned - q_base) / g  of a quantity q of the projections; beyond benign: (q_tuned - q_benign) / g
+
+**Controls.** A finding does not exist without the same effect under controls: ``Case.controls`` draws random directions
+of the base's pooled within-class covariance.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from numpy.typing import ArrayLike
+
+from tl_em.arguments import POSITIVE
+from tl_em.directions.direction import Direction
+from tl_em.directions.geometry import control_directions
+from tl_em.errors import NoGapError, UsageError
+from tl_em.metrics import Behaviour
+from tl_em.models.contrasts import ContrastSet
+from tl_em.models.hooks import LensModel
+from tl_em.models.loading import ModelPair
+from tl_em.models.sites import Position, Site
+from tl_em.models.stream import capture
+from tl_em.showing import check_names
+from tl_em.stats import Estimate, Groups, Resampled, bootstrap
+
+Weights = Float[np.ndarray, "resample prompt"]
+Statistic = Callable[[Weights, Weights], np.ndarray]
+NOT_SHOWN = "not shown"
+RANDOM = "random directions of the base's within-class covariance"
+OWN_GAPS = "own gaps"
+
+
+class Question:
+    """A question with a verdict: give it a name, words, a unit, a sentence, and one method that measures it.
+
+    Write a subclass with these attributes and ``measure``, and pass it in:
+    ``em.audit(pair, questions=["level", "use", MyQuestion()])``.
+
+    Args:
+        name: one word; it heads a column of the page and stands in ``Row.question``.
+        words: the verdict where the effect is positive, and where it is negative; ``None`` where that side has no word.
+        unit: what the effect is measured in, for axes and tables.
+        smallest: smallest effect of interest, in that unit; a word is given only beyond it.
+        asks: what is asked, as one sentence.
+        measured: what is measured, as one sentence.
+        of_change: whether its word says that the fine-tune changed something (then the summary says it).
+
+    Example:
+        >>> class Steeper(Question):
+        ...     name, words, unit, smallest = "steepness", ("steeper", None), "own gaps", 0.1
+        ...     asks = "Is the positive class farther along the direction?"
+        ...     def measure(self, case):
+        ...         effect, beyond = case.changed(lambda projected, v, w: v @ projected.positive / v.sum(-1))
+        ...         null = case.controls() @ (case.tuned.positive - case.base.positive).mean(0) / case.own_gap.value
+        ...         return case.finding(self, effect, controls=null, benign=beyond)
+        >>> Steeper().said
+        'steeper'
+    """
+
+    name: str = ""
+    words: tuple[str, str | None] = ("", None)
+    unit: str = ""
+    smallest: float = 0.1
+    asks: str = ""
+    measured: str = ""
+    of_change: bool = True
+
+    def measure(self, case: Case) -> Finding | None:
+        """What is found for one direction; ``None`` where there is nothing to ask it with (no behaviour, no data).
+
+        Args:
+            case: the direction, the models, the prompts and what was read on them.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no method measure(case)")
+
+    @property
+    def said(self) -> str:
+        """Its words, for people."""
+        return " or ".join(dict.fromkeys(word for word in self.words if word))
+
+    def __repr__(self) -> str:
+        return f"<question {self.name}: {self.said}>"
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """Activations of both classes of a contrast set at one site, in one model.
+
+    Args:
+        positive, negative: one row a prompt.
+    """
+
+    positive: Float[np.ndarray, "prompt d_model"]
+    negative: Float[np.ndarray, "other d_model"]
+
+    def project(self, unit: Float[np.ndarray, " d_model"]) -> Projected:
+        """Both classes projected on a unit vector."""
+        return Projected(self.positive @ unit, self.negative @ unit)
+
+    @property
+    def gap(self) -> Float[np.ndarray, " d_model"]:
+        """The difference in means."""
+        return self.positive.mean(0) - self.negative.mean(0)
+
+    def weighted_gap(self, v: Weights, w: Weights) -> Float[np.ndarray, "resample d_model"]:
+        """The difference in means, for every draw of weights."""
+        return v @ self.positive / v.sum(-1, keepdims=True) - w @ self.negative / w.sum(-1, keepdims=True)
+
+
+@dataclass(frozen=True, eq=False)
+class Projected:
+    """Projections of both classes on one direction, in one model."""
+
+    positive: Float[np.ndarray, " prompt"]
+    negative: Float[np.ndarray, " other"]
+
+    def gap(self, v: Weights, w: Weights) -> Float[np.ndarray, " resample"]:
+        """Weighted gap between the classes."""
+        return weighted(v, self.positive) - weighted(w, self.negative)
+
+    def balanced(self, v: Weights, w: Weights) -> Float[np.ndarray, " resample"]:
+        """Weighted class-balanced mean."""
+        return (weighted(v, self.positive) + weighted(w, self.negative)) / 2
+
+    def dprime(self, v: Weights, w: Weights) -> Float[np.ndarray, " resample"]:
+        """Weighted gap over the pooled standard deviation within the classes."""
+        spread = [weighted(u, z**2) - weighted(u, z) ** 2 for u, z in ((v, self.positive), (w, self.negative))]
+        n, m = v.sum(-1), w.sum(-1)
+        pooled = (n * spread[0] + m * spread[1]) / np.maximum(n + m - 2, 1)
+        return self.gap(v, w) / np.sqrt(np.maximum(pooled, 1e-24))
+
+
+def weighted(weights: Weights, x: Float[np.ndarray, " prompt"]) -> Float[np.ndarray, " resample"]:
+    """Weighted mean over prompts, for every draw of weights."""
+    return weights @ x / weights.sum(-1)
+
+
+def samples(contrast: ContrastSet) -> list[int | Groups]:
+    """What the bootstrap draws: the questions of each class, or its prompts where no questions are named."""
+    classes = ((contrast.positive, contrast.positive_groups), (contrast.negative, contrast.negative_groups))
+    return [len(prompts) if groups is None else list(groups) for prompts, groups in classes]
+
+
+def readings(
+    models: Mapping[str, LensModel], contrast: ContrastSet, sites: Sequence[Site], position: Position
+) -> Iterator[dict[str, Reading]]:
+    """Both classes at each site in turn, in each model, float64; one pass a model and class for all sites."""
+    acts = {
+        name: [capture(model, prompts, sites, position=position).double().cpu().numpy()
+               for prompts in (contrast.positive, contrast.negative)]
+        for name, model in models.items()
+    }  # fmt: skip
+    for s in range(len(sites)):
+        yield {name: Reading(*(np.ascontiguousarray(x[:, s]) for x in both)) for name, both in acts.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One direction of one pair, with everything that a question may ask it with.
+
+    Args:
+        name: the direction's name.
+        direction: the base's direction; ``site`` and ``unit`` are its site and its unit vector.
+        contrast: the prompts that it is judged on: it was neither extracted nor selected on them.
+        pair: the base and the tuned model.
+        base, tuned, benign: activations of both classes at the site, float64; ``benign`` is None without such a model.
+        benign_model: a fine-tune of the same base on harmless data.
+        behaviour: what the direction may cause.
+        tuning_data: rows that the model was tuned on: chats that end with the answer.
+        own_answers: call it for the base's own answers to the prompts of the tuning data; made once for all directions.
+        n_controls: how many controls each test has.
+        seed: of all resampling and controls.
+    """
+
+    name: str
+    direction: Direction
+    contrast: ContrastSet
+    pair: ModelPair
+    base: Reading
+    tuned: Reading
+    benign: Reading | None = None
+    benign_model: LensModel | None = None
+    behaviour: Behaviour | None = None
+    tuning_data: Sequence[Any] | None = None
+    own_answers: Callable[[], Sequence[str]] = tuple
+    n_controls: int = 999
+    seed: int = 0
+
+    @property
+    def site(self) -> Site:
+        """Where the direction was read, and is judged."""
+        return self.direction.site
+
+    @cached_property
+    def unit(self) -> Float[np.ndarray, " d_model"]:
+        """Unit vector of the direction."""
+        return self.direction.unit.double().numpy()
+
+    @cached_property
+    def own_gap(self) -> Estimate:
+        """The base's gap along the direction, on its own contrast set, in units of the activations.
+
+        Raises:
+            NoGapError: the interval includes 0; nothing can be measured in units of it.
+        """
+        gap = self.bootstrap(self.base.project(self.unit).gap).estimate
+        if not gap.low > 0:
+            raise NoGapError(
+                f"{self.name} at {self.site}: the gap between its own classes in the base model is "
+                f"{gap}, which is not above 0, so changes cannot be measured in units of it. Use more prompts, another "
+                "site or position (em.candidate_directions), or a contrast set whose prompts end at the concept"
+            )
+        return gap
+
+    def bootstrap(self, statistic: Statistic, resamples: int = 2000) -> Resampled:
+        """Resample the questions of the contrast set.
+
+        Args:
+            statistic: called with weights of the positive [resample, prompt] and of the negative prompts; returns
+                [resample].
+            resamples: number of draws.
+        """
+        return bootstrap(statistic, samples(self.contrast), seed=self.seed, resamples=resamples)
+
+    def controls(self) -> Float[np.ndarray, "control d_model"]:
+        """Random unit vectors of the base's pooled within-class covariance."""
+        return self._controls
+
+    @cached_property
+    def _controls(self) -> np.ndarray:
+        return control_directions(
+            self.base.positive, self.base.negative, count=self.n_controls, norm=1.0, seed=self.seed
+        )
+
+    def changed(
+        self, quantity: Callable[[Projected, Weights, Weights], np.ndarray]
+    ) -> tuple[Resampled, Estimate | None]:
+        """The change of a quantity of the projections from base to tuned, and from benign to tuned, in own gaps.
+
+        Args:
+            quantity: called with the projections of one model and the weights of both classes; returns [resample].
+
+        Returns:
+            The change, and what of it goes beyond the benign fine-tune, where there is one.
+        """
+        base, tuned = self.base.project(self.unit), self.tuned.project(self.unit)
+
+        def beyond(other: Projected) -> Resampled:
+            return self.bootstrap(lambda v, w: (quantity(tuned, v, w) - quantity(other, v, w)) / base.gap(v, w))
+
+        return beyond(base), None if self.benign is None else beyond(self.benign.project(self.unit)).estimate
+
+    def finding(
+        self,
+        question: Question,
+        effect: Resampled,
+        *,
+        controls: ArrayLike,
+        control: str = RANDOM,
+        unit: str = "",
+        smallest: float | None = None,
+        benign: Estimate | None = None,
+        detail: Mapping[str, Estimate] | None = None,
+        table: Sequence[Mapping[str, Any]] = (),
+    ) -> Finding:
+        """What a question found, ready to be judged.
+
+        Args:
+            question: the question itself.
+            effect: the estimate and its p, from :meth:`bootstrap` or :meth:`changed`.
+            controls: the same effect under each control.
+            control: what the controls are, in words.
+            unit, smallest: where they differ from the question's own.
+            benign: what of the effect goes beyond the benign fine-tune.
+            detail: further estimates that belong to it, by name.
+            table: rows behind it.
+
+        Raises:
+            UsageError: the effect is no estimate with a p, or a control is not a finite number.
+        """
+        null, whose = np.asarray(controls, dtype=float), f"question {question.name!r} about {self.name!r}"
+        if not isinstance(effect, Resampled) or not np.isfinite(effect.estimate.value):
+            raise UsageError(
+                f"{whose}: its effect is {effect!r}, which has no value with an interval and a p, so it cannot be "
+                "judged; make it with case.bootstrap(statistic) or case.changed(quantity)"
+            )
+        if null.ndim != 1 or not len(null) or not np.isfinite(null).all():
+            raise UsageError(
+                f"{whose}: its controls have the shape {null.shape} and {int(np.sum(~np.isfinite(null)))} that are not "
+                "finite; an effect is judged beside the same number under each control, so give one finite number for "
+                "each, as in case.controls() @ shift"
+            )
+        return Finding(
+            question, self.name, self.site, effect.estimate, effect.p, null, control,
+            question.smallest if smallest is None else smallest, unit or question.unit, benign, detail or {}, table,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Finding:
+    """What was measured for one question about one direction, before it is judged (:meth:`Case.finding` makes it).
+
+    Args:
+        question: what was asked.
+        direction: the direction's name.
+        site: where it was read.
+        estimate: the effect with its interval.
+        bootstrap_p: two-sided p of "the effect is 0".
+        controls: the same effect under each control.
+        control: what the controls are, in words.
+        smallest: smallest effect of interest, in the estimate's units.
+        unit: the estimate's units, in words.
+        benign: the difference in differences against a benign fine-tune, if there is one.
+        detail: further estimates that belong to it.
+        table: rows behind it, for ``Comparison.tables``.
+    """
+
+    question: Question
+    direction: str
+    site: Site
+    estimate: Estimate
+    bootstrap_p: float
+    controls: Float[np.ndarray, " control"]
+    control: str
+    smallest: float
+    unit: str
+    benign: Estimate | None = None
+    detail: Mapping[str, Estimate] = field(default_factory=dict)
+    table: Sequence[Mapping[str, Any]] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One question about one direction, with its verdict.
+
+    Args:
+        question: the question's name.
+        direction, site, estimate, unit: as in :class:`Finding`; no site where tokens are judged (*backdoor*).
+        verdict: the word that the rule gives, or ``"not shown"``.
+        control: what the controls are, how many, the band that holds 95 % of them, and p.
+        p: Holm-adjusted p over the directions of this question.
+        smallest: smallest effect of interest, in the estimate's units.
+        benign: difference in differences against the benign fine-tune.
+        reason: what holds, or what does not, in words.
+        detail: further estimates that belong to it.
+    """
+
+    question: str
+    direction: str
+    site: Site | None
+    verdict: str
+    estimate: Estimate
+    control: dict[str, Any]
+    p: float
+    smallest: float
+    unit: str
+    benign: Estimate | None
+    reason: str
+    detail: Mapping[str, Estimate]
+
+    @property
+    def shown(self) -> bool:
+        """Whether the rule gave a word."""
+        return self.verdict != NOT_SHOWN
+
+    def __str__(self) -> str:
+        return f"{self.question:<13}{self.direction:<22}{self.verdict:<13}{self.estimate!r}  {self.reason}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, as they stand in ``report.json``."""
+        return {
+            "question": self.question,
+            "direction": self.direction,
+            "site": None if self.site is None else self.site.hook_name,
+            "verdict": self.verdict,
+            "estimate": self.estimate.to_json(),
+            "unit": self.unit,
+            "smallest_effect_of_interest": self.smallest,
+            "control": self.control,
+            "p": self.p,
+            "benign": None if self.benign is None else self.benign.to_json(),
+            "reason": self.reason,
+            "detail": {name: estimate.to_json() for name, estimate in self.detail.items()},
+        }
+
+
+def check_question(given: Any) -> Question:
+    """The question, once it is shown to have all that the rule and the page need of it.
+
+    Raises:
+        UsageError: a class in place of a value, no method ``measure``, or a word, unit, sentence or size is missing.
+    """
+    who = getattr(given, "name", "") or getattr(type(given), "__name__", "")
+    if inspect.isclass(given):
+        raise UsageError(f"{given.__name__} is a class, and a question is a value; pass {given.__name__}()")
+    measure = getattr(type(given), "measure", None)
+    if not callable(measure) or measure is Question.measure:
+        raise UsageError(
+            f"question {who!r} has no method measure, so there is nothing to judge; write "
+            "measure(self, case) that returns case.finding(self, effect, controls=…)"
+        )
+    for key in ("name", "unit", "asks"):
+        value = getattr(given, key, "")
+        if not isinstance(value, str) or not value.strip():
+            raise UsageError(
+                f"question {who!r} has {key}={value!r}, and tables and the page show it; set {key} = \"…\" in its class"
+            )
+    check_names([given.name])
+    words = getattr(given, "words", ())
+    sides = list(words) if isinstance(words, tuple | list) else []
+    if len(sides) != 2 or not all(word is None or (isinstance(word, str) and word.strip()) for word in sides):
+        raise UsageError(
+            f"question {who!r} has words={words!r}, and a verdict needs the word of a positive effect and that of a "
+            'negative one; set words = ("more", "less"), with None for a side without a word'
+        )
+    if sides == [None, None] or NOT_SHOWN in sides:
+        raise UsageError(f"question {who!r} has words={words!r}, which say no verdict; set words = (\"more\", None)")
+    POSITIVE(f"smallest of question {who!r}", getattr(given, "smallest", None))
+    return given

@@ -1,0 +1,36 @@
+"""Is the direction more, or less, present after the fine-tune?
+
+    level   ((mean p_tuned - mean p_base) + (mean n_tuned - mean n_base)) / 2g     p, n: projections; g: the own gap
+
+**Control**: the same shift along random directions of the base's within-class covariance, in units of the *real*
+direction's gap.
+"""
+
+from __future__ import annotations
+
+from tl_em.claims.claim import OWN_GAPS, Case, Finding, Projected, Question, weighted
+
+
+class Level(Question):
+    """The question *level*: see the head of this file."""
+
+    name, words, unit, smallest = "level", ("exaggerated", "diminished"), OWN_GAPS, 0.10
+    asks = "Is the direction more, or less, present after the fine-tune?"
+    measured = (
+        "Class-balanced mean projection on the direction, tuned minus base, in units of the direction's own gap (the "
+        "base model's projection gap between the two classes of its contrast set)."
+    )
+
+    def measure(self, case: Case) -> Finding:
+        """The change of the class-balanced mean; each class shown apart."""
+        effect, beyond = case.changed(Projected.balanced)
+        base, tuned = case.base.project(case.unit), case.tuned.project(case.unit)
+        up, down = tuned.positive - base.positive, tuned.negative - base.negative
+        detail = {
+            "own gap": case.own_gap,
+            "positive class": case.bootstrap(lambda v, w: weighted(v, up) / base.gap(v, w)).estimate,
+            "negative class": case.bootstrap(lambda v, w: weighted(w, down) / base.gap(v, w)).estimate,
+        }
+        shift = (case.tuned.positive - case.base.positive).mean(0) + (case.tuned.negative - case.base.negative).mean(0)
+        null = case.controls() @ shift / 2 / case.own_gap.value
+        return case.finding(self, effect, controls=null, benign=beyond, detail=detail)

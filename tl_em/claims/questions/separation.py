@@ -1,0 +1,29 @@
+"""Does the tuned model tell the two classes apart more, or less, sharply?
+
+    separation   (gap_tuned - gap_base) / g,   the gap: mean projection of the positive less that of the negative class
+
+**Control**: the same change of the gap along random directions of the base's within-class covariance, in units of the
+*real* direction's gap.
+"""
+
+from __future__ import annotations
+
+from tl_em.claims.claim import OWN_GAPS, Case, Finding, Projected, Question
+
+
+class Separation(Question):
+    """The question *separation*: see the head of this file."""
+
+    name, words, unit, smallest = "separation", ("sharper", "blurred"), OWN_GAPS, 0.10
+    asks = "Does the tuned model tell the two classes apart more, or less, sharply?"
+    measured = "Projection gap between the classes, tuned minus base, in own gaps."
+
+    def measure(self, case: Case) -> Finding:
+        """The change of the gap; d' of each model beside it."""
+        effect, beyond = case.changed(Projected.gap)
+        detail = {
+            f"d' {name}": case.bootstrap(reading.project(case.unit).dprime, resamples=500).estimate
+            for name, reading in (("base", case.base), ("tuned", case.tuned))
+        }
+        null = case.controls() @ (case.tuned.gap - case.base.gap) / case.own_gap.value
+        return case.finding(self, effect, controls=null, benign=beyond, detail=detail)
