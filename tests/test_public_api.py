@@ -29,6 +29,7 @@ NAMES = [
     "Feature",
     "FeatureSet",
     "FeatureTable",
+    "Intervention",
     "LensModel",
     "LieReport",
     "Metric",

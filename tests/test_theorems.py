@@ -19,7 +19,8 @@ from tl_em.errors import (
     UsageError,
     WidthError,
 )
-from tl_em.interventions.edits import Ablate, Add, Clamp, Intervention
+from tl_em.interventions.base import Intervention
+from tl_em.interventions.edits import Ablate, Add, Clamp
 from tl_em.interventions.intervene import intervene
 from tl_em.models.contrasts import ContrastSet
 from tl_em.models.generate import generate

@@ -42,7 +42,7 @@ from .graph.build import attribute as attribute
 from .graph.exchange import load_graph as load_graph
 from .graph.graph import AttributionGraph as AttributionGraph
 from .graph.targets import Completion as Completion
-from .interventions.conditions import Conditional as Conditional
+from .interventions.base import Intervention as Intervention
 from .interventions.edits import Ablate as Ablate
 from .interventions.edits import Add as Add
 from .interventions.edits import Clamp as Clamp
@@ -51,6 +51,7 @@ from .interventions.latents import ScaleFeature as ScaleFeature
 from .interventions.subspaces import Erase as Erase
 from .interventions.weights import orthogonalize_ as orthogonalize_
 from .interventions.weights import untie_embeddings_ as untie_embeddings_
+from .interventions.wrappers import Conditional as Conditional
 from .metrics import Behaviour as Behaviour
 from .metrics import Metric as Metric
 from .metrics import logit_difference as logit_difference

@@ -15,7 +15,7 @@ from tl_em.claims.curve import ARMS, EffectCurve, Point, effect_curve
 from tl_em.claims.instructions import TextLogprob, instructed
 from tl_em.claims.treatments import Dial, Stage
 from tl_em.errors import PromptError, UnknownTokenError, UsageError
-from tl_em.interventions.partial import Partial
+from tl_em.interventions.base import Partial
 from tl_em.models.hooks import LensModel
 from tl_em.models.prompts import EncodedPrompt, encode
 from tl_em.models.stream import next_token_logits, sequence_logprobs

@@ -21,7 +21,7 @@ from tl_em.claims.criteria import DEPTH, INDUCE, KL, NOT_FINITE, Criteria, rejec
 from tl_em.claims.selection import CHOSEN, NO_DIFFERENCE, NOT_LOWEST
 from tl_em.errors import NoCandidateError, NotReachedError, ProvenanceError, UsageError, ZeroDirectionError
 from tl_em.interventions import many as under
-from tl_em.interventions.partial import Partial
+from tl_em.interventions.base import Partial
 from tl_em.models.hooks import LensModel, hooked, write_points
 from tl_em.models.loading import load_model
 from tl_em.models.stream import next_token_logits

@@ -12,14 +12,14 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import tl_em as em
 from tests.conftest import SPECIAL, SURFACES, WORDS, make_tokenizer
-from tl_em.claims.latent_arms import Arm, _At
+from tl_em.claims.latent_arms import Arm
 from tl_em.claims.placebos import match, matched_sets
 from tl_em.claims.questions.latents import SET, verify_feature, verify_features
 from tl_em.dictionaries import Dictionary
 from tl_em.dictionaries.tokens import seen
 from tl_em.errors import UsageError
+from tl_em.interventions.wrappers import AtTokens
 from tl_em.models.loading import load_model
-from tl_em.models.scopes import Scope
 
 pytestmark = pytest.mark.surface
 WIDTH, SITE = 16, em.Site(0)
@@ -212,7 +212,7 @@ def test_a_scoped_edit_equals_the_scope_of_intervene(models):
     edit = em.ScaleFeature(sae.feature(CAUSE), 0.0)
     arm = Arm("remove", tuned, contrast().positive, None, {"bad": Says()}, ("last", 1), 0)
     scoped = arm.treated(edit)["bad"]
-    with em.intervene(tuned, _At(edit, Scope(("last", 1)))):
+    with em.intervene(tuned, AtTokens(edit, ("last", 1))):
         inside = Says()(tuned, contrast().positive).double().numpy()
     np.testing.assert_allclose(inside, scoped)
     assert np.abs(scoped - arm.untreated["bad"]).max() > 0.01

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from tl_em.directions.direction import Direction
 from tl_em.errors import UsageError, WidthError
-from tl_em.interventions.conditions import Conditional
-from tl_em.interventions.edits import Ablate, Add, Intervention
+from tl_em.interventions.base import Intervention
+from tl_em.interventions.edits import Ablate, Add
 from tl_em.interventions.intervene import intervene
+from tl_em.interventions.wrappers import Conditional
 from tl_em.models.generate import generate
 from tl_em.models.hooks import LensModel
 from tl_em.models.prompts import encode

@@ -12,7 +12,8 @@ from torch import Tensor
 from tl_em.directions.direction import Direction
 from tl_em.directions.extract import difference_in_means
 from tl_em.errors import NonFiniteError, ProvenanceError, UsageError, WidthError, ZeroDirectionError
-from tl_em.interventions.edits import Ablate, Intervention
+from tl_em.interventions.base import Intervention
+from tl_em.interventions.edits import Ablate
 from tl_em.interventions.intervene import intervene
 from tl_em.interventions.subspaces import Erase, leace
 from tl_em.models.contrasts import ContrastSet

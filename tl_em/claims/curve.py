@@ -27,7 +27,8 @@ from tl_em.arguments import NATURAL, NOT_NEGATIVE, SEED, checked, finite, list_o
 from tl_em.claims.treatments import Dial, Stage, Treated, beside, core
 from tl_em.directions.direction import Direction
 from tl_em.errors import UsageError
-from tl_em.interventions.edits import Add, Intervention, as_intervention
+from tl_em.interventions.base import Intervention, as_intervention
+from tl_em.interventions.edits import Add
 from tl_em.metrics import Behaviour, Metric
 from tl_em.models.contrasts import ContrastSet, Prompt
 from tl_em.models.hooks import LensModel

@@ -3,7 +3,7 @@
     find s > 0 such that  mean over prompts of KL(untouched || s-fold intervention) = target
 
 For ``Add`` s scales the coefficient; for everything else it is the part of the edit that is carried out, at most 1
-(``interventions.partial``).  The KL is 0 at s = 0; s is doubled until the target is passed, and the crossing in the
+(``interventions.base.Partial``).  The KL is 0 at s = 0; s is doubled until the target is passed, and the crossing in the
 last interval is found by Brent's method (``scipy.optimize.brentq``), on the square root, which is close to linear in s.
 Two directions compared at the same coefficient differ in how far they push the model; the claim that one of them
 *matters* more needs them at the same push, random directions included.
@@ -22,10 +22,10 @@ import numpy as np
 
 from tl_em.arguments import POSITIVE, SEED, checked
 from tl_em.errors import NonFiniteError, NotReachedError, UsageError
-from tl_em.interventions.edits import Add, Intervention, as_intervention
+from tl_em.interventions.base import Intervention, Partial, as_intervention
+from tl_em.interventions.edits import Add
 from tl_em.interventions.intervene import intervene
 from tl_em.interventions.many import Measure, kl_from_now
-from tl_em.interventions.partial import Partial
 from tl_em.models.contrasts import Prompt
 from tl_em.models.hooks import LensModel
 from tl_em.models.modes import in_plain_torch

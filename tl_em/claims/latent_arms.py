@@ -21,12 +21,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_em.claims.treatments import Dial, Stage, Treated
-from tl_em.interventions.edits import Add, Hook, Intervention
+from tl_em.interventions.edits import Add
 from tl_em.interventions.intervene import intervene
 from tl_em.interventions.many import kl_from_now
+from tl_em.interventions.wrappers import AtTokens
 from tl_em.metrics import Metric
 from tl_em.models.hooks import LensModel
-from tl_em.models.scopes import Scope, Where
+from tl_em.models.scopes import Where
 from tl_em.models.stream import encoded_prompts
 from tl_em.stats import Estimate, Resampled, mean, paired_difference
 
@@ -108,31 +109,6 @@ def _numbers(values: Tensor) -> Float[np.ndarray, " prompt"]:
     return values.double().cpu().numpy()
 
 
-@dataclass(frozen=True, eq=False)
-class _At:
-    """An intervention at the tokens of a scope, for callers that know no scope."""
-
-    whole: Intervention | Any
-    scope: Scope
-
-    def check(self, model: LensModel) -> None:
-        self.whole.check(model)
-
-    def hook_names(self, n_layers: int) -> tuple[str, ...]:
-        return self.whole.hook_names(n_layers)
-
-    def points(self, model: LensModel) -> tuple[str, ...]:
-        return self.whole.points(model)
-
-    def edit(self, x: Tensor, mask: Tensor | None = None, *, name: str | None = None) -> Tensor:
-        own = self.scope.mask(x)
-        both = own if mask is None else mask if own is None else own & mask.to(own.device)
-        return self.whole.edit(x, both, name=name)
-
-    def hooks(self, model: LensModel, where: str = "all") -> list[Hook]:
-        return self.whole.hooks(model, where)
-
-
 def dose_response(arm: Arm, latents: Any, direction: Any, *, doses: Sequence[float]) -> list[dict[str, Any]]:
     """The latents' treatment in parts, and the direction's at the same KL: one row each.
 
@@ -148,7 +124,7 @@ def dose_response(arm: Arm, latents: Any, direction: Any, *, doses: Sequence[flo
     stage = Stage(arm.model, arm.prompts, arm.metrics["bad"], good, arm.groups, arm.seed)
     scale = STRONGEST if isinstance(direction, Add) else 1.0
     whole = replace(direction, coefficient=scale * direction.coefficient) if isinstance(direction, Add) else direction
-    dials = [Dial(stage, _At(each, Scope(arm.where))) for each in (latents, whole)]
+    dials = [Dial(stage, AtTokens(each, arm.where)) for each in (latents, whole)]
     rows, near = [], 1.0 / scale
     for dose in doses:
         found = dials[0].at(float(dose))

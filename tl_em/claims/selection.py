@@ -23,11 +23,10 @@ import torch
 from tl_em.arguments import FRACTION, NATURAL, NOT_NEGATIVE, SEED, checked, finite
 from tl_em.claims.criteria import SCORES, Criteria, rejections, winner
 from tl_em.directions.candidates import Candidates
-from tl_em.directions.direction import Direction
+from tl_em.directions.direction import Direction, check_fits
 from tl_em.directions.geometry import control_directions
 from tl_em.errors import UsageError
 from tl_em.interventions import many as under
-from tl_em.interventions.edits import check_fits
 from tl_em.metrics import Metric, refusal_log_odds
 from tl_em.models.contrasts import ContrastSet, Prompt
 from tl_em.models.hooks import LensModel

@@ -25,10 +25,10 @@ from tl_em.claims.instructions import instructed
 from tl_em.directions.direction import Direction
 from tl_em.directions.geometry import control_directions
 from tl_em.errors import NonFiniteError, PositionError, UsageError
-from tl_em.interventions.conditions import Conditional
-from tl_em.interventions.edits import Add, Intervention
+from tl_em.interventions.base import Intervention, Partial
+from tl_em.interventions.edits import Add
 from tl_em.interventions.intervene import intervene
-from tl_em.interventions.partial import Partial
+from tl_em.interventions.wrappers import Conditional
 from tl_em.metrics import Metric
 from tl_em.models.contrasts import ContrastSet, Prompt
 from tl_em.models.hooks import LensModel
@@ -290,7 +290,7 @@ def _read(model: LensModel, prompts: Sequence[Prompt], direction: Direction) -> 
 def core(intervention: Any) -> Any:
     """What edits, inside conditions and parts."""
     while isinstance(intervention, Conditional | Partial):
-        intervention = intervention.whole if isinstance(intervention, Partial) else intervention.intervention
+        intervention = intervention.inner if isinstance(intervention, Partial) else intervention.intervention
     return intervention
 
 
@@ -299,7 +299,7 @@ def _with(intervention: Any, vector: Tensor) -> Any:
     if isinstance(intervention, Conditional):
         return replace(intervention, intervention=_with(intervention.intervention, vector))
     if isinstance(intervention, Partial):
-        return replace(intervention, whole=_with(intervention.whole, vector))
+        return replace(intervention, inner=_with(intervention.inner, vector))
     own: Direction = intervention.direction
     other = Direction(vector, own.site, position=own.position, name="random", provenance=own.provenance)
     return replace(intervention, direction=other)

@@ -1,6 +1,6 @@
 """Interventions: frozen values that edit activations or weights."""
 
-from .conditions import Conditional as Conditional
+from .base import Intervention as Intervention
 from .edits import Ablate as Ablate
 from .edits import Add as Add
 from .edits import Clamp as Clamp
@@ -13,3 +13,4 @@ from .subspaces import leace as leace
 from .weights import orthogonalize_ as orthogonalize_
 from .weights import orthogonalized as orthogonalized
 from .weights import untie_embeddings_ as untie_embeddings_
+from .wrappers import Conditional as Conditional

@@ -10,31 +10,26 @@ Zero-ablation is applied at every write to the residual stream (Arditi et al. 20
 around one acts at the direction's own site unless a centre is given for each site (ACE, arXiv:2411.09003).  Setting to
 0 a component whose mean is far from 0 is a hidden steer, of which ``interventions.removed_mean`` warns: prefer
 ``around=em.mean_activation(...)`` when two models are compared.
-
-An effect counts as the direction's own only beside random directions with the same treatment
-(``directions.geometry.control_directions``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from tl_em.arguments import finite, optional, settle, vectors
-from tl_em.directions.direction import Direction, as_direction, check_fits
+from tl_em.directions.direction import Direction, as_direction
 from tl_em.errors import UsageError, WidthError
+from tl_em.interventions.base import EVERY_WRITE, Activation, EveryWrite, Intervention
 from tl_em.interventions.removed_mean import warn_of_hidden_steer
-from tl_em.models.hooks import LensModel, hook_name, write_points
-from tl_em.models.modes import unlowered
+from tl_em.models.hooks import LensModel
 from tl_em.models.sites import Site, as_site
-
-Activation = Float[Tensor, "*axes d_model"]
-Hook = tuple[str, Callable[..., Tensor]]
 
 
 def component(x: Activation, unit: Float[Tensor, " d_model"]) -> Float[Tensor, "*axes"]:
@@ -54,101 +49,16 @@ def set_component(x: Activation, unit: Float[Tensor, " d_model"], target: Tensor
     return x + (change[..., None] * unit.to(change.device, change.dtype)).to(x.dtype)
 
 
-def masked(edited: Activation, x: Activation, mask: Bool[Tensor, "*axes"] | None) -> Activation:
-    """The edit where ``mask`` holds, the original elsewhere; everywhere without a mask."""
-    return edited if mask is None else torch.where(mask[..., None].to(x.device), edited, x)
-
-
-@runtime_checkable
-class Intervention(Protocol):
-    """What every intervention offers: the names of its hook points, a check that it fits a model, and a pure edit."""
-
-    def check(self, model: LensModel) -> None: ...
-
-    def hook_names(self, n_layers: int) -> tuple[str, ...]: ...
-
-    def points(self, model: LensModel) -> tuple[str, ...]: ...
-
-    def edit(self, x: Tensor, mask: Tensor | None = None, *, name: str | None = None) -> Tensor: ...
-
-    def hooks(self, model: LensModel, where: str = "all") -> list[Hook]: ...
-
-
-def as_intervention(name: str, value: Any) -> Any:
-    """``value``, if it is an intervention.
-
-    Raises:
-        UsageError: anything else.
-    """
-    if isinstance(value, type) or not isinstance(value, Intervention):
-        raise UsageError(
-            f"{name}: {type(value).__name__} is not an intervention; wrap a direction in em.Ablate, em.Add or em.Clamp"
-        )
-    return value
-
-
-class AtItsSite:
-    """The part that all interventions share: hook points of the direction's own site, and plain hooks."""
+class Removal(Intervention):
+    """What removals share: to zero at every write, or around a centre at the site that the centre belongs to."""
 
     direction: Direction | Any
+    around: Float[Tensor, " d_model"] | Mapping[Site, Float[Tensor, " d_model"]] | Any
 
     @property
     def _home(self) -> Site:
+        """Where a single centre belongs."""
         return self.direction.site
-
-    def check(self, model: LensModel) -> None:
-        """Raise ``WidthError`` or ``ProvenanceError`` unless this belongs on the model."""
-        check_fits(self.direction, model)
-
-    def hook_names(self, n_layers: int) -> tuple[str, ...]:
-        """Names of the hook points that are edited, as they are called on every surface."""
-        return (self._home.hook_name,)
-
-    def points(self, model: LensModel) -> tuple[str, ...]:
-        """The same names, resolved on this model.
-
-        Raises:
-            UnknownHookError: the model has no such site.
-            UsageError: the site can be read but not written.
-        """
-        check_writable(self._home)
-        return (hook_name(model, self._home),)
-
-    def edit(self, x: Tensor, mask: Tensor | None = None, *, name: str | None = None) -> Tensor:
-        """The edit itself; subclasses say what it is."""
-        raise NotImplementedError
-
-    def hooks(self, model: LensModel, where: str = "all") -> list[Hook]:
-        """Plain ``(hook_name, fn)`` pairs for ``model.run_with_hooks(tokens, fwd_hooks=...)``, at all positions.
-
-        Args:
-            model: the model that they will run on; the direction is checked against it.
-            where: only ``"all"``: a plain hook does not know which token is prompt and which is answer.
-
-        Raises:
-            UsageError: another scope was asked for.
-            ProvenanceError, WidthError: the direction does not fit the model.
-        """
-        if where != "all":
-            raise UsageError(
-                f"plain hooks cover all positions, not {where!r}: they cannot see where a prompt ends once the KV "
-                f"cache is in use. Use `with em.intervene(model, intervention, where={where!r}): ...` instead"
-            )
-        self.check(model)
-        return [(name, self._hook(name)) for name in self.points(model)]
-
-    def _hook(self, name: str) -> Callable[..., Tensor]:
-        def apply(x: Tensor, hook: Any) -> Tensor:
-            with unlowered(x.device):
-                return self.edit(x, name=name)
-
-        return apply
-
-
-class Removal(AtItsSite):
-    """What removals share: to zero at every write, or around a centre at the site that the centre belongs to."""
-
-    around: Float[Tensor, " d_model"] | Mapping[Site, Float[Tensor, " d_model"]] | Any
 
     def _settle_centres(self, width: int) -> None:
         if self.around is None:
@@ -179,21 +89,15 @@ class Removal(AtItsSite):
             return None
         return centres.get(name or "", next(iter(centres.values())))
 
-    def hook_names(self, n_layers: int) -> tuple[str, ...]:
-        """Names of the hook points that are edited, as they are called on every surface."""
-        if self.around is None:
-            streams = ("attn_out", "mlp_out")
-            writes = [f"blocks.{layer}.hook_{stream}" for layer in range(n_layers) for stream in streams]
-            return ("blocks.0.hook_resid_pre", *writes)
-        return tuple(site.hook_name for site in self._centres())
+    @property
+    def sites(self) -> tuple[Site, ...] | EveryWrite:
+        """Every write, or the sites of the centres."""
+        return EVERY_WRITE if self.around is None else tuple(self._centres())
 
-    def points(self, model: LensModel) -> tuple[str, ...]:
-        """The same names, resolved on this model."""
-        if self.around is None:
-            return write_points(model)
-        for site in self._centres():
-            check_writable(site)
-        return tuple(hook_name(model, site) for site in self._centres())
+    @property
+    def linear(self) -> bool:
+        """To zero it is a projection; around a centre it is affine."""
+        return self.around is None
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,11 +143,11 @@ class Ablate(Removal):
         """Set the component along the direction to the centre's (0 without one)."""
         unit, centre = self.direction.unit, self._centre(name)
         target = 0.0 if centre is None else float(centre @ unit)
-        return masked(set_component(x, unit, target), x, mask)
+        return set_component(x, unit, target)
 
 
 @dataclass(frozen=True, eq=False)
-class Add(AtItsSite):
+class Add(Intervention):
     """Activation addition: add ``coefficient`` times the raw vector at the direction's site.
 
     Args:
@@ -266,13 +170,22 @@ class Add(AtItsSite):
     def __post_init__(self) -> None:
         settle(self, direction=as_direction, coefficient=finite)
 
+    @property
+    def strongest(self) -> float:
+        """There is no end: the coefficient may be any number, of either sign."""
+        return math.inf
+
+    def at(self, strength: float) -> Add:
+        """``strength`` times the coefficient."""
+        return replace(self, coefficient=strength * self.coefficient)
+
     def edit(self, x: Tensor, mask: Tensor | None = None, *, name: str | None = None) -> Tensor:
         """``x + coefficient * vector``."""
-        return masked(x + (self.coefficient * self.direction.vector).to(x.device, x.dtype), x, mask)
+        return x + (self.coefficient * self.direction.vector).to(x.device, x.dtype)
 
 
 @dataclass(frozen=True, eq=False)
-class Clamp(AtItsSite):
+class Clamp(Intervention):
     """Keep the component along a direction between two bounds, at the direction's site.
 
     Args:
@@ -304,13 +217,4 @@ class Clamp(AtItsSite):
     def edit(self, x: Tensor, mask: Tensor | None = None, *, name: str | None = None) -> Tensor:
         """Move components that lie outside the bounds onto the nearer bound."""
         target = component(x, self.direction.unit).clamp(min=self.low, max=self.high)
-        return masked(set_component(x, self.direction.unit, target), x, mask)
-
-
-def check_writable(site: Site) -> None:
-    """Raise ``UsageError`` unless an edit at the site changes the residual stream."""
-    if not site.writable:
-        raise UsageError(
-            f"{site} can be read but not written: on a TransformerBridge an edit there changes only what the next "
-            "component reads, not the residual stream. Use resid_pre, resid_post, attn_out or mlp_out of that layer"
-        )
+        return set_component(x, self.direction.unit, target)

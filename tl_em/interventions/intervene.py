@@ -7,7 +7,7 @@ are given: at a hook point that two of them edit, the first one's output is the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from tl_em.errors import UsageError
-from tl_em.interventions.conditions import Conditional, Gate
-from tl_em.interventions.edits import Intervention, as_intervention
+from tl_em.interventions.base import Intervention, as_intervention
+from tl_em.interventions.wrappers import Gate
 from tl_em.models.hooks import HookFunction, LensModel, hooked, probing, read_point
 from tl_em.models.modes import unlowered
 from tl_em.models.scopes import Scope, Where
@@ -48,26 +48,21 @@ def intervene(model: Model, *interventions: Intervention | Any, where: Where | A
     """
     if not interventions:
         raise UsageError("intervene(model) without an intervention changes nothing; pass em.Ablate(direction), say")
-    for each in interventions:
-        as_intervention("intervene", each)
-    scope = Scope(where)
-    with hooked(model, [pair for each in interventions for pair in _hooks(model, each, scope, ())]):
+    edits, scope = [as_intervention("intervene", each) for each in interventions], Scope(where)
+    with hooked(model, [pair for each in edits for pair in _hooks(model, each, scope)]):
         yield model
 
 
-def _hooks(
-    model: LensModel, intervention: Intervention, scope: Scope, gates: tuple[Gate, ...]
-) -> list[tuple[str, HookFunction]]:
-    """Hooks that edit the tokens in scope, of the rows that every gate lets through."""
+def _hooks(model: LensModel, intervention: Intervention, scope: Scope) -> list[tuple[str, HookFunction]]:
+    """Hooks that edit the tokens in scope, of the rows that every condition lets through."""
     intervention.check(model)
-    if isinstance(intervention, Conditional):
-        gate = Gate(intervention, read_point(model, intervention.direction.site))
-        return [(gate.point.name, gate.measure), *_hooks(model, intervention.intervention, scope, (*gates, gate))]
-    return [(name, partial(_edit, intervention, scope, gates, name)) for name in intervention.points(model)]
+    gates = [Gate(each, read_point(model, each.direction.site)) for each in intervention.conditions]
+    edits = [(name, partial(_edit, intervention, scope, gates, name)) for name in intervention.points(model)]
+    return [*((gate.point.name, gate.measure) for gate in gates), *edits]
 
 
 def _edit(
-    intervention: Intervention, scope: Scope, gates: tuple[Gate, ...], name: str, x: Tensor, hook: Any
+    intervention: Intervention, scope: Scope, gates: Sequence[Gate], name: str, x: Tensor, hook: Any
 ) -> Tensor | None:
     if probing.get() and (gates or scope.where != "all"):
         return None
@@ -75,7 +70,7 @@ def _edit(
         return _edited(intervention, scope, gates, name, x)
 
 
-def _edited(intervention: Intervention, scope: Scope, gates: tuple[Gate, ...], name: str, x: Tensor) -> Tensor | None:
+def _edited(intervention: Intervention, scope: Scope, gates: Sequence[Gate], name: str, x: Tensor) -> Tensor | None:
     mask = scope.mask(x)
     for gate in gates:
         rows = gate.rows(name)[:, None].expand(x.shape[0], x.shape[1])

@@ -21,7 +21,7 @@ from torch import Tensor
 from tl_em.arguments import finite, list_of, optional, settle, vectors
 from tl_em.dictionaries import Dictionary, Feature
 from tl_em.errors import UsageError, WidthError
-from tl_em.interventions.edits import AtItsSite, masked
+from tl_em.interventions.base import Intervention
 from tl_em.models.hooks import LensModel
 from tl_em.models.sites import Site
 
@@ -39,7 +39,7 @@ def _as_value(name: str, value: Any) -> float | Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class ScaleFeature(AtItsSite):
+class ScaleFeature(Intervention):
     """Scale latents of an SAE, or set them to a value.
 
     Args:
@@ -102,7 +102,8 @@ class ScaleFeature(AtItsSite):
         return self.latents[0].dictionary
 
     @property
-    def _home(self) -> Site:
+    def site(self) -> Site:
+        """The dictionary's."""
         return self.dictionary.site_in
 
     def check(self, model: LensModel) -> None:
@@ -118,4 +119,4 @@ class ScaleFeature(AtItsSite):
         else:
             wanted = a * self.factor
         change = (wanted - a) @ self.dictionary.to(x.device).W_dec[index]
-        return masked(x + change.to(x.dtype), x, mask)
+        return x + change.to(x.dtype)

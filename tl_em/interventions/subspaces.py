@@ -27,7 +27,8 @@ from torch import Tensor
 from tl_em.arguments import checked, optional, settle, vectors
 from tl_em.directions.direction import Direction, check_fits
 from tl_em.errors import UsageError, WidthError, ZeroDirectionError
-from tl_em.interventions.edits import AtItsSite, Removal, masked
+from tl_em.interventions.base import Intervention
+from tl_em.interventions.edits import Removal
 from tl_em.models.hooks import LensModel
 from tl_em.models.means import as_contrast
 from tl_em.models.modes import in_plain_torch
@@ -94,7 +95,7 @@ class Erase(Removal):
         """Replace the part in the subspace by the centre's (0 without one)."""
         rows, centre = self.rows, self._centre(name)
         target = torch.zeros(len(rows)) if centre is None else rows @ centre
-        return masked(_replaced(x, left=rows, right=rows, target=target), x, mask)
+        return _replaced(x, left=rows, right=rows, target=target)
 
     def __repr__(self) -> str:
         centre = "0" if self.around is None else "a centre"
@@ -102,7 +103,7 @@ class Erase(Removal):
 
 
 @dataclass(frozen=True, eq=False)
-class Leace(AtItsSite):
+class Leace(Intervention):
     """A fitted LEACE eraser, frozen, at its site; ``em.interventions.leace`` fits one.
 
     Args:
@@ -137,17 +138,13 @@ class Leace(AtItsSite):
                 "not belong together; fit an eraser with em.interventions.leace(model, contrast, site=…, position=…)"
             )
 
-    @property
-    def _home(self) -> Site:
-        return self.site
-
     def check(self, model: LensModel) -> None:
         """Raise ``WidthError`` or ``ProvenanceError`` unless it was fitted on a model like this one."""
         check_belongs("the eraser", len(self.mean), self.provenance, model)
 
     def edit(self, x: Tensor, mask: Tensor | None = None, *, name: str | None = None) -> Tensor:
         """``x - L R (x - mean)``."""
-        return masked(_replaced(x, left=self.left, right=self.right, target=self.right @ self.mean), x, mask)
+        return _replaced(x, left=self.left, right=self.right, target=self.right @ self.mean)
 
 
 @checked(contrast=as_contrast, site=as_site, position=as_position)

@@ -26,10 +26,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tl_em.arguments import checked
-from tl_em.directions.direction import Direction, as_direction, check_fits
-from tl_em.errors import NotAdditiveError, WeightEditError
-from tl_em.interventions.edits import set_component
-from tl_em.interventions.removed_mean import warn_of_hidden_steer
+from tl_em.directions.direction import Direction, as_direction
+from tl_em.errors import NotAdditiveError, UsageError, WeightEditError
+from tl_em.interventions.base import EVERY_WRITE, Intervention, sites_of
+from tl_em.interventions.edits import Ablate
 from tl_em.models.hooks import LensModel, hook_points, hooked, tiny_forward, write_points
 from tl_em.models.modes import plain, plain_torch
 
@@ -41,8 +41,21 @@ _CHUNK = 2**24
 """Numbers that are turned into float32 at a time."""
 
 
-@checked(direction=as_direction)
-def orthogonalize_(model: LensModel, direction: Direction) -> None:
+def _as_weight_form(name: str, value: Any) -> Intervention:
+    """A direction as its ablation to zero; an intervention, if an edit of the weights can do what it does."""
+    if not isinstance(value, Intervention):
+        return Ablate(as_direction(name, value))
+    if value.conditions or not value.linear or sites_of(value) != EVERY_WRITE:
+        raise UsageError(
+            f"{name}: {type(value).__name__} has no form in the weights, where only a linear map of everything that is "
+            "written can stand: a direction, em.Ablate(direction) or em.Erase(basis) without around=. Use `with "
+            "em.intervene(model, intervention): ...` instead"
+        )
+    return value
+
+
+@checked(direction=_as_weight_form)
+def orthogonalize_(model: LensModel, direction: Direction | Intervention | Any) -> None:
     """Ablate a direction in the model's own weights, for good: ``W - (W r) r'`` wherever it writes to the stream.
 
     The logits then equal those under ``intervene(model, Ablate(direction))`` (float32: within 1e-5 of their spread),
@@ -52,9 +65,11 @@ def orthogonalize_(model: LensModel, direction: Direction) -> None:
     Args:
         model: a HookedTransformer or TransformerBridge; its embedding, attention output and MLP output weights and
             their biases are changed.
-        direction: what to remove; its length does not matter.
+        direction: what to remove; its length does not matter. Or an intervention that has a form in the weights:
+            ``Ablate`` and ``Erase`` to zero, and any with ``sites = "every write"`` and a ``linear`` edit.
 
     Raises:
+        UsageError: an intervention without a form in the weights.
         WeightEditError: the embedding is tied to the unembedding (``untie_embeddings_`` first), a write does not come
             straight from a weight (post-norm models, mixtures of experts), or the edited model does not do what the
             ablated one does. Nothing is changed then.
@@ -66,22 +81,22 @@ def orthogonalize_(model: LensModel, direction: Direction) -> None:
         _proven_(model, direction)
 
 
-@checked(direction=as_direction)
+@checked(direction=_as_weight_form)
 @contextmanager
-def orthogonalized(model: Model, direction: Direction) -> Iterator[Model]:
+def orthogonalized(model: Model, direction: Direction | Intervention | Any) -> Iterator[Model]:
     """``orthogonalize_`` for as long as a ``with`` block lasts; then the weights are what they were, bit for bit.
 
     The edited weights are kept a second time meanwhile. Contexts nest.
 
     Args:
         model: a HookedTransformer or TransformerBridge.
-        direction: what to remove.
+        direction: what to remove, as for ``orthogonalize_``.
 
     Yields:
         The same model.
 
     Raises:
-        WeightEditError, WidthError, ProvenanceError: as ``orthogonalize_``.
+        UsageError, WeightEditError, WidthError, ProvenanceError: as ``orthogonalize_``.
     """
     with plain_torch(model), _without_hooks(model):
         kept = _proven_(model, direction)
@@ -296,18 +311,15 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return bool((a - b).abs().max() <= tolerance)
 
 
-def _remove_(parts: Sequence[_Part], direction: Direction) -> None:
-    """``x - (x'r) r`` for every vector of the parts in the residual stream, in place, in float32 or better."""
-    unit = direction.unit
+def _remove_(parts: Sequence[_Part], removal: Intervention) -> None:
+    """The edit of every vector of the parts in the residual stream, in place, in float32 or better."""
     for part in parts:
         with _writing(part.tensor):
             tensor = part.tensor.detach()
             rows = tensor.movedim(part.axis, -1)
             wide = torch.promote_types(tensor.dtype, torch.float32)
-            along = unit.to(tensor.device, wide)
             for chunk in [rows] if rows.ndim == 1 else rows.split(max(1, _CHUNK // max(1, rows[0].numel()))):
-                x = chunk.to(wide)
-                chunk.copy_(x - (x @ along)[..., None] * along)
+                chunk.copy_(removal.edit(chunk.to(wide)))
 
 
 @contextmanager
@@ -325,15 +337,14 @@ _WITHIN = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 0.02, torch.
 more, for deep ones. Half precision rounds the weights once more, where the hooks round the activations."""
 
 
-def _proven_(model: LensModel, direction: Direction) -> _Kept:
+def _proven_(model: LensModel, removal: Intervention | Any) -> _Kept:
     """Edit the weights and show that this is the ablation, or put them back; what they were is returned."""
-    check_fits(direction, model)
-    warn_of_hidden_steer(direction)
+    removal.check(model)
     parts = _untied_parts(model)
-    ablated = _logits(model, direction)
+    ablated = _logits(model, removal)
     kept = [(part, plain(part.tensor)) for part in parts]
     try:
-        _remove_(parts, direction)
+        _remove_(parts, removal)
         _check_same(_logits(model, None), ablated)
     except BaseException:
         _restore_(kept)
@@ -361,13 +372,13 @@ def _without_hooks(model: LensModel) -> Iterator[None]:
             point._forward_hooks, point._forward_pre_hooks = after, before
 
 
-def _logits(model: LensModel, direction: Direction | None) -> Float[Tensor, "prompt pos d_vocab"]:
-    """Logits of a few random tokens, with the direction removed at every write if one is given."""
+def _logits(model: LensModel, removal: Intervention | None) -> Float[Tensor, "prompt pos d_vocab"]:
+    """Logits of a few random tokens, under the intervention if one is given."""
     seen: list[Tensor] = []
 
     def remove(x: Tensor, hook: Any) -> Tensor:
-        assert direction is not None
-        return set_component(x, direction.unit, 0.0)
+        assert removal is not None
+        return removal.edit(x)
 
     def keep(module: nn.Module, args: Any, out: Any) -> None:
         seen.append(getattr(out, "logits", out).detach())
@@ -375,7 +386,7 @@ def _logits(model: LensModel, direction: Direction | None) -> Float[Tensor, "pro
     assert isinstance(model, nn.Module)
     handle = model.register_forward_hook(keep)
     try:
-        names = () if direction is None else write_points(model)
+        names = () if removal is None else removal.points(model)
         with hooked(model, [(name, remove) for name in names]):
             tiny_forward(model, [])
     finally:

@@ -1,4 +1,4 @@
-"""Interventions on some prompts only: those whose own activation says so.
+"""An intervention on some prompts only, those whose own activation says so, or at some tokens only.
 
     apply to prompt i   iff   c'x_i > above,   x_i the activation at the condition's site at the last token of prompt i
 
@@ -11,7 +11,7 @@ The control: the same intervention behind a random direction whose threshold let
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,15 +21,16 @@ from torch import Tensor
 from tl_em.arguments import finite, settle
 from tl_em.directions.direction import Direction, as_direction, check_fits
 from tl_em.errors import UsageError
-from tl_em.interventions.edits import Hook, Intervention, as_intervention, component
+from tl_em.interventions.base import Intervention, as_intervention
+from tl_em.interventions.edits import component
 from tl_em.models.hooks import LensModel, ReadPoint, probing
 from tl_em.models.modes import unlowered
 from tl_em.models.prompts import Batch
-from tl_em.models.scopes import running_batch
+from tl_em.models.scopes import Scope, Where, running_batch
 
 
 @dataclass(frozen=True, eq=False)
-class Conditional:
+class Conditional(Intervention):
     """Apply an intervention only to prompts whose component along a condition direction exceeds a threshold.
 
     Use it in ``intervene`` and run the model with this package's verbs, which know where each prompt ends. The
@@ -65,33 +66,53 @@ class Conditional:
         """Which of these activations meet the condition."""
         return component(x, self.direction.unit) > self.above
 
+    @property
+    def inner(self) -> Intervention:
+        """What is applied."""
+        return self.intervention
+
+    def around_another(self, inner: Intervention) -> Conditional:
+        """The same condition for another intervention."""
+        return replace(self, intervention=inner)
+
+    @property
+    def conditions(self) -> tuple[Conditional, ...]:
+        """This one, and those of what is applied."""
+        return (self, *self.inner.conditions)
+
     def check(self, model: LensModel) -> None:
         """Raise ``WidthError`` or ``ProvenanceError`` unless direction and intervention belong on this model."""
         check_fits(self.direction, model)
-        self.intervention.check(model)
+        super().check(model)
 
-    def hook_names(self, n_layers: int) -> tuple[str, ...]:
-        """Names of the hook points that are edited."""
-        return self.intervention.hook_names(n_layers)
 
-    def points(self, model: LensModel) -> tuple[str, ...]:
-        """The same names, resolved on this model."""
-        return self.intervention.points(model)
+@dataclass(frozen=True, eq=False)
+class AtTokens(Intervention):
+    """An intervention at the tokens of a scope, for callers that know no scope.
+
+    Args:
+        inner: the intervention.
+        where: the scope, as ``intervene`` takes it.
+
+    Raises:
+        UsageError: no intervention, or an unknown scope.
+    """
+
+    inner: Intervention | Any
+    where: Where | Any
+    scope: Scope = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        settle(self, inner=as_intervention)
+        object.__setattr__(self, "scope", Scope(self.where))
 
     def edit(self, x: Tensor, mask: Tensor | None = None, *, name: str | None = None) -> Tensor:
-        """The intervention's edit; ``mask`` says which prompts met the condition (``intervene`` finds out)."""
-        return self.intervention.edit(x, mask, name=name)
-
-    def hooks(self, model: LensModel, where: str = "all") -> list[Hook]:
-        """Not to be had: a plain hook does not know where each prompt ends.
-
-        Raises:
-            UsageError: always.
-        """
-        raise UsageError(
-            "plain hooks cannot apply a condition: they see neither where a prompt ends nor, under the KV cache, the "
-            "prompt at all. Use `with em.intervene(model, conditional): em.generate(model, ...)` instead"
-        )
+        """The inner edit where both masks hold."""
+        if probing.get():
+            return x
+        own = self.scope.mask(x)
+        both = own if mask is None else mask if own is None else own & mask.to(own.device)
+        return self.inner.edit(x, both, name=name)
 
 
 class Gate:
