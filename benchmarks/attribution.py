@@ -32,8 +32,8 @@ import tl_em as em
 from tl_em.features.scoring import score_features
 from tl_em.features.shared import FeatureSet, shared_features
 from tl_em.graph.build import attribute as em_attribute
-from tl_em.graph.freeze import RULES, STREAM, Linearised, holding, linearise
-from tl_em.graph.rows import Reader, Writer, adjacency
+from tl_em.graph.linear import FROZEN, STREAM, Linearised, Reader, Writer, adjacency, linearise
+from tl_em.graph.rules import RULES
 from tl_em.models.hooks import hooked, read_point
 from tl_em.models.stream import next_token_logits
 from tl_em.organisms import rates
@@ -95,7 +95,7 @@ def expanded(
         return hook
 
     names = [*CUTS, *(name for name in reads if name not in CUTS)]
-    with torch.enable_grad(), hooked(model, [*holding(model, "frozen"), *((name, at(name)) for name in names)]):
+    with torch.enable_grad(), hooked(model, [*FROZEN.hooks(model), *((name, at(name)) for name in names)]):
         model(tokens.expand(min(chunk, TARGETS), -1))
     for reader in readers:
         for part in reader.split(chunk):

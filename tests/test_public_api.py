@@ -39,6 +39,7 @@ NAMES = [
     "Question",
     "Report",
     "Row",
+    "Rule",
     "ScaleFeature",
     "Selection",
     "Site",

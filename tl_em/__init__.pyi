@@ -41,6 +41,7 @@ from .features.table import FeatureTable as FeatureTable
 from .graph.build import attribute as attribute
 from .graph.exchange import load_graph as load_graph
 from .graph.graph import AttributionGraph as AttributionGraph
+from .graph.rules.base import Rule as Rule
 from .graph.targets import Completion as Completion
 from .interventions.base import Intervention as Intervention
 from .interventions.edits import Ablate as Ablate

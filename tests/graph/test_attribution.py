@@ -16,9 +16,10 @@ from tests.conftest import make_hf_model, make_tokenizer
 from tl_em.errors import UsageError
 from tl_em.graph import plan
 from tl_em.graph.build import attribute
-from tl_em.graph.freeze import LAST, STREAM, holding, norm_scales, patterns
 from tl_em.graph.graph import AttributionGraph
 from tl_em.graph.latents import has_positions
+from tl_em.graph.linear import FROZEN, LAST, STREAM
+from tl_em.graph.rules.frozen import norm_scales, patterns
 from tl_em.graph.targets import Completion
 from tl_em.models.hooks import LensModel, hooked, read_point
 from tl_em.models.loading import load_model
@@ -68,7 +69,7 @@ def values(model: LensModel, tokens: Tensor, names: Sequence[str], hooks: Sequen
 
 def as_frozen(model: LensModel, tokens: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
     """What a frozen pass holds fixed. (Left alone, norms of a Hugging Face model compute in float32.)"""
-    return values(model, tokens, [*norm_scales(model), *patterns(model), *names], holding(model, "frozen"))
+    return values(model, tokens, [*norm_scales(model), *patterns(model), *names], FROZEN.hooks(model))
 
 
 def frozen_at(recorded: dict[str, Tensor]) -> list[tuple[str, Any]]:
@@ -136,7 +137,7 @@ def taken_away(
         write = node.activation * given[node.layer].W_dec[node.feature].to(recorded[point])
     elif node.kind == "error":
         place = read_point(model, given[node.layer].site_in)
-        x = place(values(model, tokens, [place.name], holding(model, "frozen"))[place.name]).detach()[0, node.pos]
+        x = place(values(model, tokens, [place.name], FROZEN.hooks(model))[place.name]).detach()[0, node.pos]
         one = given[node.layer]
         a = (x @ one.W_enc.to(x) + one.b_enc.to(x)).relu()
         write = recorded[point][0, node.pos] - a @ one.W_dec.to(x) - one.b_dec.to(x)

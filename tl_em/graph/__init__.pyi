@@ -7,4 +7,5 @@ from .exchange import load_graph as load_graph
 from .graph import AttributionGraph as AttributionGraph
 from .heads import head_loadings as head_loadings
 from .over_prompts import attribute_over as attribute_over
+from .rules.base import Rule as Rule
 from .targets import Completion as Completion

@@ -1,6 +1,6 @@
 """Attribution graphs of any model: with transcoders exact under freezing, with SAEs or components of first order.
 
-    edge[t, s] = (gradient of what t reads) . (what s writes)        everything else held as ``freeze`` says
+    edge[t, s] = (gradient of what t reads) . (what s writes)        everything else held as the rule says (``rules``)
 
 Node totals follow from the edges alone: a latent that is on passes a change of its pre-activation on as it is, so
 
@@ -19,11 +19,11 @@ from typing import Any, SupportsInt
 from tl_em.errors import PromptError, UsageError
 from tl_em.graph.adapters import base_of
 from tl_em.graph.components import component_plan
-from tl_em.graph.freeze import Rule
 from tl_em.graph.graph import AttributionGraph
 from tl_em.graph.inputs import check_model, ids_of, is_chat, is_ids, plainly, positions, room_for
 from tl_em.graph.latents import latent_plan, listed
 from tl_em.graph.plan import CHUNK, MAX_BYTES, drawn
+from tl_em.graph.rules.base import AnyRule
 from tl_em.graph.targets import Target, completed
 from tl_em.graph.validation import validated
 from tl_em.models.hooks import LensModel
@@ -41,7 +41,7 @@ def attribute(
     dictionaries: Any = None,
     *,
     target: Target,
-    rule: Rule | None = None,
+    rule: AnyRule | None = None,
     against: Any = None,
     adapter: LensModel | bool | None = None,
     skip: Any = None,
@@ -61,9 +61,10 @@ def attribute(
         target: a token (text or id) or a list (array, tensor) of them, each once, a tuple (yes, no) for a logit
             difference (either may be a list, whose mean is taken), a Direction (projection at its own site and
             position), a ``Completion``; None takes the likeliest next tokens.
-        rule: what gradients hold fixed: ``"frozen"`` (norm scales, patterns), ``"relp"`` (and MLPs by secants),
-            ``"plain"``, ``"ig"`` (components: plain, averaged on the way from ``against``). By default ``"frozen"`` for
-            transcoders, ``"plain"`` for SAEs, ``"ig"`` for components.
+        rule: what gradients hold fixed: a value (see ``em.Rule``), or the name of one that is shipped: ``"frozen"``
+            (norm scales, patterns), ``"relp"`` (and MLPs by secants), ``"plain"``, ``"ig"`` (components: plain,
+            averaged on the way from ``against``). By default ``"frozen"`` for transcoders, ``"plain"`` for SAEs,
+            ``"ig"`` for components.
         against: components only: what a node is compared with, the prompt of equal length that it is replaced by,
             ``"zero"``, ``"mean"`` (over this prompt's tokens), or a tuple of prompts (mean over their tokens).
         adapter: the model before its fine-tune; what the fine-tune adds to each block's writes, on this model's own
@@ -81,7 +82,8 @@ def attribute(
         The graph, whole: prune it before you look at it.
 
     Raises:
-        UsageError: a dtype below float32, numbers that are none, contradicting arguments. GraphTooLargeError: no room.
+        UsageError: a dtype below float32, numbers that are none, contradicting arguments, a rule that changes values.
+        GraphTooLargeError: no room.
         PromptError: several prompts, or none; positions that it has not. UnknownTokenError: ids that the vocabulary
             has not. NonFiniteError: the effects are NaN or infinite.
         WidthError, ProvenanceError: a dictionary or direction of another model. ModelError: ``adapter=True`` without
@@ -108,8 +110,8 @@ def attribute(
         plan = component_plan(model, encoded, target, rule=rule, against=against, adapter=base, chunk=room.chunk,
                               max_bytes=room.max_bytes)  # fmt: skip
     else:
-        if against is not None or rule == "ig":
-            raise UsageError("against= and rule='ig' are for components; with dictionaries leave both out")
+        if against is not None:
+            raise UsageError("against= is for components; with dictionaries leave it out")
         plan = latent_plan(model, encoded, listed(dictionaries), target, rule=rule, adapter=base, skip=skipped,
                            max_nodes=room.max_nodes)  # fmt: skip
     graph = drawn(model, plan, chunk=room.chunk, max_bytes=room.max_bytes)

@@ -5,7 +5,7 @@
 
 so that the edges out of a node sum to its total: edges into a component are in units of the weighted target. The
 reference is another prompt of the same length (attribution patching), zero, or a mean over tokens; the rule says which
-gradient g is (``freeze``). Integrated gradients average both lines over stream values on the way from the reference.
+gradient g is (``rules``), and at which stream values on the way from the reference both lines are averaged.
 
 The control is in every graph: exact ablation of the same nodes (``validation``).
 
@@ -26,9 +26,9 @@ from torch import Tensor
 from tl_em.directions.direction import Direction
 from tl_em.errors import UsageError
 from tl_em.graph.adapters import adapter_writes
-from tl_em.graph.freeze import LAST, STREAM, Rule, linearise
 from tl_em.graph.graph import Node
 from tl_em.graph.inputs import ids_of, is_chat, is_ids
+from tl_em.graph.linear import LAST, MANY, STREAM, Reader, linearise
 from tl_em.graph.plan import (
     CHUNK,
     INSTEAD,
@@ -41,15 +41,12 @@ from tl_em.graph.plan import (
     timed,
     total_gradients,
 )
-from tl_em.graph.rows import MANY, Reader
+from tl_em.graph.rules import as_rule
+from tl_em.graph.rules.base import AnyRule, Rule, points_of
+from tl_em.graph.rules.plain import Plain
 from tl_em.graph.targets import Goal, Target, goal_of, text_of
 from tl_em.models.hooks import LensModel, hooked, read_point
 from tl_em.models.prompts import EncodedPrompt, encode
-
-STEPS = 5
-"""Of integrated gradients, as in arXiv:2403.17806."""
-DEFAULT: Rule = "ig"
-"""Of the rules the one that agrees best with exact ablation on toy/insecure (``benchmarks/attribution.py --toy``)."""
 
 
 class _Points(NamedTuple):
@@ -66,7 +63,7 @@ def component_plan(
     encoded: EncodedPrompt,
     target: Target,
     *,
-    rule: Rule | None = None,
+    rule: AnyRule | None = None,
     against: Any = None,
     adapter: LensModel | None = None,
     chunk: int = CHUNK,
@@ -75,9 +72,9 @@ def component_plan(
     """Nodes, reads and writes of a graph of components; what it will cost is told before the work.
 
     Raises:
-        UsageError: a reference of another length, or one that is none. GraphTooLargeError: no room.
+        UsageError: a reference of another length, or one that is none; no rule. GraphTooLargeError: no room.
     """
-    rule = rule or DEFAULT
+    rule = as_rule(rule, "components")
     tokens, layers = torch.tensor(encoded.ids), range(int(model.cfg.n_layers))
     points = _Points([f"blocks.{i}.attn.hook_z" for i in layers], [f"blocks.{i}.hook_mlp_out" for i in layers])
     goal_point = LAST if not isinstance(target, Direction) else read_point(model, target.site).name
@@ -85,11 +82,8 @@ def component_plan(
     clean = values(model, encoded, points.all)
     reference = references(model, encoded, clean, "mean" if against is None else against)
     extra = sorted({part.point for part in parts} - set(points.all))
-    starts: list[Tensor | None] = [None]
-    if rule == "ig":
-        here, there = clean[STREAM], reference[STREAM].expand_as(clean[STREAM])
-        starts = [there + (here - there) * (step + 0.5) / STEPS for step in range(STEPS)]
-    goal = _goal(model, encoded, target, tokens, goal_point, rule)
+    starts = points_of(rule, reference[STREAM].expand_as(clean[STREAM]), clean[STREAM])
+    goal = _goal(model, encoded, target, tokens, goal_point)
     seconds = _told(model, tokens, points, clean, goal, rule, starts, chunk, max_bytes)
     written = _written(model, encoded, points, clean, reference, parts)
     passes, totals = [], torch.zeros(len(written) + len(goal.nodes), dtype=goal.vectors.dtype)
@@ -100,8 +94,8 @@ def component_plan(
         here = [float(grads[each.point][each.node.pos] @ each.vector) for each in written if each.point in grads]
         totals[: len(written)] += torch.tensor(here, dtype=totals.dtype) / len(starts)
     settings = {
-        "kind": "components", "rule": rule, "against": _named(against), "adapter": adapter is not None,
-        "approximation": f"first order ({rule} gradients) of replacing each node by its reference",
+        "kind": "components", "rule": rule.name, "against": _named(against), "adapter": adapter is not None,
+        "approximation": f"first order ({rule.name} gradients) of replacing each node by its reference",
         "edges": "into a component: the part of the source's effect on the weighted target that passes directly to it",
     }  # fmt: skip
     return Plan(encoded, tuple(passes), tuple(written), goal, settings, totals=totals, references=reference,
@@ -131,10 +125,8 @@ def _told(
     return timed(linear, Reader(middle, at, vectors, at % len(tokens)), parts, size)
 
 
-def _goal(
-    model: LensModel, encoded: EncodedPrompt, target: Target, tokens: Tensor, point: str, rule: Rule
-) -> Goal:
-    logits = linearise(model, tokens, reads=[point], rule="plain").logits
+def _goal(model: LensModel, encoded: EncodedPrompt, target: Target, tokens: Tensor, point: str) -> Goal:
+    logits = linearise(model, tokens, reads=[point], rule=Plain()).logits
     assert logits is not None
     return goal_of(model, encoded, target, logits)
 

@@ -19,12 +19,13 @@ from torch import Tensor
 
 from tl_em.errors import UsageError
 from tl_em.graph.build import MAX_NODES, prepared
-from tl_em.graph.freeze import linearise
 from tl_em.graph.graph import Node
 from tl_em.graph.inputs import check_model, plainly
 from tl_em.graph.latents import is_exact, keeping, latent_plan, listed
+from tl_em.graph.linear import Reader, gradients, linearise
 from tl_em.graph.plan import Plan
-from tl_em.graph.rows import Reader, gradients
+from tl_em.graph.rules import as_rule
+from tl_em.graph.rules.base import AnyRule
 from tl_em.graph.targets import Target
 from tl_em.models.hooks import LensModel
 
@@ -41,12 +42,13 @@ def head_loadings(
     source: Node | str,
     into: Node | str,
     target: Target = None,
+    rule: AnyRule | None = None,
     skip: Any = None,
 ) -> pd.DataFrame:
     """One edge of an exact graph, split over the heads that carry it.
 
     Args:
-        model, prompt, dictionaries (transcoders), target, skip: as given to :func:`tl_em.attribute`.
+        model, prompt, dictionaries (transcoders), target, rule, skip: as given to :func:`tl_em.attribute`.
         source, into: the two nodes, or their ids (``graph.links()`` has them).
 
     Returns:
@@ -78,8 +80,9 @@ def head_loadings(
     given = listed(dictionaries)
     if not is_exact(given):
         raise UsageError("an edge is a sum over heads only where all else is frozen: pass transcoders of the MLPs")
+    rule = as_rule(rule, "transcoders")
     encoded, at = prepared(model, prompt, target, skip)
-    plan = latent_plan(model, encoded, given, target, rule=None, adapter=None, skip=at, max_nodes=MAX_NODES)
+    plan = latent_plan(model, encoded, given, target, rule=rule, adapter=None, skip=at, max_nodes=MAX_NODES)
     ids = [each.node.id for each in plan.written] + [node.id for node in plan.goal.nodes]
     ends = [each if isinstance(each, str) else each.id for each in (source, into)]
     if unknown := [each for each in ends if each not in ids]:
@@ -91,8 +94,8 @@ def head_loadings(
     layers = range(int(model.cfg.n_layers))
     heads = {f"blocks.{layer}.attn.hook_z": layer for layer in layers}
     cuts, keep = list(plan.passes[0].linear.leaves), keeping(plan.sheets)
-    closed = linearise(model, tokens, cuts=[*cuts, *heads], reads=[reader.point], keep=keep)
-    open_ = linearise(model, tokens, cuts=cuts, reads=list(heads), keep=keep)
+    closed = linearise(model, tokens, cuts=[*cuts, *heads], reads=[reader.point], rule=rule, keep=keep)
+    open_ = linearise(model, tokens, cuts=cuts, reads=list(heads), rule=rule, keep=keep)
     last = gradients(closed, reader)
     rows: list[tuple[int | None, int | None, float]] = []
     if written.point in last:

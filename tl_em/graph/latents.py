@@ -22,10 +22,12 @@ from tl_em.dictionaries import Dictionary
 from tl_em.directions.direction import Direction
 from tl_em.errors import UsageError
 from tl_em.graph.adapters import adapter_writes
-from tl_em.graph.freeze import LAST, STREAM, Linearised, Rule, linearise
 from tl_em.graph.graph import Node
+from tl_em.graph.linear import LAST, STREAM, Linearised, Reader, linearise
 from tl_em.graph.plan import STAGES, Pass, Plan, Written, causal, total_gradients
-from tl_em.graph.rows import Reader
+from tl_em.graph.rules import as_rule
+from tl_em.graph.rules.base import AnyRule, Rule
+from tl_em.graph.rules.relp import RelP
 from tl_em.graph.targets import Goal, Target, goal_of, text_of
 from tl_em.models.hooks import LensModel, ReadPoint, hook_name, hook_points, read_point
 from tl_em.models.prompts import EncodedPrompt
@@ -211,16 +213,15 @@ def latent_plan(
     dictionaries: Sequence[Dictionary],
     target: Target,
     *,
-    rule: Rule | None,
+    rule: AnyRule | None,
     adapter: LensModel | None,
     skip: Sequence[int],
     max_nodes: int,
 ) -> Plan:
     """Nodes, reads and writes of a graph with dictionaries."""
     exact = is_exact(dictionaries)
-    if exact and rule not in (None, "frozen"):
-        raise UsageError(f"rule={rule!r} with transcoders: their graphs are exact under 'frozen' alone; leave rule out")
-    rule = rule or ("frozen" if exact else "plain")
+    kind = "transcoders" if exact else "SAEs"
+    rule = as_rule(rule, kind)
     sheets = sheets_of(model, dictionaries)
     tokens = torch.tensor(encoded.ids)
     goal_point = LAST if not isinstance(target, Direction) else read_point(model, target.site).name
@@ -243,7 +244,7 @@ def latent_plan(
         written += latent_writes(sheet, mask)
     written.sort(key=causal)
     settings = {
-        "kind": "transcoders" if exact else "SAEs", "rule": rule, "skip": list(skip), "dropped_latents": dropped,
+        "kind": kind, "rule": rule.name, "skip": list(skip), "dropped_latents": dropped,
         "approximation": _approximation(exact, goal, rule),
         "dictionaries": [_about(each) for each in dictionaries],
     }  # fmt: skip
@@ -262,11 +263,11 @@ def through_errors(
     return torch.tensor([*own, *[0.0] * len(goal.nodes)], dtype=goal.vectors.dtype)
 
 
-def _approximation(exact: bool, goal: Goal, rule: str) -> str:
+def _approximation(exact: bool, goal: Goal, rule: Rule) -> str:
     last = "; the likelihood is linearised in the logits" if goal.first_order else ""
     if exact:
-        return f"exact with norm scales, attention patterns and MLP outputs held fixed{last}"
-    return f"first order between dictionaries ({rule} gradients, stopped at each dictionary){last}"
+        return f"exact with {rule.held} and MLP outputs held fixed{last}"
+    return f"first order between dictionaries ({rule.name} gradients, stopped at each dictionary){last}"
 
 
 def _about(dictionary: Dictionary) -> dict[str, Any]:
@@ -282,7 +283,7 @@ def _capped(
     active = sum(int((sheet.a != 0).sum()) for sheet in sheets if sheet.a is not None)
     if active <= most:
         return [None] * len(sheets), 0
-    grads = total_gradients(model, tokens, [sheet.out for sheet in sheets], goal, "relp")
+    grads = total_gradients(model, tokens, [sheet.out for sheet in sheets], goal, RelP())
     sizes = [
         None if s.a is None or s.dictionary is None
         else (s.a * (grads[s.out] @ s.dictionary.W_dec.to(s.a).T)).abs()

@@ -18,9 +18,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_em.errors import GraphTooLargeError, NonFiniteError
-from tl_em.graph.freeze import Linearised, Rule, linearise
 from tl_em.graph.graph import AttributionGraph, Node
-from tl_em.graph.rows import MANY, Reader, Writer, adjacency, gradients
+from tl_em.graph.linear import MANY, Linearised, Reader, Writer, adjacency, gradients, linearise
+from tl_em.graph.rules.base import Rule
 from tl_em.graph.targets import Goal, text_of
 from tl_em.models.hooks import LensModel
 from tl_em.models.prompts import EncodedPrompt
