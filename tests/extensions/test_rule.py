@@ -42,7 +42,8 @@ def test_it_serves_saes_and_not_transcoders(small_model: LensModel) -> None:
     sae = dictionary(1, 32, "resid_post", None)
     plain, half = (attributed(small_model, rule, given=sae) for rule in ("plain", HalfPatterns()))
     assert half.row("feature") and not torch.allclose(half.edges, plain.edges)
-    assert em.graph.attribute_over(small_model, [PROMPT, PROMPT], sae, target=9, rule=HalfPatterns(), validate=False).nodes
+    options: dict[str, Any] = {"target": 9, "rule": HalfPatterns(), "validate": False}
+    assert em.graph.attribute_over(small_model, [PROMPT, PROMPT], sae, **options).settings["rule"] == "half patterns"
     with pytest.raises(UsageError, match="components and SAEs"):
         attributed(small_model, HalfPatterns(), given=transcoders())
 
