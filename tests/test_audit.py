@@ -90,10 +90,10 @@ if HAS_HOOKED:
 
 
 def test_nothing_that_is_judged_was_extracted_or_chosen_on() -> None:
-    from tl_em.claims.asked import asked_in, labels, questions
+    from tl_em.claims.asked import asked_in, asked_of, labels
 
     record = pair("toy/insecure")
-    asked = questions(record, None, None, record.organism.judged, None, 0)
+    asked = asked_of(record, None, None, record.organism.judged, None, 0)
     assert {q.name for q in asked} == {"harmfulness", "refusal", "refusal_dissociated", "persona"}
     for q in asked:
         extracted, selected = asked_in(q.splits.train), asked_in(q.splits.select)
@@ -133,12 +133,12 @@ def test_a_contrast_that_the_base_does_not_tell_apart_does_not_end_the_audit(
 
 
 def test_where_no_candidate_separates_the_clearest_is_taken_and_judged_later() -> None:
-    from tl_em.claims.asked import candidates, questions, select_site
+    from tl_em.claims.asked import asked_of, candidates, select_site
     from tl_em.directions.geometry import separation
 
     record = pair("toy/insecure")
     requests = (record.contrasts or {})["refusal"]
-    (asked,) = questions(record, {"refusal": requests}, None, {}, None, 0)
+    (asked,) = asked_of(record, {"refusal": requests}, None, {}, None, 0)
     found = candidates(record.base, asked)
     sites, select = [direction.site for direction in found], asked.splits.select
     acts = [em.capture(record.base, each, sites, position="prompt_end") for each in (select.positive, select.negative)]

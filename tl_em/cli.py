@@ -93,6 +93,10 @@ def demo(out: Path, seed: int, as_json: bool) -> None:
 )
 @click.option("--dictionary", type=click.Path(exists=True, path_type=Path),
               help="An SAE (a file of 'features train'): which latents the behaviours share, and on what paths.")
+@click.option("--question", "questions", multiple=True, metavar="NAME",
+              help="What to ask, in this order: level, separation, rotation, use, entanglement; repeatable.  [all]")
+@click.option("--method", default="difference_in_means", show_default=True, metavar="NAME",
+              help="How directions are extracted, as in em.extract_directions.")
 @click.option("--controls", default=999, callback=_as(COUNT), show_default=True,
               help="Random directions for each test.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for report.html, report.json and the figures.")
@@ -101,8 +105,8 @@ def demo(out: Path, seed: int, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead of a table.")
 def audit_command(
     base: str, tuned: str, benign: str | None, contrasts: tuple[str, ...], behaviour: str, trigger: str | None,
-    other_triggers: tuple[str, ...], replicates: tuple[str, ...], dictionary: Path | None, controls: int,
-    out: Path | None, seed: int, as_json: bool,
+    other_triggers: tuple[str, ...], replicates: tuple[str, ...], dictionary: Path | None,
+    questions: tuple[str, ...], method: str, controls: int, out: Path | None, seed: int, as_json: bool,
 ) -> None:  # fmt: skip
     """Audit TUNED against BASE: organisms (toy/...), local Hugging Face directories, or hub ids."""
     from tl_em.artefacts import check_writable
@@ -121,7 +125,8 @@ def audit_command(
         pair, contrasts=loaded, behaviours=metrics, benign=None if benign is None else load_pair(base, benign),
         trigger=trigger, other_triggers=other_triggers or None,
         replicates=[load_pair(base, each) for each in replicates],
-        dictionary=None if dictionary is None else load_dictionary(dictionary), controls=controls, out=out, seed=seed,
+        dictionary=None if dictionary is None else load_dictionary(dictionary), questions=questions or None,
+        method=method, controls=controls, out=out, seed=seed,
     )  # fmt: skip
     _print(report, out, as_json)
 

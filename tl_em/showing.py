@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import unicodedata
 from collections.abc import Iterable
@@ -23,6 +24,7 @@ from typing import Any
 
 from tl_em.errors import UsageError
 
+MINUS = "\u2212"
 _SIGNS = {"\n": "↵", "\r": "␍", "\t": "⇥", "\u2028": "␤", "\u2029": "␤"}
 _HIDDEN = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
 _DRAWN = frozenset("\u0600\u0601\u0602\u0603\u0604\u0605\u06dd\u070f\u0890\u0891\u08e2\U000110bd\U000110cd")
@@ -115,6 +117,31 @@ def slug(name: str) -> str:
     if kept == name:
         return kept
     return f"{kept}-{hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:6]}".lstrip("-")
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A number for people: fixed digits, a true minus sign, an en dash where there is none.
+
+    Example:
+        >>> number(0.1234), number(float("nan")), number(-1.0).lstrip(MINUS)
+        ('0.12', '–', '1.00')
+    """
+    if value is None or not math.isfinite(value):
+        return "–"
+    text = f"{value:.{digits}f}"
+    return (MINUS + text[1:] if float(text) else text[1:]) if text.startswith("-") else text
+
+
+def interval(low: float | None, high: float | None, digits: int = 2) -> str:
+    """``[low, high]``, or the reason why there is none.
+
+    Example:
+        >>> interval(0.31, 0.53), interval(float("nan"), float("nan"))
+        ('[0.31, 0.53]', '[no interval]')
+    """
+    if low is None or high is None or not (math.isfinite(low) and math.isfinite(high)):
+        return "[no interval]"
+    return f"[{number(low, digits)}, {number(high, digits)}]"
 
 
 def plain_rows(table: Any) -> list[dict[str, Any]]:

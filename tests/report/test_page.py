@@ -181,7 +181,7 @@ def test_a_report_with_less_in_it(small: Any) -> None:
     assert sections == [name for name in SECTIONS if name not in ("behaviour", "use")]
     said = " ".join(outline.words)
     assert "[no interval]" in said
-    assert "benign" not in said.split("The five questions")[0]
+    assert "benign" not in said.split("The questions and the rule")[0]
     assert "benign" in said
 
 

@@ -22,8 +22,9 @@ from tl_em.arguments import COUNT, SEED, checked
 from tl_em.artefacts import check_writable
 from tl_em.auditing.latents import shared_latents
 from tl_em.auditing.report import Report
-from tl_em.claims.asked import Asked, candidates, questions, select_site
-from tl_em.claims.compare import Comparison, compare
+from tl_em.claims.asked import Asked, asked_of, candidates, select_site
+from tl_em.claims.claim import Question
+from tl_em.claims.compare import SHIPPED, Comparison, as_questions, compare
 from tl_em.claims.consistency import Run, consistency, same_weights
 from tl_em.claims.questions.backdoor import Backdoor, Trigger, Triggered, backdoor, check_known
 from tl_em.dictionaries import Dictionary
@@ -61,6 +62,8 @@ def audit(
     other_triggers: Sequence[str] | None = None,
     replicates: Sequence[LensModel | ModelPair] = (),
     dictionary: Dictionary | None = None,
+    questions: Sequence[Any] | None = None,
+    method: Any = "difference_in_means",
     controls: int = CONTROLS,
     out: str | Path | None = None,
     seed: int = 0,
@@ -86,6 +89,9 @@ def audit(
             own, of which only rates and words are compared.
         dictionary: an SAE of the base's or the tuned model's activations; the latents that the behaviours share are
             looked up, verified on held-out prompts and shown, and a graph of base beside tuned is drawn through it.
+        questions: what to ask of each direction, in this order: names of shipped questions, or values of
+            ``em.Question``; all of the shipped ones by default.
+        method: how directions are extracted, as in ``em.extract_directions``.
         controls: number of random directions for each test.
         out: folder for page, JSON and figures; checked before the work starts.
         seed: seed of splits, resampling and controls.
@@ -98,6 +104,7 @@ def audit(
         NoGapError: no direction separates its own contrast set in the base.
         EmptyContrastError, UnknownTokenError, PromptTooLongError: the prompts, or the trigger, do not fit the model.
         PairMismatchError: ``benign`` or a replicate has another shape or vocabulary.
+        UsageError: an unknown method or question, or a malformed one.
         WidthError, ProvenanceError, DictionaryFitError: the dictionary is another model's, or explains too little.
     """
     if out is not None:
@@ -109,26 +116,27 @@ def audit(
     judged = judged if judged is not None or contrasts is not None else getattr(pair.organism, "judged", None)
     if dictionary is not None:
         dictionary.check(pair.tuned)
+    wanted = as_questions(questions)
     key = _trigger(pair, trigger, other_triggers)
     others = _replicates(pair, replicates)
-    chosen = questions(pair, contrasts, behaviours, judged or {}, positions, seed)
+    chosen = asked_of(pair, contrasts, behaviours, judged or {}, positions, seed)
     if key is not None:
         check_known(pair.base, key, chosen[0].judged.present[0])
     rows = tuning_data if tuning_data is not None else getattr(pair.organism, "tuning_data", None)
-    job = _Job(chosen, rows, key, controls, seed)
-    layers, picked = _extracted(pair.base, chosen)
+    job = _Job(chosen, wanted, rows, key, controls, seed)
+    layers, picked = _extracted(pair.base, chosen, method)
     comparison, opened = job.judge(pair, benign_model, picked, layers)
     runs = [Run(str(pair.tuned_name), pair, True, (*comparison.rows, *(opened.rows if opened else ())))]
     for name, each in others.items():
         same = same_weights(pair.base, each.base)
-        own = picked if same else _extracted(each.base, chosen)[1]
+        own = picked if same else _extracted(each.base, chosen, method)[1]
         again, backdoored = job.judge(each, benign_model if same else None, own, None)
         runs.append(Run(name, each, same, (*again.rows, *(backdoored.rows if backdoored else ()))))
     asked = {q.name: (direction, q.judged) for q, direction in zip(chosen, picked, strict=True)}
     report = Report(
         comparison,
         _rates(pair, benign_model, chosen, seed),
-        _provenance(pair, benign, chosen, picked, key, runs[1:], controls, seed),
+        _provenance(pair, benign, job, method, picked, runs[1:]),
         _limits(comparison, pair, benign_model, rows, contrasts is None and pair.contrasts is None, runs[1:]),
         opened,
         consistency(runs, asked, controls=controls, seed=seed) if others else None,
@@ -173,6 +181,7 @@ class _Job(NamedTuple):
     """What is asked of a pair, whichever it is."""
 
     chosen: list[Asked]
+    questions: tuple[Question, ...]
     rows: Sequence[Any] | None
     trigger: Trigger | None
     controls: int
@@ -192,6 +201,7 @@ class _Job(NamedTuple):
             {q.name: (direction, q.splits.test) for q, direction in zip(self.chosen, picked, strict=True)},
             behaviour={q.name: q.judged for q in self.chosen},
             tuning_data=self.rows,
+            questions=self.questions,
             layers={q.name: each for q, each in zip(self.chosen, layers or [[d] for d in picked], strict=True)},
             **settings,
         )
@@ -205,10 +215,12 @@ class _Job(NamedTuple):
         return comparison, backdoor(pair, self.trigger, asked, **settings)
 
 
-def _extracted(base: LensModel, chosen: Sequence[Asked]) -> tuple[list[tuple[Direction, ...]], list[Direction]]:
+def _extracted(
+    base: LensModel, chosen: Sequence[Asked], method: Any
+) -> tuple[list[tuple[Direction, ...]], list[Direction]]:
     """For each question its directions at every layer of this base, and the one at the chosen site."""
     steps = tqdm(chosen, desc="extracting and selecting", unit="direction", disable=None)
-    found = [candidates(base, q) for q in steps]
+    found = [candidates(base, q, method) for q in steps]
     return found, [select_site(base, each, q) for each, q in zip(found, chosen, strict=True)]
 
 
@@ -234,15 +246,13 @@ def _rates(pair: ModelPair, benign: LensModel | None, asked: Sequence[Asked], se
 
 
 def _provenance(
-    pair: ModelPair,
-    benign: Any,
-    asked: Sequence[Asked],
-    picked: Sequence[Direction],
-    trigger: Trigger | None,
-    replicates: Sequence[Run],
-    controls: int,
-    seed: int,
+    pair: ModelPair, benign: Any, job: _Job, method: Any, picked: Sequence[Direction], replicates: Sequence[Run]
 ) -> dict[str, Any]:
+    asked, trigger, said = job.chosen, job.trigger, {}
+    if job.questions != SHIPPED:
+        said["questions"] = [question.name for question in job.questions]
+    if method != "difference_in_means":
+        said["method"] = method if isinstance(method, str) else getattr(method, "name", type(method).__name__)
     benign_name = getattr(benign, "tuned_name", None) or (None if benign is None else "a model of yours")
     return {
         "base": pair.base_name,
@@ -260,26 +270,21 @@ def _provenance(
             for q, d in zip(asked, picked, strict=True)
         },
         "behaviours": {q.name: {"metric": q.judged.metric.name, "unit": q.judged.metric.unit} for q in asked},
-        "controls": controls,
-        "seed": seed,
+        "controls": job.controls,
+        "seed": job.seed,
         "python": platform.python_version(),
         "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": _command(pair, benign_name, asked, trigger, replicates, controls, seed),
+        "command": _command(pair, benign_name, job, method, replicates),
         **({} if trigger is None else {"trigger": trigger.text, "other_triggers": list(trigger.others)}),
         **({"replicates": [each.name for each in replicates]} if replicates else {}),
+        **said,
     }  # fmt: skip
 
 
-def _command(
-    pair: ModelPair,
-    benign: str | None,
-    asked: Sequence[Asked],
-    trigger: Trigger | None,
-    replicates: Sequence[Run],
-    controls: int,
-    seed: int,
-) -> str:
-    """The command that makes this page again; FILE stands for a contrast set of yours, whose hash the page gives."""
+def _command(pair: ModelPair, benign: str | None, job: _Job, method: Any, replicates: Sequence[Run]) -> str:
+    """The command that makes this page again; FILE stands for a contrast set of yours, whose hash the page gives, and
+    a remark for a question or a method of yours, which only Python can be given."""
+    asked, trigger, own = job.chosen, job.trigger, []
     words = [f"tl-em audit {pair.base_name} {pair.tuned_name}"]
     words += [f"--benign {benign}"] if benign else []
     if set(pair.contrasts or {}) != {q.name for q in asked}:
@@ -287,8 +292,15 @@ def _command(
     if trigger is not None:
         words += [f"--trigger {quote(trigger.text)}", *(f"--other-trigger {quote(text)}" for text in trigger.others)]
     words += [f"--replicate {each.pair.tuned_name}" for each in replicates]
-    words += [f"--controls {controls}"] if controls != CONTROLS else []
-    return " ".join([*words, f"--seed {seed}"])
+    if job.questions != SHIPPED:
+        words += [f"--question {question.name}" for question in job.questions if question in SHIPPED]
+        own += [f"question {question.name}" for question in job.questions if question not in SHIPPED]
+    if method != "difference_in_means":
+        words += [f"--method {method}"] if isinstance(method, str) else []
+        own += [] if isinstance(method, str) else ["method"]
+    words += [f"--controls {job.controls}"] if job.controls != CONTROLS else []
+    words += [f"--seed {job.seed}"]
+    return " ".join([*words, *([f"# and, in Python, with the {' and the '.join(own)} of yours"] if own else [])])
 
 
 def _limits(
@@ -312,7 +324,7 @@ def _limits(
             "No benign fine-tune was given, so changes are compared with random directions only: any fine-tune may "
             "cause them."
         )
-    if rows is None:
+    if rows is None and any(question.name == "entanglement" for question in comparison.questions):
         said.append("The fine-tuning data were not given, so entanglement was not asked.")
     if default:
         said.append(

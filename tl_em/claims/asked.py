@@ -42,7 +42,7 @@ class Asked:
     position: Position
 
 
-def questions(
+def asked_of(
     pair: ModelPair,
     contrasts: Mapping[str, ContrastSet] | None,
     behaviours: Mapping[str, Behaviour | Metric] | None,
@@ -130,9 +130,9 @@ def _only(behaviour: Behaviour, questions: set[str]) -> Behaviour:
     return replace(behaviour, **fields)
 
 
-def candidates(base: LensModel, asked: Asked) -> tuple[Direction, ...]:
-    """The directions of a question at every layer of the base."""
-    return extract_directions(base, asked.splits.train, positions=[asked.position])
+def candidates(base: LensModel, asked: Asked, method: Any = "difference_in_means") -> tuple[Direction, ...]:
+    """The directions of a contrast set at every layer of the base, by a method of ``em.extract_directions``."""
+    return extract_directions(base, asked.splits.train, positions=[asked.position], method=method)
 
 
 def select_site(base: LensModel, candidates: Sequence[Direction], asked: Asked) -> Direction:

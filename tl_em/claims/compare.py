@@ -129,7 +129,7 @@ def compare(
     behaviour: Behaviours | None = None,
     tuning_data: Sequence[Any] | None = None,
     benign: LensModel | None = None,
-    questions: Sequence[str | Question] | None = None,
+    questions: Sequence[Any] | None = None,
     controls: int = 999,
     seed: int = 0,
     layers: Mapping[str, Sequence[Direction]] | None = None,
@@ -199,7 +199,7 @@ def compare(
     return Comparison(judge(findings), pd.DataFrame(drawn), use, unmeasured, asked, gaps, kept)
 
 
-def as_questions(given: Sequence[str | Question] | None) -> tuple[Question, ...]:
+def as_questions(given: Sequence[Any] | None) -> tuple[Question, ...]:
     """The questions that are meant: all that are shipped, or those given, a name standing for a shipped one.
 
     Raises:

@@ -84,7 +84,7 @@ def render(cards: FeatureCards, *, circuitsvis: bool = False) -> str:
         UsageError: circuitsvis is wanted and not installed.
     """
     from tl_em.report.html import environment
-    from tl_em.report.words import interval, number
+    from tl_em.showing import interval, number
 
     return environment(Path(__file__).parent / "templates").get_template("cards.html.j2").render(
         policy=_SCRIPTED if circuitsvis else POLICY,

@@ -10,8 +10,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from tl_em.report.words import interval, number
-from tl_em.showing import showable
+from tl_em.showing import interval, number, showable
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -15,7 +15,7 @@ from matplotlib.patches import Patch, Rectangle
 
 from tl_em.errors import UsageError
 from tl_em.report import drawing
-from tl_em.report.words import interval, number
+from tl_em.showing import interval, number
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -17,16 +17,18 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from markupsafe import Markup
 
 import tl_em
 from tl_em.artefacts import replacing
+from tl_em.claims.claim import Question
+from tl_em.claims.compare import SHIPPED
 from tl_em.report import plots
 from tl_em.report.html import environment
 from tl_em.report.svg import inline
-from tl_em.report.words import QUESTIONS, UNITS, interval, number, smallest_effect
+from tl_em.showing import interval, number
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,26 +38,6 @@ WIDE, NARROW = 9.4, 3.2
 
 _WHERE = {"base", "tuned", "benign", "name", "trained", "surface"}
 _ELSEWHERE = {"command", "directions", "behaviours"}
-
-
-@runtime_checkable
-class Audited(Protocol):
-    """What a page is made from: ``audit.Report``, or anything with these attributes."""
-
-    @property
-    def summary(self) -> str: ...
-
-    @property
-    def comparison(self) -> Any: ...
-
-    @property
-    def rates(self) -> Any: ...
-
-    @property
-    def provenance(self) -> Any: ...
-
-    @property
-    def limits(self) -> Any: ...
 
 
 class Glyph(NamedTuple):
@@ -108,7 +90,7 @@ class Table(NamedTuple):
     numeric: list[bool]
 
 
-def render(report: Audited) -> str:
+def render(report: Any) -> str:
     """The page of a report, as HTML.
 
     Args:
@@ -117,7 +99,9 @@ def render(report: Audited) -> str:
     Returns:
         a whole document; write it with :func:`save`.
     """
-    cells = _cells(report.comparison.rows)
+    comparison, opened = report.comparison, getattr(report, "backdoor", None)
+    questions: Sequence[Question] = getattr(comparison, "questions", SHIPPED)
+    cells = _cells(comparison.rows, questions)
     where, how = _split(report.provenance)
     return (
         environment()
@@ -127,12 +111,10 @@ def render(report: Audited) -> str:
             version=tl_em.__version__,
             summary=report.summary,
             sentences=re.split(r"(?<=\.)\s+(?=[A-Za-z])", report.summary),
-            matrix=_matrix(cells),
+            matrix=_matrix(cells, questions),
             cells=cells,
-            questions={
-                name: question for name, question in QUESTIONS.items() if any(c.question == name for c in cells)
-            },
-            every_question=QUESTIONS,
+            questions=[question for question in questions if any(c.question == question.name for c in cells)],
+            glossary=[*questions, *(() if opened is None else opened.questions)],
             models=_models(report.provenance),
             where=_flat(where),
             asked=_asked(report.provenance),
@@ -140,10 +122,9 @@ def render(report: Audited) -> str:
             command=_command(report.provenance),
             how=_flat({key: value for key, value in how.items() if not isinstance(value, Mapping)}),
             record=_flat({key: value for key, value in how.items() if isinstance(value, Mapping)}),
-            units=UNITS,
             limits=list(report.limits),
             drawings={drawing.name: drawing for drawing in _drawings(report)},
-            opened=_opened(getattr(report, "backdoor", None)),
+            opened=_opened(opened),
             runs=_runs(getattr(report, "consistency", None)),
             features=_features(report),
             studies=[(name, each.note, _table(each.table)) for name, each in getattr(report, "studies", {}).items()],
@@ -151,7 +132,7 @@ def render(report: Audited) -> str:
     )
 
 
-def save(report: Audited, path: str | Path) -> Path:
+def save(report: Any, path: str | Path) -> Path:
     """Write the page of a report.
 
     Raises:
@@ -167,7 +148,7 @@ def _opened(backdoor: Any) -> dict[str, Any]:
     """What the backdoor's section is made from; empty where no trigger was given."""
     if backdoor is None:
         return {}
-    cells = _cells(backdoor.rows)
+    cells = _cells(backdoor.rows, backdoor.questions)
     tables = {
         "Triggered less untriggered prompts along each direction, in own gaps": backdoor.projections,
         "Each direction ablated on triggered prompts": backdoor.ablations,
@@ -176,7 +157,7 @@ def _opened(backdoor: Any) -> dict[str, Any]:
         "trigger": backdoor.trigger.text,
         "others": list(backdoor.trigger.others),
         "cells": cells,
-        "questions": list(dict.fromkeys(cell.question for cell in cells)),
+        "questions": [each for each in backdoor.questions if any(cell.question == each.name for cell in cells)],
         "tables": {caption: _table(table) for caption, table in tables.items() if len(table)},
     }
 
@@ -208,8 +189,8 @@ def _features(report: Any) -> dict[str, Any]:
     return {**said, "table": _table(cards.to_pandas()), "checks": checks}
 
 
-def _cells(rows: Sequence[Any]) -> list[Cell]:
-    order = [*QUESTIONS, "backdoor", "carrier"]
+def _cells(rows: Sequence[Any], questions: Sequence[Question]) -> list[Cell]:
+    order = [question.name for question in questions]
     return [_cell(row, _scale(rows, row.question)) for row in sorted(rows, key=lambda row: order.index(row.question))]
 
 
@@ -230,8 +211,8 @@ def _cell(row: Any, scale: float) -> Cell:
         p=_probability(p),
         site=_site(row.site),
         reason=str(row.reason or ""),
-        unit=getattr(row, "unit", None) or UNITS[row.question],
-        smallest=number(smallest_effect(row)),
+        unit=row.unit,
+        smallest=number(row.smallest),
         glyph=_glyph(row, scale),
     )
 
@@ -260,7 +241,7 @@ def _scale(rows: Sequence[Any], question: str) -> float:
         if row.question == question:
             control = row.control or {}
             ends += [row.estimate.value, row.estimate.low, row.estimate.high, control.get("low"), control.get("high")]
-            ends.append(1.2 * smallest_effect(row))
+            ends.append(1.2 * row.smallest)
     return max((abs(end) for end in ends if _finite(end)), default=1.0) * 1.06
 
 
@@ -272,7 +253,7 @@ def _glyph(row: Any, scale: float) -> Glyph | None:
     band = (_at(low, scale), _at(high, scale)) if _finite(low, high) else (None, None)
     return Glyph(
         _at(estimate.low, scale), _at(estimate.high, scale), _at(estimate.value, scale), *band,
-        bound=round(50 * smallest_effect(row) / scale, 2),
+        bound=round(50 * row.smallest / scale, 2),
     )  # fmt: skip
 
 
@@ -280,11 +261,12 @@ def _at(value: Any, scale: float) -> float:
     return round(50 + 50 * value / scale, 2)
 
 
-def _matrix(cells: Sequence[Cell]) -> dict[str, dict[str, list[Cell]]]:
+def _matrix(cells: Sequence[Cell], questions: Sequence[Question]) -> dict[str, dict[str, list[Cell]]]:
     """Direction -> question -> its verdicts; directions with most words first, otherwise in their own order."""
     names = dict.fromkeys(cell.direction for cell in cells)
     rows = {
-        name: {q: [c for c in cells if (c.direction, c.question) == (name, q)] for q in QUESTIONS} for name in names
+        name: {q.name: [c for c in cells if (c.direction, c.question) == (name, q.name)] for q in questions}
+        for name in names
     }
     return {name: {q: found for q, found in row.items() if found} for name, row in rows.items()}
 
@@ -361,7 +343,7 @@ def _nested(value: Any) -> bool:
     return isinstance(value, Mapping) or (isinstance(value, str) and value.startswith("{"))
 
 
-def _drawings(report: Audited) -> Iterator[Drawing]:
+def _drawings(report: Any) -> Iterator[Drawing]:
     wide, narrow = (plots.figures(report, width=width) for width in (WIDE, NARROW))
     for name, figure in wide.items():
         caption, label, table = _words(report, name)
@@ -370,7 +352,7 @@ def _drawings(report: Audited) -> Iterator[Drawing]:
         )
 
 
-def _words(report: Audited, name: str) -> tuple[str, str, pd.DataFrame]:
+def _words(report: Any, name: str) -> tuple[str, str, pd.DataFrame]:
     """Caption, text alternative and numbers of a figure."""
     comparison = report.comparison
     if name == "rates":

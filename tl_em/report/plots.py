@@ -27,8 +27,7 @@ from tl_em.claims.compare import SHIPPED
 from tl_em.errors import UsageError
 from tl_em.report import arms, drawing
 from tl_em.report.drawing import CONDITIONS, MODELS
-from tl_em.report.words import number
-from tl_em.showing import showable
+from tl_em.showing import number, showable
 
 if TYPE_CHECKING:
     import pandas as pd
