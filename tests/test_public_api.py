@@ -32,6 +32,7 @@ NAMES = [
     "Intervention",
     "LensModel",
     "LieReport",
+    "Method",
     "Metric",
     "ModelPair",
     "Monitor",

@@ -33,6 +33,7 @@ from .directions.candidates import candidate_directions as candidate_directions
 from .directions.direction import Direction as Direction
 from .directions.extract import difference_in_means as difference_in_means
 from .directions.extract import extract_directions as extract_directions
+from .directions.methods.base import Method as Method
 from .errors import TlEmError as TlEmError
 from .features.scoring import score_features as score_features
 from .features.shared import FeatureSet as FeatureSet

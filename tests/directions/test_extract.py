@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from tl_em.directions.extract import Method, difference_in_means, extract_directions, neutral_z
-from tl_em.directions.fits import FITS, lda, logistic, pca
+from tl_em.directions.extract import difference_in_means, extract_directions
 from tl_em.directions.geometry import cosine
+from tl_em.directions.methods import SHIPPED
+from tl_em.directions.methods.lda import lda
+from tl_em.directions.methods.logistic import logistic
+from tl_em.directions.methods.pca import pca
+from tl_em.directions.reliability import neutral_z
 from tl_em.errors import EmptyContrastError, NonFiniteError, NuisanceWarning, UsageError, ZeroDirectionError
 from tl_em.models.contrasts import ContrastSet
 from tl_em.models.hooks import LensModel, hooked
@@ -23,7 +27,7 @@ NOUNS = ("cat", "dog", "bird", "fish", "king", "queen", "boy", "girl", "car", "b
 CONTRAST = ContrastSet(
     [f"please steal the {noun}" for noun in NOUNS], [f"please wash the {noun}" for noun in NOUNS], label="steal"
 )
-METHODS: tuple[Method, ...] = get_args(Method)
+METHODS = tuple(SHIPPED)
 
 
 def test_difference_in_means_is_the_difference_of_the_captured_means(model: LensModel) -> None:
@@ -64,7 +68,7 @@ def test_paired_equals_the_mean_of_the_pairs_and_pca_their_first_component(small
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_what_was_planted_is_found_on_a_model(small_model: LensModel, method: Method) -> None:
+def test_what_was_planted_is_found_on_a_model(small_model: LensModel, method: str) -> None:
     """A vector is added wherever the prompts say 'steal': every method finds it, with its length along it."""
     planted = torch.zeros(32)
     planted[5] = 20.0
@@ -91,16 +95,20 @@ def test_what_was_planted_is_found_on_a_model(small_model: LensModel, method: Me
     assert found.method == method
 
 
-@pytest.mark.parametrize("method", sorted(FITS))
+def fit(method: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return SHIPPED[method].fit(torch.from_numpy(x)[:, None], torch.from_numpy(y)[:, None])[0].numpy()
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_fits_find_a_planted_direction_and_shuffled_classes_give_another(method: str) -> None:
     rng = np.random.default_rng(0)
     x, y = rng.standard_normal((2, 80, 12))
     x[:, 3] += 4.0
-    found = FITS[method](x, y)
+    found = fit(method, x, y)
     assert found[3] / np.linalg.norm(found) > 0.9
     assert np.linalg.norm(found) == pytest.approx(4.0, abs=0.7)  # 80 prompts: s.e. of the gap is .16
     mixed = rng.permutation(np.concatenate([x, y]))
-    assert np.linalg.norm(FITS[method](mixed[:80], mixed[80:])) < 2.0
+    assert np.linalg.norm(fit(method, mixed[:80], mixed[80:])) < 2.0
 
 
 def test_lda_turns_away_from_what_varies_anyway_and_the_difference_in_means_does_not() -> None:
@@ -179,7 +187,7 @@ def test_neutral_from_a_sample_agrees_with_all_prompts(small_model: LensModel) -
 
 def test_refusals(small_model: LensModel) -> None:
     with pytest.raises(UsageError, match="there are the methods"):
-        extract_directions(small_model, CONTRAST, method="magic")  # type: ignore[arg-type]
+        extract_directions(small_model, CONTRAST, method="magic")
     with pytest.raises(UsageError, match="positions are a list"):
         extract_directions(small_model, CONTRAST, positions="prompt_end")
     unpaired = ContrastSet(["steal a car", "steal a bank", "steal"], ["wash a car"])
@@ -204,7 +212,7 @@ def test_pca_is_not_centred() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_set_whose_classes_differ_in_length_is_warned_about(small_model: LensModel, method: Method) -> None:
+def test_a_set_whose_classes_differ_in_length_is_warned_about(small_model: LensModel, method: str) -> None:
     longer = ContrastSet(CONTRAST.positive, [f"{prompt} on the car" for prompt in CONTRAST.negative])  # type: ignore[str-bytes-safe]
     with pytest.warns(NuisanceWarning, match="0% of all pairs"):
         extract_directions(small_model, longer, sites=[Site(1)], method=method)

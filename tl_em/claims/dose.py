@@ -3,7 +3,7 @@
     find s > 0 such that  mean over prompts of KL(untouched || s-fold intervention) = target
 
 For ``Add`` s scales the coefficient; for everything else it is the part of the edit that is carried out, at most 1
-(``interventions.base.Partial``).  The KL is 0 at s = 0; s is doubled until the target is passed, and the crossing in the
+(``Partial``).  The KL is 0 at s = 0; s is doubled until the target is passed, and the crossing in the
 last interval is found by Brent's method (``scipy.optimize.brentq``), on the square root, which is close to linear in s.
 Two directions compared at the same coefficient differ in how far they push the model; the claim that one of them
 *matters* more needs them at the same push, random directions included.

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tl_em.arguments import NATURAL, checked, list_of, optional
 from tl_em.directions.direction import Direction
-from tl_em.directions.extract import streamed
+from tl_em.directions.extract import extracted
+from tl_em.directions.methods import as_method
+from tl_em.directions.methods.base import Method
 from tl_em.errors import UsageError, ZeroDirectionError
 from tl_em.models.contrasts import ContrastSet
 from tl_em.models.hooks import LensModel
@@ -91,12 +93,17 @@ class Candidates:
         return f"Candidates({len(self)} directions, positions {positions}, {layers} layers)"
 
 
-@checked(contrast=as_contrast, positions=as_positions, layers=optional(list_of(NATURAL)))
+@checked(contrast=as_contrast, positions=as_positions, layers=optional(list_of(NATURAL)), method=as_method)
 @in_plain_torch
 def candidate_directions(
-    model: LensModel, contrast: ContrastSet, *, positions: Sequence[Position], layers: Sequence[int] | None = None
+    model: LensModel,
+    contrast: ContrastSet,
+    *,
+    positions: Sequence[Position],
+    layers: Sequence[int] | None = None,
+    method: Method | str | Any = "difference_in_means",
 ) -> Candidates:
-    """The difference in means at ``resid_pre`` of each layer, for each position.
+    """The difference in means (or what another method finds) at ``resid_pre`` of each layer, for each position.
 
     Args:
         model: any HookedTransformer or TransformerBridge.
@@ -104,6 +111,7 @@ def candidate_directions(
         positions: words (``"instruction_end"``, ``"prompt_end"``) or negative offsets from prompt_end; the source takes
             every token of the template after the instruction.
         layers: which layers; ``None``: all.
+        method: how, as in ``extract_directions``.
 
     Returns:
         Candidates, positions outermost.  Where the two means are equal there is none; see ``Candidates.without``.
@@ -123,7 +131,7 @@ def candidate_directions(
     sites = [Site(layer, "resid_pre") for layer in layers]
     found: list[Direction] = []
     without: list[tuple[Position, int]] = []
-    for direction, position, site in streamed(model, contrast, sites, positions):
+    for direction, position, site in extracted(model, contrast, sites, positions, as_method("method", method)):
         if direction is None:
             without.append((position, site.layer))
         else:

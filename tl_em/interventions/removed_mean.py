@@ -14,7 +14,7 @@ import warnings
 
 from tl_em.arguments import checked
 from tl_em.directions.direction import Direction, as_direction
-from tl_em.directions.extract import neutral_z
+from tl_em.directions.reliability import neutral_z
 from tl_em.errors import HiddenSteerWarning, UsageError
 from tl_em.models.contrasts import ContrastSet
 from tl_em.models.hooks import LensModel
