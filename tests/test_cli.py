@@ -70,3 +70,17 @@ def test_a_contrast_set_in_words_the_model_does_not_know_is_refused(tmp_path: Pa
 def test_the_documented_help_is_the_real_help() -> None:
     generated = runpy.run_path(str(DOCS / "reference.py"))["page"]()
     assert (DOCS / "cli.md").read_text(encoding="utf-8") == generated, "run python docs/reference.py"
+
+
+def test_a_question_and_a_method_of_ones_own_are_given_by_module_and_name() -> None:
+    spread, differences = "tests.extensions.question:Spread", "tests.extensions.method:UnitDifferences"
+    asked = ("--question", "level", "--question", spread, "--method", differences, "--controls", "99")
+    result = run("audit", "toy/assistant", "toy/secure", *asked)
+    assert result.exit_code == 0, result.output
+    assert "level" in result.output and "spread" in result.output and "rotation" not in result.output
+
+
+@pytest.mark.parametrize("given", ["nowhere:Spread", "tests.extensions.question:Absent", ":", "tests.extensions:"])
+def test_a_module_that_is_not_there_is_refused_while_the_line_is_parsed(given: str) -> None:
+    result = run("audit", "toy/assistant", "toy/nonesuch", "--question", given)
+    assert result.exit_code == 2 and "MODULE:NAME" in result.output

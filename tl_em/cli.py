@@ -36,6 +36,26 @@ def _as(check: Check) -> Any:
     return callback
 
 
+def _brought(context: click.Context, option: click.Parameter, value: Any) -> Any:
+    """A name of ours as it is, and ``MODULE:NAME`` as the value of a module of one's own, here or on Python's path."""
+    import sys
+    from importlib import import_module
+
+    if not isinstance(value, str):
+        return tuple(_brought(context, option, each) for each in value)
+    module, colon, name = value.partition(":")
+    if not colon:
+        return value
+    sys.path.insert(0, "")
+    try:
+        found = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise click.BadParameter(f"{value!r} is no MODULE:NAME that can be imported from here: {error}") from error
+    finally:
+        sys.path.remove("")
+    return found() if isinstance(found, type) else found
+
+
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="tl_em", prog_name="tl-em")
 def main() -> None:
@@ -93,10 +113,11 @@ def demo(out: Path, seed: int, as_json: bool) -> None:
 )
 @click.option("--dictionary", type=click.Path(exists=True, path_type=Path),
               help="An SAE (a file of 'features train'): which latents the behaviours share, and on what paths.")
-@click.option("--question", "questions", multiple=True, metavar="NAME",
-              help="What to ask, in this order: level, separation, rotation, use, entanglement; repeatable.  [all]")
-@click.option("--method", default="difference_in_means", show_default=True, metavar="NAME",
-              help="How directions are extracted, as in em.extract_directions.")
+@click.option("--question", "questions", multiple=True, metavar="NAME", callback=_brought,
+              help="What to ask, in this order: level, separation, rotation, use, entanglement, or MODULE:NAME, an "
+              "em.Question of yours; repeatable.  [all]")
+@click.option("--method", default="difference_in_means", show_default=True, metavar="NAME", callback=_brought,
+              help="How directions are extracted, as in em.extract_directions; or MODULE:NAME, an em.Method of yours.")
 @click.option("--controls", default=999, callback=_as(COUNT), show_default=True,
               help="Random directions for each test.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for report.html, report.json and the figures.")
@@ -106,7 +127,7 @@ def demo(out: Path, seed: int, as_json: bool) -> None:
 def audit_command(
     base: str, tuned: str, benign: str | None, contrasts: tuple[str, ...], behaviour: str, trigger: str | None,
     other_triggers: tuple[str, ...], replicates: tuple[str, ...], dictionary: Path | None,
-    questions: tuple[str, ...], method: str, controls: int, out: Path | None, seed: int, as_json: bool,
+    questions: tuple[Any, ...], method: Any, controls: int, out: Path | None, seed: int, as_json: bool,
 ) -> None:  # fmt: skip
     """Audit TUNED against BASE: organisms (toy/...), local Hugging Face directories, or hub ids."""
     from tl_em.artefacts import check_writable
