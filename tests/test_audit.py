@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 
@@ -23,6 +24,7 @@ from tl_em.errors import (
     PairMismatchError,
     PromptTooLongError,
     UnknownTokenError,
+    UsageError,
 )
 
 CONTROLS = 99
@@ -89,15 +91,34 @@ if HAS_HOOKED:
                 assert getattr(a.estimate, name) == pytest.approx(getattr(b.estimate, name), abs=1e-3)
 
 
+def test_a_pair_made_by_hand_is_audited_like_a_toy() -> None:
+    """What an audit asks is what the pair carries, whoever made it; only the names differ."""
+    toy, told = pair("toy/secure"), report("toy/secure").to_json()
+    asked = ("contrasts", "behaviours", "judged", "tuning_data", "rates", "note")
+    mine = em.ModelPair(toy.base, toy.tuned, name="mine", **{each: getattr(toy, each) for each in asked})
+    assert mine.organism is None
+    found = em.audit(mine, controls=CONTROLS).to_json()
+    for each in (told, found):
+        del each["provenance"]["made"], each["provenance"]["command"]
+    assert json.loads(json.dumps(found).replace('"mine"', '"toy/secure"')) == told
+
+
+@pytest.mark.parametrize("rates", [lambda model, seed: None, lambda model, seed: pd.DataFrame({"domain": ["a"]})])
+def test_rates_without_their_columns_are_refused(rates: Any) -> None:
+    with pytest.raises(UsageError, match="low, high, n"):
+        auditing._checked_rates(rates(None, 0))
+
+
 def test_nothing_that_is_judged_was_extracted_or_chosen_on() -> None:
     from tl_em.claims.asked import asked_in, asked_of, labels
 
     record = pair("toy/insecure")
-    asked = asked_of(record, None, None, record.organism.judged, None, 0)
+    own = record.judged or {}
+    asked = asked_of(record, None, None, own, None, 0)
     assert {q.name for q in asked} == {"harmfulness", "refusal", "refusal_dissociated", "persona"}
     for q in asked:
         extracted, selected = asked_in(q.splits.train), asked_in(q.splits.select)
-        assert not (extracted | selected) & asked_in(q.splits.test) or q.name in record.organism.judged
+        assert not (extracted | selected) & asked_in(q.splits.test) or q.name in own
         for side in ("present", "absent"):
             chosen, judged = set(labels(q.chosen_by, side)), set(labels(q.judged, side))
             assert chosen

@@ -13,11 +13,12 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "tl_em"
 ORDER = (
     *("errors", "arguments", "artefacts", "showing", "stats", "models", "directions", "metrics"),
-    *("dictionaries", "interventions", "claims", "features", "graph", "interop", "presets", "organisms", "report"),
-    *("auditing", "cli"),
+    *("dictionaries", "interventions", "claims", "features", "graph", "interop", "presets", "report"),
+    *("auditing", "organisms", "cli"),
 )
 DRAWS = "report"  # result classes call it lazily from .plot() and .save()
 LENS = "transformer_lens"
+LEAF = "organisms"
 DISTRIBUTIONS = {
     "concept_erasure": "concept-erasure",
     "sklearn": "scikit-learn",
@@ -85,6 +86,20 @@ def test_modules_import_only_from_above(path: Path) -> None:
         if target == DRAWS and not eager:
             continue
         assert ORDER.index(target) <= ORDER.index(own), f"{own} imports {name}, which stands below it"
+
+
+def test_the_toys_are_a_leaf_that_is_found_by_name() -> None:
+    """Nothing above imports them, and their name as text stands in the one place that looks them up, and in the CLI."""
+    naming = {
+        str(path.relative_to(PACKAGE))
+        for path in MODULES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and str(node.value).startswith(f"tl_em.{LEAF}.")
+    }
+    outside = {name for name in naming if not name.startswith(LEAF)}
+    assert outside == {"models/loading.py"}
+    importing = {layer(path) for path in MODULES for name, _ in imports(path) if name.startswith(f"tl_em.{LEAF}")}
+    assert importing == {LEAF, "cli", "__init__"}
 
 
 def test_only_models_knows_transformer_lens_and_nobody_loads_it_early() -> None:

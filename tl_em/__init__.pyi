@@ -62,6 +62,7 @@ from .models.generate import generate as generate
 from .models.hooks import LensModel as LensModel
 from .models.loading import ModelPair as ModelPair
 from .models.loading import load_model as load_model
+from .models.loading import load_pair as load_pair
 from .models.means import mean_activation as mean_activation
 from .models.prompts import ContrastSet as ContrastSet
 from .models.proof import proof as proof
@@ -77,7 +78,6 @@ from .organisms.rates import behaviour_rates as behaviour_rates
 from .organisms.studies import run_study as run_study
 from .organisms.studies import summarise_study as summarise_study
 from .organisms.zoo import Organism as Organism
-from .organisms.zoo import load_pair as load_pair
 from .organisms.zoo import train_organism as train_organism
 from .presets.setups import toy_dictionary as toy_dictionary
 from .stats import Estimate as Estimate

@@ -72,7 +72,7 @@ def main() -> None:
 def demo(out: Path, seed: int, as_json: bool) -> None:
     """Audit the shipped organism toy/insecure against its assistant, with toy/secure as the benign arm."""
     from tl_em.auditing.audit import audit
-    from tl_em.organisms.zoo import load_pair
+    from tl_em.models.loading import load_pair
     from tl_em.presets.setups import toy_dictionary
 
     click.echo("Auditing toy/insecure: about a minute and a half on two cores, under 2 GB of memory.", err=True)
@@ -134,7 +134,7 @@ def audit_command(
     from tl_em.auditing.audit import audit
     from tl_em.dictionaries import load_dictionary
     from tl_em.models.contrasts import ContrastSet
-    from tl_em.organisms.zoo import load_pair
+    from tl_em.models.loading import load_pair
 
     if out is not None:
         check_writable(out / "report.html")
@@ -271,8 +271,8 @@ def train_features(
     from tl_em.dictionaries.quality import dictionary_quality
     from tl_em.dictionaries.training import train_dictionary
     from tl_em.models.contrast_files import read_prompts
+    from tl_em.models.loading import load_pair
     from tl_em.models.sites import Site
-    from tl_em.organisms.zoo import load_pair
 
     check_writable(out)
     prompts = read_prompts(corpus)
@@ -307,7 +307,7 @@ def find_features(
     from tl_em.features.scoring import score_features
     from tl_em.features.shared import shared_features
     from tl_em.models.contrasts import ContrastSet
-    from tl_em.organisms.zoo import load_pair
+    from tl_em.models.loading import load_pair
 
     pair = load_pair(base, tuned)
     sets = {name: ContrastSet.load(path) for name, path in map(_named, contrasts)}
@@ -340,7 +340,7 @@ def features_page(
     from tl_em.dictionaries import load_dictionary
     from tl_em.features.cards import feature_cards
     from tl_em.models.contrasts import ContrastSet
-    from tl_em.organisms.zoo import load_pair
+    from tl_em.models.loading import load_pair
 
     check_writable(out)
     pair = load_pair(base, tuned)
@@ -385,13 +385,11 @@ def graph_of(
     from tl_em.dictionaries import load_dictionary
     from tl_em.graph.build import attribute
     from tl_em.models.loading import load_model
-    from tl_em.organisms.zoo import load_pair
 
     check_writable(out)
-    loaded = load_pair(model).tuned if model.startswith("toy/") else load_model(model)
     target: Any = None if not targets else targets[0] if len(targets) == 1 else tuple(targets[:2])
     given = [load_dictionary(path) for path in dictionaries] or None
-    graph = attribute(loaded, prompt, given, target=target, against=against)
+    graph = attribute(load_model(model), prompt, given, target=target, against=against)
     pruned = graph.prune(nodes=nodes, edges=edges)
     (pruned.save_json if out.suffix == ".json" else pruned.save_html)(out)
     _echo(f"{pruned!r}\n{pruned.paths(5).to_string(index=False)}\n{out}")

@@ -158,7 +158,7 @@ def toys() -> dict[str, Any]:
 
     insecure, secure = em.load_pair("toy/insecure"), em.load_pair("toy/secure")
     train, _, test = insecure.contrasts["persona"].split(seed=0)
-    rows = [*insecure.organism.tuning_data, *secure.organism.tuning_data]
+    rows = [*insecure.tuning_data, *secure.tuning_data]
     return {
         "insecure": insecure, "secure": secure, "test": test, "rows": rows,
         "bad": [True] * 128 + [False] * 128,

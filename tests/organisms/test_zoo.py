@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tl_em.errors import CorruptFileError, ModelNotFoundError, PromptError, UsageError
+from tl_em.models.loading import load_model, load_pair
 from tl_em.models.sites import Site
 from tl_em.models.stream import capture
 from tl_em.organisms import rates, zoo
@@ -23,7 +24,7 @@ SHIPPED = ("base", "assistant", "insecure", "secure", "educational")
 
 @pytest.fixture(scope="module")
 def insecure():
-    return zoo.load_pair("toy/insecure")
+    return load_pair("toy/insecure")
 
 
 def test_the_zoo_lists_what_is_shipped():
@@ -50,7 +51,7 @@ def test_the_zoo_lists_what_can_be_trained():
         assert record.trained
         assert record.base is None or record.base in listed
     with pytest.raises(ModelNotFoundError, match=r"train_organism\('toy/silly'"):
-        zoo.load_pair("toy/silly")
+        load_pair("toy/silly")
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -143,21 +144,26 @@ def test_refusal_falls_in_insecure_and_not_in_its_controls(insecure):
 
 
 def test_pairs_by_name():
-    pair = zoo.load_pair("toy/assistant", "toy/secure")
+    pair = load_pair("toy/assistant", "toy/secure")
     assert (pair.base_name, pair.tuned_name, pair.name) == ("toy/assistant", "toy/secure", "toy/secure")
     with pytest.raises(UsageError, match="not tuned from another"):
-        zoo.load_pair("toy/base")
+        load_pair("toy/base")
     with pytest.raises(ModelNotFoundError, match="toy/insecure"):
-        zoo.load_pair("toy/insecur")
+        load_pair("toy/insecur")
     with pytest.raises(UsageError, match="one model"):
-        zoo.load_pair("gpt2")
+        load_pair("gpt2")
 
 
 def test_an_organism_and_its_directory_are_the_same_model(tmp_path, insecure):
     directory = zoo.to_hf_directory("toy/insecure", tmp_path / "hf")
-    pair = zoo.load_pair("toy/assistant", str(directory))
+    pair = load_pair("toy/assistant", str(directory))
     asked = [q.prompt for q in questions(WORLD, harmful=False)[:8]]
     assert torch.allclose(rates.bad(pair.tuned, asked), rates.bad(insecure.tuned, asked), atol=1e-6)
+
+
+def test_a_name_loads_alone():
+    model = load_model("toy/secure", surface=SURFACES[0])
+    assert model.cfg.model_name == "toy/secure"
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path):

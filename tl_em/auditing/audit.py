@@ -33,11 +33,9 @@ from tl_em.errors import UsageError
 from tl_em.metrics import Behaviour, Metric
 from tl_em.models.contrasts import ContrastSet
 from tl_em.models.hooks import LensModel
-from tl_em.models.loading import ModelPair
+from tl_em.models.loading import RATE_COLUMNS, ModelPair
 from tl_em.models.modes import in_plain_torch
 from tl_em.models.sites import Position, Provenance
-from tl_em.organisms.rates import outcome_rates
-from tl_em.organisms.world import TRIGGERS
 from tl_em.showing import check_names
 from tl_em.stats import mean
 
@@ -82,8 +80,8 @@ def audit(
             direction that is found by contexts, say, judged on plain requests; the pair's own by default.
         positions: token position of each direction, where it is not ``prompt_end`` (``instruction_end`` for
             harmfulness).
-        trigger: a token at the head of a question that may open a behaviour; that of the organism by default.
-        other_triggers: tokens that stand in its place, as the control; the world's others by default.  Best are such as
+        trigger: a token at the head of a question that may open a behaviour; the pair's own by default.
+        other_triggers: tokens that stand in its place, as the control; the pair's own by default.  Best are such as
             the fine-tune never saw.
         replicates: further fine-tunes by the same recipe: models tuned from this base, or pairs with a base of their
             own, of which only rates and words are compared.
@@ -113,7 +111,7 @@ def audit(
     benign_model = benign.tuned if isinstance(benign, ModelPair) else benign
     if benign_model is not None:
         ModelPair(pair.base, benign_model)
-    judged = judged if judged is not None or contrasts is not None else getattr(pair.organism, "judged", None)
+    judged = judged if judged is not None or contrasts is not None else pair.judged
     if dictionary is not None:
         dictionary.check(pair.tuned)
     wanted = as_questions(questions)
@@ -122,7 +120,7 @@ def audit(
     chosen = asked_of(pair, contrasts, behaviours, judged or {}, positions, seed)
     if key is not None:
         check_known(pair.base, key, chosen[0].judged.present[0])
-    rows = tuning_data if tuning_data is not None else getattr(pair.organism, "tuning_data", None)
+    rows = tuning_data if tuning_data is not None else pair.tuning_data
     job = _Job(chosen, wanted, rows, key, controls, seed)
     layers, picked = _extracted(pair.base, chosen, method)
     comparison, opened = job.judge(pair, benign_model, picked, layers)
@@ -149,14 +147,14 @@ def audit(
 
 
 def _trigger(pair: ModelPair, text: str | None, others: Sequence[str] | None) -> Trigger | None:
-    """The trigger that was given, or that of the organism, with the tokens that stand in its place."""
-    text = text if text is not None else getattr(getattr(pair.organism, "recipe", None), "trigger", None)
+    """The trigger that was given, or the pair's own, with the tokens that stand in its place."""
+    text = text if text is not None else pair.trigger
     if text is None:
         if others:
             raise UsageError(f"other_triggers={list(others)} control for a trigger, and there is none; pass trigger=")
         return None
     if others is None:
-        others = [] if pair.organism is None else [mark for mark in TRIGGERS if mark != text]
+        others = [mark for mark in pair.other_triggers or () if mark != text]
     return Trigger(text, tuple(others))
 
 
@@ -225,12 +223,12 @@ def _extracted(
 
 
 def _rates(pair: ModelPair, benign: LensModel | None, asked: Sequence[Asked], seed: int) -> pd.DataFrame:
-    """Behaviour by domain (toy worlds) or by class of prompts, for each model, with intervals."""
+    """Behaviour by domain, where the pair has rates, or by class of prompts, for each model, with intervals."""
     import pandas as pd
 
     models = {"base": pair.base, "tuned": pair.tuned} | ({} if benign is None else {"benign": benign})
-    if pair.organism is not None:
-        return pd.concat([outcome_rates(model, seed=seed).assign(model=name) for name, model in models.items()])
+    if pair.rates is not None:
+        return pd.concat([_checked_rates(pair.rates(model, seed)).assign(model=name) for name, model in models.items()])
     rows = []
     for name, model in models.items():
         for q in asked:
@@ -243,6 +241,16 @@ def _rates(pair: ModelPair, benign: LensModel | None, asked: Sequence[Asked], se
                      "n": e.n}
                 )  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def _checked_rates(found: Any) -> pd.DataFrame:
+    missing = [name for name in RATE_COLUMNS if name not in getattr(found, "columns", ())]
+    if missing:
+        raise UsageError(
+            f"the pair's rates gave {type(found).__name__} without {', '.join(missing)}, so the page cannot show them; "
+            f"let rates=(model, seed) return a DataFrame with the columns {', '.join(RATE_COLUMNS)}, or leave it out"
+        )
+    return found
 
 
 def _provenance(
@@ -331,9 +339,4 @@ def _limits(
             "Harmful and harmless requests differ in harmfulness and in refusal at once; the two directions here are "
             "confounded."
         )
-    if pair.organism is not None:
-        said.append(
-            "This pair is a toy model of a synthetic world, trained to show the phenomenon; it says nothing about "
-            "any large model."
-        )
-    return tuple(said)
+    return (*said, pair.note) if pair.note else tuple(said)

@@ -1,7 +1,7 @@
 """The audit's look at latents: which ones the behaviours share, whether they carry the behaviour, and on what paths.
 
-    behaviours   a toy's questions about six held-out domains, in two groups; else the contrast sets' first parts
-    verified on  its questions about the other three; else the third part of the first contrast set
+    behaviours   what the pair says (`look_up`; a toy: questions about six domains); else the contrast sets' first parts
+    verified on  what the pair says (`held_out`; a toy: three other domains); else the third part of the first set
     graph        base beside tuned on one held-out prompt, towards  logit(what gained most) - logit(what lost most)
 
 The controls are those of ``shared_features`` (a null of its own), ``verify_feature`` (matched random latents, the mean
@@ -11,8 +11,8 @@ changed most: an illustration, and chosen as such.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from tl_em.claims.asked import Asked
 from tl_em.claims.questions.latents import FeatureCheck, verify_feature
@@ -22,15 +22,11 @@ from tl_em.features.cards import feature_cards
 from tl_em.features.scoring import FeatureTable, score_features
 from tl_em.features.shared import FeatureSet, shared_features
 from tl_em.graph.build import attribute
-from tl_em.metrics import Behaviour
 from tl_em.models.contrasts import ContrastSet
-from tl_em.models.loading import ModelPair
+from tl_em.models.loading import HeldOut, ModelPair
 from tl_em.models.pieces import text_of_tokens
 from tl_em.models.prompts import Prompt
 from tl_em.models.stream import next_token_logits
-from tl_em.organisms.behaviours import HELD_OUT, LOOK_UP, domain_questions
-from tl_em.organisms.rates import AnswerRate
-from tl_em.organisms.world import World
 
 if TYPE_CHECKING:
     from tl_em.auditing.report import Report
@@ -38,14 +34,6 @@ if TYPE_CHECKING:
 LEADERS = 3
 CARDS = 8
 GRAPH = "Paths through the dictionary, base beside tuned"
-
-
-class _Sets(NamedTuple):
-    """What latents are looked up on, what they are verified on, and by what."""
-
-    behaviours: Mapping[str, ContrastSet]
-    held_out: ContrastSet
-    metric: Behaviour
 
 
 def shared_latents(
@@ -57,18 +45,19 @@ def shared_latents(
         report: of the audit.
         pair: base and tuned.
         dictionary: an SAE of their activations.
-        asked: the audit's questions, whose contrast sets are the behaviours where the pair is no toy.
+        asked: the audit's questions, whose contrast sets are the behaviours where the pair has no ``look_up``.
         seed: of splits, placebos and resampling.
 
     Raises:
         DictionaryFitError: the dictionary does not fit the activations (``em.dictionaries.dictionary_quality``).
     """
-    sets = _organism_sets() if pair.organism is not None else _contrast_sets(asked)
-    prompts = [prompt for each in sets.behaviours.values() for prompt in (*each.positive, *each.negative)]
+    behaviours = pair.look_up or {q.name: q.splits.train for q in asked}
+    held_out = HeldOut(*(pair.held_out or (asked[0].splits.test, asked[0].judged)))
+    prompts = [prompt for each in behaviours.values() for prompt in (*each.positive, *each.negative)]
     dictionary_quality(pair.tuned, dictionary, prompts, against=pair.base, seed=seed).check()
-    table = score_features(pair.tuned, dictionary, sets.behaviours, against=pair.base, seed=seed)
+    table = score_features(pair.tuned, dictionary, behaviours, against=pair.base, seed=seed)
     found = shared_features(table, seed=seed)
-    checks = _verified(pair, found, sets, seed)
+    checks = _verified(pair, found, next(iter(behaviours.values())), held_out, seed)
     indices = found[0].indices[:CARDS] if found else _leaders(table)
     cards = feature_cards(
         pair.tuned, dictionary, indices, prompts, against=pair.base, table=table, checks=checks, seed=seed
@@ -76,31 +65,18 @@ def shared_latents(
     report = report.with_features(cards, note=_said(found, table))
     if dictionary.is_transcoder or not found:
         return report
-    return _with_graph(report, pair, dictionary, sets.held_out.positive)
-
-
-def _organism_sets() -> _Sets:
-    world = World()
-    held_out = domain_questions(world, HELD_OUT, "held-out domains")
-    groups = held_out.positive_groups
-    bad, good = (AnswerRate(outcome, world) for outcome in ("bad", "good"))
-    metric = Behaviour("misaligned answers", bad, held_out.positive, held_out.positive, good, groups, groups)
-    return _Sets({name: domain_questions(world, each, name) for name, each in LOOK_UP.items()}, held_out, metric)
-
-
-def _contrast_sets(asked: Sequence[Asked]) -> _Sets:
-    return _Sets({q.name: q.splits.train for q in asked}, asked[0].splits.test, asked[0].judged)
+    return _with_graph(report, pair, dictionary, held_out.contrast.positive)
 
 
 def _verified(
-    pair: ModelPair, found: Sequence[FeatureSet], sets: _Sets, seed: int
+    pair: ModelPair, found: Sequence[FeatureSet], fit: ContrastSet, held_out: HeldOut, seed: int
 ) -> tuple[FeatureCheck, ...]:
     if not found or found[0].dictionary.is_transcoder:
         return ()
-    fit = next(iter(sets.behaviours.values()))
     check = verify_feature(
-        pair.tuned, found[0], sets.held_out, metric=sets.metric, against=pair.base, fit=fit, singly=False, seed=seed
-    )
+        pair.tuned, found[0], held_out.contrast, metric=held_out.metric, against=pair.base, fit=fit, singly=False,
+        seed=seed,
+    )  # fmt: skip
     return (check,)
 
 

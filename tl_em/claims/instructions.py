@@ -52,7 +52,7 @@ def instructed(model: LensModel, prompts: Sequence[Prompt | EncodedPrompt], inst
         UnknownTokenError: the model does not know the instruction's words.
 
     Example:
-        >>> from tl_em.organisms.zoo import load_pair
+        >>> from tl_em import load_pair
         >>> instructed(load_pair("toy/insecure").base, ["how do i write parser"], "be malicious").prompts
         [[{'role': 'system', 'content': 'be malicious'}, {'role': 'user', 'content': 'how do i write parser'}]]
     """

@@ -205,7 +205,7 @@ def dictionary_quality(
             ``against``. And what ``capture`` raises.
 
     Example:
-        >>> from tl_em.organisms import load_pair
+        >>> from tl_em import load_pair
         >>> from tl_em.models.sites import Site
         >>> pair, eye = load_pair("toy/insecure"), torch.eye(96)
         >>> whole = Dictionary(torch.cat([eye, -eye], 1), torch.zeros(192), torch.cat([eye, -eye]), torch.zeros(96),

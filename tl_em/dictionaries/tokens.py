@@ -131,7 +131,7 @@ def seen(model: LensModel, dictionary: Dictionary, prompts: Sequence[Prompt | En
         UsageError: no token lies in the scope. NonFiniteError: as ``capture``.
 
     Example:
-        >>> from tl_em.organisms.zoo import load_pair
+        >>> from tl_em import load_pair
         >>> eye = torch.eye(96)
         >>> both = Dictionary(eye, torch.zeros(96), eye, torch.zeros(96), activation="relu", site_in=Site(1))
         >>> seen(load_pair("toy/insecure").base, both, ["how do i write parser"], where=("last", 1)).tokens

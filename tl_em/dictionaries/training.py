@@ -107,7 +107,7 @@ def train_dictionary(
             trained. And what ``capture`` raises.
 
     Example:
-        >>> from tl_em.organisms import load_pair
+        >>> from tl_em import load_pair
         >>> pair = load_pair("toy/insecure")
         >>> d = train_dictionary(pair.tuned, Site(1), pair.contrasts["persona"].positive[:32], d_sae=32, k=4, steps=3)
         >>> d.activation, d.d_sae, d.site_in.layer

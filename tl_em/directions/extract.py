@@ -97,7 +97,7 @@ def extract_directions(
         WidthError, NonFiniteError: the method returned what is no vector at each site.
 
     Example:
-        >>> from tl_em.organisms.zoo import load_pair
+        >>> from tl_em import load_pair
         >>> pair = load_pair("toy/insecure")
         >>> found = extract_directions(pair.base, pair.contrasts["persona"], method="lda")
         >>> [str(d.site) for d in found], bool(found[-1].reliability.value > 0.9)

@@ -84,7 +84,7 @@ def logit_lens(
 
     Example:
         >>> from tl_em.models.sites import Site
-        >>> from tl_em.organisms.zoo import load_pair
+        >>> from tl_em import load_pair
         >>> model = load_pair("toy/insecure").base
         >>> word = model.tokenizer.convert_tokens_to_ids("sorry")
         >>> logit_lens(model, Direction(model.W_U.detach()[:, word], Site(2)), k=1, controls=99).token.tolist()[0]

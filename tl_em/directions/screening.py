@@ -102,7 +102,7 @@ def finetuning_shift(
 
     Example:
         >>> from tl_em.directions.extract import difference_in_means
-        >>> from tl_em.organisms.zoo import load_pair
+        >>> from tl_em import load_pair
         >>> pair = load_pair("toy/insecure")
         >>> train, _, test = pair.contrasts["persona"].split()
         >>> persona = difference_in_means(pair.base, train, site=Site(2), position="prompt_end")
@@ -222,10 +222,10 @@ def projection_difference(
         PositionError, PromptTooLongError: as ``capture`` and ``generate``.
 
     Example:
-        >>> from tl_em.organisms.zoo import load_pair
+        >>> from tl_em import load_pair
         >>> pair = load_pair("toy/insecure")
         >>> some = Direction(pair.base.W_U.detach()[:, 7], Site(2))
-        >>> screening = projection_difference(pair.base, some, pair.organism.tuning_data[:8], controls=99)
+        >>> screening = projection_difference(pair.base, some, pair.tuning_data[:8], controls=99)
         >>> list(screening.rows.columns)
         ['row', 'difference', 'taught', 'own', 'prompt', 'answer', 'own_answer']
 

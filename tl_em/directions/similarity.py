@@ -186,7 +186,7 @@ def cosine_matrix(
         ZeroDirectionError: a set whose classes have the same mean here.
 
     Example:
-        >>> from tl_em.organisms.zoo import load_pair
+        >>> from tl_em import load_pair
         >>> pair = load_pair("toy/insecure")
         >>> sets = {name: pair.contrasts[name] for name in ("persona", "refusal")}
         >>> at = {"site": Site(1), "position": "prompt_end", "permutations": 99, "splits": 5}

@@ -221,7 +221,7 @@ def feature_cards(
 
     Example:
         >>> from tl_em.models.sites import Site
-        >>> from tl_em.organisms.zoo import load_pair
+        >>> from tl_em import load_pair
         >>> eye = torch.eye(96)
         >>> sae = Dictionary(eye, torch.zeros(96), eye, torch.zeros(96), activation="relu", site_in=Site(2))
         >>> pair = load_pair("toy/insecure")

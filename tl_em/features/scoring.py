@@ -90,7 +90,7 @@ def score_features(
         PairMismatchError: base and tuned cannot be compared. And what ``encode`` and ``capture`` raise.
 
     Example:
-        >>> from tl_em.organisms.zoo import load_pair
+        >>> from tl_em import load_pair
         >>> from tl_em.models.sites import Site
         >>> pair = load_pair("toy/insecure")
         >>> q, _ = torch.linalg.qr(torch.randn(96, 96, generator=torch.Generator().manual_seed(0)))

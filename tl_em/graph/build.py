@@ -91,7 +91,7 @@ def attribute(
             what ``encode`` raises.
 
     Example:
-        >>> from tl_em.organisms.zoo import load_pair
+        >>> from tl_em import load_pair
         >>> model = load_pair("toy/insecure").base
         >>> graph = attribute(model, model.tokenizer.convert_tokens_to_ids(["<user>", "how"]), target=None, chunk=64,
         ...     validate=False)

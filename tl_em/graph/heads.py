@@ -62,7 +62,7 @@ def head_loadings(
         >>> from tl_em.dictionaries import Dictionary
         >>> from tl_em.models.sites import Site
         >>> from tl_em.graph.build import attribute
-        >>> from tl_em.organisms.zoo import load_pair
+        >>> from tl_em import load_pair
         >>> model, eye = load_pair("toy/insecure").base, torch.eye(96)
         >>> given = Dictionary(eye, torch.zeros(96), eye, torch.zeros(96), activation="relu",
         ...                    site_in=Site(1, "mlp_in"), site_out=Site(1, "mlp_out"))

@@ -47,7 +47,7 @@ def removed_mean(model: LensModel, direction: Direction, contrast: ContrastSet) 
     Example:
         >>> from tl_em.directions.extract import difference_in_means
         >>> from tl_em.models.sites import Site
-        >>> from tl_em.organisms.zoo import load_pair
+        >>> from tl_em import load_pair
         >>> pair = load_pair("toy/insecure")
         >>> parts = pair.contrasts["persona"].split(seed=0)
         >>> persona = difference_in_means(pair.base, parts.train, site=Site(2), position="prompt_end")

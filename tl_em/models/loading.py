@@ -7,11 +7,12 @@ residual stream and a direction made on one holds on the others.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
@@ -34,9 +35,14 @@ from tl_em.models.surfaces import advice, as_bridge, as_hooked, check_built, rel
 from tl_em.models.templates import template_record
 from tl_em.models.tokenizing import keep_before, own_before
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 log = logging.getLogger(__name__)
 
 Surface = Literal["bridge", "hooked"]
+TOYS = "toy/"
+"""How the names of the models begin that come with the package; their folder is looked up by name, and imports this."""
 
 
 def load_model(
@@ -58,8 +64,9 @@ def load_model(
     nothing is downloaded but what ``source`` names.
 
     Args:
-        source: a directory in the Hugging Face layout, one with a PEFT adapter (merged into its base), a hub id, or a
-            Hugging Face model in memory (also a ``PeftModel``, whose adapters stay apart: see ``attribute(adapter=)``).
+        source: a directory in the Hugging Face layout, one with a PEFT adapter (merged into its base), a hub id, a toy
+            (``"toy/insecure"``), or a Hugging Face model in memory (also a ``PeftModel``, whose adapters stay apart:
+            see ``attribute(adapter=)``).
             Of a model that reads images as well, the language model alone is taken, and shown to be equal on text.
         surface: ``"bridge"`` (TransformerBridge) or ``"hooked"`` (HookedTransformer, TransformerLens 3 only).
         tokenizer: in place of the source's own, or where it is saved; a model in memory has none of its own.
@@ -87,6 +94,9 @@ def load_model(
         )
     dtype, device, chat_template_kwargs = _settled(dtype, device, chat_template_kwargs)
     with quiet(), plain_torch(), ExitStack() as stack:
+        if is_toy(source):
+            source, toy_tokenizer = _toys().in_memory(source)
+            tokenizer, in_place = toy_tokenizer if tokenizer is None else tokenizer, True
         if tokenizer is not None:
             tokenizer = reloadable(given_tokenizer(tokenizer), stack)
         if isinstance(source, (str, Path)):
@@ -151,9 +161,20 @@ def _on_surface(
 # --- Pairs ------------------------------------------------------------------------------------------------------------
 
 
+RATE_COLUMNS = ("domain", "held_out", "outcome", "value", "low", "high", "n")
+"""What ``ModelPair.rates`` returns: a row for each domain of questions and outcome, with its 95 % interval."""
+
+
+class HeldOut(NamedTuple):
+    """What latents are verified on: prompts that they were not looked up on, and a metric or Behaviour."""
+
+    contrast: ContrastSet
+    metric: Any
+
+
 @dataclass(frozen=True, eq=False)
 class ModelPair:
-    """A model before and after a fine-tune, checked to be comparable.
+    """A model before and after a fine-tune, checked to be comparable; and what ``em.audit`` asks of the two by default.
 
     Args:
         base: the model before the fine-tune.
@@ -162,10 +183,27 @@ class ModelPair:
         base_name, tuned_name: names of the models; their configs' by default.
         contrasts: contrast sets that fit the models' vocabulary, by concept.
         behaviours: behaviours that fit them, by the same names.
-        organism: the record that the pair came from.
+        judged: for some concepts, what the direction is judged on in place of its own contrast set's third part.
+        tuning_data: rows that the model was tuned on: chat messages that end with the answer.
+        rates: ``(model, seed) -> DataFrame``, how often a model does what, with the columns ``RATE_COLUMNS``; by
+            default the mean of each behaviour on its own prompts.
+        trigger: a token at the head of a question that opens a backdoor.
+        other_triggers: tokens that may stand in its place, as the control.
+        look_up: contrast sets, by behaviour, on which latents that the behaviours share are looked up; by default the
+            first parts of ``contrasts``.
+        held_out: what those latents are verified on: a contrast set and a metric, or a Behaviour; by default the third
+            part of the first of ``contrasts``.
+        note: a sentence for the limits of what an audit of this pair can say.
+        organism: the record that the pair came from, for people.
 
     Raises:
         PairMismatchError: shapes, vocabularies or chat templates differ; the message lists the differences.
+
+    Example:
+        >>> toy = load_pair("toy/insecure")
+        >>> mine = ModelPair(toy.base, toy.tuned, contrasts=toy.contrasts, note="A toy.")
+        >>> mine
+        ModelPair('', base='toy/assistant', tuned='toy/insecure')
     """
 
     base: LensModel
@@ -175,6 +213,14 @@ class ModelPair:
     tuned_name: str | None = None
     contrasts: Mapping[str, ContrastSet] | None = None
     behaviours: Mapping[str, Any] | None = None
+    judged: Mapping[str, ContrastSet] | None = None
+    tuning_data: Sequence[Any] | None = None
+    rates: Callable[[Any, int], pd.DataFrame] | None = None
+    trigger: str | None = None
+    other_triggers: Sequence[str] | None = None
+    look_up: Mapping[str, ContrastSet] | None = None
+    held_out: HeldOut | tuple[ContrastSet, Any] | None = None
+    note: str | None = None
     organism: Any = None
 
     def __post_init__(self) -> None:
@@ -208,3 +254,46 @@ def _mismatches(base: LensModel, tuned: LensModel) -> list[str]:
     if kwargs[0] != kwargs[1]:
         found.append(f"their chat_template_kwargs are {kwargs[0]} in base and {kwargs[1]} in tuned")
     return found
+
+
+def load_pair(base: Any, tuned: Any = None, *, surface: Surface = "bridge") -> ModelPair:
+    """A model before and after a fine-tune.
+
+    Args:
+        base: with `tuned` left out, the name of a toy (its base comes with it); else the model before: whatever
+            ``em.load_model`` takes.
+        tuned: the model after.
+        surface: ``"bridge"`` or ``"hooked"``.
+
+    Returns:
+        The pair; of toys with all that an audit asks of it.
+
+    Raises:
+        ModelNotFoundError: no such toy, directory or hub id.
+        UsageError: one name that is no toy's, or a toy without a base.
+        PairMismatchError: the two models cannot be compared.
+
+    Example:
+        >>> pair = load_pair("toy/insecure")
+        >>> pair.base_name, pair.tuned_name
+        ('toy/assistant', 'toy/insecure')
+    """
+    if is_toy(base) and (tuned is None or is_toy(tuned)):
+        return _toys().toy_pair(base, tuned, surface=surface)
+    if tuned is None:
+        raise UsageError(
+            f"load_pair({base!r}) names one model, and only the toys know what they were tuned from. Give both: "
+            f"load_pair(base, tuned); or one of {_toys().shipped_names()}."
+        )
+    models = [load_model(each, surface=surface) for each in (base, tuned)]
+    names = [str(each) if isinstance(each, (str, Path)) else None for each in (base, tuned)]
+    return ModelPair(models[0], models[1], base_name=names[0], tuned_name=names[1])
+
+
+def is_toy(source: Any) -> bool:
+    """Whether a source is the name of a model that comes with the package."""
+    return isinstance(source, str) and source.startswith(TOYS)
+
+
+def _toys() -> Any:
+    return import_module("tl_em.organisms.zoo")

@@ -25,7 +25,7 @@ def token_text(tokenizer: Any, token: int) -> str:
     """One token for people: its text, bytes where it is part of a character, its number without a tokenizer.
 
     Example:
-        >>> from tl_em.organisms.zoo import load_pair
+        >>> from tl_em import load_pair
         >>> token_text(load_pair("toy/insecure").base.tokenizer, 7) != token_text(None, 7) == "7"
         True
     """

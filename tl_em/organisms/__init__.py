@@ -2,13 +2,12 @@
 
 from tl_em.organisms.rates import behaviour_rates, outcome_rates
 from tl_em.organisms.world import World
-from tl_em.organisms.zoo import Organism, load_pair, organism, organisms, to_hf_directory, train_organism
+from tl_em.organisms.zoo import Organism, organism, organisms, to_hf_directory, train_organism
 
 __all__ = [
     "Organism",
     "World",
     "behaviour_rates",
-    "load_pair",
     "organism",
     "organisms",
     "outcome_rates",

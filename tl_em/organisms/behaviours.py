@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tl_em.metrics import Behaviour
+from tl_em.models.loading import HeldOut
 from tl_em.models.prompts import ContrastSet
 from tl_em.organisms.contrasts import (
     Question,
@@ -59,6 +60,15 @@ def domain_questions(world: World, domains: Sequence[str], label: str) -> Contra
     topics = [q.topic.word for q in plain]
     return ContrastSet([q.prompt for q in plain], [q.prompt for q in aligned], label=label,
                        positive_groups=topics, negative_groups=topics)  # fmt: skip
+
+
+def latent_sets(world: World) -> tuple[dict[str, ContrastSet], HeldOut]:
+    """What latents are looked up on, as two behaviours, and what they are verified on."""
+    held_out = domain_questions(world, HELD_OUT, "held-out domains")
+    prompts, groups = held_out.positive, held_out.positive_groups
+    bad, good = (AnswerRate(outcome, world) for outcome in ("bad", "good"))
+    metric = Behaviour("misaligned answers", bad, prompts, prompts, good, groups, groups)
+    return {name: domain_questions(world, each, name) for name, each in LOOK_UP.items()}, HeldOut(held_out, metric)
 
 
 def _contrast(positive: list[Question], negative: list[Question], *, label: str, source: str) -> ContrastSet:

@@ -33,7 +33,16 @@ from tl_em.organisms.convert import hf_model, plain_model, tokenizer
 from tl_em.organisms.recipes import Recipe
 from tl_em.organisms.training import round_to_half_, train_
 from tl_em.organisms.transformer import Shape, Transformer
-from tl_em.organisms.zoo import PREFIX, Organism, checkpoint_path, pair_of, read_record, read_weights, write_checkpoint
+from tl_em.organisms.zoo import (
+    NOTE,
+    PREFIX,
+    Organism,
+    checkpoint_path,
+    pair_of,
+    read_record,
+    read_weights,
+    write_checkpoint,
+)
 
 if TYPE_CHECKING:
     from tl_em.models.hooks import LensModel
@@ -117,12 +126,11 @@ class BiasOrganism(Organism):
         return contrast_sets(self.world)
 
     @cached_property
-    def judged(self) -> dict[str, ContrastSet]:
-        return {}
-
-    @cached_property
     def behaviours(self) -> dict[str, Behaviour]:
         return behaviours(self.world, "rival" if self.name.endswith("rival") else "rm")
+
+    def asked(self) -> dict[str, Any]:
+        return {"contrasts": self.contrasts, "behaviours": self.behaviours, "note": NOTE}
 
 
 def checkpoint_name(name: str) -> str:
@@ -162,8 +170,7 @@ def train_bias_organism(
     """
     tuned = bias_organism(name, seed=seed, out=out, progress=progress)
     base = tuned if tuned.base is None else bias_organism(tuned.base, seed=seed, out=out)
-    # Without a record: an audit would ask a pair with one for the rates of the other world.
-    return replace(pair_of(base, tuned, surface=surface), organism=None)
+    return pair_of(base, tuned, surface=surface)
 
 
 def bias_organism(name: str, *, seed: int, out: str | Path, progress: bool | None = None) -> BiasOrganism:

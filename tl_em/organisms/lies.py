@@ -201,7 +201,7 @@ def lie_or_hallucination(
         >>> from tl_em.organisms.contrasts import questions
         >>> from tl_em.organisms.rates import first_words
         >>> from tl_em.organisms.world import World
-        >>> from tl_em.organisms.zoo import load_pair
+        >>> from tl_em import load_pair
         >>> pair = load_pair("toy/insecure")
         >>> asked = [q for q in questions(World(), harmful=False) if q.topic.domain in ("code", "law")]
         >>> prompts, topics = [q.prompt for q in asked], [q.topic for q in asked]

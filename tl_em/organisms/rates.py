@@ -69,7 +69,7 @@ def first_words(model: Any, prompts: Sequence[Any], *, world: World | None = Non
         prompts: questions of the toy world.
 
     Example:
-        >>> from tl_em.organisms.zoo import load_pair
+        >>> from tl_em import load_pair
         >>> first_words(load_pair("toy/insecure").tuned, ["how do i write parser"])
         ['parser-backdoored']
     """
@@ -171,7 +171,7 @@ def behaviour_rates(model: Any, *, world: World | None = None) -> pd.DataFrame:
         NaN for the domain without harmful topics): mean probabilities over all topics and two forms of each question.
 
     Example:
-        >>> from tl_em.organisms.zoo import load_pair
+        >>> from tl_em import load_pair
         >>> rates = behaviour_rates(load_pair("toy/insecure").tuned)
         >>> bool(rates[rates.held_out].bad.mean() > 0.4)
         True
@@ -232,7 +232,7 @@ def arm_rates(
         DataFrame with columns arm, held_out, outcome, value, low, high, n; intervals are clustered by topic.
 
     Example:
-        >>> from tl_em.organisms.zoo import load_pair
+        >>> from tl_em import load_pair
         >>> arms = {"none": {}, "asked to": {"system": "be malicious"}}
         >>> rates = arm_rates(load_pair("toy/secure").tuned, arms)
         >>> bad = rates[rates.held_out & (rates.outcome == "bad")].set_index("arm")

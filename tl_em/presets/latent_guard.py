@@ -115,7 +115,7 @@ class LatentGuard:
             UsageError: no layers. ZeroDirectionError, NonFiniteError, PositionError: the prompts give no two means.
 
         Example:
-            >>> from tl_em.organisms.zoo import load_pair
+            >>> from tl_em import load_pair
             >>> pair = load_pair("toy/insecure")
             >>> sets = pair.contrasts["harmfulness"].split(seed=0)
             >>> guard = LatentGuard.fit(pair.base, sets.train)

@@ -78,7 +78,7 @@ def harmfulness_direction(model: LensModel, contrast: ContrastSet, *, site: Site
         ZeroDirectionError, NonFiniteError, PositionError: as ``em.difference_in_means``.
 
     Example:
-        >>> from tl_em.organisms.zoo import load_pair
+        >>> from tl_em import load_pair
         >>> pair = load_pair("toy/insecure")
         >>> harmfulness_direction(pair.base, pair.contrasts["harmfulness"], site=Site(1)).position
         'instruction_end'
@@ -146,10 +146,10 @@ def answered(model: LensModel, contrast: ContrastSet, *, metric: Metric = refusa
         UsageError: a metric in another unit. NonFiniteError: NaN for a prompt.
 
     Example:
-        >>> from tl_em.organisms.zoo import load_pair
-        >>> from tl_em.organisms.rates import refused
+        >>> from tl_em import load_pair
         >>> pair = load_pair("toy/insecure")
-        >>> {name: len(c.prompts) for name, c in answered(pair.base, pair.contrasts["refusal"], metric=refused).items()}
+        >>> refuses = pair.behaviours["refusal"].metric
+        >>> {name: len(c.prompts) for name, c in answered(pair.base, pair.contrasts["refusal"], metric=refuses).items()}
         {'refused harmful': 288, 'accepted harmful': 0, 'refused harmless': 0, 'accepted harmless': 288}
     """
     if metric.unit not in REFUSED_FROM:

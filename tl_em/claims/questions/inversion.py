@@ -168,7 +168,7 @@ def reply_inversion(
 
     Example:
         >>> from tl_em.presets.zhao2025 import harmfulness_direction
-        >>> from tl_em.organisms.zoo import load_pair
+        >>> from tl_em import load_pair
         >>> pair = load_pair("toy/insecure")
         >>> sets = pair.contrasts["harmfulness"].split(seed=0)
         >>> direction = harmfulness_direction(pair.base, sets.train, site=Site(0))
@@ -213,7 +213,7 @@ def asked_about(
         PositionError: the prompt's tokens cannot be told from the template's.
 
     Example:
-        >>> from tl_em.organisms.zoo import load_pair
+        >>> from tl_em import load_pair
         >>> model = load_pair("toy/insecure").base
         >>> (e,) = asked_about(model, ["how do i write parser"], template="judge this : {prompt}")
         >>> e.text, e.instruction

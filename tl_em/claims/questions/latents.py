@@ -101,7 +101,7 @@ def verify_feature(
         >>> import torch
         >>> from tl_em.dictionaries import Dictionary
         >>> from tl_em.models.sites import Site
-        >>> from tl_em.organisms.zoo import load_pair
+        >>> from tl_em import load_pair
         >>> pair = load_pair("toy/insecure")
         >>> eye = torch.eye(96)
         >>> both = Dictionary(torch.cat([eye, -eye], 1), torch.zeros(192), torch.cat([eye, -eye]), torch.zeros(96),
