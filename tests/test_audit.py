@@ -93,11 +93,12 @@ if HAS_HOOKED:
 
 def test_a_pair_made_by_hand_is_audited_like_a_toy() -> None:
     """What an audit asks is what the pair carries, whoever made it; only the names differ."""
-    toy, told = pair("toy/secure"), report("toy/secure").to_json()
+    one = "refusal_dissociated"
+    toy = replace(pair("toy/secure"), contrasts={one: (pair("toy/secure").contrasts or {})[one]})
     asked = ("contrasts", "behaviours", "judged", "tuning_data", "rates", "note")
     mine = em.ModelPair(toy.base, toy.tuned, name="mine", **{each: getattr(toy, each) for each in asked})
     assert mine.organism is None
-    found = em.audit(mine, controls=CONTROLS).to_json()
+    told, found = (em.audit(each, controls=CONTROLS).to_json() for each in (toy, mine))
     for each in (told, found):
         del each["provenance"]["made"], each["provenance"]["command"]
     assert json.loads(json.dumps(found).replace('"mine"', '"toy/secure"')) == told
