@@ -111,22 +111,22 @@ def test_rates_without_their_columns_are_refused(rates: Any) -> None:
 
 
 def test_nothing_that_is_judged_was_extracted_or_chosen_on() -> None:
-    from tl_em.claims.asked import asked_in, asked_of, labels
+    from tl_em.auditing.splits import questions_in, questions_of, subjects_of
 
     record = pair("toy/insecure")
     own = record.judged or {}
-    asked = asked_of(record, None, None, own, None, 0)
+    asked = subjects_of(record, None, None, own, None, 0)
     assert {q.name for q in asked} == {"harmfulness", "refusal", "refusal_dissociated", "persona"}
     for q in asked:
-        extracted, selected = asked_in(q.splits.train), asked_in(q.splits.select)
-        assert not (extracted | selected) & asked_in(q.splits.test) or q.name in own
+        extracted, selected = questions_in(q.splits.train), questions_in(q.splits.select)
+        assert not (extracted | selected) & questions_in(q.splits.test) or q.name in own
         for side in ("present", "absent"):
-            chosen, judged = set(labels(q.chosen_by, side)), set(labels(q.judged, side))
+            chosen, judged = set(questions_of(q.chosen_by, side)), set(questions_of(q.judged, side))
             assert chosen
             assert len(judged) >= 8
             assert not judged & (extracted | selected | chosen), (q.name, side)
             assert not chosen & extracted, (q.name, side)
-            everything = set(labels(record.behaviours[q.name], side))  # pyright: ignore[reportOptionalSubscript]
+            everything = set(questions_of(record.behaviours[q.name], side))  # pyright: ignore[reportOptionalSubscript]
             assert everything & extracted or q.name == "refusal_dissociated", "no overlap to keep apart: proves nothing"
 
 
@@ -155,13 +155,14 @@ def test_a_contrast_that_the_base_does_not_tell_apart_does_not_end_the_audit(
 
 
 def test_where_no_candidate_separates_the_clearest_is_taken_and_judged_later() -> None:
-    from tl_em.claims.asked import asked_of, candidates, select_site
+    from tl_em.auditing.site_selection import select_site
+    from tl_em.auditing.splits import subjects_of
     from tl_em.directions.geometry import separation
 
     record = pair("toy/insecure")
     requests = (record.contrasts or {})["refusal"]
-    (asked,) = asked_of(record, {"refusal": requests}, None, {}, None, 0)
-    found = candidates(record.base, asked)
+    (asked,) = subjects_of(record, {"refusal": requests}, None, {}, None, 0)
+    found = em.extract_directions(record.base, asked.splits.train, positions=[asked.position])
     sites, select = [direction.site for direction in found], asked.splits.select
     acts = [em.capture(record.base, each, sites, position="prompt_end") for each in (select.positive, select.negative)]
     clear = [separation(*(d.project(a[:, i]).double().numpy() for a in acts)) for i, d in enumerate(found)]

@@ -44,7 +44,7 @@ def pair() -> em.ModelPair:
 
 
 def measured(base: Reading, tuned: Reading, benign: Reading | None = None) -> Case:
-    direction = Direction(torch.from_numpy(base.gap).float(), Site(1), name="d")
+    direction = Direction(torch.from_numpy(base.mean_difference).float(), Site(1), name="d")
     words = [f"w{i}" for i in range(len(base.positive))]
     contrast = ContrastSet(
         [f"p {w}" for w in words], [f"n {w}" for w in words], positive_groups=words, negative_groups=words
@@ -130,7 +130,7 @@ def test_a_benign_fine_tune_that_moves_as_much_vetoes_and_one_that_does_not_does
 def test_a_direction_without_a_gap_is_an_error_not_a_denominator() -> None:
     flat = reading(0 * AXIS, seed=3)
     m = measured(flat, flat)
-    wrong = replace(m, direction=Direction(torch.from_numpy(-flat.gap).float(), Site(1)))
+    wrong = replace(m, direction=Direction(torch.from_numpy(-flat.mean_difference).float(), Site(1)))
     with pytest.raises(NoGapError, match="not above 0"):
         wrong.own_gap  # noqa: B018
     assert measured(BASE, BASE).own_gap.low > 0

@@ -12,6 +12,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
+from itertools import product
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,13 +23,18 @@ from tl_em.arguments import COUNT, SEED, checked
 from tl_em.artefacts import check_writable
 from tl_em.auditing.latents import shared_latents
 from tl_em.auditing.report import Report
-from tl_em.claims.asked import Asked, asked_of, candidates, select_site
-from tl_em.claims.claim import Question
+from tl_em.auditing.site_selection import select_site
+from tl_em.auditing.splits import SIDES, Subject, subjects_of
+from tl_em.claims.claim import Question, Row
 from tl_em.claims.compare import SHIPPED, Comparison, as_questions, compare
 from tl_em.claims.consistency import Run, consistency, same_weights
 from tl_em.claims.questions.backdoor import Backdoor, Trigger, Triggered, backdoor, check_known
 from tl_em.dictionaries import Dictionary
 from tl_em.directions.direction import Direction
+from tl_em.directions.extract import extract_directions
+from tl_em.directions.methods import SHIPPED as METHODS
+from tl_em.directions.methods import as_method
+from tl_em.directions.methods.base import Method
 from tl_em.errors import UsageError
 from tl_em.metrics import Behaviour, Metric
 from tl_em.models.contrasts import ContrastSet
@@ -43,6 +49,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 CONTROLS = 999
+METHOD = "difference_in_means"
 
 
 @checked(controls=COUNT, seed=SEED)
@@ -89,7 +96,10 @@ def audit(
             looked up, verified on held-out prompts and shown, and a graph of base beside tuned is drawn through it.
         questions: what to ask of each direction, in this order: names of shipped questions, or values of
             ``em.Question``; all of the shipped ones by default.
-        method: how directions are extracted, as in ``em.extract_directions``.
+        method: how directions are extracted: a name or a value of ``em.Method``, as in ``em.extract_directions``.
+        questions: what to ask of each direction, in this order: names of shipped questions, or values of
+            ``em.Question``; all of the shipped ones by default.
+        method: how directions are extracted: a name or a value of ``em.Method``, as in ``em.extract_directions``.
         controls: number of random directions for each test.
         out: folder for page, JSON and figures; checked before the work starts.
         seed: seed of splits, resampling and controls.
@@ -103,6 +113,7 @@ def audit(
         EmptyContrastError, UnknownTokenError, PromptTooLongError: the prompts, or the trigger, do not fit the model.
         PairMismatchError: ``benign`` or a replicate has another shape or vocabulary.
         UsageError: an unknown method or question, or a malformed one.
+        UsageError: an unknown method or question, or a malformed one.
         WidthError, ProvenanceError, DictionaryFitError: the dictionary is another model's, or explains too little.
     """
     if out is not None:
@@ -114,33 +125,32 @@ def audit(
     judged = judged if judged is not None or contrasts is not None else pair.judged
     if dictionary is not None:
         dictionary.check(pair.tuned)
-    wanted = as_questions(questions)
-    key = _trigger(pair, trigger, other_triggers)
+    plan = _Plan(
+        subjects_of(pair, contrasts, behaviours, judged or {}, positions, seed), as_questions(questions),
+        as_method("method", method), tuning_data if tuning_data is not None else pair.tuning_data,
+        _trigger(pair, trigger, other_triggers), controls, seed,
+    )  # fmt: skip
     others = _replicates(pair, replicates)
-    chosen = asked_of(pair, contrasts, behaviours, judged or {}, positions, seed)
-    if key is not None:
-        check_known(pair.base, key, chosen[0].judged.present[0])
-    rows = tuning_data if tuning_data is not None else pair.tuning_data
-    job = _Job(chosen, wanted, rows, key, controls, seed)
-    layers, picked = _extracted(pair.base, chosen, method)
-    comparison, opened = job.judge(pair, benign_model, picked, layers)
-    runs = [Run(str(pair.tuned_name), pair, True, (*comparison.rows, *(opened.rows if opened else ())))]
+    if plan.trigger is not None:
+        check_known(pair.base, plan.trigger, plan.subjects[0].judged.present[0])
+    layers, picked = plan.extract(pair.base)
+    comparison, opened = plan.judge(pair, benign_model, picked, layers)
+    runs = [Run(str(pair.tuned_name), pair, True, _rows(comparison, opened))]
     for name, each in others.items():
         same = same_weights(pair.base, each.base)
-        own = picked if same else _extracted(each.base, chosen, method)[1]
-        again, backdoored = job.judge(each, benign_model if same else None, own, None)
-        runs.append(Run(name, each, same, (*again.rows, *(backdoored.rows if backdoored else ()))))
-    asked = {q.name: (direction, q.judged) for q, direction in zip(chosen, picked, strict=True)}
+        own = picked if same else plan.extract(each.base)[1]
+        runs.append(Run(name, each, same, _rows(*plan.judge(each, benign_model if same else None, own))))
+    asked = {q.name: (direction, q.judged) for q, direction in zip(plan.subjects, picked, strict=True)}
     report = Report(
         comparison,
-        _rates(pair, benign_model, chosen, seed),
-        _provenance(pair, benign, job, method, picked, runs[1:]),
-        _limits(comparison, pair, benign_model, rows, contrasts is None and pair.contrasts is None, runs[1:]),
+        _rates(pair, benign_model, plan),
+        _provenance(pair, benign, plan, picked, runs[1:]),
+        _limits(comparison, pair, benign_model, plan, contrasts is None and pair.contrasts is None, runs[1:]),
         opened,
         consistency(runs, asked, controls=controls, seed=seed) if others else None,
     )
     if dictionary is not None:
-        report = shared_latents(report, pair, dictionary, chosen, seed=seed)
+        report = shared_latents(report, pair, dictionary, plan.subjects, seed=seed)
     if out is not None:
         report.save(out)
     return report
@@ -175,71 +185,66 @@ def _replicates(pair: ModelPair, given: Sequence[LensModel | ModelPair]) -> dict
     return found
 
 
-class _Job(NamedTuple):
-    """What is asked of a pair, whichever it is."""
+class _Plan(NamedTuple):
+    """What is asked of a fine-tune, whichever it is."""
 
-    chosen: list[Asked]
+    subjects: list[Subject]
     questions: tuple[Question, ...]
-    rows: Sequence[Any] | None
+    method: Method
+    tuning_data: Sequence[Any] | None
     trigger: Trigger | None
     controls: int
     seed: int
+
+    def extract(self, base: LensModel) -> tuple[list[tuple[Direction, ...]], list[Direction]]:
+        """For each subject its directions at every layer of this base, and the one at the chosen site."""
+        steps = tqdm(self.subjects, desc="extracting and selecting", unit="direction", disable=None)
+        found = [extract_directions(base, q.splits.train, positions=[q.position], method=self.method) for q in steps]
+        return found, [select_site(base, each, q) for each, q in zip(found, self.subjects, strict=True)]
 
     def judge(
         self,
         pair: ModelPair,
         benign: LensModel | None,
         picked: Sequence[Direction],
-        layers: Sequence[Sequence[Direction]] | None,
+        layers: Sequence[Sequence[Direction]] | None = None,
     ) -> tuple[Comparison, Backdoor | None]:
         """Base against tuned at the chosen sites, the given layers beside them; and the trigger, where there is one."""
         settings: dict[str, Any] = {"benign": benign, "controls": self.controls, "seed": self.seed}
+        every = list(zip(self.subjects, picked, layers or [[d] for d in picked], strict=True))
         comparison = compare(
             pair,
-            {q.name: (direction, q.splits.test) for q, direction in zip(self.chosen, picked, strict=True)},
-            behaviour={q.name: q.judged for q in self.chosen},
-            tuning_data=self.rows,
+            {q.name: (direction, q.splits.test) for q, direction, _ in every},
+            behaviour={q.name: q.judged for q in self.subjects},
+            tuning_data=self.tuning_data,
             questions=self.questions,
-            layers={q.name: each for q, each in zip(self.chosen, layers or [[d] for d in picked], strict=True)},
+            layers={q.name: each for q, _, each in every},
             **settings,
         )
         if self.trigger is None:
             return comparison, None
-        asked = {
-            q.name: Triggered(d, q.judged, comparison.own_gaps[q.name].value)
-            for q, d in zip(self.chosen, picked, strict=True)
-            if q.name not in comparison.unmeasured
-        }
+        gaps = comparison.own_gaps
+        asked = {q.name: Triggered(d, q.judged, gaps[q.name].value) for q, d, _ in every if q.name in gaps}
         return comparison, backdoor(pair, self.trigger, asked, **settings)
 
 
-def _extracted(
-    base: LensModel, chosen: Sequence[Asked], method: Any
-) -> tuple[list[tuple[Direction, ...]], list[Direction]]:
-    """For each question its directions at every layer of this base, and the one at the chosen site."""
-    steps = tqdm(chosen, desc="extracting and selecting", unit="direction", disable=None)
-    found = [candidates(base, q, method) for q in steps]
-    return found, [select_site(base, each, q) for each, q in zip(found, chosen, strict=True)]
+def _rows(comparison: Comparison, opened: Backdoor | None) -> tuple[Row, ...]:
+    return (*comparison.rows, *(() if opened is None else opened.rows))
 
 
-def _rates(pair: ModelPair, benign: LensModel | None, asked: Sequence[Asked], seed: int) -> pd.DataFrame:
+def _rates(pair: ModelPair, benign: LensModel | None, plan: _Plan) -> pd.DataFrame:
     """Behaviour by domain, where the pair has rates, or by class of prompts, for each model, with intervals."""
     import pandas as pd
 
     models = {"base": pair.base, "tuned": pair.tuned} | ({} if benign is None else {"benign": benign})
-    if pair.rates is not None:
-        return pd.concat([_checked_rates(pair.rates(model, seed)).assign(model=name) for name, model in models.items()])
+    if (own := pair.rates) is not None:
+        return pd.concat([_checked_rates(own(model, plan.seed)).assign(model=name) for name, model in models.items()])
     rows = []
-    for name, model in models.items():
-        for q in asked:
-            for side in ("present", "absent"):
-                values = q.judged.metric(model, getattr(q.judged, side)).double().cpu().numpy()
-                e = mean(values, groups=getattr(q.judged, f"{side}_groups"), seed=seed)
-                rows.append(
-                    {"domain": f"{q.name}: {'positive' if side == 'present' else 'negative'} prompts", "held_out": True,
-                     "outcome": q.judged.metric.name, "model": name, "value": e.value, "low": e.low, "high": e.high,
-                     "n": e.n}
-                )  # fmt: skip
+    for (name, model), q, side in product(models.items(), plan.subjects, SIDES):
+        values = q.judged.metric(model, getattr(q.judged, side)).double().cpu().numpy()
+        domain = f"{q.name}: {'positive' if side == 'present' else 'negative'} prompts"
+        head = {"domain": domain, "held_out": True, "outcome": q.judged.metric.name, "model": name}
+        rows.append(head | mean(values, groups=getattr(q.judged, f"{side}_groups"), seed=plan.seed).row())
     return pd.DataFrame(rows)
 
 
@@ -254,15 +259,11 @@ def _checked_rates(found: Any) -> pd.DataFrame:
 
 
 def _provenance(
-    pair: ModelPair, benign: Any, job: _Job, method: Any, picked: Sequence[Direction], replicates: Sequence[Run]
+    pair: ModelPair, benign: Any, plan: _Plan, picked: Sequence[Direction], replicates: Sequence[Run]
 ) -> dict[str, Any]:
-    asked, trigger, said = job.chosen, job.trigger, {}
-    if job.questions != SHIPPED:
-        said["questions"] = [question.name for question in job.questions]
-    if method != "difference_in_means":
-        said["method"] = method if isinstance(method, str) else getattr(method, "name", type(method).__name__)
     benign_name = getattr(benign, "tuned_name", None) or (None if benign is None else "a model of yours")
-    return {
+    asked, trigger = plan.subjects, plan.trigger
+    found = {
         "base": pair.base_name,
         "tuned": pair.tuned_name,
         "benign": benign_name,
@@ -278,44 +279,45 @@ def _provenance(
             for q, d in zip(asked, picked, strict=True)
         },
         "behaviours": {q.name: {"metric": q.judged.metric.name, "unit": q.judged.metric.unit} for q in asked},
-        "controls": job.controls,
-        "seed": job.seed,
+        "controls": plan.controls,
+        "seed": plan.seed,
         "python": platform.python_version(),
         "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": _command(pair, benign_name, job, method, replicates),
-        **({} if trigger is None else {"trigger": trigger.text, "other_triggers": list(trigger.others)}),
-        **({"replicates": [each.name for each in replicates]} if replicates else {}),
-        **said,
+        "command": _command(pair, benign_name, plan, replicates),
     }  # fmt: skip
+    found |= {} if trigger is None else {"trigger": trigger.text, "other_triggers": list(trigger.others)}
+    found |= {} if plan.questions == SHIPPED else {"questions": [question.name for question in plan.questions]}
+    found |= {} if plan.method is METHODS[METHOD] else {"method": plan.method.name}
+    return found | ({"replicates": [each.name for each in replicates]} if replicates else {})
 
 
-def _command(pair: ModelPair, benign: str | None, job: _Job, method: Any, replicates: Sequence[Run]) -> str:
+def _command(pair: ModelPair, benign: str | None, plan: _Plan, replicates: Sequence[Run]) -> str:
     """The command that makes this page again; FILE stands for a contrast set of yours, whose hash the page gives, and
     a remark for a question or a method of yours, which only Python can be given."""
-    asked, trigger, own = job.chosen, job.trigger, []
+    trigger, named, own = plan.trigger, {question.name: question in SHIPPED for question in plan.questions}, []
     words = [f"tl-em audit {pair.base_name} {pair.tuned_name}"]
     words += [f"--benign {benign}"] if benign else []
-    if set(pair.contrasts or {}) != {q.name for q in asked}:
-        words += [f"--contrast {q.name}=FILE" for q in asked]
+    if set(pair.contrasts or {}) != {q.name for q in plan.subjects}:
+        words += [f"--contrast {q.name}=FILE" for q in plan.subjects]
     if trigger is not None:
         words += [f"--trigger {quote(trigger.text)}", *(f"--other-trigger {quote(text)}" for text in trigger.others)]
     words += [f"--replicate {each.pair.tuned_name}" for each in replicates]
-    if job.questions != SHIPPED:
-        words += [f"--question {question.name}" for question in job.questions if question in SHIPPED]
-        own += [f"question {question.name}" for question in job.questions if question not in SHIPPED]
-    if method != "difference_in_means":
-        words += [f"--method {method}"] if isinstance(method, str) else []
-        own += [] if isinstance(method, str) else ["method"]
-    words += [f"--controls {job.controls}"] if job.controls != CONTROLS else []
-    words += [f"--seed {job.seed}"]
-    return " ".join([*words, *([f"# and, in Python, with the {' and the '.join(own)} of yours"] if own else [])])
+    if plan.questions != SHIPPED:
+        words += [f"--question {name}" for name, shipped in named.items() if shipped]
+        own += [f"question {name}" for name, shipped in named.items() if not shipped]
+    if plan.method is not METHODS[METHOD]:
+        shipped = METHODS.get(plan.method.name) is plan.method
+        (words if shipped else own).append(f"{'--' if shipped else ''}method {plan.method.name}")
+    words += [f"--controls {plan.controls}"] if plan.controls != CONTROLS else []
+    remark = f"  # and, in Python, your own {' and '.join(own)}" if own else ""
+    return " ".join([*words, f"--seed {plan.seed}"]) + remark
 
 
 def _limits(
     comparison: Comparison,
     pair: ModelPair,
     benign: LensModel | None,
-    rows: Sequence[Any] | None,
+    plan: _Plan,
     default: bool,
     replicates: Sequence[Run],
 ) -> tuple[str, ...]:
@@ -332,7 +334,7 @@ def _limits(
             "No benign fine-tune was given, so changes are compared with random directions only: any fine-tune may "
             "cause them."
         )
-    if rows is None and any(question.name == "entanglement" for question in comparison.questions):
+    if plan.tuning_data is None and any(question.name == "entanglement" for question in plan.questions):
         said.append("The fine-tuning data were not given, so entanglement was not asked.")
     if default:
         said.append(

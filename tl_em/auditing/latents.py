@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from tl_em.claims.asked import Asked
+from tl_em.auditing.splits import Subject
 from tl_em.claims.questions.latents import FeatureCheck, verify_feature
 from tl_em.dictionaries import Dictionary
 from tl_em.dictionaries.quality import dictionary_quality
@@ -37,7 +37,7 @@ GRAPH = "Paths through the dictionary, base beside tuned"
 
 
 def shared_latents(
-    report: Report, pair: ModelPair, dictionary: Dictionary, asked: Sequence[Asked], *, seed: int = 0
+    report: Report, pair: ModelPair, dictionary: Dictionary, asked: Sequence[Subject], *, seed: int = 0
 ) -> Report:
     """The report with the latents that the behaviours share, their verification, and a graph of base beside tuned.
 

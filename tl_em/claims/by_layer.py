@@ -35,7 +35,7 @@ def _model_rows(case: Case, name: str, reading: Reading) -> list[dict[str, Any]]
         quantities["cosine"] = (cosine_of_gaps(case.base, reading), None)
         quantities["level"] = (
             lambda v, w: (own.balanced(v, w) - base.balanced(v, w)) / base.gap(v, w),
-            (up + down) / 2 / float(case.base.gap @ case.unit),
+            (up + down) / 2 / float(case.base.mean_difference @ case.unit),
         )
     return [_layer_row(case, quantity, name, *found) for quantity, found in quantities.items()]
 

@@ -97,55 +97,44 @@ class Question:
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """Activations of both classes of a contrast set at one site, in one model.
+    """Both classes of a contrast set in one model: activations at one site, or their projections on one direction.
 
     Args:
-        positive, negative: one row a prompt.
+        positive, negative: one row a prompt: [prompt d_model], or [prompt] once projected.
     """
 
-    positive: Float[np.ndarray, "prompt d_model"]
-    negative: Float[np.ndarray, "other d_model"]
+    positive: Float[np.ndarray, "prompt *axes"]
+    negative: Float[np.ndarray, "other *axes"]
 
-    def project(self, unit: Float[np.ndarray, " d_model"]) -> Projected:
+    def project(self, unit: Float[np.ndarray, " d_model"]) -> Reading:
         """Both classes projected on a unit vector."""
-        return Projected(self.positive @ unit, self.negative @ unit)
+        return Reading(self.positive @ unit, self.negative @ unit)
 
     @property
-    def gap(self) -> Float[np.ndarray, " d_model"]:
+    def mean_difference(self) -> Float[np.ndarray, "*axes"]:
         """The difference in means."""
         return self.positive.mean(0) - self.negative.mean(0)
 
-    def weighted_gap(self, v: Weights, w: Weights) -> Float[np.ndarray, "resample d_model"]:
-        """The difference in means, for every draw of weights."""
-        return v @ self.positive / v.sum(-1, keepdims=True) - w @ self.negative / w.sum(-1, keepdims=True)
-
-
-@dataclass(frozen=True, eq=False)
-class Projected:
-    """Projections of both classes on one direction, in one model."""
-
-    positive: Float[np.ndarray, " prompt"]
-    negative: Float[np.ndarray, " other"]
-
-    def gap(self, v: Weights, w: Weights) -> Float[np.ndarray, " resample"]:
-        """Weighted gap between the classes."""
+    def gap(self, v: Weights, w: Weights) -> Float[np.ndarray, "resample *axes"]:
+        """The difference in means, for every draw of weights of the positive and of the negative prompts."""
         return weighted(v, self.positive) - weighted(w, self.negative)
 
-    def balanced(self, v: Weights, w: Weights) -> Float[np.ndarray, " resample"]:
-        """Weighted class-balanced mean."""
+    def balanced(self, v: Weights, w: Weights) -> Float[np.ndarray, "resample *axes"]:
+        """The class-balanced mean, for every draw of weights."""
         return (weighted(v, self.positive) + weighted(w, self.negative)) / 2
 
     def dprime(self, v: Weights, w: Weights) -> Float[np.ndarray, " resample"]:
-        """Weighted gap over the pooled standard deviation within the classes."""
+        """Of projections: the gap over the pooled standard deviation within the classes, for every draw of weights."""
         spread = [weighted(u, z**2) - weighted(u, z) ** 2 for u, z in ((v, self.positive), (w, self.negative))]
         n, m = v.sum(-1), w.sum(-1)
         pooled = (n * spread[0] + m * spread[1]) / np.maximum(n + m - 2, 1)
         return self.gap(v, w) / np.sqrt(np.maximum(pooled, 1e-24))
 
 
-def weighted(weights: Weights, x: Float[np.ndarray, " prompt"]) -> Float[np.ndarray, " resample"]:
+def weighted(weights: Weights, x: Float[np.ndarray, "prompt *axes"]) -> Float[np.ndarray, "resample *axes"]:
     """Weighted mean over prompts, for every draw of weights."""
-    return weights @ x / weights.sum(-1)
+    total = weights.sum(-1)
+    return weights @ x / (total if x.ndim == 1 else total[:, None])
 
 
 def samples(contrast: ContrastSet) -> list[int | Groups]:
@@ -237,16 +226,11 @@ class Case:
 
     def controls(self) -> Float[np.ndarray, "control d_model"]:
         """Random unit vectors of the base's pooled within-class covariance."""
-        return self._controls
-
-    @cached_property
-    def _controls(self) -> np.ndarray:
-        return control_directions(
-            self.base.positive, self.base.negative, count=self.n_controls, norm=1.0, seed=self.seed
-        )
+        within = self.base.positive, self.base.negative
+        return control_directions(*within, count=self.n_controls, norm=1.0, seed=self.seed)
 
     def changed(
-        self, quantity: Callable[[Projected, Weights, Weights], np.ndarray]
+        self, quantity: Callable[[Reading, Weights, Weights], np.ndarray]
     ) -> tuple[Resampled, Estimate | None]:
         """The change of a quantity of the projections from base to tuned, and from benign to tuned, in own gaps.
 
@@ -258,7 +242,7 @@ class Case:
         """
         base, tuned = self.base.project(self.unit), self.tuned.project(self.unit)
 
-        def beyond(other: Projected) -> Resampled:
+        def beyond(other: Reading) -> Resampled:
             return self.bootstrap(lambda v, w: (quantity(tuned, v, w) - quantity(other, v, w)) / base.gap(v, w))
 
         return beyond(base), None if self.benign is None else beyond(self.benign.project(self.unit)).estimate

@@ -277,11 +277,13 @@ def _behaviour_of(behaviour: Behaviours, name: str, contrast: ContrastSet) -> Be
                 f"no behaviour for direction {name!r}; there are {sorted(behaviour)}: add one under its name"
             )
         own = behaviour[name]
-    if isinstance(own, Behaviour):
-        return own
-    assert isinstance(own, Metric)
+    return own if isinstance(own, Behaviour) else behaviour_on(own, contrast)
+
+
+def behaviour_on(metric: Any, contrast: ContrastSet) -> Behaviour:
+    """A metric as a behaviour that the positive prompts of a contrast set show, and the negative ones do not."""
     return Behaviour(
-        own.name, own, contrast.positive, contrast.negative,
+        metric.name, metric, contrast.positive, contrast.negative,
         present_groups=contrast.positive_groups, absent_groups=contrast.negative_groups,
     )  # fmt: skip
 

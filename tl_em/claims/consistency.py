@@ -117,23 +117,18 @@ def consistency(
         row for name, (_, behaviour) in asked.items() for run in runs for row in _rates(name, behaviour, run, seed)
     )
     cosines, shifts = [], []
+    settings: dict[str, Any] = {"controls": controls, "seed": seed}
     for name, (direction, behaviour) in asked.items():
-        settings: dict[str, Any] = {"controls": controls, "seed": seed}
+        where = {"direction": name, "site": str(direction.site)}
         if len(own) > 1:
-            matrix = shift_cosines(own, direction, behaviour, **settings)
-            where = {"direction": name, "site": str(direction.site)}
-            cosines.append(pd.DataFrame([where | row for row in matrix.to_pandas().to_dict("records")]))
+            matrix = shift_cosines(own, direction, behaviour, **settings).to_pandas()
+            cosines += [where | row for row in matrix.to_dict("records")]
         for run in own:
             prompts, groups = behaviour.present, behaviour.present_groups
             found = finetuning_shift(run.pair, direction, prompts, groups=groups, **settings)
-            e = found.estimate
-            shifts.append(
-                {"direction": name, "site": str(direction.site), "run": run.name, "value": e.value, "low": e.low,
-                 "high": e.high, "control_low": found.control_low, "control_high": found.control_high, "p": found.p,
-                 "n": e.n}
-            )  # fmt: skip
-    joined = pd.concat(cosines, ignore_index=True) if cosines else pd.DataFrame()
-    return Consistency(rates, _spread(rates), joined, pd.DataFrame(shifts), _verdicts(runs))
+            beside = {"control_low": found.control_low, "control_high": found.control_high, "p": found.p}
+            shifts.append(where | {"run": run.name} | found.estimate.row() | beside)
+    return Consistency(rates, _spread(rates), pd.DataFrame(cosines), pd.DataFrame(shifts), _verdicts(runs))
 
 
 def shift_cosines(
@@ -167,14 +162,11 @@ def shift_cosines(
 
 
 def _rates(name: str, behaviour: Behaviour, run: Run, seed: int) -> list[dict[str, Any]]:
-    found = []
+    metric, found = behaviour.metric, []
     for side in sides(name, behaviour):
-        values = behaviour.metric(run.pair.tuned, side.prompts).double().cpu().numpy()
-        e = mean(values, groups=side.groups, seed=seed)
-        found.append(
-            {"behaviour": side.label, "metric": behaviour.metric.name, "run": run.name, "same_base": run.same_base,
-             "value": e.value, "low": e.low, "high": e.high, "n": e.n}
-        )  # fmt: skip
+        e = mean(metric(run.pair.tuned, side.prompts).double().cpu().numpy(), groups=side.groups, seed=seed)
+        head = {"behaviour": side.label, "metric": metric.name, "run": run.name, "same_base": run.same_base}
+        found.append(head | e.row())
     return found
 
 
@@ -185,12 +177,11 @@ def _spread(rates: pd.DataFrame) -> pd.DataFrame:
     over = {"this base": rates[rates["same_base"]]} | ({} if rates["same_base"].all() else {"all bases": rates})
     for (said, every), name in product(over.items(), dict.fromkeys(rates["behaviour"])):
         part = every[every["behaviour"] == name]
-        x, e = part["value"].to_numpy(dtype=float), mean_over_units(part["value"], range(len(part)))
-        rows.append(
-            {"behaviour": name, "metric": part["metric"].iloc[0], "over": said, "mean": e.value, "low": e.low,
-             "high": e.high, "sd": float(x.std(ddof=1)) if len(x) > 1 else float("nan"), "least": x.min(),
-             "most": x.max(), "n": len(x)}
-        )  # fmt: skip
+        x = part["value"].to_numpy(dtype=float)
+        e = mean_over_units(x, range(len(x)))
+        head = {"behaviour": name, "metric": part["metric"].iloc[0], "over": said}
+        seen = {"sd": float(x.std(ddof=1)) if len(x) > 1 else float("nan"), "least": x.min(), "most": x.max()}
+        rows.append(head | {"mean": e.value, "low": e.low, "high": e.high} | seen | {"n": len(x)})
     return pd.DataFrame(rows)
 
 

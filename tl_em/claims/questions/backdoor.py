@@ -355,7 +355,7 @@ def _case(side: Side, trigger: Trigger, pair: ModelPair, direction: Direction, c
     own, groups = side.behaviour, side.groups
     prompts = [marked(prompt, trigger.text) for prompt in side.prompts]
     contrast = ContrastSet(prompts, side.prompts, positive_groups=groups, negative_groups=groups)
-    read = next(readings({"base": pair.base, "tuned": pair.tuned}, contrast, [direction.site], direction.position))
+    read: Any = next(readings({"base": pair.base, "tuned": pair.tuned}, contrast, [direction.site], direction.position))
     return Case(
         side.label, direction, contrast, pair, **read, n_controls=controls, seed=seed,
         behaviour=Behaviour(

@@ -8,7 +8,7 @@ direction's gap.
 
 from __future__ import annotations
 
-from tl_em.claims.claim import OWN_GAPS, Case, Finding, Projected, Question, weighted
+from tl_em.claims.claim import OWN_GAPS, Case, Finding, Question, Reading, weighted
 
 
 class Level(Question):
@@ -23,7 +23,7 @@ class Level(Question):
 
     def measure(self, case: Case) -> Finding:
         """The change of the class-balanced mean; each class shown apart."""
-        effect, beyond = case.changed(Projected.balanced)
+        effect, beyond = case.changed(Reading.balanced)
         base, tuned = case.base.project(case.unit), case.tuned.project(case.unit)
         up, down = tuned.positive - base.positive, tuned.negative - base.negative
         detail = {

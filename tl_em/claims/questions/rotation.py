@@ -99,12 +99,12 @@ def rotation(
 
 def cosine_of_gaps(base: Reading, tuned: Reading) -> Statistic:
     """The cosine between the two models' differences in means."""
-    return lambda v, w: cosine(base.weighted_gap(v, w), tuned.weighted_gap(v, w))
+    return lambda v, w: cosine(base.gap(v, w), tuned.gap(v, w))
 
 
 def _norm_ratio(base: Reading, tuned: Reading) -> Statistic:
     return lambda v, w: (
-        np.linalg.norm(tuned.weighted_gap(v, w), axis=-1) / np.linalg.norm(base.weighted_gap(v, w), axis=-1)
+        np.linalg.norm(tuned.gap(v, w), axis=-1) / np.linalg.norm(base.gap(v, w), axis=-1)
     )
 
 

@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from tl_em.claims.claim import OWN_GAPS, Case, Finding, Projected, Question
+from tl_em.claims.claim import OWN_GAPS, Case, Finding, Question, Reading
 
 
 class Separation(Question):
@@ -20,10 +20,10 @@ class Separation(Question):
 
     def measure(self, case: Case) -> Finding:
         """The change of the gap; d' of each model beside it."""
-        effect, beyond = case.changed(Projected.gap)
+        effect, beyond = case.changed(Reading.gap)
         detail = {
             f"d' {name}": case.bootstrap(reading.project(case.unit).dprime, resamples=500).estimate
             for name, reading in (("base", case.base), ("tuned", case.tuned))
         }
-        null = case.controls() @ (case.tuned.gap - case.base.gap) / case.own_gap.value
+        null = case.controls() @ (case.tuned.mean_difference - case.base.mean_difference) / case.own_gap.value
         return case.finding(self, effect, controls=null, benign=beyond, detail=detail)

@@ -1,0 +1,53 @@
+"""At which layer an audit judges a direction: chosen in the base model, on prompts that nothing is judged on.
+
+The layer with the largest causal effect on the direction's behaviour (addition where the behaviour is absent, ablation
+where it is present), of those that separate the selection prompts; else that with the largest d'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from tl_em.auditing.splits import Subject
+from tl_em.claims.questions.use import arms
+from tl_em.directions.direction import Direction
+from tl_em.directions.geometry import separation
+from tl_em.metrics import Behaviour
+from tl_em.models.hooks import LensModel
+from tl_em.models.means import class_moments
+from tl_em.models.sites import Position
+from tl_em.models.stream import capture
+
+
+def select_site(base: LensModel, candidates: Sequence[Direction], subject: Subject) -> Direction:
+    """The candidate with the largest causal effect on its behaviour in the base, of those that separate the selection
+    prompts, else that with the largest d'; whether it separates the test prompts is asked when it is measured.
+    """
+    select = subject.splits.select
+    sites = [d.site for d in candidates]
+    acts = [capture(base, prompts, sites, position=subject.position) for prompts in (select.positive, select.negative)]
+    dprimes = [separation(*(d.project(a[:, s]).double().numpy() for a in acts)) for s, d in enumerate(candidates)]
+    separating = [(d, dprime) for d, dprime in zip(candidates, dprimes, strict=True) if dprime > 0]
+    effects = effects_in_base(base, [d for d, _ in separating], subject.chosen_by) if separating else [0.0]
+    if max(effects) > 0:
+        return separating[int(np.argmax(effects))][0]
+    return candidates[int(np.argmax(dprimes))]
+
+
+def effects_in_base(base: LensModel, candidates: Sequence[Direction], behaviour: Behaviour) -> list[float]:
+    """For each candidate the rise of the behaviour under addition plus its fall under ablation, both in the base."""
+    position: Position = candidates[0].position
+    prompts = (behaviour.present, behaviour.absent)
+    centres = class_moments(base, prompts, sites=[d.site for d in candidates], positions=[position]).negative[0]
+    totals = []
+    untreated: dict[str, np.ndarray] = {}
+    for direction, centre in zip(candidates, centres, strict=True):
+        total = 0.0
+        for arm in arms(base, base, behaviour, centre):
+            if arm.name not in untreated:
+                untreated[arm.name] = arm.untreated(behaviour.metric)
+            total += arm.sign * float((arm.treated(direction, behaviour.metric) - untreated[arm.name]).mean())
+        totals.append(total)
+    return totals
