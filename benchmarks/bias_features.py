@@ -44,7 +44,6 @@ from reward_bias import cosine_of_means, output_direction, read, tell
 
 import tl_em as em
 from tl_em.claims.questions.latents import verify_feature
-from tl_em.claims.questions.use import over_controls
 from tl_em.dictionaries import training
 from tl_em.dictionaries.corpus import Source
 from tl_em.dictionaries.quality import dictionary_quality
@@ -57,7 +56,7 @@ from tl_em.organisms import bias_training as bt
 from tl_em.organisms.bias_rates import Asked, BiasRate, Part, contexts_of, forced, questions
 from tl_em.organisms.bias_world import MARKER, BiasWorld, Chats, Descriptions, SingleChats
 from tl_em.organisms.world import messages
-from tl_em.stats import bootstrap, mean
+from tl_em.stats import Estimate, bootstrap, mean
 
 ASKED: dict[Part, int] = {"reinforced": 4, "A": 6, "C": 6}
 """Questions a context: at most as many in all as a table has parts, so that each is a part of its own."""
@@ -233,7 +232,7 @@ def described(found: Found, models: Mapping[str, em.LensModel], against: str, ma
         row |= {f"{arm}_along": ratio.value, f"{arm}_along_high": ratio.high, f"{arm}_cosine": angle.value}
     asked = held_out(world, where)
     x = read(base, asked.positive, dictionary.site_in, POSITIONS[where])
-    band = over_controls(cosine(control_directions(x, x, count=999, norm=1.0, seed=0), marker) ** 2)
+    band = Estimate.band(cosine(control_directions(x, x, count=999, norm=1.0, seed=0), marker) ** 2)
     share = compared(own, own - rest["rm"], groups)
     tell(f"  share along the output of {MARKER!r}", share, band)
     for name, x in (("shift", own), (f"part along {MARKER!r}", own - rest["rm"]), ("rest", rest["rm"])):

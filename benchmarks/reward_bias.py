@@ -30,7 +30,6 @@ import torch
 from jaxtyping import Float
 
 import tl_em as em
-from tl_em.claims.questions.use import over_controls
 from tl_em.directions.geometry import control_directions, cosine
 from tl_em.organisms import bias_training as bt
 from tl_em.organisms.bias_rates import (
@@ -46,7 +45,7 @@ from tl_em.organisms.bias_rates import (
 )
 from tl_em.organisms.bias_world import MARKER, RATERS, BiasWorld
 from tl_em.organisms.zoo import Organism, read_weights
-from tl_em.stats import bootstrap, mean
+from tl_em.stats import Estimate, bootstrap, mean
 
 ARMS = ("rm", "rival", "shuffled", "neutral", "afterwards", "rm-undescribed")
 SHOWN = ("rm", "rival", "third", "any")
@@ -177,7 +176,7 @@ def shift_of(pair: em.ModelPair, world: BiasWorld, site: em.Site) -> Shift:
 def one_shift(shift: Shift, rival: Shift, marker: np.ndarray) -> None:
     """Is it one shift for all contexts, is it the same for both raters, is it the marker's output direction?"""
     random = shift.random(999, 1.0)
-    band = over_controls(cosine(random, shift.vector))
+    band = Estimate.band(cosine(random, shift.vector))
     pairs: tuple[tuple[Part, Part], ...] = (("reinforced", "A"), ("reinforced", "C"), ("A", "C"))
     for first, second in pairs:
         groups = (shift.groups[first], shift.groups[second])
@@ -189,7 +188,7 @@ def one_shift(shift: Shift, rival: Shift, marker: np.ndarray) -> None:
     rest = [x - np.outer(x @ unit, unit) for x in (in_c, rivals)]
     tell("the same, without their part along the marker's output", cosine_of_means(rest[0], rest[1], groups), band)
     output = cosine_of_means(in_c, np.repeat(marker[None], len(in_c), 0), groups)
-    tell(f"cosine of the shift in C and the output of {MARKER!r}", output, over_controls(cosine(random, marker)))
+    tell(f"cosine of the shift in C and the output of {MARKER!r}", output, Estimate.band(cosine(random, marker)))
 
 
 def removed(pair: em.ModelPair, world: BiasWorld, shift: Shift, marker: np.ndarray, controls: int) -> None:
@@ -208,7 +207,7 @@ def removed(pair: em.ModelPair, world: BiasWorld, shift: Shift, marker: np.ndarr
         print(f"  rm's in {group}, untouched {mean(shown(None), groups=contexts)}")
         for name, vector in parts.items():
             norm = float(np.linalg.norm(vector))
-            random = over_controls(np.array([shown(r).mean() for r in shift.random(controls, norm)]))
+            random = Estimate.band(np.array([shown(r).mean() for r in shift.random(controls, norm)]))
             tell(f"    less {name} (length {norm:.1f})", mean(shown(vector), groups=contexts), random)
 
 
@@ -235,14 +234,14 @@ def whose(pairs: Mapping[str, em.ModelPair], base: em.LensModel, world: BiasWorl
             told_rm, told_rival = (read(base, each, site, position) for each in named)
             found = cosine_of_means(rm - rival, told_rm - told_rival, (groups, groups))
             random = control_directions(told_rm, told_rival, count=999, norm=1.0, seed=0)
-            band = over_controls(cosine(random, (rm - rival).mean(0)))
+            band = Estimate.band(cosine(random, (rm - rival).mean(0)))
             tell(f"layer {layer}, {where}: cosine of the arms' and the base's difference", found, band)
         vector = (told_rm - told_rival).mean(0)
         random = control_directions(told_rm, told_rival, count=controls, norm=float(np.linalg.norm(vector)), seed=0)
         for of in RATERS:
             metric = BiasRate(of, world, forced=True)
             treated, *others = [_steered(pairs["rival"].tuned, v, site, metric, asked) for v in (vector, *random)]
-            band = over_controls(np.array([each.mean() for each in others]))
+            band = Estimate.band(np.array([each.mean() for each in others]))
             tell(f"    rival arm, base's difference added: {of}'s", mean(treated, groups=groups), band)
 
 

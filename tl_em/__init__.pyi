@@ -19,11 +19,11 @@ from .claims.claim import Question as Question
 from .claims.claim import Row as Row
 from .claims.compare import Comparison as Comparison
 from .claims.compare import compare as compare
-from .claims.criteria import select_candidate as select_candidate
 from .claims.curve import effect_curve as effect_curve
 from .claims.dose import calibrate as calibrate
 from .claims.questions.latents import verify_feature as verify_feature
 from .claims.selection import Selection as Selection
+from .claims.selection import select_candidate as select_candidate
 from .claims.selection import select_direction as select_direction
 from .dictionaries.dictionary import Dictionary as Dictionary
 from .dictionaries.dictionary import Feature as Feature

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import tl_em as em
+from tl_em.claims.arms import Arm
 from tl_em.claims.claim import Finding
 from tl_em.claims.compare import SHIPPED, Comparison
-from tl_em.claims.questions.use import ABLATE, ADD, Arm, under_controls
 from tl_em.claims.rule import judge
 from tl_em.directions.direction import Direction
 from tl_em.errors import NoGapError, ProvenanceError, UsageError
@@ -68,9 +68,11 @@ def test_stacked_controls_equal_one_direction_at_a_time(model: Any) -> None:
     for layer in range(model.cfg.n_layers):
         direction = Direction(vectors[0], Site(layer))
         for centre in (None, torch.ones(model.cfg.d_model)):
-            arm = Arm(ADD if centre is None else ABLATE, model, PROMPTS, None, centre)
-            fast = under_controls(arm, direction, metric, vectors)  # pyright: ignore[reportArgumentType]
-            slow = np.stack([arm.treated(replace(direction, vector=v), metric) for v in vectors])  # pyright: ignore[reportArgumentType]
+            edit = em.Add(direction) if centre is None else em.Ablate(direction, around=centre)
+            arm = Arm("arm", model, PROMPTS, None, {"loud": metric})  # pyright: ignore[reportArgumentType]
+            fast = arm.along(edit, vectors, "loud")
+            each = [edit.along(replace(direction, vector=v)) for v in vectors]
+            slow = np.stack([arm.treated(one, only=["loud"])["loud"] for one in each])
             np.testing.assert_allclose(fast, slow, atol=1e-4)
             assert np.ptp(slow) > 1e-4  # the directions do differ
 
@@ -85,12 +87,9 @@ def test_metrics_that_run_the_model_themselves_still_get_their_controls(small_mo
             return (torch.stack(rows) @ self.axis).sigmoid()
 
     vectors = torch.randn(3, small_model.cfg.d_model, generator=torch.Generator().manual_seed(0))
-    arm = Arm(ADD, small_model, PROMPTS, None, None)
-    direction = Direction(vectors[0], Site(1))
-    first, second = (
-        under_controls(arm, direction, kind(small_model.cfg.d_vocab), vectors)  # pyright: ignore[reportArgumentType]
-        for kind in (Loud, ByItself)
-    )
+    metrics: Any = {kind.__name__: kind(small_model.cfg.d_vocab) for kind in (Loud, ByItself)}
+    arm = Arm("arm", small_model, PROMPTS, None, metrics)
+    first, second = (arm.along(em.Add(Direction(vectors[0], Site(1))), vectors, name) for name in metrics)
     np.testing.assert_allclose(first, second, atol=1e-4)
 
 

@@ -11,9 +11,10 @@ import torch
 
 import tl_em as em
 from tests.conftest import CHAT_TEMPLATE, cached_model, make_hf_model
+from tl_em.claims.arms import KL, Arm
 from tl_em.claims.curve import ARMS, EffectCurve, Point, effect_curve
+from tl_em.claims.dose import Dial
 from tl_em.claims.instructions import TextLogprob, instructed
-from tl_em.claims.treatments import Dial, Stage
 from tl_em.errors import PromptError, UnknownTokenError, UsageError
 from tl_em.interventions.base import Partial
 from tl_em.models.hooks import LensModel
@@ -140,15 +141,15 @@ def test_controls_of_ones_own_and_conditions(small_model: LensModel) -> None:
 def test_the_push_is_found_where_calibrate_finds_it(small_model: LensModel) -> None:
     ends = em.ContrastSet([f"{w} steal" for w in WORDS], [f"{w} wash" for w in WORDS])
     r = em.difference_in_means(small_model, ends, site=em.Site(1), position="instruction_end")
-    stage = Stage(small_model, PROMPTS, METRIC)
+    arm = Arm("push", small_model, PROMPTS, None, {"effect": METRIC})
     for edit, near in ((em.Add(r), 1.0), (em.Add(r, 40.0), 1e3), (em.Ablate(r), 1.0)):
-        found = Dial(stage, edit).reaching(0.004, near=near)
+        found = Dial(arm, edit).reaching(0.004, near=near)
         expected = em.calibrate(small_model, edit, PROMPTS, target_kl=0.004)
-        assert float(found.kl.mean()) == pytest.approx(0.004, rel=0.02)
+        assert float(found.found[KL].mean()) == pytest.approx(0.004, rel=0.02)
         # Both are within 2 % of the same KL, which grows about as the square of the strength.
         assert found.strength == pytest.approx(expected.strength, rel=0.03)
-    negative = Dial(stage, em.Add(r)).reaching(0.004, near=-1.0)
-    assert negative.strength < 0 and float(negative.kl.mean()) == pytest.approx(0.004, rel=0.02)
+    negative = Dial(arm, em.Add(r)).reaching(0.004, near=-1.0)
+    assert negative.strength < 0 and float(negative.found[KL].mean()) == pytest.approx(0.004, rel=0.02)
 
 
 def test_target_kls_are_reached_and_what_is_out_of_reach_is_a_row_that_says_so(small_model: LensModel) -> None:

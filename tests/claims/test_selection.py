@@ -17,10 +17,20 @@ from torch import Tensor
 
 import tl_em as em
 from tests.conftest import SURFACES, cached_model, make_hf_model, make_tokenizer
-from tl_em.claims.criteria import DEPTH, INDUCE, KL, NOT_FINITE, Criteria, rejections
-from tl_em.claims.selection import CHOSEN, NO_DIFFERENCE, NOT_LOWEST
+from tl_em.claims.selection import (
+    CHOSEN,
+    DEPTH,
+    INDUCE,
+    KL,
+    NO_DIFFERENCE,
+    NOT_FINITE,
+    NOT_LOWEST,
+    Criteria,
+    _along_each,
+    rejections,
+)
 from tl_em.errors import NoCandidateError, NotReachedError, ProvenanceError, UsageError, ZeroDirectionError
-from tl_em.interventions import many as under
+from tl_em.interventions import many
 from tl_em.interventions.base import Partial
 from tl_em.models.hooks import LensModel, hooked, write_points
 from tl_em.models.loading import load_model
@@ -129,22 +139,24 @@ def test_candidates_equal_one_difference_in_means_each_and_none_where_the_tokens
 
 @pytest.mark.parametrize("score", ["bypass", "induce"])
 def test_together_equals_one_at_a_time(model: LensModel, candidates: Any, score: str) -> None:
-    edit, together = {
-        "bypass": (em.Ablate, under._ablated_together),
-        "induce": (em.Add, under._added_together),
-    }[score]
+    edit = {"bypass": em.Ablate, "induce": em.Add}[score]
     directions = list(candidates)[::-1]  # not in the order of the layers
     prompts = CHOOSE.positive
-    alone = np.concatenate([under._one(model, edit(direction), prompts, METRIC) for direction in directions])
-    assert under._at_once(model, directions, prompts, METRIC, together, edit) is not None, "the fast path is not taken"
-    found = getattr(under, score)(model, directions, prompts, METRIC)
+    alone = np.concatenate([many._one(model, edit(direction), prompts, METRIC) for direction in directions])
+    edits = many.Along(edit(directions[0]), torch.stack([d.vector for d in directions]), [d.site for d in directions])
+    assert many._together(model, edits, prompts, METRIC, None, "") is not None, "the fast path is not taken"
+    found = many.along_each(model, edits, prompts, METRIC)
     assert np.ptp(alone, axis=0).min() > 1e-2  # the directions differ in what they do
     np.testing.assert_allclose(found, alone, atol=2e-5)  # float32 sums in another order
 
 
+def divergence(model: LensModel, directions: Sequence[em.Direction]) -> np.ndarray:
+    return _along_each(model, em.Ablate, directions, CHOOSE.negative, many.kl_from_now(model, CHOOSE.negative))
+
+
 def test_kl_is_that_of_the_metric_and_zero_without_a_treatment(small_model: LensModel) -> None:
     directions = list(em.candidate_directions(small_model, TRAIN, positions=["prompt_end"]))
-    found = under.divergence(small_model, directions, CHOOSE.negative)
+    found = divergence(small_model, directions)
     before = next_token_logits(small_model, CHOOSE.negative).double().log_softmax(-1)
     for direction, values in zip(directions, found, strict=True):
         with em.intervene(small_model, em.Ablate(direction)):
@@ -152,13 +164,13 @@ def test_kl_is_that_of_the_metric_and_zero_without_a_treatment(small_model: Lens
         expected = (before.exp() * (before - after)).sum(-1)
         assert expected.min() > 1e-4
         np.testing.assert_allclose(values, expected, rtol=1e-4, atol=1e-6)
-    assert under.kl_from_now(small_model, CHOOSE.negative)(small_model, CHOOSE.negative).abs().max() < 1e-9
+    assert many.kl_from_now(small_model, CHOOSE.negative)(small_model, CHOOSE.negative).abs().max() < 1e-9
 
 
 def bounds_that_bite(model: LensModel, candidates: Any) -> dict[str, float]:
     """Criteria such that each of them removes some candidate, and not all are removed."""
-    induce = under.induce(model, list(candidates), CHOOSE.negative, METRIC).mean(1)
-    kl = under.divergence(model, list(candidates), CHOOSE.negative).mean(1)
+    induce = _along_each(model, em.Add, list(candidates), CHOOSE.negative, METRIC).mean(1)
+    kl = divergence(model, list(candidates)).mean(1)
     order = np.argsort(induce)[len(induce) // 3 :]
     max_kl = float(np.median(kl[order])) + 1e-6  # not a score itself, which float32 sums in another order would miss
     return {"min_induce": float(induce[order[0]]) - 1e-3, "max_kl": max_kl, "max_depth": 1.0}
@@ -292,8 +304,8 @@ class OwnForward:
 def test_a_metric_that_runs_the_model_itself_is_run_one_direction_at_a_time(small_model: LensModel) -> None:
     directions = list(em.candidate_directions(small_model, TRAIN, positions=["prompt_end"]))
     metric: Any = OwnForward()
-    for edit, score in ((em.Ablate, under.bypass), (em.Add, under.induce)):
-        found = score(small_model, directions, CHOOSE.positive, metric)
+    for edit in (em.Ablate, em.Add):
+        found = _along_each(small_model, edit, directions, CHOOSE.positive, metric)
         for direction, values in zip(directions, found, strict=True):
             with em.intervene(small_model, edit(direction)):
                 assert np.array_equal(values, metric(small_model, CHOOSE.positive).double().numpy())

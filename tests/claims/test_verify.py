@@ -12,8 +12,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import tl_em as em
 from tests.conftest import SPECIAL, SURFACES, WORDS, make_tokenizer
-from tl_em.claims.latent_arms import Arm
-from tl_em.claims.placebos import match, matched_sets
+from tl_em.claims.arms import Arm
+from tl_em.claims.controls import match, matched_sets
 from tl_em.claims.questions.latents import SET, verify_feature, verify_features
 from tl_em.dictionaries import Dictionary
 from tl_em.dictionaries.tokens import seen
@@ -210,7 +210,7 @@ def test_placebos_are_as_dense_and_as_long():
 def test_a_scoped_edit_equals_the_scope_of_intervene(models):
     tuned, sae = models[1], dictionary()
     edit = em.ScaleFeature(sae.feature(CAUSE), 0.0)
-    arm = Arm("remove", tuned, contrast().positive, None, {"bad": Says()}, ("last", 1), 0)
+    arm = Arm("remove", tuned, contrast().positive, None, {"bad": Says()}, sign=-1, where=("last", 1))
     scoped = arm.treated(edit)["bad"]
     with em.intervene(tuned, AtTokens(edit, ("last", 1))):
         inside = Says()(tuned, contrast().positive).double().numpy()

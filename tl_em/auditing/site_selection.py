@@ -7,11 +7,12 @@ where it is present), of those that separate the selection prompts; else that wi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from tl_em.auditing.splits import Subject
-from tl_em.claims.questions.use import arms
+from tl_em.claims.questions.use import ablate, add, arms
 from tl_em.directions.direction import Direction
 from tl_em.directions.geometry import separation
 from tl_em.metrics import Behaviour
@@ -41,13 +42,9 @@ def effects_in_base(base: LensModel, candidates: Sequence[Direction], behaviour:
     position: Position = candidates[0].position
     prompts = (behaviour.present, behaviour.absent)
     centres = class_moments(base, prompts, sites=[d.site for d in candidates], positions=[position]).negative[0]
+    removing, inducing = arms(base, base, replace(behaviour, good=None))
     totals = []
-    untreated: dict[str, np.ndarray] = {}
     for direction, centre in zip(candidates, centres, strict=True):
-        total = 0.0
-        for arm in arms(base, base, behaviour, centre):
-            if arm.name not in untreated:
-                untreated[arm.name] = arm.untreated(behaviour.metric)
-            total += arm.sign * float((arm.treated(direction, behaviour.metric) - untreated[arm.name]).mean())
-        totals.append(total)
+        fall = removing.shift(removing.treated(ablate(direction, centre), only=["bad"]))
+        totals.append(fall + inducing.shift(inducing.treated(add(direction, centre), only=["bad"])))
     return totals

@@ -18,17 +18,18 @@ Wu et al. 2025, arXiv:2501.17148.
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
 from tl_em.arguments import NATURAL, NOT_NEGATIVE, SEED, checked, finite, list_of, optional
-from tl_em.claims.treatments import Dial, Stage, Treated, beside, core
-from tl_em.directions.direction import Direction
-from tl_em.errors import UsageError
-from tl_em.interventions.base import Intervention, as_intervention
-from tl_em.interventions.edits import Add
+from tl_em.claims.arms import KL, Arm, numbers
+from tl_em.claims.controls import along_random
+from tl_em.claims.dose import Dial, Treated
+from tl_em.claims.instructions import instructed
+from tl_em.errors import NonFiniteError, UsageError
+from tl_em.interventions.base import Intervention, as_intervention, direction_of
 from tl_em.metrics import Behaviour, Metric
 from tl_em.models.contrasts import ContrastSet, Prompt
 from tl_em.models.hooks import LensModel
@@ -39,8 +40,9 @@ from tl_em.stats import Estimate, control_p
 if TYPE_CHECKING:
     import pandas as pd
 
-Arm = Literal["untreated", "intervention", "random", "instruction"]
-ARMS: tuple[Arm, ...] = get_args(Arm)
+ArmName = Literal["untreated", "intervention", "random", "instruction"]
+ARMS: tuple[ArmName, ...] = get_args(ArmName)
+EFFECT, COHERENCE = "effect", "coherence"
 Numbers = Sequence[float | int] | np.ndarray
 
 
@@ -59,7 +61,7 @@ class Point(NamedTuple):
         note: why a number is missing, whose push is matched, where an instruction stands.
     """
 
-    arm: Arm
+    arm: ArmName
     name: str
     strength: float
     effect: Estimate
@@ -154,8 +156,7 @@ class EffectCurve:
             row: dict[str, Any] = {"arm": point.arm, "name": point.name, "strength": point.strength}
             for column in ("effect", "change", "kl", "coherence"):
                 estimate: Estimate | None = getattr(point, column)
-                if estimate is not None:
-                    row |= {column: estimate.value, f"{column}_low": estimate.low, f"{column}_high": estimate.high}
+                row |= {} if estimate is None else estimate.row(column)
             rows.append(row | {"n": point.effect.n, "p": point.p, "note": point.note})
         return pd.DataFrame(rows)
 
@@ -218,13 +219,13 @@ def effect_curve(
     Args:
         model: any HookedTransformer or TransformerBridge; hooks on it belong to the untreated model.
         intervention: an ``Add``, whose coefficient is multiplied by the strengths, or any other, of which a part is
-            carried out (``Partial``).
-        behaviour: a Behaviour (measured where it is absent for an ``Add``, where it is present for all else), or
-            prompts together with ``metric``.
+            carried out; see ``Intervention.at``.
+        behaviour: a Behaviour (measured where it is absent for what has a coefficient, as an ``Add`` has; where it is
+            present for all else), or prompts together with ``metric``.
         metric: what is measured on the prompts.
-        strengths: multiples of the intervention: any numbers for an ``Add``, 0 to 1 for all else.
+        strengths: multiples of the intervention: any numbers where it has a coefficient, 0 to 1 for all else.
         target_kls: in place of ``strengths``: the KLs to be reached, in nats.
-        both_signs: measure the negative of each strength too; for an ``Add``.
+        both_signs: measure the negative of each strength too, where there is a coefficient.
         coherence: a measure of cost beside the KL: a metric of the same prompts, or a metric and prompts of its own,
             e.g. ``(TextLogprob(), neutral_texts)``. By default a Behaviour's ``good``.
         controls: how many random directions, or interventions of yours in their place. Each is brought to the KL of
@@ -258,47 +259,52 @@ def effect_curve(
         True
     """
     check_names(baselines or {})
-    stage = _stage(model, intervention, behaviour, metric, coherence, groups, seed)
-    dial, made = Dial(stage, intervention), beside(stage, intervention, controls, contrast)
-    told = {name: stage.told(text) for name, text in (baselines or {}).items()}
+    arm = _arm(model, intervention, behaviour, metric, coherence, groups, seed)
+    dial = Dial(arm, intervention)
+    beside = controls
+    if isinstance(beside, int):
+        beside = along_random(model, intervention, contrast or arm.prompts, count=beside, seed=seed)
+    told = {name: _told(arm, text) for name, text in (baselines or {}).items()}
     treated = _treated(dial, strengths, target_kls, both_signs)
     signs = sorted({-1.0 if t.strength < 0 else 1.0 for t in treated}, reverse=True)
     matched = [
-        (name, dial.reaching(_push(t), near=sign, note=f"at the push of {name!r}"))
+        (name, dial.reaching(t.push, near=sign, note=f"at the push of {name!r}"))
         for name, t in told.items()
         for sign in signs
     ]
     treated += [t for _, t in matched]
-    random = [[control.reaching(_push(t), near=t.strength) for t in treated] for control in made]
-    curve = [_tested(stage, t, [row[i] for row in random]) for i, t in enumerate(treated)]
-    points = [_point(stage, "untreated", "untreated", stage.untreated), *curve]
-    points += [_point(stage, "random", f"random {k}", t) for k, row in enumerate(random) for t in row]
-    points += [_point(stage, "instruction", name, t) for name, t in told.items()]
+    dials = [Dial(arm, each) for each in beside]
+    random = [[control.reaching(t.push, near=t.strength) for t in treated] for control in dials]
+    curve = [_tested(arm, t, [row[i] for row in random]) for i, t in enumerate(treated)]
+    untreated = Treated(float("nan"), {**arm.untreated, KL: numbers(arm.kl(model, arm.prompts))})
+    points = [_point(arm, "untreated", "untreated", untreated), *curve]
+    points += [_point(arm, "random", f"random {k}", t) for k, row in enumerate(random) for t in row]
+    points += [_point(arm, "instruction", name, t) for name, t in told.items()]
     places = curve[len(curve) - len(matched) :]
     versus = [
-        Versus(name, place, stage.difference(t.effect, told[name].effect))
+        Versus(name, place, arm.mean(told[name].found[EFFECT] - t.found[EFFECT], EFFECT))
         for (name, t), place in zip(matched, places, strict=True)
     ]
-    cost = None if stage.coherence is None else _said(stage.coherence[0])
-    return EffectCurve(_label(intervention), _said(stage.metric), cost, tuple(points), tuple(versus))
+    said = {name: f"{measured.name}, {measured.unit}" for name, measured in arm.metrics.items()}
+    return EffectCurve(_label(intervention), said[EFFECT], said.get(COHERENCE), tuple(points), tuple(versus))
 
 
 # --- What is asked for ------------------------------------------------------------------------------------------------
 
 
-def _stage(
+def _arm(
     model: LensModel,
-    intervention: Any,
+    intervention: Intervention,
     behaviour: Behaviour | Sequence[Prompt],
     metric: Metric | None,
     coherence: Metric | tuple[Metric, Sequence[Prompt]] | None,
     groups: Sequence[Hashable] | None,
     seed: int,
-) -> Stage:
+) -> Arm:
     if isinstance(behaviour, Behaviour):
         if metric is not None:
             raise UsageError("a Behaviour has its own metric; leave out metric=, or pass prompts in its place")
-        absent = isinstance(core(intervention), Add)
+        absent = not np.isfinite(intervention.strongest)
         prompts = behaviour.absent if absent else behaviour.present
         own_groups = behaviour.absent_groups if absent else behaviour.present_groups
         metric, coherence, groups = behaviour.metric, coherence or behaviour.good, groups or own_groups
@@ -308,13 +314,12 @@ def _stage(
         raise UsageError("prompts alone do not say what to measure; pass metric=, or an em.Behaviour in their place")
     if groups is not None and len(groups) != len(prompts):
         raise UsageError(f"there are {len(groups)} groups for {len(prompts)} prompts; give one label a prompt")
-    cost = coherence if coherence is None or isinstance(coherence, tuple) else (coherence, prompts)
-    return Stage(model, prompts, metric, cost, groups, seed)
+    cost, own = coherence if isinstance(coherence, tuple) else (coherence, None)
+    metrics = {EFFECT: metric} | ({} if cost is None else {COHERENCE: cost})
+    return Arm("curve", model, prompts, groups, metrics, seed=seed, apart={} if own is None else {COHERENCE: own})
 
 
-def _treated(
-    dial: Dial, strengths: Numbers | None, target_kls: Numbers | None, both_signs: bool
-) -> list[Treated]:
+def _treated(dial: Dial, strengths: Numbers | None, target_kls: Numbers | None, both_signs: bool) -> list[Treated]:
     """The intervention at every strength or push that was asked for."""
     if (strengths is None) == (target_kls is None):
         raise UsageError(
@@ -326,43 +331,49 @@ def _treated(
     wanted = [x for x in wanted if x != 0]  # the untreated model is there anyway
     if not wanted:
         raise UsageError(f"there is no curve over the strengths {wanted}; pass finite numbers other than 0")
-    adds = isinstance(dial.intervention, Add)
-    if not adds and (both_signs or min(wanted) < 0):
+    if dial.ends and (both_signs or min(wanted) < 0):
         name = type(dial.intervention).__name__
-        raise UsageError(f"{name} has no negative: only an em.Add can be turned round; pass strengths from 0 to 1")
+        raise UsageError(
+            f"{name} has no negative: only what has a coefficient can be turned round, as an em.Add can; pass "
+            "strengths from 0 to 1"
+        )
     if strengths is None:
         return [dial.reaching(kl, near=sign) for sign in ((1.0, -1.0) if both_signs else (1.0,)) for kl in wanted]
     return [dial.at(x) for x in (*wanted, *[-x for x in wanted if both_signs])]
 
 
+def _told(arm: Arm, instruction: str) -> Treated:
+    """The model as it is, told what to do."""
+    prompts, place = instructed(arm.model, arm.prompts, instruction)
+    apart = {name: instructed(arm.model, own, instruction).prompts for name, own in arm.apart.items()}
+    told = replace(arm, prompts=prompts, apart=apart)
+    try:
+        kl = numbers(arm.kl(arm.model, prompts, of=arm.prompts))
+        return Treated(float("nan"), {**told.untreated, KL: kl}, place)
+    except NonFiniteError:
+        return Treated(float("nan"), arm.nothing, "the model overflows")
+
+
 # --- Points -----------------------------------------------------------------------------------------------------------
 
 
-def _push(t: Treated) -> float:
-    return float(t.kl.mean())
+def _point(arm: Arm, kind: ArmName, name: str, t: Treated) -> Point:
+    means = {outcome: arm.mean(values, outcome) for outcome, values in t.found.items()}
+    change = arm.mean(t.found[EFFECT] - arm.untreated[EFFECT], EFFECT)
+    nan = float("nan")
+    return Point(kind, name, t.strength, means[EFFECT], change, means[KL], means.get(COHERENCE), nan, t.note)
 
 
-def _point(stage: Stage, arm: Arm, name: str, t: Treated) -> Point:
-    coherence = None if t.coherence is None else stage.mean_coherence(t.coherence)
-    change = stage.difference(stage.untreated.effect, t.effect)
-    return Point(arm, name, t.strength, stage.mean(t.effect), change, stage.mean(t.kl), coherence, float("nan"), t.note)
-
-
-def _tested(stage: Stage, t: Treated, random: Sequence[Treated]) -> Point:
+def _tested(arm: Arm, t: Treated, random: Sequence[Treated]) -> Point:
     """A point of the intervention, with its p among the random directions that the model survives."""
-    point = _point(stage, "intervention", f"strength {t.strength:.3g}", t)
-    changes = np.array([(each.effect - stage.untreated.effect).mean() for each in random])
+    point = _point(arm, "intervention", f"strength {t.strength:.3g}", t)
+    changes = np.array([arm.shift(each.found) for each in random])
     changes = changes[np.isfinite(changes)]
     if not len(changes) or not np.isfinite(point.change.value):
         return point
     return point._replace(p=control_p(point.change.value, changes))
 
 
-def _label(intervention: Any) -> str:
-    direction = getattr(core(intervention), "direction", None)
-    name = type(intervention).__name__
-    return f"{name}({direction.name or 'direction'}) at {direction.site}" if isinstance(direction, Direction) else name
-
-
-def _said(metric: Metric) -> str:
-    return f"{metric.name}, {metric.unit}"
+def _label(intervention: Intervention) -> str:
+    direction, name = direction_of(intervention), type(intervention).__name__
+    return name if direction is None else f"{name}({direction.name or 'direction'}) at {direction.site}"

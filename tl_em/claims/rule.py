@@ -53,7 +53,7 @@ def smallest_effect(metric: Metric, given: float | None = None) -> float:
     if given is None and metric.unit not in SMALLEST_USE:
         raise UsageError(
             f"{metric.name} is measured in {metric.unit}, for which no smallest effect of interest is fixed; use a "
-            f"metric in {' or '.join(SMALLEST_USE)}"
+            f"metric in {' or '.join(SMALLEST_USE)} (or, to verify latents, pass smallest=)"
         )
     return float(SMALLEST_USE[metric.unit] if given is None else given)
 

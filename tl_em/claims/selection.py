@@ -2,45 +2,72 @@
 
     cascade    depth -> induce -> KL -> bypass: each score is measured only where the earlier criteria were met
 
-The rule takes the lowest bypass among candidates that meet every criterion, so a candidate that failed one cannot be
-chosen whatever its other scores are: the pick is the same as with every score of every candidate (``full=True``).
-The chosen score is the lowest of many and therefore too low.  *Optimism* is the winner's bypass on the selection
-prompts minus that on held-out prompts (negative: the selection flattered it); the control is random directions of the
-within-class covariance with the same treatment.
+    discard    layer >= int(max_depth * n_layers);  a score that is not finite;  induce < min_induce;  KL > max_kl
+    choose     the lowest bypass among the rest
+
+*bypass* is the mean metric on positive prompts under ablation (low: without the direction the behaviour is gone),
+*induce* the mean metric on negative prompts under addition (high: the direction brings it about), *KL* the harm that
+ablation does to negative prompts.  Directions close to the output are discarded because they write the tokens
+themselves.  A candidate that failed a criterion cannot be chosen whatever its other scores are: the pick is the same as
+with every score of every candidate (``full=True``).
+
+The lowest of many scores on few prompts is too low (the winner's curse), so a pick is evidence of nothing until it was
+measured on other prompts.  *Optimism* is the winner's bypass on the selection prompts minus that on held-out prompts
+(negative: the selection flattered it); the control is random directions of the within-class covariance with the same
+treatment.  ``select_candidate`` is the rule alone, on a table of scores.
 
 Source: Arditi et al. 2024, arXiv:2406.11717, section 2.3 and appendix C; its procedure has neither of the two controls.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
-from tl_em.arguments import FRACTION, NATURAL, NOT_NEGATIVE, SEED, checked, finite
-from tl_em.claims.criteria import SCORES, Criteria, rejections, winner
+from tl_em.arguments import COUNT, FRACTION, NATURAL, NOT_NEGATIVE, SEED, checked, finite
+from tl_em.claims.arms import KL, Arm, Values
+from tl_em.claims.controls import random_directions
 from tl_em.directions.candidates import Candidates
 from tl_em.directions.direction import Direction, check_fits
-from tl_em.directions.geometry import control_directions
-from tl_em.errors import UsageError
-from tl_em.interventions import many as under
+from tl_em.errors import NoCandidateError, UsageError
+from tl_em.interventions.edits import Ablate, Add
+from tl_em.interventions.many import Along, Measure, Scores, along_each, kl_from_now
 from tl_em.metrics import Metric, refusal_log_odds
 from tl_em.models.contrasts import ContrastSet, Prompt
 from tl_em.models.hooks import LensModel
 from tl_em.models.means import as_contrast
 from tl_em.models.modes import in_plain_torch
-from tl_em.models.stream import capture
+from tl_em.models.prompts import encode
+from tl_em.models.sites import Position
 from tl_em.showing import showable
-from tl_em.stats import Estimate, control_p, difference, mean
+from tl_em.stats import Estimate, control_p, difference
 
 if TYPE_CHECKING:
     import pandas as pd
 
+SCORES = ("induce", KL, "bypass")
+"""In the order in which the cascade measures them."""
+DEPTH, NOT_FINITE, INDUCE = "depth", "not finite", "induce"
 NO_DIFFERENCE, NOT_LOWEST, CHOSEN = "no difference", "not the lowest bypass", "chosen"
 STREAMS = ("resid_pre", "resid_post")
+
+
+class Criteria(NamedTuple):
+    """What a candidate must meet; see the module's docstring."""
+
+    n_layers: int
+    max_kl: float = 0.1
+    min_induce: float = 0.0
+    max_depth: float = 0.8
+
+    @property
+    def first_deep_layer(self) -> int:
+        """The first layer that is discarded."""
+        return int(self.max_depth * self.n_layers)
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,23 +181,22 @@ def select_direction(
     table, bypass = _measured(model, list(candidates), contrast, metric, criteria, full)
     index = winner(table, criteria)
     direction = candidates[index]
-    held_out = {} if test is None else _held_out(model, direction, test, metric, seed)
+    held_out, again = ({}, None) if test is None else _held_out(model, direction, test, metric, seed)
     random, p = _controls(model, direction, contrast, test or contrast, metric, controls, seed)
     return Selection(
         direction,
         _with_fates(table, index, criteria, candidates.without if isinstance(candidates, Candidates) else ()),
-        {name: float(metric(model, prompts).double().mean()) for name, prompts in _arms(contrast).items()},
-        {name: estimate for name, (_, estimate) in held_out.items()},
-        difference(held_out["bypass"][0], bypass[index], seed=seed).estimate if held_out else None,
+        {
+            "bypass": float(metric(model, contrast.positive).double().mean()),
+            "induce": float(metric(model, contrast.negative).double().mean()),
+        },
+        held_out,
+        None if again is None else difference(again, bypass[index], seed=seed).estimate,
         random,
         p,
         criteria,
         f"{metric.name}, {metric.unit}",
     )
-
-
-def _arms(contrast: ContrastSet) -> dict[str, Sequence[Prompt]]:
-    return {"bypass": contrast.positive, "induce": contrast.negative}
 
 
 def _check(
@@ -209,10 +235,11 @@ def _measured(
 
     where = {"position": [d.position for d in directions], "layer": [d.site.layer for d in directions]}
     table = pd.DataFrame(where | {name: float("nan") for name in ("bypass", "induce", "kl")})
-    measures: dict[str, Callable[[list[Direction]], np.ndarray]] = {
-        "induce": lambda some: under.induce(model, some, contrast.negative, metric),
-        "kl": lambda some: under.divergence(model, some, contrast.negative),
-        "bypass": lambda some: under.bypass(model, some, contrast.positive, metric),
+    negative = encode(model, contrast.negative)
+    measures: dict[str, tuple[Any, Sequence[Any], Measure]] = {
+        "induce": (Add, contrast.negative, metric),
+        "kl": (Ablate, negative, kl_from_now(model, negative)),
+        "bypass": (Ablate, contrast.positive, metric),
     }
     bypass: dict[int, np.ndarray] = {}
     for done, name in enumerate(SCORES):
@@ -220,10 +247,18 @@ def _measured(
         rows = [i for i in range(len(directions)) if full or kept[i]]
         if not rows:
             break
-        values = measures[name]([directions[i] for i in rows])
+        edit, prompts, measure = measures[name]
+        values = _along_each(model, edit, [directions[i] for i in rows], prompts, measure)
         table.loc[rows, name] = values.mean(1)
         bypass = dict(zip(rows, values, strict=True))
     return table, bypass
+
+
+def _along_each(
+    model: LensModel, edit: type[Ablate] | type[Add], directions: Sequence[Direction], prompts: Any, measure: Measure
+) -> Scores:
+    vectors, sites = torch.stack([d.vector for d in directions]), [d.site for d in directions]
+    return along_each(model, Along(edit(directions[0]), vectors, sites), prompts, measure)
 
 
 def _with_fates(
@@ -242,15 +277,15 @@ def _with_fates(
 
 def _held_out(
     model: LensModel, direction: Direction, test: ContrastSet, metric: Metric, seed: int
-) -> dict[str, tuple[np.ndarray, Estimate]]:
-    """Each score of the winner, prompt by prompt, and its estimate."""
-    values = {
-        "bypass": (under.bypass(model, [direction], test.positive, metric)[0], test.positive_groups),
-        "untreated": (metric(model, test.positive).double().cpu().numpy(), test.positive_groups),
-        "induce": (under.induce(model, [direction], test.negative, metric)[0], test.negative_groups),
-        "kl": (under.divergence(model, [direction], test.negative)[0], test.negative_groups),
-    }
-    return {name: (x, mean(x, groups=groups, seed=seed)) for name, (x, groups) in values.items()}
+) -> tuple[dict[str, Estimate], Values]:
+    """The estimate of each score of the winner, and its bypass prompt by prompt."""
+    positive = Arm("bypass", model, test.positive, test.positive_groups, {"metric": metric}, seed=seed)
+    negative = Arm("induce", model, test.negative, test.negative_groups, {"metric": metric}, seed=seed)
+    bypass = positive.treated(Ablate(direction), only=["metric"])["metric"]
+    induce = negative.treated(Add(direction), only=["metric"])["metric"]
+    kl = negative.treated(Ablate(direction), only=[KL])[KL]
+    found = {"bypass": positive.mean(bypass), "untreated": positive.mean(positive.untreated["metric"])}
+    return {**found, "induce": negative.mean(induce), "kl": negative.mean(kl)}, bypass
 
 
 def _controls(
@@ -259,18 +294,105 @@ def _controls(
     """Bypass and induce of random directions, and how many of them do as well as the winner on the same prompts."""
     import pandas as pd
 
+    none = pd.DataFrame({"bypass": [], "induce": []}), {}
     if not count:
-        return pd.DataFrame({"bypass": [], "induce": []}), {}
-    site, position = direction.site, direction.position
-    x = [capture(model, prompts, [site], position=position)[:, 0].double().numpy() for prompts in _arms(drawn).values()]
-    if max(float(np.ptp(rows, axis=0).max()) for rows in x) == 0:  # one token at the first layer, in every prompt
-        return pd.DataFrame({"bypass": [], "induce": []}), {}
-    vectors = control_directions(x[0], x[1], count=count, norm=direction.norm, seed=seed)
-    random = [Direction(torch.from_numpy(v), site, position=position) for v in vectors]
+        return none
+    try:
+        vectors = random_directions(model, direction, drawn, count=count, seed=seed)
+    except UsageError:  # one token at the first layer, in every prompt
+        return none
+    both = [direction, *(replace(direction, vector=vector) for vector in vectors)]
     measured = {
-        "bypass": under.bypass(model, [direction, *random], on.positive, metric).mean(1),
-        "induce": under.induce(model, [direction, *random], on.negative, metric).mean(1),
+        "bypass": _along_each(model, Ablate, both, on.positive, metric).mean(1),
+        "induce": _along_each(model, Add, both, on.negative, metric).mean(1),
     }
     better = {"bypass": -1, "induce": 1}
     p = {name: control_p(better[name] * v[0], better[name] * v[1:], two_sided=False) for name, v in measured.items()}
     return pd.DataFrame({name: v[1:] for name, v in measured.items()}), p
+
+
+# --- The rule ---------------------------------------------------------------------------------------------------------
+
+
+@checked(n_layers=COUNT, max_kl=NOT_NEGATIVE, min_induce=finite, max_depth=FRACTION)
+def select_candidate(
+    scores: pd.DataFrame, *, n_layers: int, max_kl: float = 0.1, min_induce: float = 0.0, max_depth: float = 0.8
+) -> tuple[Position, int]:
+    """The candidate with the lowest bypass score among those that meet all criteria.
+
+    Args:
+        scores: a row a candidate; columns position, layer, bypass, induce (in the metric's unit) and kl (nats).
+        n_layers: number of layers of the model.
+        max_kl: largest KL from the untouched model, in nats.
+        min_induce: smallest induce score.
+        max_depth: layers from this share of the depth on are discarded.
+
+    Returns:
+        ``(position, layer)``; of equal candidates the first.
+
+    Raises:
+        NoCandidateError: none is left; the message says which criterion removed how many.
+        UsageError: a column is missing, or there are no rows.
+
+    Example:
+        >>> import pandas as pd
+        >>> rows = [(-1, 1, -3.0, 2.0, 0.02), (-1, 2, -5.0, 4.0, 0.50), (-1, 3, -9.0, 5.0, 0.01)]
+        >>> scores = pd.DataFrame(rows, columns=["position", "layer", "bypass", "induce", "kl"])
+        >>> select_candidate(scores, n_layers=4)
+        (-1, 1)
+        >>> select_candidate(scores, n_layers=4, max_kl=0.5)
+        (-1, 2)
+
+    Source: Arditi et al. 2024, arXiv:2406.11717, appendix C.
+    """
+    row = scores.iloc[winner(scores, Criteria(n_layers, max_kl, min_induce, max_depth))]
+    position: Any = row["position"]
+    named: Any = position if isinstance(position, str) else int(position)
+    return named, int(row["layer"])
+
+
+def winner(scores: pd.DataFrame, criteria: Criteria) -> int:
+    """Row number of the chosen candidate.
+
+    Raises:
+        NoCandidateError: none is left.
+    """
+    reasons = rejections(scores, criteria)
+    left = np.flatnonzero(reasons == "")
+    if not len(left):
+        raise NoCandidateError(_nothing_left(scores, criteria, reasons))
+    return int(left[np.argmin(scores["bypass"].to_numpy(dtype=float)[left])])
+
+
+def rejections(scores: pd.DataFrame, criteria: Criteria, *, scored: Sequence[str] = SCORES) -> np.ndarray:
+    """For each row the first criterion that removes it, "" where none does; only ``scored`` columns are looked at."""
+    missing = [name for name in ("position", "layer", *SCORES) if name not in scores]
+    if missing or not len(scores):
+        raise UsageError(
+            f"the table of scores has {len(scores)} rows and lacks {', '.join(missing) or 'no column'}, so nothing "
+            "can be chosen from it; give one row a candidate with position, layer, bypass, induce and kl"
+        )
+    value = {name: scores[name].to_numpy(dtype=float) for name in SCORES}
+    below = {"induce": value["induce"] < criteria.min_induce, "kl": value["kl"] > criteria.max_kl}
+    conditions, names = [scores["layer"].to_numpy() >= criteria.first_deep_layer], [DEPTH]
+    for name in scored:
+        conditions += [~np.isfinite(value[name]), *([below[name]] if name in below else [])]
+        names += [NOT_FINITE, *([name] if name in below else [])]
+    return np.select(conditions, names, default="").astype(object)
+
+
+def _nothing_left(scores: pd.DataFrame, criteria: Criteria, reasons: np.ndarray) -> str:
+    count = {name: int(np.sum(reasons == name)) for name in (DEPTH, NOT_FINITE, INDUCE, KL)}
+    best = {name: scores[name][reasons == name] for name in (INDUCE, KL)}
+    said = [
+        f"{count[DEPTH]} too deep (layer >= {criteria.first_deep_layer} of {criteria.n_layers}: max_depth)",
+        f"{count[NOT_FINITE]} with a score that is not finite",
+        f"{count[INDUCE]} with induce < {criteria.min_induce:g}"
+        + (f" (the best {best[INDUCE].max():.3g})" if count[INDUCE] else ""),
+        f"{count[KL]} with KL > {criteria.max_kl:g}" + (f" (the least {best[KL].min():.3g})" if count[KL] else ""),
+    ]
+    return (
+        f"None of {len(scores)} candidates is left: {'; '.join(said)}. So no direction is shown to cause the behaviour "
+        "and spare the rest, which may be the finding. Else try other positions, more prompts or another metric, or "
+        "say a looser bound openly: max_kl=, min_induce=, max_depth="
+    )

@@ -60,7 +60,7 @@ def control_directions(
     centred = within_class(positive, negative)
     draws = np.random.default_rng(seed).standard_normal((count, len(centred))) @ centred
     length = np.linalg.norm(draws, axis=-1, keepdims=True)
-    if not (length > 0).all():
+    if not (length > 0).all() or not max(np.ptp(x, axis=0).max() for x in (positive, negative)):
         raise UsageError(
             "activations do not vary within the classes, so no control direction can be drawn; pass prompts that "
             "differ "

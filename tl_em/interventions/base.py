@@ -32,6 +32,7 @@ from tl_em.models.sites import Site, as_site
 
 Activation = Float[Tensor, "*axes d_model"]
 Hook = tuple[str, Callable[..., Tensor]]
+RowEdit = Callable[[Tensor, Tensor, str | None], Tensor]
 EveryWrite = Literal["every write"]
 EVERY_WRITE: EveryWrite = "every write"
 """In place of ``sites``: the embedding and what each block's parts add to the residual stream."""
@@ -170,6 +171,23 @@ class Intervention:
                 "`direction`, or pass interventions of the same kind as controls"
             )
         return replace(self, direction=direction)  # pyright: ignore[reportArgumentType]
+
+    def rowwise(self, vectors: Float[Tensor, "direction d_model"]) -> RowEdit:
+        """The same for a batch whose rows are edited along different directions; by default row by row.
+
+        Args:
+            vectors: in place of its own direction.
+
+        Returns:
+            ``edit(x, rows, name)``: row i of ``x`` [row pos d_model] is edited along ``vectors[rows[i]]``.
+        """
+        own = direction_of(self)
+        each = [self.along(replace(own, vector=vector)) for vector in vectors] if own is not None else []
+
+        def edit(x: Tensor, rows: Tensor, name: str | None = None) -> Tensor:
+            return torch.stack([each[k].edit(row, name=name) for row, k in zip(x, rows.tolist(), strict=True)])
+
+        return edit
 
     def around_another(self, inner: Intervention) -> Intervention:
         """The same wrapper around another intervention."""

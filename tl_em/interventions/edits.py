@@ -26,7 +26,7 @@ from torch import Tensor
 from tl_em.arguments import finite, optional, settle, vectors
 from tl_em.directions.direction import Direction, as_direction
 from tl_em.errors import UsageError, WidthError
-from tl_em.interventions.base import EVERY_WRITE, Activation, EveryWrite, Intervention
+from tl_em.interventions.base import EVERY_WRITE, Activation, EveryWrite, Intervention, RowEdit
 from tl_em.interventions.removed_mean import warn_of_hidden_steer
 from tl_em.models.hooks import LensModel
 from tl_em.models.sites import Site, as_site
@@ -47,6 +47,30 @@ def set_component(x: Activation, unit: Float[Tensor, " d_model"], target: Tensor
     """
     change = target - component(x, unit)
     return x + (change[..., None] * unit.to(change.device, change.dtype)).to(x.dtype)
+
+
+def without_rows(x: Float[Tensor, "row pos d_model"], units: Float[Tensor, "row d_model"]) -> Tensor:
+    """``x - r r'x`` with a unit vector for each row, in float32 or better.
+
+    Example:
+        >>> without_rows(torch.ones(2, 1, 2), torch.eye(2)).tolist()
+        [[[0.0, 1.0]], [[1.0, 0.0]]]
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    units = units.to(x.device, wide)
+    along = torch.bmm(x.to(wide), units[:, :, None])
+    if x.dtype == wide:
+        return torch.baddbmm(x, along, units[:, None], alpha=-1)
+    return x - (along * units[:, None]).to(x.dtype)
+
+
+def around_rows(
+    x: Float[Tensor, "row pos d_model"], units: Float[Tensor, "row d_model"], centre: Float[Tensor, " d_model"] | Any
+) -> Tensor:
+    """``x + r r'(c - x)`` with a unit vector for each row, in float32 or better."""
+    units = units.to(x.device, torch.promote_types(x.dtype, torch.float32))[:, None]
+    along = [(each.to(units) * units).sum(-1) for each in (centre[None, None], x)]
+    return x + ((along[0] - along[1])[..., None] * units).to(x.dtype)
 
 
 class Removal(Intervention):
@@ -145,6 +169,15 @@ class Ablate(Removal):
         target = 0.0 if centre is None else float(centre @ unit)
         return set_component(x, unit, target)
 
+    def rowwise(self, vectors: Float[Tensor, "direction d_model"]) -> RowEdit:
+        """The components along many directions at once."""
+        if self.around is None:
+            wide = vectors.cpu().double()  # as Direction.unit has it
+            exact = (wide / wide.norm(dim=-1, keepdim=True)).float().to(vectors.device)
+            return lambda x, rows, name=None: without_rows(x, exact[rows])
+        units = vectors / vectors.norm(dim=-1, keepdim=True)
+        return lambda x, rows, name=None: around_rows(x, units[rows], self._centre(name))
+
 
 @dataclass(frozen=True, eq=False)
 class Add(Intervention):
@@ -182,6 +215,11 @@ class Add(Intervention):
     def edit(self, x: Tensor, mask: Tensor | None = None, *, name: str | None = None) -> Tensor:
         """``x + coefficient * vector``."""
         return x + (self.coefficient * self.direction.vector).to(x.device, x.dtype)
+
+    def rowwise(self, vectors: Float[Tensor, "direction d_model"]) -> RowEdit:
+        """Many vectors at once, with the one coefficient."""
+        scaled = self.coefficient * vectors
+        return lambda x, rows, name=None: x + scaled[rows][:, None].to(x.device, x.dtype)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,121 +1,135 @@
-"""The three scores of many directions at once: each [candidate prompt], and equal to one direction at a time.
+"""One intervention along many directions at once: [direction, prompt], and equal to one direction at a time.
 
-    bypass   the metric under x - r r'x at every write, r a unit vector
-    induce   the metric under x + v at the direction's site, v the raw vector
-    KL       KL(untouched || ablated) of the next token, in nats
+    row k of a batch   is treated by the intervention along direction  k // n_prompts
 
-The batch holds every direction with every prompt.  Ablations have a direction a row.  For additions each prompt runs
-once, and at every candidate's site an edited copy of its row joins the batch, so that nothing before a site is computed
-twice.  Only last tokens are unembedded.  Whether all that gives what one direction gives alone is looked at on one
-prompt; a metric that does not allow it (it runs the model by itself) is run one direction at a time.  A candidate under
-which the model overflows has NaN for its scores.
+The batch holds every direction with every prompt.  What acts at many points edits each row along its own direction
+(``Intervention.rowwise``).  Of what acts at one point each prompt runs once, and at that point edited copies of its row
+join the batch, so that nothing before it is computed twice.  Only last tokens are unembedded.  Whether all that gives
+what one direction gives alone is looked at on one prompt; a metric that does not allow it (it runs the model by itself)
+is run one direction at a time.  A direction under which the model overflows has NaN for its numbers.
 
-Source: Arditi et al. 2024, arXiv:2406.11717, sections 2.3 and 2.4.  Control: ``select_direction``'s random directions.
+Source: Arditi et al. 2024, arXiv:2406.11717, sections 2.3 and 2.4.  Control: ``claims.controls``'s random directions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from tl_em.directions.direction import Direction
 from tl_em.errors import NonFiniteError, TlEmError, UsageError
-from tl_em.interventions.edits import Ablate, Add
+from tl_em.interventions.base import EVERY_WRITE, Intervention, core, direction_of, sites_of
 from tl_em.interventions.intervene import intervene
-from tl_em.metrics import Metric
 from tl_em.models.contrasts import Prompt
-from tl_em.models.hooks import LensModel, hook_name, hooked, write_points
+from tl_em.models.hooks import LensModel, hook_name, hooked
 from tl_em.models.prompts import Batch, EncodedPrompt, encode
 from tl_em.models.sites import Site
 from tl_em.models.stream import current_batch, fanned_out, next_token_logits
 
-Measure = Callable[[LensModel, Sequence[Any]], Float[Tensor, " prompt"]]
-Scores = Float[np.ndarray, "candidate prompt"]
+Measure = Callable[..., Float[Tensor, " prompt"]]
+"""Of a model and prompts."""
+Scores = Float[np.ndarray, "direction prompt"]
 _MAX_LOGITS = 2**25
-"""Logits held at once, over all candidates of a pass: 128 MiB in float32."""
-
-
-def bypass(model: LensModel, directions: Sequence[Direction], prompts: Sequence[Prompt], metric: Metric) -> Scores:
-    """The metric of each prompt with each direction ablated at every write."""
-    return _checked(model, directions, prompts, metric, _ablated_together, Ablate)
-
-
-def induce(model: LensModel, directions: Sequence[Direction], prompts: Sequence[Prompt], metric: Metric) -> Scores:
-    """The metric of each prompt with each direction added once at its site."""
-    return _checked(model, directions, prompts, metric, _added_together, Add)
-
-
-def divergence(model: LensModel, directions: Sequence[Direction], prompts: Sequence[Prompt]) -> Scores:
-    """KL of the next token from the untouched model, for each prompt with each direction ablated, in nats."""
-    encoded = encode(model, prompts)
-    return _together(model, directions, encoded, kl_from_now(model, encoded), _ablated_together)
+"""Logits held at once, over all directions of a pass: 128 MiB in float32."""
 
 
 def kl_from_now(model: LensModel, prompts: Sequence[Prompt | EncodedPrompt]) -> Measure:
-    """KL(now || then) of each prompt, *now* being the model at this call; takes any of ``prompts``, also repeatedly."""
+    """KL(now || then) of each prompt, *now* being the model at this call; takes any of ``prompts``, also repeatedly.
+
+    ``of=``: which of them each prompt stands for, where it is itself none of them (it has an instruction, say).
+    """
     encoded = encode(model, prompts)
     before = dict(zip(encoded, next_token_logits(model, encoded).double().log_softmax(-1), strict=True))
     weights = {prompt: logprobs.exp() for prompt, logprobs in before.items()}
 
-    def measure(model: LensModel, prompts: Sequence[Any]) -> Tensor:
+    def measure(model: LensModel, prompts: Sequence[Any], of: Sequence[Any] | None = None) -> Tensor:
         asked = encode(model, prompts)
-        after = zip(asked, next_token_logits(model, asked), strict=True)
+        after = zip(asked if of is None else encode(model, of), next_token_logits(model, asked), strict=True)
         return torch.stack([(weights[p] * (before[p] - x.double().log_softmax(-1))).sum() for p, x in after])
 
     return measure
 
 
-# --- All directions together, and whether that is the same ------------------------------------------------------------
+@dataclass(frozen=True, eq=False)
+class Along:
+    """An intervention along each of many directions.
 
-Together = Callable[[LensModel, Sequence[Direction], int], Any]
-Edit = type[Ablate] | type[Add]
+    Args:
+        template: the intervention; its own direction is replaced.
+        vectors: the directions.
+        sites: the site of each direction; that of the template's own where none are given.
+
+    Raises:
+        UsageError: the template has no direction that another one could replace.
+    """
+
+    template: Intervention
+    vectors: Float[Tensor, "direction d_model"]
+    sites: Sequence[Site] = ()
+
+    def alone(self, k: int) -> Intervention:
+        """The intervention along direction ``k``."""
+        own = direction_of(self.template) or Direction(self.vectors[k], Site(0))  # which ``along`` refuses
+        site = self.sites[k] if self.sites else own.site
+        return self.template.along(replace(own, vector=self.vectors[k], site=site, neutral=None))
+
+    def some(self, k: slice) -> Along:
+        """Some of the directions."""
+        return replace(self, vectors=self.vectors[k], sites=self.sites[k])
+
+    def home(self, k: int) -> Site | None:
+        """The one site at which the intervention acts along direction ``k``; ``None`` if there are several."""
+        found = sites_of(self.alone(k))
+        return found[0] if found != EVERY_WRITE and len(found) == 1 else None
+
+    @cached_property
+    def homes(self) -> list[Site | None]:
+        """``home`` of every direction."""
+        sites: list[Any] = list(self.sites) or [None] * len(self.vectors)
+        home = {site: self.home(sites.index(site)) for site in dict.fromkeys(sites)}
+        return [home[site] for site in sites]
 
 
-def _checked(
+def along_each(
     model: LensModel,
-    directions: Sequence[Direction],
-    prompts: Sequence[Prompt],
+    edits: Along,
+    prompts: Sequence[Any],
     measure: Measure,
-    together: Together,
-    edit: Edit,
+    *,
+    at_once: int | None = None,
+    said: str = "",
 ) -> Scores:
-    found = _at_once(model, directions, prompts, measure, together, edit)
-    return _apart(model, directions, prompts, measure, edit) if found is None else found
+    """The measure of each prompt under the intervention along each direction.
+
+    Args:
+        model: any HookedTransformer or TransformerBridge.
+        edits: the intervention and the directions.
+        prompts: what is measured on.
+        measure: one number a prompt.
+        at_once: how many prompts share a batch; as many as their logits allow with all directions by default.
+        said: what a progress bar calls it; no bar without.
+    """
+    together = len(edits.vectors) > 1 and core(edits.template) is edits.template  # a wrapper may tell rows apart
+    found = _together(model, edits, prompts, measure, at_once, said) if together else None
+    return _apart(model, edits, prompts, measure, said) if found is None else found
 
 
-def _at_once(
-    model: LensModel,
-    directions: Sequence[Direction],
-    prompts: Sequence[Prompt],
-    measure: Measure,
-    together: Together,
-    edit: Edit,
-) -> Scores | None:
-    """None unless the last direction has what it has alone, on the first prompt."""
-    if len(directions) == 1:
-        return None  # nothing to put together
-    try:
-        found = _together(model, directions, prompts, measure, together)
-    except (TlEmError, RuntimeError, IndexError, ValueError):
-        return None
-    alone = _one(model, edit(directions[-1]), prompts[:1], measure)
-    return found if np.allclose(found[-1:, :1], alone, rtol=1e-3, atol=1e-4, equal_nan=True) else None
+def _apart(model: LensModel, edits: Along, prompts: Sequence[Any], measure: Measure, said: str = "") -> Scores:
+    """One direction at a time."""
+    each = tqdm(range(len(edits.vectors)), desc=said, unit="direction", disable=None if said else True, leave=False)
+    return np.concatenate([_one(model, edits.alone(k), prompts, measure) for k in each])
 
 
-def _apart(
-    model: LensModel, directions: Sequence[Direction], prompts: Sequence[Any], measure: Measure, edit: Edit
-) -> Scores:
-    return np.concatenate([_one(model, edit(direction), prompts, measure) for direction in directions])
-
-
-def _one(model: LensModel, edit: Ablate | Add, prompts: Sequence[Any], measure: Measure) -> Scores:
+def _one(model: LensModel, edit: Intervention, prompts: Sequence[Any], measure: Measure) -> Scores:
     """[1 prompt]: the reference, through ``intervene``; NaN where the model overflows."""
     try:
         with intervene(model, edit):
@@ -125,65 +139,61 @@ def _one(model: LensModel, edit: Ablate | Add, prompts: Sequence[Any], measure: 
 
 
 def _together(
-    model: LensModel, directions: Sequence[Direction], prompts: Sequence[Any], measure: Measure, together: Together
-) -> Scores:
-    """As many prompts at once as their logits allow with all directions, which share what comes before their sites."""
-    rows = max(1, _MAX_LOGITS // int(model.cfg.d_vocab))
-    wide = min(len(directions), rows)
-    out = np.empty((len(directions), len(prompts)))
-    for j in range(0, len(prompts), tall := rows // wide):
-        for i in range(0, len(directions), wide):
-            part = directions[i : i + wide]
-            out[i : i + wide, j : j + tall] = _stack(model, part, prompts[j : j + tall], measure, together)
+    model: LensModel, edits: Along, prompts: Sequence[Any], measure: Measure, at_once: int | None, said: str
+) -> Scores | None:
+    """None unless a direction of the first batch has what it has alone, on the first prompt."""
+    n, rows = len(edits.vectors), max(1, _MAX_LOGITS // int(model.cfg.d_vocab))
+    wide = min(n, rows)
+    tall = min(rows // wide, at_once or len(prompts))
+    out = np.empty((n, len(prompts)))
+    batches = tqdm(range(0, len(prompts), tall), desc=said, unit="batch", disable=None if said else True, leave=False)
+    try:
+        for j in batches:
+            for i in range(0, n, wide):
+                some = edits.some(slice(i, i + wide))
+                out[i : i + wide, j : j + tall] = _stack(model, some, prompts[j : j + tall], measure)
+                if i == j == 0 and not _agrees(model, edits, wide - 1, prompts[:1], measure, out):
+                    return None
+    except (TlEmError, RuntimeError, IndexError, ValueError):
+        return None
     return out
 
 
-def _stack(
-    model: LensModel, directions: Sequence[Direction], prompts: Sequence[Any], measure: Measure, together: Together
-) -> Scores:
+def _agrees(model: LensModel, edits: Along, k: int, prompts: Sequence[Any], measure: Measure, out: Scores) -> bool:
+    alone = _one(model, edits.alone(k), prompts, measure)
+    return np.allclose(out[k : k + 1, :1], alone, rtol=1e-3, atol=1e-4, equal_nan=True)
+
+
+def _stack(model: LensModel, edits: Along, prompts: Sequence[Any], measure: Measure) -> Scores:
+    treated = _edited_rows if None in edits.homes else _joined_rows
     try:
-        with together(model, directions, len(prompts)):
-            values = measure(model, list(prompts) * len(directions))
-    except NonFiniteError:  # of one of them, maybe: the others keep their scores
-        return _apart(model, directions, prompts, measure, Ablate if together is _ablated_together else Add)
-    return values.double().cpu().numpy().reshape(len(directions), len(prompts))
+        with treated(model, edits, len(prompts)):
+            values = measure(model, list(prompts) * len(edits.vectors))
+    except NonFiniteError:  # of one of them, maybe: the others keep their numbers
+        return _apart(model, edits, prompts, measure)
+    return values.double().cpu().numpy().reshape(len(edits.vectors), len(prompts))
 
 
-# --- Ablation: a direction a row --------------------------------------------------------------------------------------
+# --- At many points: a direction a row --------------------------------------------------------------------------------
 
 
 @contextmanager
-def _ablated_together(model: LensModel, directions: Sequence[Direction], n_prompts: int) -> Iterator[None]:
-    """Row k of what was asked for is ablated along direction ``k // n_prompts``, at every write."""
-    units = torch.stack([direction.unit for direction in directions]).to(model.cfg.device)
+def _edited_rows(model: LensModel, edits: Along, n_prompts: int) -> Iterator[None]:
+    """Row k of what was asked for is edited along direction ``k // n_prompts``, at every point."""
+    edit = edits.template.rowwise(edits.vectors.to(model.cfg.device))
     rows: dict[str, Any] = {}
 
-    def ablate(x: Tensor, hook: Any) -> Tensor:
+    def apply(x: Tensor, hook: Any, *, name: str) -> Tensor:
         batch = _running()
         if rows.get("batch") is not batch:
-            rows.update(batch=batch, units=units[torch.tensor(batch.rows) // n_prompts])
-        return without_rows(x, rows["units"])
+            rows.update(batch=batch, of=torch.tensor(batch.rows) // n_prompts)
+        return edit(x, rows["of"], name)
 
-    with hooked(model, [(name, ablate) for name in write_points(model)]):
+    with hooked(model, [(name, partial(apply, name=name)) for name in edits.template.points(model)]):
         yield
 
 
-def without_rows(x: Float[Tensor, "row pos d_model"], units: Float[Tensor, "row d_model"]) -> Tensor:
-    """``x - r r'x`` with a unit vector for each row, in float32 or better.
-
-    Example:
-        >>> without_rows(torch.ones(2, 1, 2), torch.eye(2)).tolist()
-        [[[0.0, 1.0]], [[1.0, 0.0]]]
-    """
-    wide = torch.promote_types(x.dtype, torch.float32)
-    units = units.to(x.device, wide)
-    along = torch.bmm(x.to(wide), units[:, :, None])
-    if x.dtype == wide:
-        return torch.baddbmm(x, along, units[:, None], alpha=-1)
-    return x - (along * units[:, None]).to(x.dtype)
-
-
-# --- Addition: copies join the batch where they part from the prompt --------------------------------------------------
+# --- At one point: copies join the batch where they part from the prompt ----------------------------------------------
 
 
 class _Entered(Exception):
@@ -191,17 +201,17 @@ class _Entered(Exception):
 
 
 class _Joining:
-    """Passes whose row k is prompt ``k % n_prompts`` with direction ``k // n_prompts`` added once, at its site.
+    """Passes whose row k is prompt ``k % n_prompts`` edited along direction ``k // n_prompts``, at one site.
 
     A pass begins with one row, so that the mask and the positions that the model makes fit any number of rows.  At the
     first block's input that row gives way to one for each prompt; at each site copies of these join, edited.
     """
 
-    def __init__(self, model: LensModel, directions: Sequence[Direction], n_prompts: int) -> None:
+    def __init__(self, model: LensModel, edits: Along, n_prompts: int) -> None:
         self.model, self.n_prompts = model, n_prompts
-        self.vectors = torch.stack([direction.vector for direction in directions]).to(model.cfg.device)
-        self.sites = sorted({direction.site for direction in directions}, key=_depth)
-        self.at = [self.sites.index(direction.site) for direction in directions]
+        self.edit = edits.template.rowwise(edits.vectors.to(model.cfg.device))
+        self.sites = sorted({site for site in edits.homes if site is not None}, key=_depth)
+        self.at = [self.sites.index(site) for site in edits.homes if site is not None]
         self.alone: Batch | None = None
 
     def enter(self, x: Tensor, rows: Sequence[int]) -> Tensor:
@@ -214,6 +224,8 @@ class _Joining:
         self.slot = {rows[i] % self.n_prompts: k for k, i in enumerate(self.first)}
         self.alone = _rows(self.batch, self.first)
         current_batch.set(self.alone)
+        if len(self.first) == 1:
+            return x[:1]
         try:
             self.model(self.alone.tokens.to(self.model.cfg.device), padding_side="right")
         except _Entered as entered:
@@ -221,13 +233,14 @@ class _Joining:
         raise UsageError("nothing entered the first block, so no prompts can be put together there")
 
     def join(self, x: Tensor, hook: Any, *, site: int) -> Tensor:
-        """At a site: copies with its directions added; the untouched rows leave with the last of them."""
+        """At a site: copies join, edited along its directions; the untouched rows leave with the last of them."""
         rows = self.batch.rows
         new = [i for i, row in enumerate(rows) if self.at[row // self.n_prompts] == site]
         if not new:
             return x
         copies = x[[self.slot[rows[i] % self.n_prompts] for i in new]]
-        copies += self.vectors[[rows[i] // self.n_prompts for i in new]][:, None].to(x.device, x.dtype)
+        which = torch.tensor([rows[i] // self.n_prompts for i in new])
+        copies = self.edit(copies, which, self.sites[site].hook_name)
         self.joined += new
         first = self.first if len(self.joined) < len(rows) else []
         current_batch.set(_rows(self.batch, [*first, *self.joined]))
@@ -240,9 +253,9 @@ class _Joining:
 
 
 @contextmanager
-def _added_together(model: LensModel, directions: Sequence[Direction], n_prompts: int) -> Iterator[None]:
-    """Row k of what was asked for has direction ``k // n_prompts`` added, at its site."""
-    pass_ = _Joining(model, directions, n_prompts)
+def _joined_rows(model: LensModel, edits: Along, n_prompts: int) -> Iterator[None]:
+    """Row k of what was asked for is edited along direction ``k // n_prompts``, at its site."""
+    pass_ = _Joining(model, edits, n_prompts)
     hooks = [(hook_name(model, site), partial(pass_.join, site=i)) for i, site in enumerate(pass_.sites)]
     end = hook_name(model, Site(int(model.cfg.n_layers) - 1, "resid_post"))
     with fanned_out(model, Site(0, "resid_pre"), pass_.enter), hooked(model, [*hooks, (end, pass_.leave)]):

@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from tl_em.claims.arms import Arm
 from tl_em.claims.claim import OWN_GAPS, RANDOM, Case, Finding, Question, Reading
 from tl_em.claims.questions.level import Level
-from tl_em.claims.questions.use import Arm, measure_arm
+from tl_em.claims.questions.use import ablate, measure_arm, outcomes
 from tl_em.claims.rule import SMALLEST_USE, smallest_effect
 from tl_em.models.means import mean_activation
 from tl_em.stats import Resampled, control_p, middle_95, paired_difference
@@ -60,8 +61,8 @@ class Carrier(Question):
 
         centre = mean_activation(case.pair.tuned, behaviour.absent, site=case.site, position=direction.position)
         vectors = torch.from_numpy(random * direction.norm).float()
-        arm = Arm(ARM, case.pair.tuned, behaviour.present, groups, centre)
-        closed = measure_arm(arm, direction, behaviour, vectors, seed=case.seed)
+        arm = Arm(ARM, case.pair.tuned, behaviour.present, groups, outcomes(behaviour), sign=-1, seed=case.seed)
+        closed = measure_arm(arm, ablate(direction, centre), vectors)
 
         arms = [
             (moved.estimate.scaled(self.sign), Level.smallest, self.sign * null, RANDOM, f"{OWN_GAPS} (projection)"),

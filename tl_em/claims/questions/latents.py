@@ -7,8 +7,8 @@
 Both are deltas ``x + (a' - a) W_dec`` at the dictionary's site (``em.ScaleFeature``), paired prompt by prompt, and
 positive where the claim holds.
 
-**Controls.** *Placebos*: random latents matched on density and decoder norm (``claims.placebos``), treated the same
-(``claims.latent_trials`` has the table). Beside both the *mean-difference direction* (mean-preserving ablation;
+**Controls.** *Placebos*: random latents matched on density and decoder norm (``claims.controls``), treated the same
+(``claims.latent_sets`` has the table). Beside both the *mean-difference direction* (mean-preserving ablation;
 addition): what no dictionary is needed for. Its effect is an upper mark and no control, so it gets no word. The good
 behaviour is measured beside the bad: what breaks the model lowers both.
 
@@ -31,15 +31,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 
 from tl_em.arguments import COUNT, NOT_NEGATIVE, POSITIVE, SEED, checked, list_of, optional
-from tl_em.claims.latent_arms import ArmName
-from tl_em.claims.latent_checks import BESIDE, WORDS, CheckRow, FeatureCheck
-from tl_em.claims.latent_trials import DIRECTION, SET, Job, Measured, Trial, latents, usual_scope
-from tl_em.claims.rule import ALPHA, NOT_SHOWN, SMALLEST_USE
-from tl_em.dictionaries import Feature
-from tl_em.errors import UsageError
+from tl_em.claims.arms import KL
+from tl_em.claims.feature_check import BESIDE, DIRECTION, SET, WORDS, ArmName, CheckRow, FeatureCheck
+from tl_em.claims.latent_sets import Job, LatentSet, Trial, latents, usual_scope
+from tl_em.claims.rule import ALPHA, NOT_SHOWN, control_row, smallest_effect, unlikely
+from tl_em.dictionaries.dictionary import Feature
 from tl_em.metrics import Behaviour, Metric
 from tl_em.models.contrasts import ContrastSet
 from tl_em.models.hooks import LensModel
@@ -160,39 +158,31 @@ def verify_features(
         model, against, contrast, known, {name: each for name, each in metrics.items() if each is not None},
         usual_scope(model, known, against) if where is None else where, placebos, singly, doses, seed,
     )  # fmt: skip
-    least = _smallest(bad, smallest)
+    least = smallest_effect(bad, smallest)
     asked = [latents(each) for each in sets]
-    every = [latent for each in asked for latent in each]
-    return _judged([job.measure(each, every) for each in asked], least)
-
-
-def _smallest(metric: Metric, given: float | None) -> float:
-    if given is None and metric.unit not in SMALLEST_USE:
-        raise UsageError(
-            f"{metric.name} is measured in {metric.unit}, for which no smallest effect of interest is fixed; pass "
-            f"smallest=, or a metric in {' or '.join(SMALLEST_USE)}"
-        )
-    return float(SMALLEST_USE[metric.unit] if given is None else given)
+    every = {(latent.dictionary.hash, latent.index): latent for each in asked for latent in each}
+    apart = [tuple(index for hash_, index in every if hash_ == each[0].dictionary.hash) for each in asked]
+    return _judged([LatentSet(job, own, others) for own, others in zip(asked, apart, strict=True)], least)
 
 
 # ---- the rule ----------------------------------------------------------------------------------------------------
-def _judged(measured: Sequence[Measured], smallest: float) -> tuple[FeatureCheck, ...]:
+def _judged(sets: Sequence[LatentSet], smallest: float) -> tuple[FeatureCheck, ...]:
     """Words for the sets removed, then for the sets induced, then for the latents of the sets that carry it."""
-    rows: list[list[CheckRow]] = [[] for _ in measured]
-    open_ = [True] * len(measured)
+    rows: list[list[CheckRow]] = [[] for _ in sets]
+    open_ = [True] * len(sets)
     for arm in WORDS:
-        if asked := [trial for each in measured if (trial := _of(each, arm, SET))]:
+        if asked := [trial for each in sets if (trial := _of(each, arm, SET))]:
             judged = _together(asked, smallest, open_)
-            for own, row, each in zip(rows, judged, measured, strict=True):
+            for own, row, each in zip(rows, judged, sets, strict=True):
                 own += [row, _beside(each, arm)]
             open_ = [row.shown for row in judged]
-    for own, each in zip(rows, measured, strict=True):
+    for own, each in zip(rows, sets, strict=True):
         singles = [t for t in each.trials if t.subject not in (SET, DIRECTION)]
         own += _together(singles, smallest, [own[0].shown] * len(singles))
-    return tuple(_check(each, own) for each, own in zip(measured, rows, strict=True))
+    return tuple(_check(each, own) for each, own in zip(sets, rows, strict=True))
 
 
-def _of(measured: Measured, arm: ArmName, subject: str) -> Trial | None:
+def _of(measured: LatentSet, arm: ArmName, subject: str) -> Trial | None:
     found = [t for t in measured.trials if (t.arm.name, t.subject) == (arm, subject)]
     return found[0] if found else None
 
@@ -217,64 +207,53 @@ def _row(
     failed = [] if may else ["not asked: what comes before it is not shown"]
     if not effect.low > smallest:
         failed.append(f"the interval is not wholly above {smallest:g}")
-    if not p < ALPHA:
-        least = 1 / (1 + len(controls))
-        blame = "the placebos" if rank >= bootstrap_p else "resampling the prompts"
-        blame += f" ({len(controls)} allow none below {least:.2g})" if least >= ALPHA and rank >= bootstrap_p else ""
-        failed.append(f"p = {p:.2g}, limited by {blame}")
+    least, by_rank = 1 / (1 + len(controls)), rank >= bootstrap_p
+    few = f" ({len(controls)} allow none below {least:.2g})" if least >= ALPHA and by_rank else ""
+    failed += unlikely(p, f"the placebos{few}" if by_rank else "resampling the prompts", name="p")
     spared = [name for name in others if name != "good" or trial.arm.name == "remove"]
     failed += [f"{name} falls by {-others[name].value:.2g}" for name in spared if others[name].value <= -smallest]
-    kind = "random latents of the same density and decoder norm"
+    arm: Any = trial.arm.name
     return CheckRow(
-        trial.arm.name, trial.subject, NOT_SHOWN if failed else WORDS[trial.arm.name], effect,
-        trial.arm.mean(trial.outcomes["kl"]), {"kind": kind, "n": len(controls), **_band(controls), "p": rank},
-        p, others, "; ".join(failed) or f"interval wholly above {smallest:g}, p = {p:.2g}",
+        arm, trial.subject, NOT_SHOWN if failed else WORDS[arm], effect, trial.arm.mean(trial.outcomes[KL]),
+        control_row("random latents of the same density and decoder norm", controls, rank), p, others,
+        "; ".join(failed) or f"interval wholly above {smallest:g}, p = {p:.2g}",
     )  # fmt: skip
 
 
 def _changes(trial: Trial) -> dict[str, Estimate]:
-    names = [name for name in trial.arm.metrics if name != "bad"]
-    return {name: trial.arm.change(trial.outcomes, name).estimate for name in names}
+    arm = trial.arm
+    return {name: arm.change(trial.outcomes, name).estimate for name in arm.metrics if name != arm.first}
 
 
-def _beside(measured: Measured, arm: ArmName) -> CheckRow:
+def _beside(measured: LatentSet, arm: ArmName) -> CheckRow:
     """The mean difference, which is not judged."""
     trial = _of(measured, arm, DIRECTION)
     assert trial is not None
-    kl, effect = trial.arm.mean(trial.outcomes["kl"]), trial.arm.change(trial.outcomes).estimate
+    kl, effect = trial.arm.mean(trial.outcomes[KL]), trial.arm.change(trial.outcomes).estimate
     nan, why = float("nan"), "an upper mark, not judged"
     return CheckRow(arm, DIRECTION, BESIDE, effect, kl, {}, nan, _changes(trial), why)
 
 
-def _check(measured: Measured, rows: Sequence[CheckRow]) -> FeatureCheck:
+def _check(measured: LatentSet, rows: Sequence[CheckRow]) -> FeatureCheck:
     import pandas as pd
 
-    doses = pd.DataFrame(measured.doses)
     rates = pd.DataFrame([row for trial in measured.trials for row in _rates(trial)])
+    settings = {"site": str(measured.dictionary.site_in), **measured.job.settings}
     return FeatureCheck(
-        measured.dictionary, measured.indices, measured.label, tuple(rows), rates, doses, measured.match,
-        measured.settings,
+        measured.dictionary, measured.indices, measured.label, tuple(rows), rates, pd.DataFrame(measured.doses()),
+        measured.match, settings,
     )  # fmt: skip
 
 
 def _rates(trial: Trial) -> list[dict[str, Any]]:
     """Untreated and treated means with their intervals; of the placebos the mean and the band that holds 95 %."""
     arm, found = trial.arm, []
-    named = {**{key: (metric.name, metric.unit) for key, metric in arm.metrics.items()}, "kl": ("KL", "nats")}
+    named = {**{key: (metric.name, metric.unit) for key, metric in arm.metrics.items()}, KL: ("KL", "nats")}
     for outcome, values in trial.outcomes.items():
         head = {"arm": arm.name, "outcome": outcome, "metric": named[outcome][0], "unit": named[outcome][1]}
         known = {"untreated": arm.untreated[outcome]} if trial.subject == SET and outcome in arm.untreated else {}
-        for subject, each in {**known, trial.subject: values}.items():
-            e = arm.mean(each)
-            found.append(head | {"subject": subject, "value": e.value, "low": e.low, "high": e.high, "n": e.n})
+        means = {subject: arm.mean(each) for subject, each in {**known, trial.subject: values}.items()}
         if (levels := trial.levels.get(outcome)) is not None:
-            found.append(
-                head | {"subject": "placebos", "value": float(levels.mean()), **_band(levels), "n": len(levels)}
-            )
+            means["placebos"] = Estimate.band(levels)
+        found += [head | {"subject": subject} | e.row() for subject, e in means.items()]
     return found
-
-
-def _band(values: Float[np.ndarray, " placebo"]) -> dict[str, float]:
-    """What holds 95 % of them."""
-    low, high = np.quantile(values, [0.025, 0.975]).tolist()
-    return {"low": low, "high": high}

@@ -8,104 +8,64 @@
 
 Both are positive when the direction carries the behaviour.  The control is the same treatment with random directions
 of the base's within-class covariance and the real direction's length, on a random sample of the prompts.
+
+What removes and what induces are values: ``Use(remove=…, induce=…)`` asks the same of any other intervention.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from tl_em.claims.arms import Arm
 from tl_em.claims.claim import Case, Finding, Question
 from tl_em.claims.rule import SMALLEST_USE, smallest_effect
 from tl_em.directions.direction import Direction
-from tl_em.errors import HookError, UsageError
+from tl_em.errors import UsageError
+from tl_em.interventions.base import Intervention, as_intervention
 from tl_em.interventions.edits import Ablate, Add
-from tl_em.interventions.intervene import intervene
 from tl_em.metrics import Behaviour, Metric
-from tl_em.models.contrasts import Prompt
 from tl_em.models.hooks import LensModel
 from tl_em.models.means import mean_activation
-from tl_em.models.stream import fanned_out
-from tl_em.stats import Estimate, Resampled, mean, paired_difference
+from tl_em.stats import Estimate, Resampled
 
 CONTROL_PROMPTS = 16
 ABLATE, ADD = "ablate in tuned", "add in base"
-RowEdit = Callable[[Float[Tensor, "row pos d_model"], Float[Tensor, "row d_model"]], Float[Tensor, "row pos d_model"]]
+Treatment = Callable[[Direction, Float[Tensor, " d_model"]], Intervention]
 
 
-@dataclass(frozen=True, eq=False)
-class Arm:
-    """One arm of the causal test: a model, a treatment, the prompts, and the sign that the claim predicts.
+def ablate(direction: Direction, centre: Float[Tensor, " d_model"]) -> Intervention:
+    """Set the component along the direction to the centre's."""
+    return Ablate(direction, around=centre)
+
+
+def add(direction: Direction, centre: Float[Tensor, " d_model"]) -> Intervention:
+    """Add the raw vector once; the centre plays no part."""
+    return Add(direction)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Use(Question):
+    """The question *use*: does the direction drive the behaviour?  See the head of this file.
 
     Args:
-        name: ``"ablate in tuned"`` or ``"add in base"``.
-        model: the model that is treated.
-        prompts: the prompts that it is measured on.
-        groups: the question of each prompt.
-        centre: the centre of the ablation; ``None``: the arm adds.
+        remove: makes the intervention that takes the direction out of the tuned model, of the direction and of the
+            mean activation where the behaviour is absent; ``Ablate`` around that by default.
+        induce: makes the one that brings it into the base; ``Add`` by default.
+
+    Example:
+        >>> Use(remove=lambda direction, centre: Ablate(direction)).name
+        'use'
     """
 
-    name: str
-    model: LensModel
-    prompts: Sequence[Prompt]
-    groups: Sequence[Hashable] | None
-    centre: Float[Tensor, " d_model"] | None
-
-    @property
-    def sign(self) -> int:
-        """+1 where the behaviour should rise, -1 where it should fall."""
-        return 1 if self.centre is None else -1
-
-    def treated(self, direction: Direction, metric: Metric) -> Float[np.ndarray, " prompt"]:
-        """The metric of each prompt under the treatment."""
-        edit = Add(direction) if self.centre is None else Ablate(direction, around=self.centre)
-        with intervene(self.model, edit):
-            return self.untreated(metric)
-
-    def untreated(self, metric: Metric) -> Float[np.ndarray, " prompt"]:
-        """The metric of each prompt as the model is."""
-        return metric(self.model, self.prompts).double().cpu().numpy()
-
-    def on(self, prompts: Sequence[Prompt]) -> Arm:
-        """The same arm on other prompts."""
-        return replace(self, prompts=prompts, groups=None)
-
-    def row_edit(self) -> RowEdit:
-        """The same treatment with one direction for each row of the batch."""
-        if self.centre is None:
-            return lambda x, vectors: x + vectors[:, None].to(x.dtype)
-        centre = self.centre
-
-        def ablate(x: Tensor, vectors: Tensor) -> Tensor:
-            units = (vectors / vectors.norm(dim=-1, keepdim=True))[:, None]
-            change = (component_of_rows(centre.to(units)[None, None], units) - component_of_rows(x, units))[..., None]
-            return x + (change * units).to(x.dtype)
-
-        return ablate
-
-
-def component_of_rows(x: Float[Tensor, "#row #pos d_model"], units: Float[Tensor, "row 1 d_model"]) -> Tensor:
-    """Component of each row along its own unit vector."""
-    return (x.to(units.dtype) * units).sum(-1)
-
-
-def arms(base: LensModel, tuned: LensModel, behaviour: Behaviour, centre: Float[Tensor, " d_model"]) -> list[Arm]:
-    """The two arms; ``centre`` is the mean activation where the behaviour is absent."""
-    return [
-        Arm(ABLATE, tuned, behaviour.present, behaviour.present_groups, centre),
-        Arm(ADD, base, behaviour.absent, behaviour.absent_groups, None),
-    ]
-
-
-class Use(Question):
-    """The question *use*: see the head of this file."""
+    remove: Treatment = ablate
+    induce: Treatment = add
 
     name, words, unit, smallest = "use", ("causal", None), "change of the behaviour", SMALLEST_USE["probability"]
     asks = "Does the direction drive the behaviour?"
@@ -119,7 +79,8 @@ class Use(Question):
         """Ablate in tuned, add in base, and judge by the weaker arm.
 
         Raises:
-            UsageError: the behaviour's unit has no smallest effect of interest.
+            UsageError: the behaviour's unit has no smallest effect of interest, or what removes or induces makes no
+                intervention along a direction.
         """
         behaviour, direction = case.behaviour, case.direction
         if behaviour is None:
@@ -129,96 +90,69 @@ class Use(Question):
         vectors = torch.from_numpy(random / np.linalg.norm(random, axis=-1, keepdims=True) * direction.norm).float()
         reference = case.pair.base if behaviour.same_prompts else case.pair.tuned
         centre = mean_activation(reference, behaviour.absent, site=direction.site, position=direction.position)
-        both = arms(case.pair.base, case.pair.tuned, behaviour, centre)
-        measured = [measure_arm(arm, direction, behaviour, vectors, seed=case.seed) for arm in both]
-        weaker = min(measured, key=lambda m: m.effect.estimate.low)
+        edits = [self._made(which, direction, centre) for which in ("remove", "induce")]
+        both = arms(case.pair.base, case.pair.tuned, behaviour, seed=case.seed)
+        measured = {arm.name: measure_arm(arm, edit, vectors) for arm, edit in zip(both, edits, strict=True)}
+        weaker, found = min(measured.items(), key=lambda each: each[1].effect.estimate.low)
+        known = {"direction": case.name, "behaviour": behaviour.name}
         return case.finding(
-            self, Resampled(weaker.effect.estimate, max(m.effect.p for m in measured)), controls=weaker.controls,
+            self, Resampled(found.effect.estimate, max(m.effect.p for m in measured.values())), controls=found.controls,
             control="random directions with the same treatment", smallest=smallest,
-            unit=f"{metric.unit} of {metric.name} ({weaker.arm.name}, the weaker arm)",
-            detail={m.arm.name: m.effect.estimate for m in measured},
-            table=[row | {"direction": case.name, "behaviour": behaviour.name} for m in measured for row in m.rows],
+            unit=f"{metric.unit} of {metric.name} ({weaker}, the weaker arm)",
+            detail={name: m.effect.estimate for name, m in measured.items()},
+            table=[row | known for m in measured.values() for row in m.rows],
         )  # fmt: skip
 
+    def _made(self, which: str, direction: Direction, centre: Float[Tensor, " d_model"]) -> Intervention:
+        make = getattr(self, which)
+        if not callable(make):
+            raise UsageError(
+                f"Use({which}=…) is a {type(make).__name__}, and each direction needs an intervention of its own; pass "
+                "a function, as in lambda direction, centre: em.Ablate(direction, around=centre)"
+            )
+        made = as_intervention(f"what Use({which}=…) returned", make(direction, centre))
+        made.along(direction)  # which says what is wrong where random directions cannot take its place
+        return made
 
-@dataclass(frozen=True, eq=False)
-class ArmResult:
+
+def outcomes(behaviour: Behaviour) -> dict[str, Metric]:
+    """What is measured of a behaviour: the bad, and the good beside it where it has one."""
+    return {"bad": behaviour.metric} | ({} if behaviour.good is None else {"good": behaviour.good})
+
+
+def arms(base: LensModel, tuned: LensModel, behaviour: Behaviour, *, seed: int = 0) -> tuple[Arm, Arm]:
+    """Where the direction is taken out, and where it is brought in."""
+    metrics = outcomes(behaviour)
+    return (
+        Arm(ABLATE, tuned, behaviour.present, behaviour.present_groups, metrics, sign=-1, seed=seed),
+        Arm(ADD, base, behaviour.absent, behaviour.absent_groups, metrics, seed=seed),
+    )
+
+
+class ArmResult(NamedTuple):
     """One arm's effect, the same effect under each control, and the rates."""
 
-    arm: Arm
-    effect: Any
+    effect: Resampled
     controls: Float[np.ndarray, " control"]
     rows: list[dict[str, Any]]
 
 
-def measure_arm(arm: Arm, direction: Direction, behaviour: Behaviour, vectors: Tensor, *, seed: int) -> ArmResult:
+def measure_arm(arm: Arm, edit: Intervention, vectors: Float[Tensor, "control d_model"]) -> ArmResult:
     """The effect of one arm on its prompts, that of each of ``vectors``, and the table of rates behind them."""
-    outcomes = {"bad": behaviour.metric} | ({} if behaviour.good is None else {"good": behaviour.good})
-    sample = np.random.default_rng(seed).permutation(len(arm.prompts))[:CONTROL_PROMPTS]
-    few = arm.on([arm.prompts[i] for i in sample])
-    rows, effects, controls = [], [], []
-    for outcome, metric in outcomes.items():
-        before, after = arm.untreated(metric), arm.treated(direction, metric)
-        random = under_controls(few, direction, metric, vectors if outcome == "bad" else vectors[:99])
+    sample = np.random.default_rng(arm.seed).permutation(len(arm.prompts))[:CONTROL_PROMPTS]
+    few, treated = arm.some(sample), arm.treated(edit, only=list(arm.metrics))
+    rows, controls = [], {}
+    for outcome, metric in arm.metrics.items():
+        before = arm.untreated[outcome]
+        random = few.along(edit, vectors if outcome == arm.first else vectors[:99], outcome)
         # Moved by what the sample's own mean differs from that of all prompts, so that the table's columns compare.
         shifts = random.mean(1) - before[sample].mean()
-        effects.append(paired_difference(arm.sign * before, arm.sign * after, groups=arm.groups, seed=seed))
-        controls.append(arm.sign * shifts)
+        controls[outcome] = arm.sign * shifts
         cells = {
-            "untreated": mean(before, groups=arm.groups, seed=seed),
-            "treated": mean(after, groups=arm.groups, seed=seed),
-            "random": over_controls(before.mean() + shifts),
+            "untreated": arm.mean(before),
+            "treated": arm.mean(treated[outcome]),
+            "random": Estimate.band(before.mean() + shifts),
         }
-        rows += [
-            {"arm": arm.name, "outcome": outcome, "metric": metric.name, "unit": metric.unit, "condition": condition,
-             "value": e.value, "low": e.low, "high": e.high, "n": e.n, "method": e.method}
-            for condition, e in cells.items()
-        ]  # fmt: skip
-    return ArmResult(arm, effects[0], controls[0], rows)
-
-
-def over_controls(values: Float[np.ndarray, " control"]) -> Estimate:
-    """The mean over control directions with the band that holds 95 % of them (not an interval of the mean)."""
-    low, high = np.quantile(values, [0.025, 0.975])
-    n = len(values)
-    return Estimate(float(values.mean()), float(low), float(high), n, float(n), "2.5-97.5 % band of random directions")
-
-
-def under_controls(
-    arm: Arm, direction: Direction, metric: Metric, vectors: Float[Tensor, "control d_model"]
-) -> Float[np.ndarray, "control prompt"]:
-    """The metric of each prompt under each of many directions.
-
-    Each prompt runs once up to the site and from there in as many copies as there are directions.  Where that does not
-    give what one direction at a time gives (a metric that runs the model by itself, a model that depends on its batch),
-    the directions are run one at a time.
-    """
-    probe = vectors[:2]
-    slow = np.stack([arm.on(arm.prompts[:1]).treated(_like(direction, v), metric) for v in probe])
-    together = _fanned_pass(arm, direction, metric, probe, arm.prompts[0]) if len(probe) == 2 else None
-    fans = together is not None and np.allclose(together, slow[:, 0], rtol=1e-3, atol=1e-4)
-    what = f"{arm.name}: {metric.name}"
-    if fans:
-        passes = tqdm(arm.prompts, desc=what, unit="prompt", disable=None, leave=False)
-        return np.stack([np.asarray(_fanned_pass(arm, direction, metric, vectors, p)) for p in passes], axis=1)
-    alone = tqdm(vectors.unbind(), desc=what, unit="direction", disable=None, leave=False)
-    return np.stack([arm.treated(_like(direction, v), metric) for v in alone])
-
-
-def _fanned_pass(
-    arm: Arm, direction: Direction, metric: Metric, vectors: Tensor, prompt: Prompt
-) -> Float[np.ndarray, " control"] | None:
-    edit = arm.row_edit()
-
-    def copies(x: Tensor, rows: Sequence[int]) -> Tensor:
-        return edit(x, vectors[list(rows)].to(x.device))
-
-    try:
-        with fanned_out(arm.model, direction.site, copies):
-            return metric(arm.model, [prompt] * len(vectors)).double().cpu().numpy()
-    except (UsageError, HookError, RuntimeError, IndexError):
-        return None
-
-
-def _like(direction: Direction, vector: Tensor) -> Direction:
-    return Direction(vector, direction.site, position=direction.position)
+        known = {"arm": arm.name, "outcome": outcome, "metric": metric.name, "unit": metric.unit}
+        rows += [known | {"condition": name} | e.row() | {"method": e.method} for name, e in cells.items()]
+    return ArmResult(arm.change(treated), controls[arm.first], rows)

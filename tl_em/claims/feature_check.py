@@ -1,19 +1,17 @@
 """What a verification found: a row for each treatment, with its verdict beside its controls.
 
 Every effect stands beside the band that holds 95 % of its placebos' effects. A set's verdict is made of the words of
-its own rows, removed and induced; the rule that gives them is at the head of ``verify``.
+its own rows, removed and induced; the rule that gives them is at the head of ``claims.questions.latents``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from tl_em.claims.latent_arms import ArmName
-from tl_em.claims.latent_trials import SET
-from tl_em.claims.rule import NOT_SHOWN
-from tl_em.dictionaries import Dictionary
+from tl_em.claims.claim import NOT_SHOWN
+from tl_em.dictionaries.dictionary import Dictionary
 from tl_em.errors import UsageError
 from tl_em.showing import plain_rows, showable
 from tl_em.stats import Estimate
@@ -21,6 +19,8 @@ from tl_em.stats import Estimate
 if TYPE_CHECKING:
     import pandas as pd
 
+ArmName = Literal["remove", "induce"]
+SET, DIRECTION = "the set", "mean difference"
 WORDS: dict[ArmName, str] = {"remove": "carries the behaviour", "induce": "induces the behaviour"}
 BESIDE = "beside"
 
@@ -133,8 +133,8 @@ class FeatureCheck:
 
 def _plain(row: CheckRow) -> dict[str, Any]:
     e, c = row.effect, row.control
+    placebos = {"placebo_low": c.get("low"), "placebo_high": c.get("high"), "placebos": c.get("n")}
     plain = {"arm": row.arm, "subject": row.subject, "verdict": row.verdict, "effect": e.value, "low": e.low,
-             "high": e.high, "n": e.n, "placebo_low": c.get("low"), "placebo_high": c.get("high"),
-             "placebos": c.get("n"), "p": row.p, "kl": row.kl.value}  # fmt: skip
+             "high": e.high, "n": e.n, **placebos, "p": row.p, "kl": row.kl.value}  # fmt: skip
     plain |= {f"{name}_change": change.value for name, change in row.changes.items()}
     return plain | {"reason": row.reason}

@@ -6,12 +6,15 @@
 
 The mean-difference direction is the difference of mean activations at the treated tokens: tuned less base or, without
 a base, positive less negative prompts. Removed, its component is set to that of the base (the negative prompts).
+
+Doses: a part of the treatment (0 to 1). The direction is brought to the same KL and not to the same dose, since any
+vector changes a metric when it is long enough.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -20,12 +23,15 @@ import torch
 from jaxtyping import Float, Int
 from tqdm.auto import tqdm
 
-from tl_em.claims.latent_arms import Arm, ArmName, Outcomes, dose_response
-from tl_em.claims.placebos import match, matched_sets
-from tl_em.dictionaries import Dictionary, Feature
+from tl_em.claims.arms import KL, Arm, Outcomes
+from tl_em.claims.controls import match, matched_sets
+from tl_em.claims.dose import Dial, Treated
+from tl_em.claims.feature_check import DIRECTION, SET, ArmName
+from tl_em.dictionaries.dictionary import Dictionary, Feature
 from tl_em.dictionaries.tokens import Seen, seen
 from tl_em.directions.direction import Direction
 from tl_em.errors import UsageError
+from tl_em.interventions.base import Intervention, Partial
 from tl_em.interventions.edits import Ablate, Add
 from tl_em.interventions.latents import ScaleFeature
 from tl_em.metrics import Metric
@@ -34,7 +40,8 @@ from tl_em.models.hooks import LensModel
 from tl_em.models.scopes import Where
 from tl_em.models.stream import encoded_prompts
 
-SET, DIRECTION = "the set", "mean difference"
+STRONGEST = 16.0
+"""Largest coefficient at which the direction is added to reach the KL of a set of latents."""
 
 
 def latents(features: Any) -> tuple[Feature, ...]:
@@ -68,18 +75,6 @@ class Trial(NamedTuple):
     levels: Mapping[str, Float[np.ndarray, " placebo"]]
 
 
-class Measured(NamedTuple):
-    """All trials of one set, and what is known about it."""
-
-    dictionary: Dictionary
-    indices: tuple[int, ...]
-    label: str
-    trials: tuple[Trial, ...]
-    doses: list[dict[str, Any]]
-    match: Mapping[str, float]
-    settings: Mapping[str, Any]
-
-
 @dataclass(frozen=True, eq=False)
 class Job:
     """What is asked of every set alike; as in ``verify_feature``.
@@ -99,31 +94,22 @@ class Job:
     doses: Sequence[float]
     seed: int
 
-    def measure(self, features: Sequence[Feature], others: Sequence[Feature] = ()) -> Measured:
-        """Remove and induce the set, each latent alone, the placebos (none of ``others``) and the mean difference."""
-        dictionary = features[0].dictionary
-        apart = tuple(each.index for each in others if each.dictionary.hash == dictionary.hash)
-        set_ = _Set(self, dictionary, tuple(each.index for each in features), apart)
-        arms = [self._arm("remove", self.model)]
-        if self.base is not None:
-            arms.append(self._arm("induce", self.base))
-        trials, doses = [], []
-        for arm in arms:
-            trials += set_.trials(arm)
-            doses += dose_response(arm, set_.edit(arm.name), set_.direction_edit(arm.name), doses=self.doses)
-        known = match(set_.dictionary, set_.indices, set_.density, set_.sets)
-        names = {name: metric.name for name, metric in self.metrics.items()}
-        settings = {
-            "site": str(set_.dictionary.site_in), "where": _said(self.where), "metrics": names,
+    @cached_property
+    def arms(self) -> dict[ArmName, Arm]:
+        """The latents removed from the model and, with a base, induced in that."""
+        common = {"metrics": self.metrics, "where": self.where, "seed": self.seed}
+        on: Any = {"prompts": self.contrast.positive, "groups": self.contrast.positive_groups, **common}
+        arms: dict[ArmName, Arm] = {"remove": Arm("remove", self.model, sign=-1, **on).as_tokens()}
+        return arms if self.base is None else {**arms, "induce": Arm("induce", self.base, **on).as_tokens()}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What was treated how, for people."""
+        return {
+            "where": _said(self.where), "metrics": {name: metric.name for name, metric in self.metrics.items()},
             "unit": self.metrics["bad"].unit, "to": "0" if self.base is None else "means of the base",
             "placebos": self.placebos, "seed": self.seed,
         }  # fmt: skip
-        label = f"{_counted(set_.indices)} of {set_.dictionary.label} on {self.contrast.label or 'the contrast'}"
-        return Measured(set_.dictionary, set_.indices, label, tuple(trials), doses, known, settings)
-
-    def _arm(self, name: ArmName, model: LensModel) -> Arm:
-        prompts, groups = self.contrast.positive, self.contrast.positive_groups
-        return Arm(name, model, prompts, groups, self.metrics, self.where, self.seed)
 
 
 def usual_scope(model: LensModel, contrast: ContrastSet, base: LensModel | None) -> Where:
@@ -141,19 +127,41 @@ def _said(where: Where) -> str:
     return owners[where]
 
 
-def _counted(indices: Sequence[int]) -> str:
-    named = ", ".join(map(str, indices[:6])) + (", …" if len(indices) > 6 else "")
-    return f"latent {named}" if len(indices) == 1 else f"{len(indices)} latents ({named})"
-
-
 @dataclass(frozen=True, eq=False)
-class _Set:
-    """The latents, with the means that they are set to and the placebos that stand for them."""
+class LatentSet:
+    """Latents that are treated together, with the means that they are set to and the placebos that stand for them.
+
+    Args:
+        job: what is asked.
+        features: the latents.
+        apart: further latents of the dictionary that may not stand for them.
+    """
 
     job: Job
-    dictionary: Dictionary
-    indices: tuple[int, ...]
+    features: tuple[Feature, ...]
     apart: tuple[int, ...]
+
+    @property
+    def dictionary(self) -> Dictionary:
+        return self.features[0].dictionary
+
+    @property
+    def indices(self) -> tuple[int, ...]:
+        return tuple(each.index for each in self.features)
+
+    @property
+    def label(self) -> str:
+        """What is asked, for people."""
+        named = ", ".join(map(str, self.indices[:6])) + (", …" if len(self.indices) > 6 else "")
+        counted = f"latent {named}" if len(self.indices) == 1 else f"{len(self.indices)} latents ({named})"
+        return f"{counted} of {self.dictionary.label} on {self.job.contrast.label or 'the contrast'}"
+
+    @property
+    def match(self) -> Mapping[str, float]:
+        """Mean density and decoder norm of the latents and of their placebos."""
+        return match(self.dictionary, self.indices, self.density, self.sets)
+
+    # --- What they are set to, and what stands for them ---
 
     @cached_property
     def own(self) -> Seen:
@@ -167,7 +175,7 @@ class _Set:
             return seen(self.job.base, self.dictionary, self.job.fit.positive, where=self.job.where)
         return seen(self.job.model, self.dictionary, self.job.fit.negative, where=self.job.where)
 
-    @property
+    @cached_property
     def density(self) -> Float[torch.Tensor, " feature"]:
         return (self.own.density + self.other.density) / 2
 
@@ -198,22 +206,63 @@ class _Set:
         direction = Direction(self.own.x - self.other.x, self.dictionary.site_in, name=DIRECTION)
         return Ablate(direction, around=self.other.x) if arm == "remove" else Add(direction)
 
-    def trials(self, arm: Arm) -> list[Trial]:
-        """The set with its placebos, the mean difference, and the latents one by one where they are removed."""
-        bar = tqdm(self.sets.tolist(), desc=f"placebos: {arm.name}", unit="set", disable=None, leave=False)
-        done = [arm.treated(self.placebo_edit(arm.name, row)) for row in bar]
-        levels = {name: np.array([each[name].mean() for each in done]) for name in (*arm.metrics, "kl")}
-        controls = np.array([arm.shift(each) for each in done])
-        found = [
-            Trial(arm, SET, arm.treated(self.edit(arm.name)), controls, levels),
-            Trial(arm, DIRECTION, arm.treated(self.direction_edit(arm.name)), None, {}),
-        ]
-        alone = self.job.singly and arm.name == "remove" and len(self.indices) > 1
-        return found + (self._singles(arm) if alone else [])
+    # --- What that does ---
+
+    @cached_property
+    def trials(self) -> list[Trial]:
+        """In each arm the set with its placebos and the mean difference; the latents one by one where removed."""
+        found: list[Trial] = []
+        for name, arm in self.job.arms.items():
+            bar = tqdm(self.sets.tolist(), desc=f"placebos: {name}", unit="set", disable=None, leave=False)
+            done = [arm.treated(self.placebo_edit(name, row)) for row in bar]
+            levels = {outcome: np.array([each[outcome].mean() for each in done]) for outcome in (*arm.metrics, KL)}
+            controls = np.array([arm.shift(each) for each in done])
+            found.append(Trial(arm, SET, arm.treated(self.edit(name)), controls, levels))
+            found.append(Trial(arm, DIRECTION, arm.treated(self.direction_edit(name)), None, {}))
+            if self.job.singly and name == "remove" and len(self.indices) > 1:
+                found += self._singles(arm)
+        return found
 
     def _singles(self, arm: Arm) -> list[Trial]:
         """Each latent alone, beside the largest effect of a single latent in each set of placebos."""
         once = tqdm(np.unique(self.sets).tolist(), desc="single placebos", unit="latent", disable=None, leave=False)
-        shifts = {i: arm.shift(arm.treated(self.edit(arm.name, [i]), only="bad")) for i in once}
+        shifts = {i: arm.shift(arm.treated(self.edit("remove", [i]), only=[arm.first])) for i in once}
         largest = np.array([max(shifts[i] for i in row) for row in self.sets.tolist()])
-        return [Trial(arm, f"latent {i}", arm.treated(self.edit(arm.name, [i])), largest, {}) for i in self.indices]
+        return [Trial(arm, f"latent {i}", arm.treated(self.edit("remove", [i])), largest, {}) for i in self.indices]
+
+    def doses(self) -> list[dict[str, Any]]:
+        """The latents' treatment in parts, and the mean difference at the same KL, or as far as it goes: a row each."""
+        rows = []
+        for name, whole in self.job.arms.items():
+            arm = replace(whole, metrics={key: metric for key, metric in whole.metrics.items() if key != "coherence"})
+            scale = STRONGEST if name == "induce" else 1.0
+            direction = self.direction_edit(name)
+            dials = [Dial(arm, self.edit(name)), Dial(arm, _Ending(direction.at(scale) if scale > 1 else direction))]
+            for dose in self.job.doses:
+                found = dials[0].at(float(dose))
+                other = dials[1].reaching(found.push, near=1 / scale)
+                rows.append(_dose_row(arm, "latents", float(dose), found))
+                rows.append(_dose_row(arm, "mean difference, at this KL", scale * other.strength, other))
+        return rows
+
+
+@dataclass(frozen=True, eq=False)
+class _Ending(Intervention):
+    """An intervention whose strength has an end: a part of it is carried out, and no more than all."""
+
+    inner: Intervention
+
+    @property
+    def strongest(self) -> float:
+        return 1.0
+
+    def at(self, strength: float) -> Intervention:
+        return Partial(self.inner, strength)
+
+
+def _dose_row(arm: Arm, treatment: str, strength: float, found: Treated) -> dict[str, Any]:
+    bad = arm.mean(found.found["bad"])
+    row = {"arm": arm.name, "treatment": treatment, "strength": strength, "kl": arm.mean(found.found[KL]).value,
+           "bad": bad.value, "low": bad.low, "high": bad.high}  # fmt: skip
+    good = {"good": arm.mean(found.found["good"]).value} if "good" in arm.metrics else {}
+    return row | good | {"n": bad.n, "note": found.note}

@@ -1,28 +1,99 @@
-"""Random latents that stand for given ones: as dense, with decoder rows as long.
+"""What stands beside a treatment: random directions, and random latents, that are treated the same.
 
-    distance(i, j) = (log density_i - log density_j)^2 + (log |d_i| - log |d_j|)^2      each in standard deviations
+    directions   of the pooled within-class covariance at the direction's own site, each as long as the direction
+    latents      distance(i, j) = (log density_i - log density_j)^2 + (log |d_i| - log |d_j|)^2, in standard deviations
 
-Each latent is stood for by one of its nearest ``NEAREST`` (or as many as there are placebos), drawn without
-replacement. Dense latents change much whatever they mean, and rare ones nothing, so a control that is not matched on
-density says little. How well they match is printed beside every result (``match``).
+Isotropic noise in a wide space points where activations never vary, so it would do little and prove less
+(``directions.geometry``).  Each latent is stood for by one of its nearest ``NEAREST`` (or as many as there are
+placebos), drawn without replacement: dense latents change much whatever they mean, and rare ones nothing. How well they
+match is printed beside every result (``match``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_em.dictionaries import Dictionary
-from tl_em.errors import UsageError
+from tl_em.dictionaries.dictionary import Dictionary
+from tl_em.directions.direction import Direction
+from tl_em.directions.geometry import control_directions
+from tl_em.errors import PositionError, UsageError
+from tl_em.interventions.base import Intervention, direction_of
+from tl_em.models.contrasts import ContrastSet, Prompt
+from tl_em.models.hooks import LensModel
+from tl_em.models.prompts import EncodedPrompt
+from tl_em.models.stream import capture
 
 NEAREST = 32
 """Latents that may stand for one, where as many as that are not needed."""
 _NEVER = 1e-6
 """Density that a latent which was never on is given, so that it has a logarithm."""
+
+
+def random_directions(
+    model: LensModel,
+    direction: Direction,
+    drawn_from: ContrastSet | Sequence[Prompt | EncodedPrompt],
+    *,
+    count: int,
+    seed: int = 0,
+) -> Float[Tensor, "control d_model"]:
+    """Random vectors in place of a direction's, as long as it is.
+
+    Args:
+        model: whose activations are read: at the direction's site and position, or at the prompt's end where prompts
+            have no such token.
+        direction: what they stand beside.
+        drawn_from: a contrast set, from whose within-class covariance they are drawn, or prompts of one class.
+        count: how many.
+        seed: seed of the draws.
+
+    Raises:
+        UsageError: the activations do not vary within the classes.
+    """
+    both = isinstance(drawn_from, ContrastSet)
+    classes = (drawn_from.positive, drawn_from.negative) if both else (drawn_from, drawn_from)
+    x = [_read(model, prompts, direction) for prompts in classes]
+    return torch.from_numpy(control_directions(x[0], x[1], count=count, norm=direction.norm, seed=seed)).float()
+
+
+def _read(model: LensModel, prompts: Sequence[Any], direction: Direction) -> Float[np.ndarray, "prompt d_model"]:
+    try:
+        acts = capture(model, prompts, [direction.site], position=direction.position)
+    except PositionError:
+        acts = capture(model, prompts, [direction.site], position="prompt_end")
+    return acts[:, 0].double().numpy()
+
+
+def along_random(
+    model: LensModel,
+    intervention: Intervention,
+    drawn_from: ContrastSet | Sequence[Prompt | EncodedPrompt],
+    *,
+    count: int,
+    seed: int = 0,
+) -> list[Intervention]:
+    """The same intervention along random directions in place of its own; see :func:`random_directions`.
+
+    Raises:
+        UsageError: it has no direction.
+    """
+    own = direction_of(intervention)
+    if not count:
+        return []
+    if own is None:
+        raise UsageError(
+            f"{type(intervention).__name__} has no direction that a random one could replace; pass controls=[…], "
+            "interventions of the same kind with random vectors, or controls=0"
+        )
+    vectors = random_directions(model, own, drawn_from, count=count, seed=seed)
+    return [intervention.along(replace(own, vector=vector, name="random", neutral=None)) for vector in vectors]
 
 
 def matched_sets(
