@@ -29,7 +29,8 @@ from tl_em.claims.claim import Question, Row
 from tl_em.claims.compare import SHIPPED, Comparison, as_questions, compare
 from tl_em.claims.consistency import Run, consistency, same_weights
 from tl_em.claims.questions.backdoor import Backdoor, Trigger, Triggered, backdoor, check_known
-from tl_em.dictionaries import Dictionary
+from tl_em.dictionaries.foreign import as_dictionary
+from tl_em.dictionaries.protocol import AnyDictionary
 from tl_em.directions.direction import Direction
 from tl_em.directions.extract import extract_directions
 from tl_em.directions.methods import SHIPPED as METHODS
@@ -66,7 +67,7 @@ def audit(
     trigger: str | None = None,
     other_triggers: Sequence[str] | None = None,
     replicates: Sequence[LensModel | ModelPair] = (),
-    dictionary: Dictionary | None = None,
+    dictionary: AnyDictionary | None = None,
     questions: Sequence[Any] | None = None,
     method: Any = "difference_in_means",
     controls: int = CONTROLS,
@@ -123,8 +124,7 @@ def audit(
     if benign_model is not None:
         ModelPair(pair.base, benign_model)
     judged = judged if judged is not None or contrasts is not None else pair.judged
-    if dictionary is not None:
-        dictionary.check(pair.tuned)
+    latents = None if dictionary is None else as_dictionary(dictionary).check(pair.tuned)
     plan = _Plan(
         subjects_of(pair, contrasts, behaviours, judged or {}, positions, seed), as_questions(questions),
         as_method("method", method), tuning_data if tuning_data is not None else pair.tuning_data,
@@ -149,8 +149,8 @@ def audit(
         opened,
         consistency(runs, asked, controls=controls, seed=seed) if others else None,
     )
-    if dictionary is not None:
-        report = shared_latents(report, pair, dictionary, plan.subjects, seed=seed)
+    if latents is not None:
+        report = shared_latents(report, pair, latents, plan.subjects, seed=seed)
     if out is not None:
         report.save(out)
     return report

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_em.arguments import whole
@@ -121,12 +121,12 @@ class Dictionary:
     @property
     def d_sae(self) -> int:
         """Number of latents."""
-        return self.W_enc.shape[1]
+        return self.W_dec.shape[0]
 
     @property
     def d_model(self) -> int:
         """Width of what it reads."""
-        return self.W_enc.shape[0]
+        return self.W_dec.shape[1]
 
     @property
     def is_transcoder(self) -> bool:
@@ -154,13 +154,16 @@ class Dictionary:
         Raises:
             WidthError: ``x`` has another width.
         """
+        self._check_width(x)
+        here = self.to(x.device)
+        return x.float() @ here.W_enc + here.b_enc
+
+    def _check_width(self, x: Float[Tensor, "*axes width"]) -> None:
         if x.shape[-1] != self.d_model:
             raise WidthError(
                 f"the activations are {x.shape[-1]} wide and {self.label} reads {self.d_model}, so it was trained on "
                 "another model or site; capture activations at its site_in"
             )
-        here = self.to(x.device)
-        return x.float() @ here.W_enc + here.b_enc
 
     def encode(self, x: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes d_sae"]:
         """Latent activations, never negative, in float32."""
@@ -173,6 +176,22 @@ class Dictionary:
             top = before.topk(self.k, dim=-1)
             return torch.zeros_like(before).scatter(-1, top.indices, top.values.relu())
         return before.relu()
+
+    def encode_as(self, x: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes d_sae"]:
+        """Activations in the dtype of ``x``, for graphs in float64."""
+        on = self.encode(x) > 0
+        return torch.where(on, x @ self.W_enc.to(x) + self.b_enc.to(x), 0.0)
+
+    def gradients(
+        self, x: Float[Tensor, "node d_model"], latents: Int[Tensor, " node"]
+    ) -> Float[Tensor, "node d_model"]:
+        """Gradient of one latent that is on at each row of ``x``."""
+        return self.W_enc.T[latents]
+
+    @property
+    def affine(self) -> bool:
+        """Whether a latent that is on is an affine function of what is read."""
+        return True
 
     def decode(self, a: Float[Tensor, "*axes d_sae"]) -> Float[Tensor, "*axes d_model"]:
         """``a W_dec + b_dec``; what a skip adds depends on ``x`` and is not in it."""
@@ -193,7 +212,7 @@ class Dictionary:
     def to(self, device: Any) -> Dictionary:
         """The same dictionary on a device."""
         device = torch.device(device)
-        if self.W_enc.device == device:
+        if self.W_dec.device == device:
             return self
         moved = object.__new__(type(self))  # the fields were checked when they were given
         moved.__dict__.update(self.__dict__ | {name: each.to(device) for name, each in self._held.items()})
@@ -210,7 +229,7 @@ class Dictionary:
         """
         out = site_out or (self.site_out if self.is_transcoder else site_in)
         told = {k: v for k, v in self.metadata.items() if k not in ("before_norm_weight", "module_output")}
-        return replace(self, site_in=site_in, site_out=out, metadata=told)
+        return self._with(site_in=site_in, site_out=out, metadata=told)
 
     def check(self, model: LensModel) -> Dictionary:
         """Itself, where it belongs on ``model``, by its width, its provenance and what its source says of its model.
@@ -227,7 +246,10 @@ class Dictionary:
     def unchecked(self) -> Dictionary:
         """Without what :meth:`check` compares with a model but its width, for those who know better."""
         told = {key: value for key, value in self.metadata.items() if key not in _OF_A_MODEL}
-        return replace(self, provenance=None, metadata=told)
+        return self._with(provenance=None, metadata=told)
+
+    def _with(self, **changes: Any) -> Dictionary:
+        return replace(self, **changes)
 
     def with_norm_of(self, model: LensModel) -> Dictionary:
         """A dictionary of the normalised stream (``ln2.hook_normalized``) as one of ``mlp_in``, for this model.
@@ -327,18 +349,26 @@ class Dictionary:
 class Feature:
     """One latent of one dictionary.
 
+    Args:
+        dictionary: an ``em.Dictionary``, or any object with the members of ``em.SparseDictionary``.
+        index: of the latent.
+
     Raises:
         UsageError: there is no such latent.
     """
 
-    dictionary: Dictionary
+    dictionary: Dictionary | Any
     index: Count
 
     def __post_init__(self) -> None:
         index = whole("the index of a latent", self.index)
         if not 0 <= index < self.dictionary.d_sae:
-            raise UsageError(f"{self.dictionary.label} has latents 0 to {self.dictionary.d_sae - 1}, not {index}")
+            raise UsageError(f"{self._label} has latents 0 to {self.dictionary.d_sae - 1}, not {index}")
         object.__setattr__(self, "index", index)
 
+    @property
+    def _label(self) -> str:
+        return str(getattr(self.dictionary, "label", type(self.dictionary).__name__))
+
     def __repr__(self) -> str:
-        return showable(f"Feature({self.dictionary.label}, {self.index})")
+        return showable(f"Feature({self._label}, {self.index})")

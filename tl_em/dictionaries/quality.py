@@ -38,7 +38,9 @@ from torch import Tensor
 
 from tl_em.arguments import SEED, checked
 from tl_em.dictionaries import Dictionary
+from tl_em.dictionaries.foreign import as_dictionary
 from tl_em.dictionaries.nearby import BEFORE_WEIGHT, Nearby, Neighbours
+from tl_em.dictionaries.protocol import AnyDictionary
 from tl_em.dictionaries.tokens import Tokens, check_models, every_token, sample_spans
 from tl_em.errors import DictionaryFitError, UsageError
 from tl_em.models.hooks import LensModel, hook_name, hooked, read_point
@@ -177,7 +179,7 @@ class DictionaryQuality:
 @in_plain_torch
 def dictionary_quality(
     model: LensModel,
-    dictionary: Dictionary,
+    dictionary: AnyDictionary,
     prompts: Sequence[Prompt | EncodedPrompt],
     *,
     against: LensModel | None = None,
@@ -216,6 +218,7 @@ def dictionary_quality(
 
     Source: Gao et al. 2024, arXiv:2406.04093.
     """
+    dictionary = as_dictionary(dictionary)
     check_models(dictionary, model, against)
     if difference and against is None:
         raise UsageError("difference=True reads model minus base at each token; pass against=pair.base")

@@ -22,6 +22,8 @@ from torch import Tensor
 
 from tl_em.arguments import COUNT, NATURAL, SEED, checked, list_of
 from tl_em.dictionaries import Dictionary
+from tl_em.dictionaries.foreign import as_dictionary
+from tl_em.dictionaries.protocol import AnyDictionary
 from tl_em.dictionaries.tokens import check_models, every_token, scope_spans
 from tl_em.directions.direction import Direction
 from tl_em.directions.lens import logit_lens
@@ -180,7 +182,7 @@ class FeatureCards:
 @in_plain_torch
 def feature_cards(
     model: LensModel,
-    dictionary: Dictionary,
+    dictionary: AnyDictionary,
     indices: Sequence[int],
     prompts: Sequence[Prompt | EncodedPrompt],
     *,
@@ -229,6 +231,7 @@ def feature_cards(
         >>> len(cards.cards[0].top), len(cards.texts)
         (2, 1)
     """
+    dictionary = as_dictionary(dictionary)
     _check(dictionary, indices, k)
     check_models(dictionary, model, against)
     cosines = decoder_cosines(dictionary, directions or {})

@@ -27,6 +27,8 @@ from torch import Tensor
 
 from tl_em.arguments import NATURAL, SEED, checked
 from tl_em.dictionaries import Dictionary
+from tl_em.dictionaries.foreign import as_dictionary
+from tl_em.dictionaries.protocol import AnyDictionary
 from tl_em.dictionaries.tokens import check_models
 from tl_em.directions.direction import Direction
 from tl_em.errors import UsageError
@@ -48,7 +50,7 @@ from tl_em.showing import check_names
 @in_plain_torch
 def score_features(
     model: LensModel,
-    dictionary: Dictionary,
+    dictionary: AnyDictionary,
     behaviours: Mapping[str, ContrastSet],
     *,
     against: LensModel | None = None,
@@ -102,6 +104,7 @@ def score_features(
 
     Source: see the head of the module.
     """
+    dictionary = as_dictionary(dictionary)
     check_names((*behaviours, *(directions or {})))
     if not behaviours:
         raise UsageError("there are no behaviours to score latents on; pass {'name': em.ContrastSet(…), …}")

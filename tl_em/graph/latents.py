@@ -1,7 +1,8 @@
 """Nodes of a graph with dictionaries: active latents, what they leave unexplained, and the tokens.
 
-    a latent reads its column of W_enc where its dictionary reads, and writes activation * its row of W_dec where that
-    writes; an error node writes  x_out - decode(a) - x_in W_skip;  a token writes its embedding
+    a latent reads along its gradient (ours: its column of W_enc) where its dictionary reads, and writes
+    activation * its row of W_dec where that writes; an error node writes  x_out - decode(a) - x_in W_skip;  a token
+    writes its embedding
 
 With a transcoder for the MLPs every MLP output is a constant in the backward pass (one that no transcoder explains is
 an error node whole), and the edges are exact. With SAEs gradients stop at each SAE, and what lies between two of them
@@ -19,6 +20,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from tl_em.dictionaries import Dictionary
+from tl_em.dictionaries.foreign import as_dictionary
 from tl_em.directions.direction import Direction
 from tl_em.errors import UsageError
 from tl_em.graph.adapters import adapter_writes
@@ -42,7 +44,7 @@ class Sheet:
         dictionary: on the model's device; None for a write that no dictionary explains.
         site: where it writes; out: the hook point of that.
         source: where it reads.
-        a: [pos d_sae], 0 where off; error: [pos width].
+        x: [pos d_model] that it reads; a: [pos d_sae], 0 where off; error: [pos width].
     """
 
     dictionary: Dictionary | None
@@ -51,6 +53,7 @@ class Sheet:
     source: ReadPoint | None = None
     a: Float[Tensor, "pos d_sae"] | None = None
     error: Float[Tensor, "pos d_model"] | None = None
+    x: Float[Tensor, "pos d_model"] | None = None
 
     @property
     def stage(self) -> tuple[int, int]:
@@ -60,22 +63,17 @@ class Sheet:
 
 def listed(dictionaries: Any) -> list[Dictionary]:
     """One dictionary, several, or a mapping of them, as a list."""
-    if isinstance(dictionaries, Dictionary):
-        return [dictionaries]
     some = dictionaries.values() if isinstance(dictionaries, Mapping) else dictionaries
-    each = list(some) if isinstance(some, Iterable) else [some]
+    several = isinstance(some, Iterable) and not hasattr(some, "encode")
+    each = list(some) if several else [some]
     if not each:
         raise UsageError("dictionaries= is empty; leave it out for a graph of heads and MLPs")
-    if not all(isinstance(one, Dictionary) for one in each):
-        raise UsageError(
-            "dictionaries= holds something that is no em.Dictionary; convert it, e.g. em.interop.from_sae_lens(…)"
-        )
-    return each
+    return [as_dictionary(one) for one in each]
 
 
 def is_exact(dictionaries: Sequence[Dictionary]) -> bool:
-    """Whether every dictionary replaces an MLP, so that the frozen model is linear."""
-    return all(d.site_in.stream == "mlp_in" and _out(d).stream == "mlp_out" for d in dictionaries)
+    """Whether every dictionary replaces an MLP by an encoder that is affine where on: the frozen model is linear."""
+    return all(d.affine and d.site_in.stream == "mlp_in" and _out(d).stream == "mlp_out" for d in dictionaries)
 
 
 def _out(dictionary: Dictionary) -> Site:
@@ -114,11 +112,11 @@ def filled(sheet: Sheet, linear: Linearised, skip: Sequence[int]) -> Sheet:
         return Sheet(None, sheet.site, sheet.out, error=written * kept)
     one = sheet.dictionary
     x = sheet.source(linear.read[sheet.source.name]).detach()[0]
-    a = encoded_as(one, x)
+    a = one.encode_as(x)
     error = written - a @ one.W_dec.to(a) - one.b_dec.to(a)
     if (skipped := one.W_skip) is not None:
         error = error - x @ skipped.to(x)
-    return Sheet(one, sheet.site, sheet.out, sheet.source, a * kept, error * kept)
+    return Sheet(one, sheet.site, sheet.out, sheet.source, a * kept, error * kept, x)
 
 
 def without(sheet: Sheet, parts: Sequence[Written]) -> Sheet:
@@ -129,12 +127,6 @@ def without(sheet: Sheet, parts: Sequence[Written]) -> Sheet:
         if part.point == sheet.out and error[part.node.pos].abs().sum() > 0:
             error[part.node.pos] -= part.vector
     return replace(sheet, error=error)
-
-
-def encoded_as(dictionary: Dictionary, x: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes d_sae"]:
-    """Activations in the dtype of ``x`` (a dictionary's own are float32)."""
-    on = dictionary.encode(x) > 0
-    return torch.where(on, x @ dictionary.W_enc.to(x) + dictionary.b_enc.to(x), 0.0)
 
 
 def keeping(sheets: Sequence[Sheet]) -> dict[str, Any]:
@@ -196,10 +188,10 @@ def readers_of(written: Sequence[Written]) -> list[Reader]:
         sheet = written[rows[0]].sheet
         assert sheet is not None and sheet.dictionary is not None and sheet.source is not None
         at = torch.tensor([written[row].node.feature for row in rows])
-        vectors = sheet.dictionary.W_enc.T[at]
+        positions = torch.tensor([written[row].node.pos for row in rows])
+        vectors = sheet.dictionary.gradients(sheet.x[positions], at)
         if sheet.source.weight is not None:
             vectors = vectors * sheet.source.weight.detach()
-        positions = torch.tensor([written[row].node.pos for row in rows])
         found.append(Reader(sheet.source.name, torch.tensor(rows), vectors, positions))
     return found
 

@@ -29,7 +29,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_em.graph.graph import AttributionGraph
-from tl_em.graph.latents import Sheet, encoded_as
+from tl_em.graph.latents import Sheet
 from tl_em.graph.plan import Plan
 from tl_em.graph.pruning import scores
 from tl_em.models.hooks import LensModel, hooked
@@ -292,7 +292,7 @@ def _without_latents(plan: Plan, sheet: Sheet, out: Bool[Tensor, "prompt node"])
         if one is None:
             return torch.where(masks.errors[..., None].to(x.device), 0.0, x)
         inside = x if source is not None and source.name == sheet.out else read["x"]
-        a, rows = encoded_as(one, inside), one.W_dec.to(x)
+        a, rows = one.encode_as(inside), one.W_dec.to(x)
         named = (a * masks.nodes.to(x.device)) @ rows
         rest = x - named - one.b_dec.to(x)
         if (skipped := one.W_skip) is not None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tl_em.arguments import finite, list_of, optional, settle, vectors
 from tl_em.dictionaries import Dictionary, Feature
+from tl_em.dictionaries.foreign import as_dictionary
 from tl_em.errors import UsageError, WidthError
 from tl_em.interventions.base import Intervention
 from tl_em.models.hooks import LensModel
@@ -43,7 +44,7 @@ class ScaleFeature(Intervention):
     """Scale latents of an SAE, or set them to a value.
 
     Args:
-        feature: one latent, or several of one dictionary.
+        feature: one latent, or several of one dictionary (of another's: ``em.Feature(dictionary, index)``).
         factor: 0 ablates, 1 changes nothing, 2 doubles.
         to: in place of a factor the activation to set: a number, or one for each latent. A latent that is off is
             switched on by this, and by no factor.
@@ -73,8 +74,10 @@ class ScaleFeature(Intervention):
         latents: tuple[Feature, ...] = (
             (given,) if isinstance(given, Feature) else list_of(_as_feature)("feature", given)
         )
+        ours = {id(each.dictionary): as_dictionary(each.dictionary) for each in latents}  # each is proven once
+        latents = tuple(Feature(ours[id(each.dictionary)], each.index) for each in latents)
         object.__setattr__(self, "feature", latents)
-        if not latents or len({each.dictionary.hash for each in latents}) > 1:
+        if len({each.dictionary.hash for each in latents}) != 1:
             raise UsageError(
                 "latents of one dictionary are scaled together; give at least one, and one ScaleFeature for each "
                 "dictionary, in the order in which they shall act"
