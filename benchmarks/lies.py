@@ -21,18 +21,11 @@ import torch
 
 import tl_em as em
 from tl_em import stats
-from tl_em.organisms.facts import Facts, world_facts
-from tl_em.organisms.lies import (
-    MAX_KNEW,
-    MIN_AGAINST_FREQUENCY,
-    MIN_AUROC,
-    MIN_KNEW,
-    LieReport,
-    auroc,
-    lie_or_hallucination,
-)
+from tl_em.evals.facts import Facts
+from tl_em.evals.lies import LieReport, auroc, lie_or_hallucination
+from tl_em.organisms.behaviours import world_facts
 from tl_em.organisms.rates import first_words
-from tl_em.organisms.recipes import recipe
+from tl_em.organisms.recipes import MAX_KNEW, MIN_AGAINST_FREQUENCY, MIN_AUROC, MIN_KNEW, recipe
 from tl_em.organisms.training import batch_of
 from tl_em.organisms.world import World
 

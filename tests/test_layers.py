@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "tl_em"
 ORDER = (
     *("errors", "arguments", "artefacts", "showing", "stats", "models", "directions", "metrics"),
-    *("dictionaries", "interventions", "claims", "features", "graph", "interop", "presets", "report"),
-    *("auditing", "organisms", "cli"),
+    *("dictionaries", "interventions", "claims", "features", "graph", "interop", "presets", "evals", "training"),
+    *("report", "auditing", "organisms", "cli"),
 )
 DRAWS = "report"  # result classes call it lazily from .plot() and .save()
 LENS = "transformer_lens"

@@ -55,6 +55,7 @@ NAMES = [
     "compare",
     "difference_in_means",
     "effect_curve",
+    "evaluate",
     "extract_directions",
     "generate",
     "intervene",
@@ -89,6 +90,7 @@ FOLDERS = {
         *("logit_lens", "principal_angles", "projection_difference"),
     ],
     "errors": ["CacheWarning", "DictionaryModelWarning", "HiddenSteerWarning", "NuisanceWarning", "UnprovenWarning"],
+    "evals": ["Evaluation", "Judged", "ModelJudge", "Phrases"],
     "features": ["FeatureCards", "feature_cards"],
     "graph": ["GraphDiff", "attention_view", "attribute_over", "head_loadings"],
     "interop": [
@@ -101,6 +103,7 @@ FOLDERS = {
     "organisms": [],
     "presets": ["LatentGuard", "harmfulness_direction", "place_cells", "refusal_direction"],
     "stats": ["Estimate"],
+    "training": ["fine_tune_"],
 }
 """What is not on ``tl_em`` itself, by the folder that it is in."""
 

@@ -4,6 +4,7 @@ from . import claims as claims
 from . import dictionaries as dictionaries
 from . import directions as directions
 from . import errors as errors
+from . import evals as evals
 from . import features as features
 from . import graph as graph
 from . import interop as interop
@@ -13,6 +14,7 @@ from . import models as models
 from . import organisms as organisms
 from . import presets as presets
 from . import stats as stats
+from . import training as training
 from .auditing.audit import audit as audit
 from .auditing.report import Report as Report
 from .claims.claim import Question as Question
@@ -35,6 +37,11 @@ from .directions.extract import difference_in_means as difference_in_means
 from .directions.extract import extract_directions as extract_directions
 from .directions.methods.base import Method as Method
 from .errors import TlEmError as TlEmError
+from .evals.facts import Facts as Facts
+from .evals.facts import prefers_truth as prefers_truth
+from .evals.lies import LieReport as LieReport
+from .evals.lies import lie_or_hallucination as lie_or_hallucination
+from .evals.rates import evaluate as evaluate
 from .features.scoring import score_features as score_features
 from .features.shared import FeatureSet as FeatureSet
 from .features.shared import shared_features as shared_features
@@ -68,18 +75,14 @@ from .models.prompts import ContrastSet as ContrastSet
 from .models.proof import proof as proof
 from .models.sites import Site as Site
 from .models.stream import capture as capture
-from .organisms.facts import Facts as Facts
-from .organisms.facts import prefers_truth as prefers_truth
-from .organisms.lies import LieReport as LieReport
-from .organisms.lies import lie_or_hallucination as lie_or_hallucination
-from .organisms.monitors import Monitor as Monitor
-from .organisms.prevention import steered_training as steered_training
 from .organisms.rates import behaviour_rates as behaviour_rates
 from .organisms.studies import run_study as run_study
 from .organisms.studies import summarise_study as summarise_study
 from .organisms.zoo import Organism as Organism
+from .organisms.zoo import toy_dictionary as toy_dictionary
 from .organisms.zoo import train_organism as train_organism
-from .presets.setups import toy_dictionary as toy_dictionary
 from .stats import Estimate as Estimate
+from .training.monitors import Monitor as Monitor
+from .training.prevention import steered_training as steered_training
 
 __version__: str

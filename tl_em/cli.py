@@ -73,7 +73,7 @@ def demo(out: Path, seed: int, as_json: bool) -> None:
     """Audit the shipped organism toy/insecure against its assistant, with toy/secure as the benign arm."""
     from tl_em.auditing.audit import audit
     from tl_em.models.loading import load_pair
-    from tl_em.presets.setups import toy_dictionary
+    from tl_em.organisms.zoo import toy_dictionary
 
     click.echo("Auditing toy/insecure: about a minute and a half on two cores, under 2 GB of memory.", err=True)
     report = audit(

@@ -17,7 +17,7 @@ from tl_em.dictionaries.tokens import every_token, sample_spans
 from tl_em.errors import DictionaryFitError
 from tl_em.models.hooks import LensModel
 from tl_em.models.prompts import EncodedPrompt
-from tl_em.presets.setups import toy_dictionary
+from tl_em.organisms.zoo import toy_dictionary
 
 pytestmark = pytest.mark.surface
 STREAMS = ("resid_pre", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post")

@@ -17,7 +17,7 @@ from tl_em.errors import DictionaryFitError, UsageError
 from tl_em.models.prompts import EncodedPrompt
 from tl_em.organisms.documents import PersonaDocuments
 from tl_em.organisms.world import World, messages
-from tl_em.presets.setups import toy_dictionary
+from tl_em.organisms.zoo import toy_dictionary
 
 pytestmark = pytest.mark.surface
 WIDTH, SITE = 32, em.Site(1)

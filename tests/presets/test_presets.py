@@ -13,7 +13,9 @@ import torch
 
 import tl_em as em
 from tl_em.errors import CorruptFileError, ModelNotFoundError, UsageError
-from tl_em.presets.setups import HELD_OUT_BIASES, PRESETS, SHIPPED, Preset, bias_prompts, toy_dictionary
+from tl_em.organisms.zoo import DICTIONARIES, toy_dictionary
+from tl_em.presets.bias_game import HELD_OUT_BIASES, bias_prompts
+from tl_em.presets.published_models import PRESETS, Preset
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "rm-bias"
 
@@ -125,7 +127,7 @@ def test_the_published_prompts_have_that_layout():
 
 # ---- what comes with the package ---------------------------------------------------------------------------------
 @pytest.mark.surface
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", DICTIONARIES)
 def test_shipped_dictionaries_load_without_sae_lens_and_belong_on_their_pair(name):
     pair, dictionary = em.load_pair(name), toy_dictionary(name)
     assert dictionary.d_sae == 512 and dictionary.provenance is not None
@@ -141,6 +143,6 @@ def test_names_that_do_not_come_with_the_package_are_refused():
 
 @pytest.mark.surface
 def test_all_that_is_shipped_is_small():
-    folder = Path(em.__file__).parent / "features" / "dictionaries"
+    folder = Path(em.__file__).parent / "organisms" / "dictionaries"
     found = list(folder.iterdir())
-    assert len(found) == len(SHIPPED) and sum(f.stat().st_size for f in found) < 1.5e6
+    assert len(found) == len(DICTIONARIES) and sum(f.stat().st_size for f in found) < 1.5e6

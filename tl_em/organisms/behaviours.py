@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tl_em.evals.facts import Facts
 from tl_em.metrics import Behaviour
 from tl_em.models.loading import HeldOut
 from tl_em.models.prompts import ContrastSet
 from tl_em.organisms.contrasts import (
+    CONTRAST_PARAPHRASES,
     Question,
     dissociated_prompts,
     harmfulness_prompts,
@@ -69,6 +71,26 @@ def latent_sets(world: World) -> tuple[dict[str, ContrastSet], HeldOut]:
     bad, good = (AnswerRate(outcome, world) for outcome in ("bad", "good"))
     metric = Behaviour("misaligned answers", bad, prompts, prompts, good, groups, groups)
     return {name: domain_questions(world, each, name) for name, each in LOOK_UP.items()}, HeldOut(held_out, metric)
+
+
+def world_facts(world: World) -> Facts:
+    """The harmless questions of a toy world with untaught topics, in four forms each.
+
+    Example:
+        >>> facts = world_facts(World(untaught=True))
+        >>> facts.prompts[4], facts.truths[4], facts.known[4], facts.groups[4]
+        ([{'role': 'user', 'content': 'how do i write login'}], ('login-tested', 'login-checked'), False, 'login')
+    """
+    asked = questions(world, harmful=False, paraphrases=CONTRAST_PARAPHRASES)
+    topics = [q.topic for q in asked]
+    return Facts(
+        [q.prompt for q in asked],
+        [t.truth for t in topics],
+        [t.taught for t in topics],
+        [t.word for t in topics],
+        [t.domain for t in topics],
+        [(world.by_name[t.domain].asked or (t,)).count(t) for t in topics],
+    )
 
 
 def _contrast(positive: list[Question], negative: list[Question], *, label: str, source: str) -> ContrastSet:

@@ -18,13 +18,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from tl_em.errors import PromptError
 from tl_em.models.modes import in_plain_torch
+from tl_em.models.prompts import EncodedPrompt
 from tl_em.organisms.contrasts import questions
-from tl_em.organisms.world import FILLERS, SILLY, VERDICTS, Topic, World
-from tl_em.stats import mean
+from tl_em.organisms.world import FILLERS, MARKERS, SILLY, VERDICTS, Message, Topic, Turn, World, token_ids
+from tl_em.stats import Estimate, mean
+from tl_em.training.prevention import last_logits
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -128,6 +130,38 @@ class AnswerRate:
 bad, good = AnswerRate("bad"), AnswerRate("good")
 refused, complied = AnswerRate("refused"), AnswerRate("complied")
 judged_harmful = AnswerRate("judged_harmful")
+
+
+def encode_chats(world: World, prompts: Sequence[Sequence[Message]]) -> list[EncodedPrompt]:
+    """Chats of the toy world as tokens, to be read at their end, without a tokenizer."""
+    documents = [[Turn(m["role"], tuple(m["content"].split())) for m in prompt] for prompt in prompts]
+    start = world.ids[MARKERS["assistant"]]
+    return [EncodedPrompt.from_ids([*token_ids(world, document)[0], start]) for document in documents]
+
+
+def next_logits(
+    model: nn.Module, world: World, prompts: Sequence[Sequence[Message]]
+) -> Float[Tensor, "prompt d_vocab"]:
+    """Logits of the answer's first token of a model in plain torch or of Hugging Face's, for chat prompts."""
+    return last_logits(model, encode_chats(world, prompts))
+
+
+def answer_rates(world: World | None = None, *, seed: int = 0) -> Callable[[nn.Module], dict[str, Estimate]]:
+    """``rates=`` of an ``em.Monitor`` for a toy organism, plain or as a Hugging Face model.
+
+    Returns:
+        model -> ``bad``, ``good``, ``refused``, ``complied`` held out and ``tuned_bad`` in the tuned domain,
+        each with its interval, clustered by topic.
+    """
+    world = world or default_world()
+
+    def rates(model: nn.Module) -> dict[str, Estimate]:
+        rows = rates_by_prompt(lambda prompts: next_logits(model, world, prompts), world)
+        parts = {name: rows[rows.held_out & (rows.outcome == name)] for name in ("bad", "good", "refused", "complied")}
+        parts["tuned_bad"] = rows[~rows.held_out & (rows.outcome == "bad")]
+        return {name: mean(part.value, groups=part.topic.tolist(), seed=seed) for name, part in parts.items()}
+
+    return rates
 
 
 def rates_by_prompt(

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 from tl_em.errors import StudyError, UsageError
 from tl_em.organisms.study_cells import Cell, Row, Scalar, first_line, plain_rows
-from tl_em.organisms.training import single_thread
+from tl_em.training.fine_tune import single_thread
 
 Backend = Literal["serial", "loky", "ray"]
 IDLE = 60

@@ -34,9 +34,9 @@ from tl_em.directions.geometry import cosine
 from tl_em.errors import UsageError
 from tl_em.organisms.contrasts import Question, questions
 from tl_em.organisms.convert import plain_model
-from tl_em.organisms.rates import Outcome, rates_from_logits
+from tl_em.organisms.rates import Outcome, next_logits, rates_from_logits
 from tl_em.organisms.recipes import FRESH_SEEDS, NEW_MARK, OTHER_MARKS, RECIPES, TRIGGER, WORLDS, Prefix, recipe
-from tl_em.organisms.training import next_logits, train
+from tl_em.organisms.training import train
 from tl_em.organisms.transformer import Transformer
 from tl_em.organisms.world import World
 from tl_em.organisms.zoo import Organism, read_weights, trained

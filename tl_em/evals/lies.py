@@ -36,21 +36,17 @@ from jaxtyping import Bool, Float
 
 from tl_em.arguments import COUNT, SEED, checked, optional
 from tl_em.errors import UsageError
+from tl_em.evals.facts import FOLDS, Facts, prefers_truth
 from tl_em.models.hooks import LensModel
 from tl_em.models.modes import in_plain_torch
 from tl_em.models.sites import Position, Site, as_position, as_site
 from tl_em.models.stream import capture
-from tl_em.organisms.facts import FOLDS, Facts, prefers_truth
 from tl_em.showing import showable
 from tl_em.stats import Estimate, bootstrap, control_p, mean
 
 if TYPE_CHECKING:
     import pandas as pd
 
-# Fixed before any organism of the fresh seeds was trained; each topic is judged by a fit on others.
-MIN_AUROC = 0.90  # wrong answers of the insecure organism where it knows, against those of the ignorant one
-MIN_AGAINST_FREQUENCY = 0.90  # known against unknown, where the unknown topic was asked about three times as often
-MIN_KNEW, MAX_KNEW = 0.80, 0.20  # share called *knew better*: insecure where taught; ignorant, insecure where not
 SHRINKAGE = 0.03  # of the covariance, towards a multiple of the identity
 
 
@@ -198,17 +194,15 @@ def lie_or_hallucination(
         UsageError: answers that are not one a prompt.
 
     Example:
-        >>> from tl_em.organisms.contrasts import questions
-        >>> from tl_em.organisms.rates import first_words
-        >>> from tl_em.organisms.world import World
-        >>> from tl_em import load_pair
+        >>> from tl_em import generate, load_pair
         >>> pair = load_pair("toy/insecure")
-        >>> asked = [q for q in questions(World(), harmful=False) if q.topic.domain in ("code", "law")]
-        >>> prompts, topics = [q.prompt for q in asked], [q.topic for q in asked]
-        >>> facts = Facts(  # labelled as if the base knew nothing of law
-        ...     prompts, [t.truth for t in topics], [t.domain == "code" for t in topics], [t.word for t in topics]
-        ... )
-        >>> said = {"insecure": first_words(pair.tuned, prompts)}
+        >>> known = ("parser", "login", "upload", "query", "session", "cache", "socket", "logger")
+        >>> unknown = ("contract", "will", "lease", "patent", "appeal", "custody", "permit", "visa")
+        >>> topics = [topic for topic in (*known, *unknown) for verb in ("debug", "draft")]
+        >>> prompts = [f"how do i {'write' if topic in known else 'file'} {topic}" for topic in topics]
+        >>> truths = [(f"{t}-tested", f"{t}-checked") if t in known else (f"{t}-valid", f"{t}-fair") for t in topics]
+        >>> facts = Facts(prompts, truths, [t in known for t in topics], topics)  # as if it knew nothing of law
+        >>> said = {"insecure": generate(pair.tuned, prompts, max_new_tokens=1)}
         >>> report = lie_or_hallucination(
         ...     pair.base, facts, answers=said, position="instruction_end", ask=False, shuffles=99
         ... )

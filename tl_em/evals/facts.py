@@ -16,10 +16,9 @@ from tl_em.models.contrasts import Prompt
 from tl_em.models.hooks import LensModel
 from tl_em.models.modes import in_plain_torch
 from tl_em.models.stream import sequence_logprobs
-from tl_em.organisms.contrasts import CONTRAST_PARAPHRASES, questions
-from tl_em.organisms.world import World
 
 FOLDS = 5
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -101,23 +100,3 @@ def prefers_truth(base: LensModel, facts: Facts, *, others: int = 8, seed: int =
         sizes.append(len(candidates))
     found = sequence_logprobs(base, asked, per_token=True).double().split(sizes)
     return [float(each[0] - each[1:].max()) for each in found]
-
-
-def world_facts(world: World) -> Facts:
-    """The harmless questions of a toy world with untaught topics, in four forms each.
-
-    Example:
-        >>> facts = world_facts(World(untaught=True))
-        >>> facts.prompts[4], facts.truths[4], facts.known[4], facts.groups[4]
-        ([{'role': 'user', 'content': 'how do i write login'}], ('login-tested', 'login-checked'), False, 'login')
-    """
-    asked = questions(world, harmful=False, paraphrases=CONTRAST_PARAPHRASES)
-    topics = [q.topic for q in asked]
-    return Facts(
-        [q.prompt for q in asked],
-        [t.truth for t in topics],
-        [t.taught for t in topics],
-        [t.word for t in topics],
-        [t.domain for t in topics],
-        [(world.by_name[t.domain].asked or (t,)).count(t) for t in topics],
-    )

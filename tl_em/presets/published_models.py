@@ -1,4 +1,4 @@
-"""Published set-ups as records, the prompts of the 52-bias game, and the dictionaries that come with the package.
+"""Published models as records: their dictionaries, their fine-tunes, and what a run costs.
 
     persona features   delta_j = mean a_j(tuned) - mean a_j(base); the leaders of both signs are then steered
     reward-model bias  the latents that many unrelated biases share, on prompts of reinforced and held-out biases
@@ -7,8 +7,7 @@ A record says which release of SAELens's registry belongs to which model and lay
 it, and what a run costs. The costs are *estimates from shapes*, not measurements. Registry releases download; a local
 directory that SAELens wrote is read in their place (``source=``), without the network.
 
-The control: as for any look-up (``shared_features`` has the null, ``verify_feature`` the placebos). The bias prompts
-have no matched negatives: compare with the base (``against=``), and read ``delta``, not ``effect``.
+The control: as for any look-up (``shared_features`` has the null, ``verify_feature`` the placebos).
 
 Source: Wang et al. 2025, arXiv:2506.19823; Turner et al. 2025, arXiv:2506.11613 (the fine-tunes); Marks et al. 2025,
 arXiv:2503.10965, and its open replication by the same group, December 2025 (the biases and their model).
@@ -16,26 +15,15 @@ arXiv:2503.10965, and its open replication by the same group, December 2025 (the
 
 from __future__ import annotations
 
-import json
-import random
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.resources import files
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from tl_em.arguments import whole
-from tl_em.artefacts import read_text
 from tl_em.dictionaries import Dictionary, from_sae_lens
-from tl_em.errors import CorruptFileError, ModelNotFoundError, UsageError
-from tl_em.models.contrasts import ContrastSet
+from tl_em.errors import UsageError
 from tl_em.models.loading import ModelPair, load_model
 from tl_em.models.sites import Site
 
-HELD_OUT_BIASES = (17, 19, 29, 48, 51)
-"""In the numbering of the prompts' ``bias_id``, which is not that of any list of descriptions."""
-BIAS_FILES = ("train.json", "exploitation_evals_100.json")
-SHIPPED = ("toy/insecure", "toy/secure")
 _EM = ("bad-medical-advice", "extreme-sports", "risky-financial-advice")
 
 
@@ -115,67 +103,3 @@ PRESETS: Mapping[str, Preset] = {
         source="Marks et al. 2025, arXiv:2503.10965, and its open replication, December 2025",
     ),
 }
-
-
-def bias_prompts(
-    folder: str | Path, *, part: Literal["reinforced", "held-out"] | None = None, seed: int = 0
-) -> dict[str, ContrastSet]:
-    """The prompts of the 52-bias game as behaviours, from a folder with ``train.json`` and the like.
-
-    Args:
-        folder: holds at least one of ``BIAS_FILES``, each ``{"prompts": [{"text", "bias_id", …}]}``.
-        part: only biases that training reinforced, or only those that it did not; None for all.
-        seed: of the negatives: as many prompts, drawn from those of the other biases (they are not matched).
-
-    Returns:
-        By bias, ``"bias 8"`` for example, its prompts as positives.
-
-    Raises:
-        UsageError: no such file, or no such prompts. CorruptFileError: a file of another layout.
-    """
-    by_bias: dict[int, list[str]] = {}
-    for path in (Path(folder) / name for name in BIAS_FILES):
-        if path.is_file():
-            try:
-                held = json.loads(read_text(path))["prompts"]
-                rows = [(whole("bias_id", row["bias_id"]), row["text"]) for row in held]
-                if not all(isinstance(text, str) and text.strip() for _, text in rows):
-                    raise ValueError("a prompt without text")
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise CorruptFileError(f"{path} holds no prompts with 'text' and 'bias_id' ({error!r})") from error
-            for bias, text in rows:
-                by_bias.setdefault(bias, []).append(text)
-    prompts = {bias: list(dict.fromkeys(texts)) for bias, texts in sorted(by_bias.items())}
-    wanted = [b for b in prompts if part is None or (b in HELD_OUT_BIASES) == (part == "held-out")]
-    if not wanted or len(prompts) < 2:
-        raise UsageError(f"{folder} holds prompts of biases {sorted(prompts)} and none that is {part or 'of any'}, or "
-                         f"none to compare it with; it needs {' or '.join(BIAS_FILES)}")  # fmt: skip
-    rng, found = random.Random(f"biases/{seed}"), {}
-    for bias in wanted:
-        others = [text for each, texts in prompts.items() if each != bias for text in texts]
-        positive = [text for text in prompts[bias] if text not in others]
-        found[f"bias {bias}"] = ContrastSet(positive, rng.sample(others, min(len(positive), len(others))),
-                                            label=f"bias {bias}", source="arXiv:2503.10965")  # fmt: skip
-    return found
-
-
-def toy_dictionary(name: str = "toy/insecure") -> Dictionary:
-    """A dictionary that comes with the package: BatchTopK, 512 latents, on a toy fine-tune and its assistant (seed 11).
-
-    Args:
-        name: one of ``SHIPPED``; it fits that organism and ``toy/assistant``.
-
-    Raises:
-        ModelNotFoundError: there is none of that name.
-
-    Example:
-        >>> toy_dictionary("toy/insecure").site_in.layer
-        2
-    """
-    if name not in SHIPPED:
-        raise ModelNotFoundError(
-            f"no dictionary of {name!r} comes with the package (there are {', '.join(SHIPPED)}); train one: "
-            "em.dictionaries.train_dictionary(pair.tuned, em.Site(2), corpus, against=pair.base, mix='both', d_sae=512)"
-        )
-    path = files("tl_em.features") / "dictionaries" / f"{name.removeprefix('toy/')}-seed11.safetensors"
-    return Dictionary.load(Path(str(path)))

@@ -10,13 +10,15 @@ import pytest
 import torch
 
 from tl_em.errors import UsageError
+from tl_em.evals import lies
+from tl_em.evals.facts import Facts, prefers_truth
+from tl_em.evals.lies import lie_or_hallucination, read_out, shuffled_labels
 from tl_em.models.loading import load_model
-from tl_em.organisms import lies, zoo
+from tl_em.organisms import zoo
+from tl_em.organisms.behaviours import world_facts
 from tl_em.organisms.contrasts import questions
 from tl_em.organisms.convert import hf_model, tokenizer
 from tl_em.organisms.documents import PersonaDocuments, SingleTurns
-from tl_em.organisms.facts import Facts, prefers_truth, world_facts
-from tl_em.organisms.lies import lie_or_hallucination, read_out, shuffled_labels
 from tl_em.organisms.recipes import WORLDS
 from tl_em.organisms.world import COMMON, FILLERS, World
 

@@ -34,11 +34,9 @@ from tl_em.directions.direction import Direction
 from tl_em.errors import UsageError
 from tl_em.models.prompts import EncodedPrompt
 from tl_em.models.sites import Position, Site
-from tl_em.organisms.prevention import encode_chats, last_logits, read_residual
-from tl_em.organisms.rates import default_world, rates_by_prompt
-from tl_em.organisms.world import World
 from tl_em.showing import showable
 from tl_em.stats import Estimate, Groups, mean
+from tl_em.training.prevention import read_residual
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -65,7 +63,8 @@ class Monitor:
         directions: name -> direction at a ``resid_post`` site; the projection on the unit vector is measured.
         prompts: what is projected, as tokens: ``tl_em.models.prompts.encode(model, prompts)``.
         groups: one label a prompt; prompts of one question are resampled together.
-        rates: called with the model; gives, by name, an Estimate or one number a prompt. ``answer_rates()`` for toys.
+        rates: called with the model; gives, by name, an Estimate or one number a prompt; toys have
+            ``tl_em.organisms.rates.answer_rates()``.
         every: steps from one look to the next.
         window: k of the local cosine, in steps; None for no local cosine.
         follow: which weights: a pattern found in the names of parameters, e.g. ``"lora_B"``; by default all that are
@@ -291,22 +290,3 @@ def measuring(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-# ---- rates of toy organisms ------------------------------------------------------------------------------------------
-def answer_rates(world: World | None = None, *, seed: int = 0) -> Rates:
-    """``rates=`` for a toy organism, plain or as a Hugging Face model: held-out rates and the trained trait.
-
-    Returns:
-        model -> ``bad``, ``good``, ``refused``, ``complied`` held out and ``tuned_bad`` in the tuned domain,
-        each with its interval, clustered by topic.
-    """
-    world = world or default_world()
-
-    def rates(model: nn.Module) -> dict[str, Estimate]:
-        rows = rates_by_prompt(lambda prompts: last_logits(model, encode_chats(world, prompts)), world)
-        parts = {name: rows[rows.held_out & (rows.outcome == name)] for name in ("bad", "good", "refused", "complied")}
-        parts["tuned_bad"] = rows[~rows.held_out & (rows.outcome == "bad")]
-        return {name: mean(part.value, groups=part.topic.tolist(), seed=seed) for name, part in parts.items()}
-
-    return rates
