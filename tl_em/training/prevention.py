@@ -66,6 +66,7 @@ def steered_training(model: nn.Module, *additions: Add) -> Iterator[None]:
         HookNotFiredError: at the end, when no training pass went through the block of a direction.
 
     Example:
+        >>> from tl_em import Direction
         >>> model, x = nn.Sequential(nn.ModuleList([nn.Linear(4, 4)])), torch.ones(1, 2, 4)
         >>> block = residual_blocks(model)[0]
         >>> with steered_training(model, Add(Direction(torch.ones(4), Site(0)))):
