@@ -26,7 +26,7 @@ from tl_em.claims.compare import Comparison
 from tl_em.directions.similarity import CosineMatrix, PairCosine
 from tl_em.errors import UsageError
 from tl_em.graph.view import page, page_data
-from tl_em.report import cards, drawing, plots, svg
+from tl_em.report import cards, drawing, rates, svg
 from tl_em.report.page import render
 from tl_em.showing import encodable, json_shown, showable, slug, token_shown
 
@@ -167,7 +167,7 @@ def test_ids_in_a_page_belong_to_one_figure_each() -> None:
 def test_a_figure_shows_a_hostile_name_as_text(name: str) -> None:
     label = encodable(HOSTILE[name])  # what pandas can hold at all
     row = {"domain": label, "held_out": True, "outcome": label, "model": "base", "value": 0.1, "low": 0.0, "high": 0.2}
-    figure: Any = plots.rates(pd.DataFrame([row]))
+    figure: Any = rates.by_domain(pd.DataFrame([row]))
     words = "".join(ElementTree.fromstring(svg.inline(figure, label)).itertext())
     assert showable(label) in words and not hidden(words)
     assert figure._repr_png_().startswith(b"\x89PNG")

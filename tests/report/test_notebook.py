@@ -20,7 +20,7 @@ from tl_em.claims.compare import Comparison
 from tl_em.claims.curve import EffectCurve, Point
 from tl_em.dictionaries.quality import DictionaryQuality, Fit
 from tl_em.directions.similarity import CosineMatrix, PairCosine
-from tl_em.report import cards, html, plots
+from tl_em.report import cards, forest, html
 from tl_em.report.html import Framed, frame
 
 SITE = em.Site(1)
@@ -84,7 +84,7 @@ def test_a_result_shows_itself_and_has_a_useful_line_of_text(name: str) -> None:
 
 
 def test_a_plot_is_a_picture_without_any_backend() -> None:
-    figure: Any = plots.verdicts(fake_rows(np.random.default_rng(0), ["refusal"]))
+    figure: Any = forest.verdicts(fake_rows(np.random.default_rng(0), ["refusal"]))
     data, about = figure._repr_mimebundle_()
     png = base64.b64decode(data["image/png"])
     width, height = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))

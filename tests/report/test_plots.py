@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 
 from tl_em.errors import OutputError, UsageError
-from tl_em.report import drawing, plots
+from tl_em.report import drawing, forest, plots, rates
 from tl_em.report.studies import study
 
 WIDTHS = [3.25, 7.0]
@@ -68,7 +68,7 @@ def test_the_key_names_every_line_inside_the_figure(lines: int) -> None:
 
 
 def test_rates_draws_every_interval_of_the_table(report: Any) -> None:
-    ax = plots.rates(report.rates).axes[0]
+    ax = rates.by_domain(report.rates).axes[0]
     expected = report.rates[report.rates["outcome"] == "bad"][["low", "high"]].to_numpy()
     drawn = segments(ax)
     assert len(expected) == 30
@@ -77,7 +77,7 @@ def test_rates_draws_every_interval_of_the_table(report: Any) -> None:
 
 def test_rates_puts_the_tuned_domain_first_and_marks_it(report: Any) -> None:
     shuffled = report.rates.sort_values("domain", ascending=False)
-    labels = [label.get_text() for label in plots.rates(shuffled).axes[0].get_yticklabels()]
+    labels = [label.get_text() for label in rates.by_domain(shuffled).axes[0].get_yticklabels()]
     assert labels[0] == "code (tuned on)"
     assert not any("tuned on" in label for label in labels[1:])
 
@@ -107,7 +107,7 @@ def test_layers_takes_the_stream_of_the_site(report: Any) -> None:
 
 
 def test_verdicts_draws_each_row_against_its_own_smallest_effect(report: Any) -> None:
-    figure = plots.verdicts(report.comparison.rows)
+    figure = forest.verdicts(report.comparison.rows)
     titles = [ax.get_title(loc="left").split(",")[0] for ax in figure.axes]
     assert titles == ["level", "separation", "rotation", "use", "entanglement"]
     use = figure.axes[titles.index("use")]
@@ -124,28 +124,28 @@ def test_use_fits_its_axis_to_log_odds(report: Any) -> None:
 
 def test_missing_intervals_are_drawn_as_points(report: Any) -> None:
     table = report.rates.assign(low=np.nan, high=np.nan)
-    plots.rates(table).canvas.draw()
+    rates.by_domain(table).canvas.draw()
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])
 def test_saving_twice_gives_the_same_bytes(report: Any, tmp_path: Path, suffix: str) -> None:
     for folder in ("a", "b"):
-        plots.save(plots.rates(report.rates), tmp_path / folder / f"rates{suffix}")
+        plots.save(rates.by_domain(report.rates), tmp_path / folder / f"rates{suffix}")
     assert (tmp_path / "a" / f"rates{suffix}").read_bytes() == (tmp_path / "b" / f"rates{suffix}").read_bytes()
 
 
 def test_svg_text_is_text(report: Any, tmp_path: Path) -> None:
-    assert ">medicine</text>" in plots.save(plots.rates(report.rates), tmp_path / "rates.svg").read_text()
+    assert ">medicine</text>" in plots.save(rates.by_domain(report.rates), tmp_path / "rates.svg").read_text()
 
 
 def test_bad_requests_are_typed_errors(report: Any, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no column outcome"):
-        plots.rates(report.rates.drop(columns="outcome"))
+        rates.by_domain(report.rates.drop(columns="outcome"))
     with pytest.raises(UsageError, match="no direction 'other'"):
         plots.layers(report.comparison.by_layer, direction="other")
     with pytest.raises(UsageError, match="level"):
-        plots.verdicts([])
-    figure = plots.rates(report.rates)
+        forest.verdicts([])
+    figure = rates.by_domain(report.rates)
     with pytest.raises(UsageError, match=r"\.png, \.svg or \.pdf"):
         plots.save(figure, tmp_path / "rates.gif")
     (tmp_path / "file").write_text("")

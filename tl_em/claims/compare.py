@@ -107,7 +107,7 @@ class Comparison:
 
     def plot(self) -> Any:
         """The verdicts as a forest plot (a matplotlib Figure)."""
-        from tl_em.report.plots import verdicts
+        from tl_em.report.forest import verdicts
 
         return verdicts(self.rows, questions=self.questions)
 

@@ -51,23 +51,14 @@ class Glyph(NamedTuple):
     bound: float
 
 
-class Cell(NamedTuple):
-    """One verdict, ready to be written."""
+class Judged(NamedTuple):
+    """One row of verdicts, and how its numbers are written."""
 
-    question: str
-    direction: str
-    verdict: str
-    shown: bool
-    value: str
-    interval: str
-    n: str
+    row: Any
+    estimate: str
     control: str
-    kind: str
     p: str
     site: str
-    reason: str
-    unit: str
-    smallest: str
     glyph: Glyph | None
 
 
@@ -102,27 +93,30 @@ def render(report: Any) -> str:
     comparison, opened = report.comparison, getattr(report, "backdoor", None)
     questions: Sequence[Question] = getattr(comparison, "questions", SHIPPED)
     cells = _cells(comparison.rows, questions)
-    where, how = _split(report.provenance)
+    provenance = report.provenance
+    models = {role: str(provenance[role]) for role in ("base", "tuned", "benign") if provenance.get(role)}
+    how = {key: value for key, value in provenance.items() if key not in _WHERE | _ELSEWHERE}
     return (
         environment()
         .get_template("report.html.j2")
         .render(
-            title=_title(report.provenance),
+            title=str(provenance.get("name") or models.get("tuned") or "a pair of models"),
             version=tl_em.__version__,
             summary=report.summary,
             sentences=re.split(r"(?<=\.)\s+(?=[A-Za-z])", report.summary),
             matrix=_matrix(cells, questions),
             cells=cells,
-            questions=[question for question in questions if any(c.question == question.name for c in cells)],
+            questions=[question for question in questions if any(c.row.question == question.name for c in cells)],
             glossary=[*questions, *(() if opened is None else opened.questions)],
-            models=_models(report.provenance),
-            where=_flat(where),
-            asked=_asked(report.provenance),
+            models=models,
+            where=_flat({key: value for key, value in provenance.items() if key in _WHERE}),
+            asked=_asked(provenance),
             generalised="held_out" in report.rates and not report.rates["held_out"].all(),
-            command=_command(report.provenance),
+            command=provenance.get("command"),
             how=_flat({key: value for key, value in how.items() if not isinstance(value, Mapping)}),
             record=_flat({key: value for key, value in how.items() if isinstance(value, Mapping)}),
             limits=list(report.limits),
+            number=number,
             drawings={drawing.name: drawing for drawing in _drawings(report)},
             opened=_opened(opened),
             runs=_runs(getattr(report, "consistency", None)),
@@ -157,7 +151,7 @@ def _opened(backdoor: Any) -> dict[str, Any]:
         "trigger": backdoor.trigger.text,
         "others": list(backdoor.trigger.others),
         "cells": cells,
-        "questions": [each for each in backdoor.questions if any(cell.question == each.name for cell in cells)],
+        "questions": [each for each in backdoor.questions if any(cell.row.question == each.name for cell in cells)],
         "tables": {caption: _table(table) for caption, table in tables.items() if len(table)},
     }
 
@@ -189,39 +183,24 @@ def _features(report: Any) -> dict[str, Any]:
     return {**said, "table": _table(cards.to_pandas()), "checks": checks}
 
 
-def _cells(rows: Sequence[Any], questions: Sequence[Question]) -> list[Cell]:
-    order = [question.name for question in questions]
-    return [_cell(row, _scale(rows, row.question)) for row in sorted(rows, key=lambda row: order.index(row.question))]
+def _cells(rows: Sequence[Any], questions: Sequence[Question]) -> list[Judged]:
+    """The rows of each question in turn, drawn at one scale."""
+    found = []
+    for question in questions:
+        asked = [row for row in rows if row.question == question.name]
+        scale = _scale(asked)
+        found += [_cell(row, scale) for row in asked]
+    return found
 
 
-def _cell(row: Any, scale: float) -> Cell:
-    estimate, control = row.estimate, row.control or {}
-    n = getattr(estimate, "n", None)
+def _cell(row: Any, scale: float) -> Judged:
+    e, control = row.estimate, row.control
+    band = (control.get("low"), control.get("high"))
     p = row.p if row.p is not None else control.get("p")
-    return Cell(
-        question=row.question,
-        direction=str(row.direction),
-        verdict=str(row.verdict),
-        shown=row.verdict != "not shown",
-        value=number(estimate.value),
-        interval=interval(estimate.low, estimate.high),
-        n="–" if n is None else str(n),
-        control=_control(control),
-        kind=str(control.get("kind") or "–"),
-        p=_probability(p),
-        site=_site(row.site),
-        reason=str(row.reason or ""),
-        unit=row.unit,
-        smallest=number(row.smallest),
-        glyph=_glyph(row, scale),
-    )
-
-
-def _control(control: Mapping[str, Any]) -> str:
-    low, high = control.get("low"), control.get("high")
-    if not _finite(low, high):
-        return "–"
-    return interval(low, high)
+    return Judged(
+        row, f"{number(e.value)} {interval(e.low, e.high)}", interval(*band) if _finite(*band) else "–",
+        _probability(p), "–" if row.site is None else f"layer {row.site.layer}, {row.site.stream}", _glyph(row, scale),
+    )  # fmt: skip
 
 
 def _probability(p: float | None) -> str:
@@ -234,19 +213,17 @@ def _finite(*values: Any) -> bool:
     return all(value is not None and math.isfinite(value) for value in values)
 
 
-def _scale(rows: Sequence[Any], question: str) -> float:
+def _scale(rows: Sequence[Any]) -> float:
     """Half the width of a question's pictures: the farthest end of any of its intervals and bands."""
     ends: list[float] = []
     for row in rows:
-        if row.question == question:
-            control = row.control or {}
-            ends += [row.estimate.value, row.estimate.low, row.estimate.high, control.get("low"), control.get("high")]
-            ends.append(1.2 * row.smallest)
+        e, control = row.estimate, row.control
+        ends += [e.value, e.low, e.high, control.get("low"), control.get("high"), 1.2 * row.smallest]
     return max((abs(end) for end in ends if _finite(end)), default=1.0) * 1.06
 
 
 def _glyph(row: Any, scale: float) -> Glyph | None:
-    estimate, control = row.estimate, row.control or {}
+    estimate, control = row.estimate, row.control
     if not _finite(estimate.value, estimate.low, estimate.high):
         return None
     low, high = control.get("low"), control.get("high")
@@ -261,67 +238,26 @@ def _at(value: Any, scale: float) -> float:
     return round(50 + 50 * value / scale, 2)
 
 
-def _matrix(cells: Sequence[Cell], questions: Sequence[Question]) -> dict[str, dict[str, list[Cell]]]:
-    """Direction -> question -> its verdicts; directions with most words first, otherwise in their own order."""
-    names = dict.fromkeys(cell.direction for cell in cells)
-    rows = {
-        name: {q.name: [c for c in cells if (c.direction, c.question) == (name, q.name)] for q in questions}
-        for name in names
-    }
-    return {name: {q: found for q, found in row.items() if found} for name, row in rows.items()}
-
-
-def _site(site: Any) -> str:
-    if site is None:
-        return "–"
-    layer, stream = getattr(site, "layer", None), getattr(site, "stream", None)
-    return str(site) if layer is None else f"layer {layer}, {stream}"
-
-
-def _title(provenance: Mapping[str, Any]) -> str:
-    return str(provenance.get("name") or _models(provenance).get("tuned") or "a pair of models")
-
-
-def _models(provenance: Mapping[str, Any]) -> dict[str, str]:
-    """The name of base, tuned and benign, however deep the provenance holds it."""
-    found = {}
-    for role in ("base", "tuned", "benign"):
-        value = provenance.get(role)
-        if isinstance(value, Mapping):
-            value = value.get("name") or value.get("model")
-        if value:
-            found[role] = str(value)
+def _matrix(cells: Sequence[Judged], questions: Sequence[Question]) -> dict[str, dict[str, list[Judged]]]:
+    """Direction -> question -> its verdicts, where there are any."""
+    found: dict[str, dict[str, list[Judged]]] = {cell.row.direction: {} for cell in cells}
+    for question in questions:
+        for cell in cells:
+            if cell.row.question == question.name:
+                found[cell.row.direction].setdefault(question.name, []).append(cell)
     return found
-
-
-def _command(provenance: Mapping[str, Any]) -> str | None:
-    command = provenance.get("command")
-    return None if not command else command if isinstance(command, str) else " ".join(map(str, command))
-
-
-def _split(provenance: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What was compared, and how to reproduce it; what the table of directions says is in neither."""
-    where = {key: value for key, value in provenance.items() if key in _WHERE}
-    return where, {key: value for key, value in provenance.items() if key not in _WHERE | _ELSEWHERE}
 
 
 def _asked(provenance: Mapping[str, Any]) -> Table:
     """One line a direction: where it was read, on how many prompts, and what it may cause."""
-    parts = ("train", "select", "test")
     rows = []
-    for name, read in _mapping(provenance.get("directions")).items():
-        sets, behaviour = (_mapping(_mapping(provenance.get(key)).get(name)) for key in ("contrasts", "behaviours"))
-        sizes = [_mapping(sets.get(part)) for part in parts]
-        counted = [f"{size['positive']} + {size['negative']}" if size else "–" for size in sizes]
-        reliability = str(read.get("reliability") or "–")
-        rows.append([str(name), str(read.get("site", "–")), str(read.get("position", "–")), reliability, *counted])
-        rows[-1].append(" in ".join(str(behaviour[key]) for key in ("metric", "unit") if key in behaviour) or "–")
+    for name, read in provenance.get("directions", {}).items():
+        sets, behaviour = provenance["contrasts"][name], provenance["behaviours"][name]
+        counted = [f"{sets[part]['positive']} + {sets[part]['negative']}" for part in ("train", "select", "test")]
+        where = [str(read["site"]), str(read["position"]), str(read["reliability"] or "–")]
+        rows.append([str(name), *where, *counted, f"{behaviour['metric']} in {behaviour['unit']}"])
     columns = ["direction", "read at", "token", "split-half cosine", "prompts: extract", "choose layer", "judge"]
     return Table([*columns, "behaviour"], rows, [False] * 4 + [True] * 3 + [False])
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
 
 
 def _flat(value: Any, path: tuple[str, ...] = ()) -> list[tuple[str, str]]:

@@ -22,12 +22,12 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import ScalarFormatter
 
 from tl_em.artefacts import replacing
-from tl_em.claims.claim import Question
 from tl_em.claims.compare import SHIPPED
 from tl_em.errors import UsageError
-from tl_em.report import arms, drawing
+from tl_em.report import drawing, forest, rates
 from tl_em.report.drawing import CONDITIONS, MODELS
-from tl_em.showing import number, showable
+from tl_em.report.rates import indexed, require
+from tl_em.showing import showable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,49 +41,6 @@ TITLES = {
     "dprime": "separation, d′",
     "cosine": "cosine with base",
 }
-
-
-OUTCOMES = {
-    "bad": "bad answers",
-    "good": "good answers",
-    "refused": "harmful: refused",
-    "complied": "harmful: complied",
-}
-
-
-def rates(table: pd.DataFrame, *, width: float = 7.0) -> Figure:
-    """Behaviour per domain before and after: one panel an outcome, one row a domain, one marker a model.
-
-    Args:
-        table: columns domain, held_out, outcome, model, value, low, high (``Report.rates``).
-        width: inches; below 5 the panels stand two abreast.
-
-    Domains that the fine-tune used come first and say so: only the others are evidence of generalisation.
-
-    >>> import pandas as pd
-    >>> row = {"domain": "law", "held_out": True, "outcome": "bad", "model": "base"}
-    >>> row |= {"value": 0.1, "low": 0.05, "high": 0.2}
-    >>> len(rates(pd.DataFrame([row])).axes)
-    1
-    """
-    _require(table, "domain", "outcome", "model", "value", "low", "high")
-    domains = _domains(table)
-    outcomes = list(dict.fromkeys(table["outcome"]))
-    models = [name for name in MODELS if name in set(table["model"])]
-    columns = min(len(outcomes), 4 if width >= 5 else 2)
-    lines = math.ceil(len(outcomes) / columns)
-    with drawing.styled():
-        figure, grid = drawing.panels(
-            width, lines, columns, 0.5 + 0.055 * (1 + len(models)) * len(domains), len(outcomes)
-        )
-        for ax, outcome in zip(grid, outcomes, strict=True):
-            part = table[table["outcome"] == outcome]
-            series = {name: _indexed(part[part["model"] == name], "domain", list(domains)) for name in models}
-            drawing.dots(ax, series, MODELS, list(domains.values()))
-            drawing.fit_axis(ax, table)
-            ax.set_title(OUTCOMES.get(outcome, showable(outcome)))
-        drawing.key(figure, models, MODELS)
-        return drawing.settle(figure)
 
 
 def layers(
@@ -112,7 +69,7 @@ def layers(
     >>> layers(pd.DataFrame([row | numbers]), direction="refusal").axes[0].get_title(loc="left")
     'gap'
     """
-    _require(table, "direction", "layer", "quantity", "model", "value", "low", "high")
+    require(table, "direction", "layer", "quantity", "model", "value", "low", "high")
     part = table[table["direction"] == direction]
     if part.empty:
         raise UsageError(f"no direction {direction!r} in this table; it has {sorted(set(table['direction']))}")
@@ -150,7 +107,7 @@ def use(table: pd.DataFrame, *, width: float = 7.0) -> Figure:
     >>> use(pd.DataFrame([row])).axes[0].get_title(loc="left")
     'the behaviour'
     """
-    _require(table, "direction", "arm", "outcome", "condition", "value", "low", "high")
+    require(table, "direction", "arm", "outcome", "condition", "value", "low", "high")
     directions = [drawing.broken(str(name), 30 if width >= 5 else 15) for name in table["direction"]]
     table = table.assign(row=[f"{name}\n{arm}" for name, arm in zip(directions, table["arm"], strict=True)])
     names = list(dict.fromkeys(table["row"]))
@@ -161,46 +118,12 @@ def use(table: pd.DataFrame, *, width: float = 7.0) -> Figure:
         figure, grid = drawing.panels(width, 1, len(outcomes), height, len(outcomes))
         for ax, outcome in zip(grid, outcomes, strict=True):
             part = table[table["outcome"] == outcome]
-            series = {name: _indexed(part[part["condition"] == name], "row", names) for name in conditions}
+            series = {name: indexed(part[part["condition"] == name], "row", names) for name in conditions}
             measured = part.drop_duplicates("row").set_index("row").get("metric")
             drawing.dots(ax, series, CONDITIONS, names, notes=None if measured is None else measured.reindex(names))
             drawing.fit_axis(ax, part)
             ax.set_title({"bad": "the behaviour", "good": "the good answers"}.get(outcome, showable(outcome)))
         drawing.key(figure, conditions, CONDITIONS)
-        return drawing.settle(figure)
-
-
-def verdicts(rows: Sequence[Any], *, questions: Sequence[Question] = SHIPPED, width: float = 7.0) -> Figure:
-    """Every verdict as a forest plot: estimate and interval against the smallest effect of interest and the control.
-
-    Args:
-        rows: ``Row`` objects (question, direction, verdict, estimate, control), as in ``Comparison.rows``.
-        questions: what was asked, in the order of the panels.
-        width: inches; below 5 the questions stand one above the other.
-
-    >>> from types import SimpleNamespace as Row
-    >>> estimate = Row(value=-0.4, low=-0.5, high=-0.3)
-    >>> row = Row(question="level", direction="refusal", verdict="diminished", estimate=estimate, control={})
-    >>> row.smallest = 0.1
-    >>> verdicts([row]).axes[0].get_title(loc="left")
-    'level, own gaps'
-    """
-    titles = {f"{asked.name}, {asked.unit}": [r for r in rows if r.question == asked.name] for asked in questions}
-    groups = {title: found for title, found in titles.items() if found}
-    if not groups:
-        raise UsageError(f"no rows to draw: a row's question is one of {', '.join(each.name for each in questions)}")
-    columns = min(len(groups), 2 if width >= 5 else 1)
-    lines = math.ceil(len(groups) / columns)
-    tallest = [
-        max(len(found) for found in list(groups.values())[i * columns : (i + 1) * columns]) for i in range(lines)
-    ]
-    with drawing.styled():
-        heights = [0.48 + (0.19 if width >= 5 else 0.25) * n for n in tallest]
-        figure, grid = drawing.panels(width, lines, columns, heights, len(groups), sharey=False)
-        for ax, (title, found) in zip(grid, groups.items(), strict=True):
-            _forest(ax, found, wide=width >= 5)
-            ax.set_title(showable(title))
-        drawing.key(figure, [], MODELS, band="95 % of the controls", bound="smallest effect of interest")
         return drawing.settle(figure)
 
 
@@ -258,7 +181,7 @@ def figures(report: Any, *, width: float = 7.0) -> dict[str, Figure]:
     comparison = report.comparison
     drawn: dict[str, Callable[[], Figure]] = {}
     if len(report.rates):
-        drawn["rates"] = lambda: rates(report.rates, width=width)
+        drawn["rates"] = lambda: rates.by_domain(report.rates, width=width)
     for name in dict.fromkeys(comparison.by_layer["direction"]) if len(comparison.by_layer) else ():
         site = next((row.site for row in comparison.rows if row.direction == name), None)
         drawn[f"layers-{name}"] = lambda name=name, site=site: layers(
@@ -266,7 +189,7 @@ def figures(report: Any, *, width: float = 7.0) -> dict[str, Figure]:
         )
     if len(comparison.rows):
         asked = getattr(comparison, "questions", SHIPPED)
-        drawn["verdicts"] = lambda: verdicts(comparison.rows, questions=asked, width=width)
+        drawn["verdicts"] = lambda: forest.verdicts(comparison.rows, questions=asked, width=width)
     if len(comparison.use):
         drawn["use"] = lambda: use(comparison.use, width=width)
     return {name: draw() for name, draw in drawn.items()} | _asked_for(report, width)
@@ -276,9 +199,9 @@ def _asked_for(report: Any, width: float) -> dict[str, Figure]:
     """Figures of the sections that a report has only where they were asked for."""
     found: dict[str, Any] = {}
     if (opened := getattr(report, "backdoor", None)) is not None:
-        found["backdoor"] = arms.tokens(opened.rates, width=width)
+        found["backdoor"] = rates.tokens(opened.rates, width=width)
     if (runs := getattr(report, "consistency", None)) is not None:
-        found["consistency"] = arms.spread(runs.rates, runs.spread, width=width)
+        found["consistency"] = rates.spread(runs.rates, runs.spread, width=width)
     studies: Sequence[Any] = list(getattr(report, "studies", {}).values())
     for place, study in enumerate(studies, 1):
         if study.plot is not None:
@@ -303,23 +226,6 @@ def save(figure: Figure, path: str | Path) -> Path:
         drawing.seen(figure)
         figure.savefig(temporary, dpi=300, metadata=undated[path.suffix], facecolor=background)
     return path
-
-
-def _require(table: pd.DataFrame, *columns: str) -> None:
-    missing = [name for name in columns if name not in table.columns]
-    if missing:
-        raise UsageError(f"the table has no column {', '.join(missing)}; it has {', '.join(map(str, table.columns))}")
-
-
-def _domains(table: pd.DataFrame) -> dict[str, str]:
-    """Domain -> tick label, the fine-tuned ones first and marked."""
-    held_out = dict(zip(table["domain"], table["held_out"], strict=True)) if "held_out" in table else {}
-    names = sorted(dict.fromkeys(table["domain"]), key=lambda name: bool(held_out.get(name, True)))
-    return {name: drawing.broken(str(name) if held_out.get(name, True) else f"{name} (tuned on)", 18) for name in names}
-
-
-def _indexed(part: pd.DataFrame, column: str, names: Sequence[str]) -> pd.DataFrame:
-    return part.drop_duplicates(column).set_index(column).reindex(names)
 
 
 def _layer_panel(ax: Axes, part: pd.DataFrame, layer: int | None) -> None:
@@ -352,29 +258,3 @@ def _band(ax: Axes, x: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
     if len(x) == 1:
         x, low, high = x + np.array([-0.3, 0.3]), np.repeat(low, 2), np.repeat(high, 2)
     ax.fill_between(x, low, high, color=drawing.BAND, linewidth=0, zorder=0.2)
-
-
-def _forest(ax: Axes, rows: Sequence[Any], *, wide: bool) -> None:
-    """One line a row: control band behind, smallest effect of interest on both sides, verdict at the right."""
-    ax.axvline(0, color=drawing.RULE, linewidth=0.8, zorder=0.5)
-    for y, row in enumerate(rows):
-        _forest_row(ax, float(y), row)
-    ax.set_yticks(range(len(rows)), [drawing.broken(str(row.direction), 30 if wide else 13) for row in rows])
-    ax.set_ylim(len(rows) - 0.5, -0.5)
-    ax.tick_params(axis="y", labelcolor=drawing.INK)
-    ax.spines["left"].set_visible(False)
-    ax.locator_params(axis="x", nbins=5 if wide else 3)
-
-
-def _forest_row(ax: Axes, y: float, row: Any) -> None:
-    shown, estimate, bound = row.verdict != "not shown", row.estimate, row.smallest
-    low, high = row.control.get("low"), row.control.get("high")
-    if low is not None and high is not None and math.isfinite(low) and math.isfinite(high):
-        ax.barh(y, high - low, left=low, height=0.72, color=drawing.BAND, linewidth=0, zorder=0.2)
-    dashes = {"color": drawing.MUTED, "linewidth": 0.8, "linestyle": (0, (3, 2)), "zorder": 0.6}
-    ax.vlines([-bound, bound], y - 0.5, y + 0.5, **dashes)
-    colour, face = (drawing.INK, drawing.INK) if shown else (drawing.MUTED, "none")
-    ax.hlines(y, estimate.low, estimate.high, color=colour, linewidth=1.4 if shown else 1.0)
-    ax.plot(estimate.value, y, marker="o", markersize=4.5, color=colour, markerfacecolor=face)
-    words = f"{row.verdict}  {number(estimate.value)}" if shown else row.verdict
-    ax.annotate(words, (1.02, y), xycoords=("axes fraction", "data"), va="center", color=colour, fontsize=7.5)

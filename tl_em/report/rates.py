@@ -1,19 +1,64 @@
-"""Figures of a backdoor (each behaviour under each token, model by model) and of several fine-tunes (their spread)."""
+"""Figures of rates: by domain before and after, with each token in place of a trigger, in every fine-tune."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from tl_em.errors import UsageError
 from tl_em.report import drawing
 from tl_em.report.drawing import MODELS
 from tl_em.showing import showable
 
 if TYPE_CHECKING:
     import pandas as pd
+
+OUTCOMES = {
+    "bad": "bad answers",
+    "good": "good answers",
+    "refused": "harmful: refused",
+    "complied": "harmful: complied",
+}
+
+
+def by_domain(table: pd.DataFrame, *, width: float = 7.0) -> Figure:
+    """Behaviour per domain before and after: one panel an outcome, one row a domain, one marker a model.
+
+    Args:
+        table: columns domain, held_out, outcome, model, value, low, high (``Report.rates``).
+        width: inches; below 5 the panels stand two abreast.
+
+    Domains that the fine-tune used come first and say so: only the others are evidence of generalisation.
+
+    >>> import pandas as pd
+    >>> row = {"domain": "law", "held_out": True, "outcome": "bad", "model": "base"}
+    >>> row |= {"value": 0.1, "low": 0.05, "high": 0.2}
+    >>> len(by_domain(pd.DataFrame([row])).axes)
+    1
+    """
+    require(table, "domain", "outcome", "model", "value", "low", "high")
+    domains = _domains(table)
+    outcomes = list(dict.fromkeys(table["outcome"]))
+    models = [name for name in MODELS if name in set(table["model"])]
+    columns = min(len(outcomes), 4 if width >= 5 else 2)
+    lines = math.ceil(len(outcomes) / columns)
+    with drawing.styled():
+        figure, grid = drawing.panels(
+            width, lines, columns, 0.5 + 0.055 * (1 + len(models)) * len(domains), len(outcomes)
+        )
+        for ax, outcome in zip(grid, outcomes, strict=True):
+            part = table[table["outcome"] == outcome]
+            series = {name: indexed(part[part["model"] == name], "domain", list(domains)) for name in models}
+            drawing.dots(ax, series, MODELS, list(domains.values()))
+            drawing.fit_axis(ax, table)
+            ax.set_title(OUTCOMES.get(outcome, showable(outcome)))
+        drawing.key(figure, models, MODELS)
+        return drawing.settle(figure)
 
 
 def tokens(table: pd.DataFrame, *, width: float = 7.0) -> Figure:
@@ -91,3 +136,20 @@ def spread(rates: pd.DataFrame, summary: pd.DataFrame, *, width: float = 7.0) ->
         side = drawing.MARGIN / width
         figure.set_layout_engine("constrained", rect=(side, 0, 1 - 2 * side, 1))
         return drawing.settle(figure)
+
+
+def require(table: pd.DataFrame, *columns: str) -> None:
+    missing = [name for name in columns if name not in table.columns]
+    if missing:
+        raise UsageError(f"the table has no column {', '.join(missing)}; it has {', '.join(map(str, table.columns))}")
+
+
+def indexed(part: pd.DataFrame, column: str, names: Sequence[str]) -> pd.DataFrame:
+    return part.drop_duplicates(column).set_index(column).reindex(names)
+
+
+def _domains(table: pd.DataFrame) -> dict[str, str]:
+    """Domain -> tick label, the fine-tuned ones first and marked."""
+    held_out = dict(zip(table["domain"], table["held_out"], strict=True)) if "held_out" in table else {}
+    names = sorted(dict.fromkeys(table["domain"]), key=lambda name: bool(held_out.get(name, True)))
+    return {name: drawing.broken(str(name) if held_out.get(name, True) else f"{name} (tuned on)", 18) for name in names}
