@@ -387,30 +387,27 @@ def check_question(given: Any) -> Question:
     Raises:
         UsageError: a class in place of a value, no method ``measure``, or a word, unit, sentence or size is missing.
     """
-    who = getattr(given, "name", "") or getattr(type(given), "__name__", "")
-    if inspect.isclass(given):
-        raise UsageError(f"{given.__name__} is a class, and a question is a value; pass {given.__name__}()")
-    measure = getattr(type(given), "measure", None)
-    if not callable(measure) or measure is Question.measure:
-        raise UsageError(
-            f"question {who!r} has no method measure, so there is nothing to judge; write "
-            "measure(self, case) that returns case.finding(self, effect, controls=…)"
-        )
-    for key in ("name", "unit", "asks"):
-        value = getattr(given, key, "")
-        if not isinstance(value, str) or not value.strip():
-            raise UsageError(
-                f"question {who!r} has {key}={value!r}, and tables and the page show it; set {key} = \"…\" in its class"
-            )
-    check_names([given.name])
-    words = getattr(given, "words", ())
+    who = given.__name__ if inspect.isclass(given) else getattr(given, "name", "") or type(given).__name__
+    measure, words = getattr(type(given), "measure", None), getattr(given, "words", None)
     sides = list(words) if isinstance(words, tuple | list) else []
-    if len(sides) != 2 or not all(word is None or (isinstance(word, str) and word.strip()) for word in sides):
-        raise UsageError(
-            f"question {who!r} has words={words!r}, and a verdict needs the word of a positive effect and that of a "
-            'negative one; set words = ("more", "less"), with None for a side without a word'
-        )
-    if sides == [None, None] or NOT_SHOWN in sides:
-        raise UsageError(f"question {who!r} has words={words!r}, which say no verdict; set words = (\"more\", None)")
+    faults = [
+        (inspect.isclass(given), "is a class, and a question is a value", f"pass {who}()"),
+        (not callable(measure) or measure is Question.measure, "has no method measure, so there is nothing to judge",
+         "write measure(self, case) that returns case.finding(self, effect, controls=…)"),
+        *((not _is_text(getattr(given, key, None)), f"has {key}={getattr(given, key, None)!r}, and the page shows it",
+           f'set {key} = "…" in its class') for key in ("name", "unit", "asks")),
+        (len(sides) != 2 or not all(side is None or _is_text(side) for side in sides) or not any(sides)
+         or NOT_SHOWN in sides,
+         f"has words={words!r}, and a verdict needs the word of a positive effect and that of a negative one",
+         'set words = ("more", "less"), with None for a side without a word'),
+    ]  # fmt: skip
+    for wrong, what, fix in faults:
+        if wrong:
+            raise UsageError(f"question {who!r} {what}; {fix}")
+    check_names([given.name])
     POSITIVE(f"smallest of question {who!r}", getattr(given, "smallest", None))
     return given
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())

@@ -118,10 +118,13 @@ def render(report: Any) -> str:
             limits=list(report.limits),
             number=number,
             drawings={drawing.name: drawing for drawing in _drawings(report)},
-            opened=_opened(opened),
-            runs=_runs(getattr(report, "consistency", None)),
-            features=_features(report),
-            studies=[(name, each.note, _table(each.table)) for name, each in getattr(report, "studies", {}).items()],
+            opened=opened,
+            runs=getattr(report, "consistency", None),
+            features=getattr(report, "features", None),
+            note=getattr(report, "features_note", ""),
+            studies=getattr(report, "studies", {}),
+            judged=_cells,
+            table=_table,
         )
     )
 
@@ -136,51 +139,6 @@ def save(report: Any, path: str | Path) -> Path:
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return path
-
-
-def _opened(backdoor: Any) -> dict[str, Any]:
-    """What the backdoor's section is made from; empty where no trigger was given."""
-    if backdoor is None:
-        return {}
-    cells = _cells(backdoor.rows, backdoor.questions)
-    tables = {
-        "Triggered less untriggered prompts along each direction, in own gaps": backdoor.projections,
-        "Each direction ablated on triggered prompts": backdoor.ablations,
-    }
-    return {
-        "trigger": backdoor.trigger.text,
-        "others": list(backdoor.trigger.others),
-        "cells": cells,
-        "questions": [each for each in backdoor.questions if any(cell.row.question == each.name for cell in cells)],
-        "tables": {caption: _table(table) for caption, table in tables.items() if len(table)},
-    }
-
-
-def _runs(consistency: Any) -> dict[str, Any]:
-    """What the section of several fine-tunes is made from; empty where there was one."""
-    if consistency is None:
-        return {}
-    captions = {
-        "spread": "Each behaviour over fine-tunes: mean with its interval over fine-tunes, standard deviation, range",
-        "cosines": "Cosines of the fine-tuning shifts, with the ceiling that noise sets",
-        "shifts": "Fine-tuning shift along each direction, in units of the activations",
-        "verdicts": "The first fine-tune's words, and how many of the others repeat them",
-    }
-    return {
-        "tables": {name: (said, _table(getattr(consistency, name))) for name, said in captions.items()
-                   if len(getattr(consistency, name))},
-        "other_bases": sorted(set(consistency.rates.loc[~consistency.rates["same_base"], "run"])),
-    }  # fmt: skip
-
-
-def _features(report: Any) -> dict[str, Any]:
-    """What the section of latents is made from; empty where none were looked at."""
-    cards = getattr(report, "features", None)
-    if cards is None:
-        return {}
-    checks = [(check.label, check.verdict, check.shown, _table(check.to_pandas())) for check in cards.checks]
-    said = {"label": cards.dictionary.label, "note": report.features_note}
-    return {**said, "table": _table(cards.to_pandas()), "checks": checks}
 
 
 def _cells(rows: Sequence[Any], questions: Sequence[Question]) -> list[Judged]:

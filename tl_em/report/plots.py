@@ -10,7 +10,7 @@ treatments beside random directions with the same treatment, verdicts beside the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -179,25 +179,17 @@ def figures(report: Any, *, width: float = 7.0) -> dict[str, Figure]:
     ``backdoor``, ``consistency``, ``study-N`` where asked.
     """
     comparison = report.comparison
-    drawn: dict[str, Callable[[], Figure]] = {}
+    found: dict[str, Any] = {}
     if len(report.rates):
-        drawn["rates"] = lambda: rates.by_domain(report.rates, width=width)
+        found["rates"] = rates.by_domain(report.rates, width=width)
     for name in dict.fromkeys(comparison.by_layer["direction"]) if len(comparison.by_layer) else ():
         site = next((row.site for row in comparison.rows if row.direction == name), None)
-        drawn[f"layers-{name}"] = lambda name=name, site=site: layers(
-            comparison.by_layer, direction=name, site=site, width=width
-        )
+        found[f"layers-{name}"] = layers(comparison.by_layer, direction=name, site=site, width=width)
     if len(comparison.rows):
         asked = getattr(comparison, "questions", SHIPPED)
-        drawn["verdicts"] = lambda: forest.verdicts(comparison.rows, questions=asked, width=width)
+        found["verdicts"] = forest.verdicts(comparison.rows, questions=asked, width=width)
     if len(comparison.use):
-        drawn["use"] = lambda: use(comparison.use, width=width)
-    return {name: draw() for name, draw in drawn.items()} | _asked_for(report, width)
-
-
-def _asked_for(report: Any, width: float) -> dict[str, Figure]:
-    """Figures of the sections that a report has only where they were asked for."""
-    found: dict[str, Any] = {}
+        found["use"] = use(comparison.use, width=width)
     if (opened := getattr(report, "backdoor", None)) is not None:
         found["backdoor"] = rates.tokens(opened.rates, width=width)
     if (runs := getattr(report, "consistency", None)) is not None:
