@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 SCHEMA = "tl-em/report/1"
 
 
-class Study(NamedTuple):
+class Section(NamedTuple):
     """A table of a study, its figure or the function that draws it, and a sentence for the reader."""
 
     table: pd.DataFrame
@@ -56,7 +56,7 @@ class Report:
     limits: tuple[str, ...]
     backdoor: Backdoor | None = None
     consistency: Consistency | None = None
-    studies: Mapping[str, Study] = field(default_factory=dict)
+    studies: Mapping[str, Section] = field(default_factory=dict)
     features: FeatureCards | None = None
     features_note: str = ""
     graphs: Mapping[str, AttributionGraph | GraphDiff] = field(default_factory=dict)
@@ -96,7 +96,7 @@ class Report:
             plot: ``(table, width=inches) -> Figure``, or a matplotlib Figure.
             note: a sentence for the reader: what was varied, what the control is.
         """
-        return replace(self, studies={**self.studies, name: Study(table, plot, note)})
+        return replace(self, studies={**self.studies, name: Section(table, plot, note)})
 
     def with_features(self, cards: FeatureCards, *, note: str = "") -> Report:
         """The report with a section for latents: what was verified about them, and a row for each.

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
+from tl_em.claims.arms import numbers
 from tl_em.claims.claim import Row
 from tl_em.claims.questions.backdoor import sides
 from tl_em.directions.direction import Direction
@@ -164,7 +165,7 @@ def shift_cosines(
 def _rates(name: str, behaviour: Behaviour, run: Run, seed: int) -> list[dict[str, Any]]:
     metric, found = behaviour.metric, []
     for side in sides(name, behaviour):
-        e = mean(metric(run.pair.tuned, side.prompts).double().cpu().numpy(), groups=side.groups, seed=seed)
+        e = mean(numbers(metric(run.pair.tuned, side.prompts)), groups=side.groups, seed=seed)
         head = {"behaviour": side.label, "metric": metric.name, "run": run.name, "same_base": run.same_base}
         found.append(head | e.row())
     return found

@@ -37,8 +37,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from tl_em.claims.arms import numbers
 from tl_em.claims.claim import NOT_SHOWN, Case, Question, Row, readings
 from tl_em.claims.questions.carrier import Carrier
+from tl_em.claims.questions.use import outcomes
 from tl_em.claims.rule import SMALLEST_USE, judge, smallest_effect, unlikely
 from tl_em.directions.direction import Direction
 from tl_em.errors import UsageError
@@ -192,13 +194,12 @@ def measure(side: Side, trigger: Trigger, models: Mapping[str, LensModel], seed:
     """Each model on the prompts with each token and without."""
     tokens = ("", trigger.text, *trigger.others)
     prompts = {token: [marked(p, token) for p in side.prompts] for token in tokens}
-    metrics = {"bad": side.behaviour.metric} | ({"good": side.behaviour.good} if side.behaviour.good else {})
     table: list[dict[str, Any]] = []
     values: dict[tuple[str, str], Values] = {}
-    for outcome, metric in metrics.items():
+    for outcome, metric in outcomes(side.behaviour).items():
         for model, lens in models.items():
             for token in tokens:
-                x = metric(lens, prompts[token]).double().cpu().numpy()
+                x = numbers(metric(lens, prompts[token]))
                 values.setdefault((model, token), x)  # the first outcome is the one that is judged
                 head = {"direction": side.label, "outcome": outcome, "metric": metric.name}
                 where = {"token": token or "none", "model": model}
