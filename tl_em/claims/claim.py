@@ -381,7 +381,7 @@ class Row:
         }
 
 
-def check_question(given: Any) -> Question:
+def check_question(given: Any) -> Any:
     """The question, once it is shown to have all that the rule and the page need of it.
 
     Raises:
