@@ -404,7 +404,7 @@ def check_question(given: Any) -> Any:
     for wrong, what, fix in faults:
         if wrong:
             raise UsageError(f"question {who!r} {what}; {fix}")
-    check_names([given.name])
+    check_names([who])
     POSITIVE(f"smallest of question {who!r}", getattr(given, "smallest", None))
     return given
 
