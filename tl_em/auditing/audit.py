@@ -99,9 +99,6 @@ def audit(
         questions: what to ask of each direction, in this order: names of shipped questions, or values of
             ``em.Question``; all of the shipped ones by default.
         method: how directions are extracted: a name or a value of ``em.Method``, as in ``em.extract_directions``.
-        questions: what to ask of each direction, in this order: names of shipped questions, or values of
-            ``em.Question``; all of the shipped ones by default.
-        method: how directions are extracted: a name or a value of ``em.Method``, as in ``em.extract_directions``.
         controls: number of random directions for each test.
         out: folder for page, JSON and figures; checked before the work starts.
         seed: seed of splits, resampling and controls.
@@ -114,7 +111,6 @@ def audit(
         NoGapError: no direction separates its own contrast set in the base.
         EmptyContrastError, UnknownTokenError, PromptTooLongError: the prompts, or the trigger, do not fit the model.
         PairMismatchError: ``benign`` or a replicate has another shape or vocabulary.
-        UsageError: an unknown method or question, or a malformed one.
         UsageError: an unknown method or question, or a malformed one.
         WidthError, ProvenanceError, DictionaryFitError: the dictionary is another model's, or explains too little.
     """
