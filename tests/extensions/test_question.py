@@ -32,7 +32,8 @@ def report() -> Any:
     few = replace(behaviour, **{name: getattr(behaviour, name)[::6] for name in PARTS})
     own = em.ModelPair(pair().base, pair().tuned)
     contrasts = {"persona": (pair().contrasts or {})["persona"]}
-    return em.audit(own, contrasts=contrasts, behaviours={"persona": few}, questions=ASKED, controls=99)
+    asked: Any = {"contrasts": contrasts, "behaviours": {"persona": few}, "questions": ASKED, "method": "paired"}
+    return em.audit(own, **asked, controls=99)
 
 
 def test_the_audit_asks_it_and_says_it_everywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -49,7 +50,9 @@ def test_the_audit_asks_it_and_says_it_everywhere(tmp_path: Path, capsys: pytest
     _print(found, tmp_path, as_json=False)
     assert "spread" in capsys.readouterr().out
     assert "spread" in repr(found) and "spread" in found.comparison._repr_html_()
-    assert "--question level" in saved["provenance"]["command"]
+    command = saved["provenance"]["command"]
+    assert "--question level --method paired" in command
+    assert command.endswith("# and, in Python, your own question spread")
 
 
 def case(scale: float) -> Case:
