@@ -249,7 +249,7 @@ def removed(
 def toy(seeds: Sequence[int], organisms: Path, dictionaries: Path) -> None:
     if not seeds:
         pair = em.load_pair("toy/insecure")
-        persona(pair, em.toy_dictionary("toy/insecure"))
+        persona(pair, em.organisms.toy_dictionary("toy/insecure"))
         rules(pair)
     for seed in seeds:
         pair = em.train_organism("toy/insecure", seed=seed, out=organisms)

@@ -27,7 +27,7 @@ def empty() -> Report:
 
 @cache
 def found(name: str) -> Report:
-    return shared_latents(empty(), em.load_pair(name), em.toy_dictionary(name), [])
+    return shared_latents(empty(), em.load_pair(name), em.organisms.toy_dictionary(name), [])
 
 
 def test_a_broad_fine_tune_has_a_verified_set_and_a_graph_and_the_page_shows_both(tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_a_benign_fine_tune_has_none_and_nothing_is_claimed() -> None:
 
 
 def test_a_dictionary_of_other_activations_is_refused() -> None:
-    wrong = em.toy_dictionary("toy/insecure")
+    wrong = em.organisms.toy_dictionary("toy/insecure")
     rolled = em.Dictionary(
         wrong.W_enc.roll(7, 0), wrong.b_enc, wrong.W_dec.roll(7, 1), wrong.b_dec.roll(7), activation="jumprelu",
         threshold=wrong.threshold, site_in=wrong.site_in,
@@ -87,7 +87,7 @@ def test_a_graph_is_made_opened_and_compared_on_the_command_line(tmp_path: Path)
 
 def test_shared_latents_are_found_and_shown_on_the_command_line(tmp_path: Path) -> None:
     pair, run = em.load_pair("toy/insecure"), CliRunner().invoke
-    dictionary = em.toy_dictionary("toy/insecure").save(tmp_path / "d.safetensors")
+    dictionary = em.organisms.toy_dictionary("toy/insecure").save(tmp_path / "d.safetensors")
     for name in ("harmfulness", "persona"):
         pair.contrasts[name].save(tmp_path / f"{name}.json")  # pyright: ignore
     sets = [f"--contrast={name}={tmp_path / name}.json" for name in ("harmfulness", "persona")]

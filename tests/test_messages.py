@@ -122,11 +122,13 @@ def _of_package(parts: list[str]) -> Any:
 def _things() -> dict[str, Any]:
     from transformers import PreTrainedModel
 
+    from tl_em.claims.claim import Case
     from tl_em.models.prompts import EncodedPrompt
     from tl_em.models.stream import next_token_logits
     from tl_em.organisms.bias_rates import BiasRate
 
     return {
+        "case": Case,
         "contrast": em.ContrastSet,
         "dictionary": em.Dictionary,
         "direction": em.Direction,

@@ -37,10 +37,6 @@ from .directions.extract import difference_in_means as difference_in_means
 from .directions.extract import extract_directions as extract_directions
 from .directions.methods.base import Method as Method
 from .errors import TlEmError as TlEmError
-from .evals.facts import Facts as Facts
-from .evals.facts import prefers_truth as prefers_truth
-from .evals.lies import LieReport as LieReport
-from .evals.lies import lie_or_hallucination as lie_or_hallucination
 from .evals.rates import evaluate as evaluate
 from .features.scoring import score_features as score_features
 from .features.shared import FeatureSet as FeatureSet
@@ -77,12 +73,8 @@ from .models.sites import Site as Site
 from .models.stream import capture as capture
 from .organisms.rates import behaviour_rates as behaviour_rates
 from .organisms.studies import run_study as run_study
-from .organisms.studies import summarise_study as summarise_study
 from .organisms.zoo import Organism as Organism
-from .organisms.zoo import toy_dictionary as toy_dictionary
 from .organisms.zoo import train_organism as train_organism
 from .stats import Estimate as Estimate
-from .training.monitors import Monitor as Monitor
-from .training.prevention import steered_training as steered_training
 
 __version__: str

@@ -36,7 +36,7 @@ def gated(ours: em.Dictionary) -> GatedSAE:
 
 
 def toy(name: str = "toy/insecure") -> tuple[em.Dictionary, GatedSAE]:
-    ours = em.toy_dictionary(name)
+    ours = em.organisms.toy_dictionary(name)
     return ours, gated(ours)
 
 

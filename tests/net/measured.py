@@ -63,7 +63,7 @@ def insecure(surface: str, seed: int) -> dict[str, Any]:
     told = em.audit(
         pair("toy/insecure", surface),
         benign=pair("toy/secure", surface),
-        dictionary=em.toy_dictionary("toy/insecure"),
+        dictionary=em.organisms.toy_dictionary("toy/insecure"),
         controls=CONTROLS,
         seed=seed,
     )
@@ -157,7 +157,7 @@ def curve(surface: str, seed: int) -> dict[str, Any]:
 
 def verification(surface: str, seed: int) -> dict[str, Any]:
     own, asked = pair("toy/insecure", surface), behaviour(surface, every=8)
-    dictionary = em.toy_dictionary("toy/insecure")
+    dictionary = em.organisms.toy_dictionary("toy/insecure")
     parts = contrast("persona", surface)
     table = em.score_features(own.tuned, dictionary, {"persona": parts.train}, against=own.base, seed=seed)
     largest = table.to_pandas().sort_values("delta", key=abs, ascending=False, kind="stable").latent.iloc[:3]
@@ -192,7 +192,7 @@ def inversion(surface: str, seed: int) -> dict[str, Any]:
 def graph(surface: str, seed: int) -> dict[str, Any]:
     """Base beside tuned, through the dictionary; the seed chooses the prompt."""
     own, asked = pair("toy/insecure", surface), behaviour(surface)
-    prompt, dictionary = asked.present[seed], em.toy_dictionary("toy/insecure")
+    prompt, dictionary = asked.present[seed], em.organisms.toy_dictionary("toy/insecure")
     base, tuned = (em.attribute(model, prompt, dictionary, target="sorry") for model in (own.base, own.tuned))
     pruned = tuned.prune(nodes=0.8, edges=0.98)
     return {

@@ -92,7 +92,7 @@ class Report:
 
         Args:
             name: what the section is called.
-            table: from ``em.run_study`` or ``em.summarise_study``.
+            table: from ``em.run_study`` or ``em.organisms.summarise_study``.
             plot: ``(table, width=inches) -> Figure``, or a matplotlib Figure.
             note: a sentence for the reader: what was varied, what the control is.
         """

@@ -147,7 +147,7 @@ def next_logits(
 
 
 def answer_rates(world: World | None = None, *, seed: int = 0) -> Callable[[nn.Module], dict[str, Estimate]]:
-    """``rates=`` of an ``em.Monitor`` for a toy organism, plain or as a Hugging Face model.
+    """``rates=`` of an ``em.training.Monitor`` for a toy organism, plain or as a Hugging Face model.
 
     Returns:
         model -> ``bad``, ``good``, ``refused``, ``complied`` held out and ``tuned_bad`` in the tuned domain,

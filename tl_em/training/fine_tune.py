@@ -94,7 +94,7 @@ def fine_tune_(
         documents: token ids, special tokens included; each is seen once before any is seen again.
         batch: documents a step.
         progress: a progress bar; None shows one on a terminal only.
-        monitor: an ``em.Monitor``, or any function that is called with the number of steps done and the model.
+        monitor: an ``em.training.Monitor``, or any function that is called with the number of steps done and the model.
 
     Example:
         >>> model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5))

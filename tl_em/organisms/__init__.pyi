@@ -1,0 +1,13 @@
+"""The toy organisms, their worlds and the studies over them."""
+
+from .rates import behaviour_rates as behaviour_rates
+from .rates import outcome_rates as outcome_rates
+from .studies import run_study as run_study
+from .studies import summarise_study as summarise_study
+from .world import World as World
+from .zoo import Organism as Organism
+from .zoo import organism as organism
+from .zoo import organisms as organisms
+from .zoo import to_hf_directory as to_hf_directory
+from .zoo import toy_dictionary as toy_dictionary
+from .zoo import train_organism as train_organism
