@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "tl_em"
 ORDER = (
-    *("errors", "arguments", "artefacts", "showing", "stats", "models", "directions", "metrics"),
+    *("errors", "arguments", "artefacts", "showing", "stats", "models", "metrics", "directions"),
     *("dictionaries", "interventions", "claims", "features", "graph", "interop", "presets", "evals", "training"),
     *("report", "auditing", "organisms", "cli"),
 )

@@ -78,7 +78,7 @@ FOLDERS = {
     "claims": ["Case", "FeatureCheck", "Finding", "TextLogprob", "reply_inversion", "verify_features"],
     "dictionaries": ["DictionaryQuality", "dictionary_quality", "train_dictionary"],
     "directions": [
-        *("cosine_matrix", "cosines_between", "finetuning_shift"),
+        *("Projection", "cosine_matrix", "cosines_between", "finetuning_shift"),
         *("logit_lens", "principal_angles", "projection_difference"),
     ],
     "errors": ["CacheWarning", "DictionaryModelWarning", "HiddenSteerWarning", "NuisanceWarning", "UnprovenWarning"],

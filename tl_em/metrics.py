@@ -1,7 +1,8 @@
 """One number for each prompt, and never an average: only ``stats`` reduces the prompt axis.
 
 A metric is a callable ``(model, prompts) -> Float["prompt"]`` with a ``name`` and a ``unit``; the unit decides which
-smallest effect of interest applies (``compare.SMALLEST_EFFECT``).  Metrics run the model as it is, so inside
+smallest effect of interest applies (``claims.rule``).  A plain function is one that has these two attributes:
+``mine.name, mine.unit = "politeness", "probability"``.  Metrics run the model as it is, so inside
 ``with em.intervene(model, ...)`` they measure the intervened model.
 """
 
@@ -9,33 +10,95 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
-from jaxtyping import Float
+import numpy as np
+import torch
+from jaxtyping import Float, Float64
 from torch import Tensor
 
-from tl_em.directions.direction import Direction
-from tl_em.errors import UsageError
+from tl_em.arguments import optional, settle
+from tl_em.errors import NonFiniteError, UsageError
 from tl_em.models.contrasts import Prompt
 from tl_em.models.hooks import LensModel
-from tl_em.models.stream import capture, next_token_logits
+from tl_em.models.stream import next_token_logits
 
-Unit = Literal["probability", "log-odds", "nats", "activation"]
 REFUSAL_PHRASES = ("I'm sorry", "I cannot", "As an AI", "Sorry", "sorry")
 FLOOR = 1e-8
 
 
 @runtime_checkable
 class Metric(Protocol):
-    """A number for each prompt, with its name and unit."""
+    """A number for each prompt, with its name and unit: an object that is called, or a function with both attributes.
+
+    Example:
+        >>> def length(model, prompts):
+        ...     return torch.tensor([float(len(prompt)) for prompt in prompts])
+        >>> length.name, length.unit = "length", "letters"
+        >>> isinstance(length, Metric), measured(length, None, ["one", "three"]).tolist()
+        (True, [3.0, 5.0])
+    """
 
     @property
     def name(self) -> str: ...
 
     @property
-    def unit(self) -> Unit: ...
+    def unit(self) -> str: ...
 
     def __call__(self, model: LensModel, prompts: Sequence[Prompt]) -> Float[Tensor, " prompt"]: ...
+
+
+def as_metric(name: str, value: Any) -> Any:
+    """``value``, if it is a metric.
+
+    Raises:
+        UsageError: anything else, or one without a name or a unit.
+    """
+    words = [word for word in ("name", "unit") if not isinstance(getattr(value, word, None), str)]
+    if isinstance(value, type) or not callable(value) or words:
+        lacks = f"has no {' and no '.join(words)}" if callable(value) and words else "cannot be called"
+        raise UsageError(
+            f"{name} is {value!r}, which is no metric: it {lacks}, so it is unknown what is measured, and which effect "
+            "is too small to matter. Give an object with name, unit and __call__(model, prompts) -> one number a "
+            "prompt; of a function say f.name, f.unit = 'politeness', 'probability'"
+        )
+    return value
+
+
+def measured(metric: Metric | Any, model: LensModel | Any, prompts: Sequence[Any]) -> Float64[np.ndarray, " prompt"]:
+    """The metric's number for every prompt, looked at: the one place where a metric is called.
+
+    Args:
+        metric: what is measured.
+        model: as it is now, with the hooks on it.
+        prompts: strings, chats or encoded prompts.
+
+    Returns:
+        Float64 on the CPU, in the metric's unit, in the order of ``prompts``.
+
+    Raises:
+        UsageError: no metric, another number of values than prompts, or no numbers.
+        NonFiniteError: NaN; within ``intervene`` that is what a model gives that overflows.
+    """
+    found = as_metric("metric", metric)(model, prompts)
+    try:
+        values = torch.as_tensor(found).detach().to("cpu", torch.float64).numpy()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(f"metric {metric.name!r} returned a {type(found).__name__}; {_WANTED}") from error
+    if values.shape != (len(prompts),):
+        raise UsageError(
+            f"metric {metric.name!r} returned shape {tuple(values.shape)} for {len(prompts)} prompts, so it is unknown "
+            f"which value belongs to which; {_WANTED}"
+        )
+    if np.isnan(values).any():
+        raise NonFiniteError(
+            f"metric {metric.name!r} returned NaN for prompt {int(np.isnan(values).argmax())} of {len(prompts)}, so no "
+            f"mean of it means anything; {_WANTED}"
+        )
+    return values
+
+
+_WANTED = "return one finite number a prompt, a tensor [prompt], in the order of the prompts"
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,19 +115,19 @@ class Behaviour:
     """
 
     name: str
-    metric: Metric
+    metric: Metric | Any
     present: Sequence[Prompt]
     absent: Sequence[Prompt]
-    good: Metric | None = None
+    good: Metric | Any = None
     present_groups: Sequence[Hashable] | None = None
     absent_groups: Sequence[Hashable] | None = None
 
     def __post_init__(self) -> None:
+        settle(self, metric=as_metric, good=optional(as_metric))
         if not self.present or not self.absent:
             raise UsageError(
-                f"behaviour {self.name!r} has {len(self.present)} prompts that show it and {len(self.absent)} that "
-                f"do not; "
-                "both are needed, since an ablation is measured on the first and an addition on the second"
+                f"behaviour {self.name!r} has {len(self.present)} prompts that show it and {len(self.absent)} that do "
+                "not; both are needed, since an ablation is measured on the first and an addition on the second"
             )
 
     @property
@@ -91,7 +154,7 @@ class RefusalLogOdds:
 
     phrases: tuple[str, ...] = REFUSAL_PHRASES
     name: str = "refusal log-odds"
-    unit: Unit = "log-odds"
+    unit: str = "log-odds"
 
     def __call__(self, model: LensModel, prompts: Sequence[Prompt]) -> Float[Tensor, " prompt"]:
         """Refusal log-odds of each prompt.
@@ -122,7 +185,7 @@ class LogitDifference:
 
     yes: str
     no: str
-    unit: Unit = "log-odds"
+    unit: str = "log-odds"
 
     @property
     def name(self) -> str:
@@ -147,27 +210,6 @@ def logit_difference(yes: str, no: str) -> LogitDifference:
         'logit(she) - logit(he)'
     """
     return LogitDifference(yes, no)
-
-
-@dataclass(frozen=True, eq=False)
-class Projection:
-    """Component of the activation along a direction, at the direction's own site and position.
-
-    Args:
-        direction: along which.
-    """
-
-    direction: Direction
-    unit: Unit = "activation"
-
-    @property
-    def name(self) -> str:
-        return f"projection on {self.direction.name or 'direction'}"
-
-    def __call__(self, model: LensModel, prompts: Sequence[Prompt]) -> Float[Tensor, " prompt"]:
-        """Projection of each prompt, in the units of the activations."""
-        acts = capture(model, prompts, [self.direction.site], position=self.direction.position)
-        return self.direction.project(acts[:, 0])
 
 
 def token_ids(model: LensModel, text: str) -> list[int]:

@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from tl_em.directions.angles import cosines_between, principal_angles
+from tl_em.directions.cosines import Rows, Two, reliability
 from tl_em.directions.direction import Direction
 from tl_em.directions.extract import difference_in_means
 from tl_em.directions.similarity import CosineMatrix, cosine_matrix
-from tl_em.directions.units import Rows, Two, reliability, units
 from tl_em.errors import NonFiniteError, UsageError, WidthError, ZeroDirectionError
 from tl_em.models.contrasts import ContrastSet
 from tl_em.models.hooks import LensModel
 from tl_em.models.sites import Site
-from tl_em.stats import control_p
+from tl_em.stats import control_p, tied
 
 D = 40
 SPREAD = np.linspace(0.2, 2, D)  # activations vary along some axes more than along others
@@ -134,10 +134,10 @@ def test_units_are_what_prompts_share() -> None:
         Rows.of(np.eye(len(s.positive) + len(s.negative)), s, name).ties
         for s, name in ((pairs, "1"), (loose, "2"), (groups, "3"))
     )
-    u, v = units(one, two)
+    u, v = np.split(tied([*one, *two]), [len(one)])
     assert [u[0] == u[2], u[1] == u[3], u[0] != u[1]] == [True] * 3
     assert [v[0] == u[0], v[4] == u[2], len(set(v.tolist()))] == [True, True, 4]
-    (w,) = units(three)
+    w = tied(three)
     assert w[1] == w[2] and len(set(w.tolist())) == 3
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import pytest
@@ -91,8 +90,8 @@ def test_what_is_no_method_is_refused() -> None:
             em.extract_directions(None, CONTRAST, method=bad)  # pyright: ignore[reportArgumentType]
 
 
-@pytest.mark.skipif("method" not in inspect.signature(em.audit).parameters, reason="audit takes no method yet")
 def test_an_audit_with_it() -> None:
     pair = em.load_pair("toy/insecure")
-    report = em.audit(pair, method=UnitDifferences(), seed=0)
+    asked = {"persona": pair.contrasts["persona"]}
+    report = em.audit(pair, contrasts=asked, method=UnitDifferences(), controls=99)
     assert report.verdicts

@@ -25,7 +25,6 @@ from tl_em.auditing.latents import shared_latents
 from tl_em.auditing.report import Report
 from tl_em.auditing.site_selection import select_site
 from tl_em.auditing.splits import SIDES, Subject, subjects_of
-from tl_em.claims.arms import numbers
 from tl_em.claims.claim import Question, Row
 from tl_em.claims.compare import SHIPPED, Comparison, as_questions, compare
 from tl_em.claims.consistency import Run, consistency, same_weights
@@ -38,7 +37,7 @@ from tl_em.directions.methods import SHIPPED as METHODS
 from tl_em.directions.methods import as_method
 from tl_em.directions.methods.base import Method
 from tl_em.errors import UsageError
-from tl_em.metrics import Behaviour, Metric
+from tl_em.metrics import Behaviour, Metric, measured
 from tl_em.models.contrasts import ContrastSet
 from tl_em.models.hooks import LensModel
 from tl_em.models.loading import RATE_COLUMNS, ModelPair
@@ -238,7 +237,7 @@ def _rates(pair: ModelPair, benign: LensModel | None, plan: _Plan) -> pd.DataFra
         return pd.concat([_checked_rates(own(model, plan.seed)).assign(model=name) for name, model in models.items()])
     rows = []
     for (name, model), q, side in product(models.items(), plan.subjects, SIDES):
-        values = numbers(q.judged.metric(model, getattr(q.judged, side)))
+        values = measured(q.judged.metric, model, getattr(q.judged, side))
         domain = f"{q.name}: {'positive' if side == 'present' else 'negative'} prompts"
         head = {"domain": domain, "held_out": True, "outcome": q.judged.metric.name, "model": name}
         rows.append(head | mean(values, groups=getattr(q.judged, f"{side}_groups"), seed=plan.seed).row())

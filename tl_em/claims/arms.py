@@ -21,7 +21,7 @@ from torch import Tensor
 from tl_em.interventions.base import Intervention
 from tl_em.interventions.intervene import intervene
 from tl_em.interventions.many import Along, Measure, along_each, kl_from_now
-from tl_em.metrics import Metric
+from tl_em.metrics import Metric, measured
 from tl_em.models.hooks import LensModel
 from tl_em.models.prompts import EncodedPrompt, encode
 from tl_em.models.scopes import Where
@@ -62,7 +62,7 @@ class Arm:
     @cached_property
     def untreated(self) -> Outcomes:
         """Every metric of the model as it is."""
-        return {name: numbers(metric(self.model, self._on(name))) for name, metric in self.metrics.items()}
+        return {name: measured(metric, self.model, self._on(name)) for name, metric in self.metrics.items()}
 
     @cached_property
     def kl(self) -> Measure:

@@ -25,7 +25,7 @@ from tl_em.claims.rule import judge
 from tl_em.directions.direction import Direction, check_fits
 from tl_em.directions.screening import answer_to_own_prompts
 from tl_em.errors import NoGapError, UsageError
-from tl_em.metrics import Behaviour, Metric
+from tl_em.metrics import Behaviour, Metric, as_metric
 from tl_em.models.contrasts import ContrastSet
 from tl_em.models.hooks import LensModel
 from tl_em.models.loading import ModelPair
@@ -282,6 +282,7 @@ def _behaviour_of(behaviour: Behaviours, name: str, contrast: ContrastSet) -> Be
 
 def behaviour_on(metric: Any, contrast: ContrastSet) -> Behaviour:
     """A metric as a behaviour that the positive prompts of a contrast set show, and the negative ones do not."""
+    metric = as_metric("behaviour", metric)
     return Behaviour(
         metric.name, metric, contrast.positive, contrast.negative,
         present_groups=contrast.positive_groups, absent_groups=contrast.negative_groups,

@@ -23,14 +23,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from tl_em.claims.arms import numbers
 from tl_em.claims.claim import Row
 from tl_em.claims.questions.backdoor import sides
+from tl_em.directions.cosines import Rows, Two, reliability
 from tl_em.directions.direction import Direction
 from tl_em.directions.screening import finetuning_shift
 from tl_em.directions.similarity import CosineMatrix, PairCosine
-from tl_em.directions.units import Rows, Two, reliability
-from tl_em.metrics import Behaviour
+from tl_em.metrics import Behaviour, measured
 from tl_em.models.hooks import LensModel
 from tl_em.models.loading import ModelPair
 from tl_em.models.stream import capture
@@ -165,7 +164,7 @@ def shift_cosines(
 def _rates(name: str, behaviour: Behaviour, run: Run, seed: int) -> list[dict[str, Any]]:
     metric, found = behaviour.metric, []
     for side in sides(name, behaviour):
-        e = mean(numbers(metric(run.pair.tuned, side.prompts)), groups=side.groups, seed=seed)
+        e = mean(measured(metric, run.pair.tuned, side.prompts), groups=side.groups, seed=seed)
         head = {"behaviour": side.label, "metric": metric.name, "run": run.name, "same_base": run.same_base}
         found.append(head | e.row())
     return found

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from tl_em.arguments import COUNT, settle
 from tl_em.errors import PromptError, UsageError
-from tl_em.metrics import Unit
 from tl_em.models.contrasts import Prompt
 from tl_em.models.hooks import LensModel
 from tl_em.models.prompts import EncodedPrompt, encode
@@ -105,7 +104,7 @@ class TextLogprob:
 
     last: int | Any = 16
     name: str = "log-probability per token"
-    unit: Unit = "nats"
+    unit: str = "nats"
 
     def __post_init__(self) -> None:
         settle(self, last=COUNT)

@@ -36,7 +36,7 @@ from tl_em.directions.direction import Direction, check_fits
 from tl_em.errors import NoCandidateError, UsageError
 from tl_em.interventions.edits import Ablate, Add
 from tl_em.interventions.many import Along, Measure, Scores, along_each, kl_from_now
-from tl_em.metrics import Metric, refusal_log_odds
+from tl_em.metrics import Metric, measured, refusal_log_odds
 from tl_em.models.contrasts import ContrastSet, Prompt
 from tl_em.models.hooks import LensModel
 from tl_em.models.means import as_contrast
@@ -187,8 +187,8 @@ def select_direction(
         direction,
         _with_fates(table, index, criteria, candidates.without if isinstance(candidates, Candidates) else ()),
         {
-            "bypass": float(metric(model, contrast.positive).double().mean()),
-            "induce": float(metric(model, contrast.negative).double().mean()),
+            "bypass": float(measured(metric, model, contrast.positive).mean()),
+            "induce": float(measured(metric, model, contrast.negative).mean()),
         },
         held_out,
         None if again is None else difference(again, bypass[index], seed=seed).estimate,

@@ -7,6 +7,8 @@ length is the natural steering strength (Arditi et al. 2024, arXiv:2406.11717, s
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_em.arguments import list_of, settle, vectors
-from tl_em.errors import UsageError, WidthError, ZeroDirectionError
+from tl_em.artefacts import replacing
+from tl_em.errors import CorruptFileError, UsageError, WidthError, ZeroDirectionError
+from tl_em.models.contrasts import Prompt
 from tl_em.models.hooks import LensModel
 from tl_em.models.sites import Position, Provenance, Site, as_position, as_site, check_belongs
+from tl_em.models.stream import capture
 from tl_em.showing import showable
 from tl_em.stats import Estimate
+
+_SCHEMA = "tl-em/direction/1"
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,10 +117,27 @@ class Direction:
         return replace(self, provenance=None)
 
     def save(self, path: str | Path) -> Path:
-        """Write vector, site, position and provenance to a safetensors file; see ``directions.files``."""
-        from tl_em.directions.files import save_direction
+        """Write everything to one safetensors file, the vector as a tensor, the rest as JSON in its header.
 
-        return save_direction(self, path)
+        Raises:
+            OutputError: the path cannot be written; nothing is left behind.
+        """
+        from safetensors.torch import save_file
+
+        origin, data = self.provenance, ("reliability", "neutral")
+        about = {
+            "schema": _SCHEMA,
+            "name": self.name,
+            "layer": self.site.layer,
+            "stream": self.site.stream,
+            "position": self.position,
+            "provenance": None if origin is None else origin.to_json(),
+            "method": self.method,
+        }
+        about |= {name: None if (e := getattr(self, name)) is None else e.to_json() for name in data}
+        with replacing(path) as temporary:
+            save_file({"vector": self.vector.contiguous()}, temporary, metadata={"tl_em": json.dumps(about)})
+        return Path(path)
 
     @classmethod
     def load(cls, path: str | Path) -> Direction:
@@ -122,9 +146,27 @@ class Direction:
         Raises:
             CorruptFileError: missing, truncated, or not a direction file.
         """
-        from tl_em.directions.files import load_direction
+        from safetensors import SafetensorError, safe_open
 
-        return load_direction(path)
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                about = json.loads((file.metadata() or {})["tl_em"])
+                vector = file.get_tensor("vector")
+            if about["schema"] != _SCHEMA:
+                raise KeyError(f"schema {about['schema']!r}")
+            site = Site(about["layer"], about["stream"])
+            origin = None if about["provenance"] is None else Provenance.from_json(about["provenance"])
+            found = {name: about.get(name) for name in ("reliability", "neutral")}
+            data: dict[str, Any] = {
+                name: None if plain is None else Estimate.from_json(plain) for name, plain in found.items()
+            }
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise CorruptFileError(
+                f"{path} is not a direction that this version can read ({type(error).__name__}: {error}); a damaged "
+                "vector would steer somewhere else: write it again with direction.save(path)"
+            ) from error
+        words: dict[str, Any] = {name: about.get(name) for name in ("position", "name", "method")}
+        return cls(vector, site, provenance=origin, **words, **data)
 
     def _repr_html_(self) -> str:
         from tl_em.report import cards
@@ -178,3 +220,29 @@ def check_fits(direction: Direction, model: LensModel) -> None:
         again="extract it on this one with em.difference_in_means(model, contrast, site=…, position=…)",
         unchecked="direction.unchecked()",
     )
+
+
+@dataclass(frozen=True, eq=False)
+class Projection:
+    """The metric: component of the activation along a direction, at the direction's own site and position.
+
+    Args:
+        direction: along which.
+
+    Example:
+        >>> Projection(Direction(torch.ones(2), Site(1), name="persona")).name
+        'projection on persona'
+    """
+
+    direction: Direction
+    unit: str = "activation"
+
+    @property
+    def name(self) -> str:
+        """What is measured."""
+        return f"projection on {self.direction.name or 'direction'}"
+
+    def __call__(self, model: LensModel, prompts: Sequence[Prompt]) -> Float[Tensor, " prompt"]:
+        """Projection of each prompt, in the units of the activations."""
+        acts = capture(model, prompts, [self.direction.site], position=self.direction.position)
+        return self.direction.project(acts[:, 0])

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from tl_em.arguments import COUNT, SEED, checked
-from tl_em.directions.units import Rows, Two, reliability
+from tl_em.directions.cosines import Rows, Two, reliability
 from tl_em.errors import UsageError, ZeroDirectionError
 from tl_em.models.contrasts import ContrastSet
 from tl_em.models.hooks import LensModel

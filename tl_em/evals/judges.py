@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_em.errors import UsageError
-from tl_em.metrics import REFUSAL_PHRASES, Unit, single_token
+from tl_em.metrics import REFUSAL_PHRASES, single_token
 from tl_em.models.contrasts import Prompt
 from tl_em.models.generate import generate
 from tl_em.models.hooks import LensModel
@@ -53,7 +53,7 @@ class Judged:
 
     judge: Any
     name: str = ""
-    unit: Unit = "probability"
+    unit: str = "probability"
     max_new_tokens: int = 32
     temperature: float = 0.0
     seed: int = 0

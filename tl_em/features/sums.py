@@ -15,7 +15,6 @@ from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -27,6 +26,7 @@ from tl_em.models.hooks import LensModel
 from tl_em.models.prompts import EncodedPrompt
 from tl_em.models.sites import Position, Site
 from tl_em.models.stream import spans_of
+from tl_em.stats import tied
 
 PARTS = 64
 """Parts that prompts are dealt into; halves of 32 still give p down to 5e-8."""
@@ -65,22 +65,18 @@ def _joined(
     blocks: Sequence[Sequence[list[tuple[int, int, int]]]], behaviours: Sequence[ContrastSet]
 ) -> list[list[tuple[int, int, int]]]:
     """Blocks that hold an equal prompt or group label, in one."""
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
     every = [block for of_one in blocks for block in of_one]
-    first: dict[Hashable, int] = {}
-    ties: list[tuple[int, int]] = []
-    for number, block in enumerate(every):
+    ties: list[list[Hashable]] = []
+    for block in every:
+        shared: list[Hashable] = []
         for b, side, i in block:
             contrast = behaviours[b]
             labels = (contrast.positive_groups, contrast.negative_groups)[side]
-            text = repr((contrast.positive, contrast.negative)[side][i])
-            for key in (("text", text), *([] if labels is None else [("group", labels[i])])):
-                ties.append((number, first.setdefault(key, number)))
-    graph = coo_array((np.ones(len(ties)), np.array(ties).T), shape=(len(every), len(every)))
+            shared.append(("text", repr((contrast.positive, contrast.negative)[side][i])))
+            shared += [] if labels is None else [("group", labels[i])]
+        ties.append(shared)
     units: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
-    for block, unit in zip(every, connected_components(graph, directed=False)[1].tolist(), strict=True):
+    for block, unit in zip(every, tied(ties).tolist(), strict=True):
         units[unit].extend(block)
     return list(units.values())
 

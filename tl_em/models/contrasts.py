@@ -23,6 +23,7 @@ from tl_em.errors import EmptyContrastError, FileError, NuisanceWarning, PromptE
 from tl_em.models.cells import Form, Message, Prompt
 from tl_em.models.contrast_files import read_contrast
 from tl_em.models.layouts import from_saved
+from tl_em.stats import tied
 
 __all__ = [
     "ContrastSet",
@@ -321,29 +322,17 @@ def inseparable(contrast: ContrastSet) -> list[list[tuple[int, int]]]:
     rows = [
         (side, i) for side, prompts in enumerate((contrast.positive, contrast.negative)) for i in range(len(prompts))
     ]
-    parent = {row: row for row in rows}
-
-    def root(row: tuple[int, int]) -> tuple[int, int]:
-        while parent[row] != row:
-            parent[row] = row = parent[parent[row]]
-        return row
-
-    ties: dict[Hashable, list[tuple[int, int]]] = defaultdict(list)
     groups = (contrast.positive_groups, contrast.negative_groups)
     paired = len(contrast.positive) == len(contrast.negative) and not _shuffled(*groups)
+    ties: list[list[Hashable]] = []
     for side, i in rows:
-        ties["text", _key((contrast.positive, contrast.negative)[side][i])].append((side, i))
         labels = groups[side]
-        if labels is not None:
-            ties["group", labels[i]].append((side, i))
-        if paired:
-            ties["pair", i].append((side, i))
-    for first, *others in ties.values():
-        for other in others:
-            parent[root(other)] = root(first)
-    members: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
-    for row in rows:
-        members[root(row)].append(row)
+        shared = [("text", _key((contrast.positive, contrast.negative)[side][i]))]
+        shared += [] if labels is None else [("group", labels[i])]
+        ties.append([*shared, ("pair", i)] if paired else [*shared])
+    members: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    for row, unit in zip(rows, tied(ties).tolist(), strict=True):
+        members[unit].append(row)
     return list(members.values())
 
 

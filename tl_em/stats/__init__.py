@@ -14,4 +14,6 @@ from tl_em.stats.multiplicity import holm as holm
 from tl_em.stats.multiplicity import permutation_p as permutation_p
 from tl_em.stats.units import Groups as Groups
 from tl_em.stats.units import design_effect as design_effect
+from tl_em.stats.units import half_splits as half_splits
 from tl_em.stats.units import intraclass_correlation as intraclass_correlation
+from tl_em.stats.units import tied as tied

@@ -1,4 +1,6 @@
-"""What is drawn together: the units of samples whose prompts share questions, and what clustered prompts are worth.
+"""What is drawn, halved and relabelled together, and what clustered prompts are worth.
+
+A *unit* is what prompts share, directly or through other prompts: a question, a text, a pair.
 
 Prompts of one question always move together, because answers are clustered by question: with intraclass correlation r
 and m prompts a question, n prompts are worth ``n / (1 + (m - 1) r)`` independent ones (Kish 1965, section 5.4).
@@ -6,7 +8,7 @@ and m prompts a question, n prompts are worth ``n / (1 + (m - 1) r)`` independen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -38,6 +40,46 @@ def units_of(samples: Sequence[int | Groups]) -> Units:
         members.append((0 if joint else stratum, np.array([index.setdefault(label, len(index)) for label in each])))
         strata = [len(index)] if joint else [*strata, len(index)]
     return Units(strata, members)
+
+
+def tied(ties: Iterable[Iterable[Hashable]]) -> Int[np.ndarray, " prompt"]:
+    """The unit of each prompt: prompts that share anything, directly or through others, are one.
+
+    Args:
+        ties: for each prompt what it may share with others.
+
+    Returns:
+        Numbers from 0, in the order of the first prompts.
+
+    Example:
+        >>> tied([["a"], ["b"], ["a", "c"], ["c"]]).tolist()
+        [0, 1, 0, 0]
+    """
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    rows = [list(each) for each in ties]
+    index: dict[Hashable, int] = {}
+    edges = [(i, len(rows) + index.setdefault(tie, len(index))) for i, row in enumerate(rows) for tie in row]
+    size = len(rows) + len(index)
+    graph = coo_array((np.ones(len(edges)), tuple(np.array(edges, dtype=int).reshape(-1, 2).T)), shape=(size, size))
+    _, component = connected_components(graph, directed=False)
+    return np.unique(component[: len(rows)], return_inverse=True)[1]
+
+
+def half_splits(groups: Iterable[Hashable], *, splits: int, seed: int) -> Float[np.ndarray, "split prompt"]:
+    """Random halves of the groups as 0/1 masks over prompts; the other half is ``1 - mask``.
+
+    Example:
+        >>> half_splits(["a", "a", "b", "b"], splits=2, seed=0).sum(1).tolist()
+        [2.0, 2.0]
+    """
+    labels, index = np.unique([str(g) for g in groups], return_inverse=True)
+    rng = np.random.default_rng(seed)
+    masks = np.zeros((splits, len(labels)))
+    for mask in masks:
+        mask[rng.permutation(len(labels))[: len(labels) // 2]] = 1
+    return masks[:, index]
 
 
 def as_counts(drawn: Int[np.ndarray, "resample unit"], size: int) -> Float[np.ndarray, "resample unit"]:

@@ -37,14 +37,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from tl_em.claims.arms import numbers
 from tl_em.claims.claim import NOT_SHOWN, Case, Question, Row, readings
 from tl_em.claims.questions.carrier import Carrier
 from tl_em.claims.questions.use import outcomes
 from tl_em.claims.rule import SMALLEST_USE, judge, smallest_effect, unlikely
 from tl_em.directions.direction import Direction
 from tl_em.errors import UsageError
-from tl_em.metrics import Behaviour
+from tl_em.metrics import Behaviour, measured
 from tl_em.models.contrasts import ContrastSet, Prompt
 from tl_em.models.hooks import LensModel
 from tl_em.models.loading import ModelPair
@@ -199,7 +198,7 @@ def measure(side: Side, trigger: Trigger, models: Mapping[str, LensModel], seed:
     for outcome, metric in outcomes(side.behaviour).items():
         for model, lens in models.items():
             for token in tokens:
-                x = numbers(metric(lens, prompts[token]))
+                x = measured(metric, lens, prompts[token])
                 values.setdefault((model, token), x)  # the first outcome is the one that is judged
                 head = {"direction": side.label, "outcome": outcome, "metric": metric.name}
                 where = {"token": token or "none", "model": model}

@@ -31,7 +31,7 @@ from tl_em.directions.direction import Direction, as_directions
 from tl_em.errors import PositionError, PromptError, UsageError
 from tl_em.interventions.base import Intervention
 from tl_em.interventions.edits import Add
-from tl_em.metrics import Unit, single_token
+from tl_em.metrics import single_token
 from tl_em.models.contrasts import ContrastSet, Prompt, as_prompts
 from tl_em.models.hooks import LensModel
 from tl_em.models.modes import in_plain_torch
@@ -263,7 +263,7 @@ class _Verdict:
 
     answers: tuple[int, int]
     name: str
-    unit: Unit = "probability"
+    unit: str = "probability"
 
     def __call__(self, model: LensModel, prompts: Sequence[Any]) -> Float[Tensor, " prompt"]:
         logits = next_token_logits(model, prompts).double()

@@ -15,7 +15,8 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from tl_em.claims.claim import Case, Finding, Question, Reading, Statistic, Weights, samples
-from tl_em.directions.geometry import cosine, half_splits
+from tl_em.directions.geometry import cosine
+from tl_em.stats import half_splits
 
 SPLITS = 10
 CHUNK = 100

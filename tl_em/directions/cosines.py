@@ -1,4 +1,4 @@
-"""What of one or two contrast sets is drawn, halved and relabelled together, and how a cosine answers to that.
+"""The cosine of two differences in means: its interval, what noise leaves of it, and its null under relabelling.
 
 A *unit* is what prompts share: a text, a group label, a pair (classes of equal length without groups), directly or
 through other prompts, within a set and across two.  Differences in means are sums ``a @ x`` with signed weights a over
@@ -8,16 +8,14 @@ the rows of a set, so their lengths and products are quadratic in the weights, a
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from tl_em.directions.geometry import half_splits
 from tl_em.models.contrasts import ContrastSet
-from tl_em.stats import Estimate, bootstrap
+from tl_em.stats import Estimate, bootstrap, half_splits, tied
 
 RESAMPLES = 1000
 _MIXED = 2
@@ -61,21 +59,6 @@ def _ties(name: str, contrast: ContrastSet) -> list[tuple[Any, ...]]:
     return found
 
 
-def units(*ties: Sequence[tuple[Any, ...]]) -> list[Int[np.ndarray, " _"]]:
-    """The unit of each prompt, for each set: prompts that share anything are one unit."""
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    rows = [row for each in ties for row in each]
-    index: dict[Any, int] = {}
-    edges = [(i, len(rows) + index.setdefault(tie, len(index))) for i, row in enumerate(rows) for tie in row]
-    size = len(rows) + len(index)
-    graph = coo_array((np.ones(len(edges)), tuple(np.array(edges).T)), shape=(size, size))
-    _, component = connected_components(graph, directed=False)
-    _, unit = np.unique(component[: len(rows)], return_inverse=True)
-    return np.split(unit, np.cumsum([len(each) for each in ties])[:-1])
-
-
 def _classes(
     positive: Bool[np.ndarray, " prompt"], unit: Int[np.ndarray, " prompt"], n: int
 ) -> Int[np.ndarray, " unit"]:
@@ -109,7 +92,7 @@ def _cosines(
 
 def reliability(rows: Rows, *, splits: int, seed: int) -> float:
     """The cosine that a direction would have with that of as many other prompts; NaN where a class cannot be halved."""
-    (unit,) = units(rows.ties)
+    unit = tied(rows.ties)
     kind = _classes(rows.positive, unit, int(unit.max()) + 1)[unit]
     half = np.zeros((splits, len(unit)))
     for k in set(kind.tolist()):  # positive, negative and mixed units one by one, so that each half has both classes
@@ -136,7 +119,7 @@ class Two:
     @classmethod
     def of(cls, first: Rows, second: Rows) -> Two:
         """Two sets side by side."""
-        unit = units(first.ties, second.ties)
+        unit = np.split(tied([*first.ties, *second.ties]), [len(first.ties)])
         x, y, r, s = first.x, second.x, first.residual, second.residual
         raw, residual = (x @ x.T, y @ y.T, x @ y.T), (r @ r.T, s @ s.T, r @ s.T)
         return cls((first.positive, second.positive), (unit[0], unit[1]), raw, residual)
