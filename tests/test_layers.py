@@ -7,6 +7,7 @@ import re
 import sys
 from pathlib import Path
 
+import networkx as nx
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -100,6 +101,33 @@ def test_the_toys_are_a_leaf_that_is_found_by_name() -> None:
     assert outside == {"models/loading.py"}
     importing = {layer(path) for path in MODULES for name, _ in imports(path) if name.startswith(f"tl_em.{LEAF}")}
     assert importing == {LEAF, "cli"}
+
+
+def circles(imported: dict[str, set[str]]) -> list[list[str]]:
+    """Modules that import each other, directly or through others, of a table of who imports whom."""
+    graph = nx.DiGraph([(name, each) for name, some in imported.items() for each in some])
+    return [sorted(part) for part in nx.strongly_connected_components(graph) if len(part) > 1]
+
+
+def test_circles_are_seen() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": set()}) == []
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
+
+
+def test_no_modules_import_each_other() -> None:
+    """Anywhere in the package, type-only and lazy imports included; but results call ``report`` to draw themselves."""
+
+    def named(path: Path) -> str:
+        return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+    known = {named(path) for path in MODULES} - {"tl_em"}
+    found: dict[str, set[str]] = {}
+    for path in MODULES:
+        for name, eager in imports(path):
+            if name in known and name != named(path) and (eager or not name.startswith(f"tl_em.{DRAWS}")):
+                found.setdefault(named(path), set()).add(name)
+    assert len(found) > 100
+    assert circles(found) == []
 
 
 def test_only_models_knows_transformer_lens_and_nobody_loads_it_early() -> None:

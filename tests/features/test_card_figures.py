@@ -13,9 +13,9 @@ import torch
 from tests.conftest import SURFACES, cached_model
 from tests.features.test_pages import LATENTS, SITE, make
 from tl_em.errors import UsageError
-from tl_em.features import pages
 from tl_em.features.cards import BINS, FeatureCards, feature_cards
 from tl_em.models.prompts import encode
+from tl_em.report import feature_pages as pages
 
 PROMPTS: list[Any] = [
     "the cat sat in the car .",

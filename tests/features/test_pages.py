@@ -23,8 +23,8 @@ from tl_em.dictionaries.tokens import seen
 from tl_em.errors import CorruptFileError, OutputError, PairMismatchError, UsageError, WidthError
 from tl_em.features.cards import FeatureCards, Written, feature_cards
 from tl_em.features.explanations import neuronpedia_link, read_explanations
-from tl_em.features.pages import GOES_ON, render, save, visible
 from tl_em.models.prompts import encode
+from tl_em.report.feature_pages import GOES_ON, render, save, visible
 from tl_em.stats import Estimate
 
 WIDTH, LATENTS, SITE = 32, 40, em.Site(1)

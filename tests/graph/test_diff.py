@@ -8,7 +8,6 @@ import pytest
 
 from tests.graph.examples import TOKENS, large, small
 from tl_em.errors import UsageError
-from tl_em.graph.diff import diff
 
 
 def statuses(found, what: str) -> dict[str, str]:
@@ -28,7 +27,7 @@ def test_planted_changes_and_only_those_are_found() -> None:
     tuned.edges[2, 0], tuned.edges[5, 1] = 0.0, 0.7
     nodes = [replace(node, attribution={"0_12_2": 4.0, "1_7_3": -2.0}.get(node.id, node.attribution))
              for node in tuned.nodes]  # fmt: skip
-    found = diff(base, replace(tuned, nodes=tuple(nodes)))
+    found = base.diff(replace(tuned, nodes=tuple(nodes)))
     assert statuses(found, "link") == {
         "0_12_2 -> 1_7_3": "stronger", "0_-1_3 -> 2_55_3": "weaker", "E_41_2 -> 0_12_2": "same",
         "E_40_1 -> 0_12_2": "vanished", "E_41_2 -> 2_55_3": "appeared", "0_-1_3 -> 1_7_3": "same",
@@ -43,14 +42,14 @@ def test_next_to_nothing_doubled_is_next_to_nothing() -> None:
     base, tuned = small(), small()
     base.edges[5, 0], tuned.edges[5, 0] = 0.01, 0.02  # the largest link is 3
     base.edges[5, 1], tuned.edges[5, 1] = 0.1, 0.2
-    found = statuses(diff(base, tuned), "link")
+    found = statuses(base.diff(tuned), "link")
     assert found["E_41_2 -> 2_55_3"] == "stronger"
     assert found["E_40_1 -> 2_55_3"] == "same"
 
 
 def test_nodes_of_one_graph_only_appear_or_vanish() -> None:
     graph = small()
-    found = diff(graph.keep([0, 1, 2, 3, 5]), graph.keep([0, 1, 2, 4, 5]))
+    found = graph.keep([0, 1, 2, 3, 5]).diff(graph.keep([0, 1, 2, 4, 5]))
     assert {k: v for k, v in statuses(found, "node").items() if v != "same"} == {
         "0_-1_3": "vanished", "1_7_3": "appeared"}  # fmt: skip
     assert found.count("node") == {"appeared": 1, "vanished": 1, "stronger": 0, "weaker": 0, "same": 4}
@@ -58,7 +57,7 @@ def test_nodes_of_one_graph_only_appear_or_vanish() -> None:
 
 
 def test_the_table_has_a_row_for_each_node_and_link() -> None:
-    found = diff(small(), small(2.0))
+    found = small().diff(small(2.0))
     table = found.to_pandas()
     assert list(table.columns) == ["what", "id", "source", "target", "status", "base", "tuned", "change"]
     assert (table["what"] == "link").sum() == 7 and (table["what"] == "node").sum() == 6
@@ -68,8 +67,8 @@ def test_the_table_has_a_row_for_each_node_and_link() -> None:
 
 def test_other_prompts_and_other_targets_are_refused() -> None:
     with pytest.raises(UsageError, match="first difference is at 2"):
-        diff(small(), replace(small(), tokens=(*TOKENS[:2], " dog", TOKENS[3])))
+        small().diff(replace(small(), tokens=(*TOKENS[:2], " dog", TOKENS[3])))
     other = small()
     other = replace(other, nodes=(*other.nodes[:-1], replace(other.nodes[-1], feature=56)))
     with pytest.raises(UsageError, match="share no target"):
-        diff(small(), other)
+        small().diff(other)

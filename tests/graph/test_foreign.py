@@ -16,8 +16,10 @@ import torch
 from tests.graph.examples import large, small
 from tl_em.errors import CorruptFileError, GraphTooLargeError
 from tl_em.graph import reading
-from tl_em.graph.exchange import cantor, load_graph, save_graph
+from tl_em.graph.exchange import save_graph
+from tl_em.graph.fields import cantor
 from tl_em.graph.graph import AttributionGraph, Node
+from tl_em.graph.reading import load_graph
 
 PUBLISHED = Path(os.environ.get("TL_EM_GRAPH_FILES", Path(__file__).parents[3] / "shared" / "data" / "graphs"))
 """A folder of graph files as Neuronpedia serves them, where there is one."""

@@ -15,7 +15,6 @@ from tl_em.directions.direction import Direction
 from tl_em.directions.lens import logit_lens
 from tl_em.errors import PromptError, UnknownTokenError
 from tl_em.features.cards import feature_cards
-from tl_em.features.pages import render
 from tl_em.graph.build import attribute
 from tl_em.models.generate import generate
 from tl_em.models.loading import load_model
@@ -23,6 +22,7 @@ from tl_em.models.pieces import text_of_tokens, token_text, token_texts
 from tl_em.models.prompts import EncodedPrompt, encode
 from tl_em.models.sites import Site
 from tl_em.models.tokenizing import plain_tokens
+from tl_em.report.feature_pages import render
 
 from ..conftest import benchmark, make_hf_model, make_tokenizer
 

@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from tl_em.features.cards import FeatureCards
-    from tl_em.graph.diff import GraphDiff
-    from tl_em.graph.graph import AttributionGraph
+    from tl_em.graph.graph import AttributionGraph, GraphDiff
 
 SCHEMA = "tl-em/report/1"
 

@@ -163,13 +163,13 @@ class FeatureCards:
         )  # fmt: skip
 
     def save(self, path: str | Path, *, circuitsvis: bool = False) -> Path:
-        """See :func:`tl_em.features.pages.save`."""
-        from tl_em.features.pages import save
+        """See :func:`tl_em.report.feature_pages.save`."""
+        from tl_em.report.feature_pages import save
 
         return save(self, path, circuitsvis=circuitsvis)
 
     def _repr_html_(self) -> str:
-        from tl_em.features.pages import notebook_frame
+        from tl_em.report.feature_pages import notebook_frame
 
         return notebook_frame(self)
 

@@ -28,7 +28,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tl_em.errors import ModelError, PairMismatchError
-from tl_em.graph.graph import Node
+from tl_em.graph.nodes import Node
 from tl_em.graph.plan import Written
 from tl_em.models.hooks import LensModel, hooked, write_points
 

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from tl_em.graph.diff import GraphDiff
-from tl_em.graph.graph import AttributionGraph
+from tl_em.graph.diff import Compared
+from tl_em.graph.nodes import Graph
 from tl_em.stats import Estimate
 
 FIGURES = {
@@ -22,32 +22,32 @@ UNVALIDATED = (
 )
 
 
-def title(graph: AttributionGraph) -> str:
+def title(graph: Graph) -> str:
     """The page's heading: what the graph explains, the weightiest targets first."""
     names = [node.label.strip() or node.id for node in sorted(graph.targets, key=lambda n: -(n.weight or 0.0))]
     first = ", ".join(f"“{name}”" for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     return f"What leads to {first}" if first else "Attribution graph"
 
 
-def models(shown: AttributionGraph | GraphDiff) -> str:
+def models(shown: Graph | Compared) -> str:
     """Which model, or which two."""
-    if isinstance(shown, GraphDiff):
+    if isinstance(shown, Compared):
         return f"{shown.base.model or 'base'} (base) beside {shown.tuned.model or 'tuned'} (tuned)"
     return shown.model or "local model"
 
 
-def validation(shown: AttributionGraph | GraphDiff) -> list[tuple[str, str, str]]:
+def validation(shown: Graph | Compared) -> list[tuple[str, str, str]]:
     """Name, figure and meaning of each figure of the title bar."""
-    if isinstance(shown, GraphDiff):
+    if isinstance(shown, Compared):
         return [(f"{name}, {which}", figure, meaning) for which, graph in (("base", shown.base), ("tuned", shown.tuned))
                 for name, figure, meaning in validation(graph)[:2]]  # fmt: skip
     found = [(*FIGURES[name], said(shown.validation[name])) for name in FIGURES if name in shown.validation]
     return [(name, figure, meaning) for name, meaning, figure in found]
 
 
-def warning(shown: AttributionGraph | GraphDiff) -> str:
+def warning(shown: Graph | Compared) -> str:
     """What stands under the title bar where attribution and ablation disagree, or were not compared; else nothing."""
-    if isinstance(shown, GraphDiff):
+    if isinstance(shown, Compared):
         parts = (("Base", shown.base), ("Tuned", shown.tuned))
         return " ".join(f"{name}: {warning(graph)}" for name, graph in parts if warning(graph))
     words = str(shown.validation.get("warning") or "")
@@ -58,14 +58,14 @@ def warning(shown: AttributionGraph | GraphDiff) -> str:
     return f"{words} {_doubtful(shown)}".strip()
 
 
-def _doubtful(graph: AttributionGraph) -> str:
+def _doubtful(graph: Graph) -> str:
     """What a file does not say: between which nodes some of its links are."""
     if not (count := graph.settings.get("ambiguous_links")):
         return ""
     return f"In its file nodes share an id, and {count} of the links could be either node's: drawn as the error's."
 
 
-def details(graph: AttributionGraph) -> list[tuple[str, str]]:
+def details(graph: Graph) -> list[tuple[str, str]]:
     """Settings, and the validation's figures that are not in the title bar."""
     others = {name: value for name, value in graph.validation.items() if name not in (*FIGURES, "warning")}
     return [(str(name), said(value)) for name, value in (*graph.settings.items(), *others.items())]

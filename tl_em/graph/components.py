@@ -26,9 +26,9 @@ from torch import Tensor
 from tl_em.directions.direction import Direction
 from tl_em.errors import UsageError
 from tl_em.graph.adapters import adapter_writes
-from tl_em.graph.graph import Node
 from tl_em.graph.inputs import ids_of, is_chat, is_ids
 from tl_em.graph.linear import LAST, MANY, STREAM, Reader, linearise
+from tl_em.graph.nodes import Node
 from tl_em.graph.plan import (
     CHUNK,
     INSTEAD,

@@ -15,12 +15,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal, SupportsFloat
+from typing import TYPE_CHECKING, Literal
 
-from tl_em.arguments import finite
 from tl_em.errors import UsageError
-from tl_em.graph.graph import AttributionGraph, Node
+from tl_em.graph.nodes import Graph, Node
 from tl_em.models.modes import in_plain_torch
 
 if TYPE_CHECKING:
@@ -59,8 +57,8 @@ class Change:
 
 
 @dataclass(frozen=True, eq=False)
-class GraphDiff:
-    """Two graphs of one prompt and what differs between them.
+class Compared:
+    """Two graphs of one prompt and what differs between them: see :class:`tl_em.graph.GraphDiff`.
 
     Args:
         base: graph of the model before the fine-tune; tuned: after it.
@@ -68,8 +66,8 @@ class GraphDiff:
         least: share below which a change is called none.
     """
 
-    base: AttributionGraph
-    tuned: AttributionGraph
+    base: Graph
+    tuned: Graph
     rows: tuple[Change, ...]
     least: float = LEAST
 
@@ -102,17 +100,6 @@ class GraphDiff:
         columns = ["what", "id", "source", "target", "status", "base", "tuned", "change"]
         return pd.DataFrame([[getattr(row, name) for name in columns] for row in self.rows], columns=columns)
 
-    def save_html(self, path: str | Path) -> Path:
-        """See :func:`tl_em.graph.view.save_page`: base, tuned and their difference on one layout."""
-        from tl_em.graph.view import save_page
-
-        return save_page(self, path)
-
-    def _repr_html_(self) -> str:
-        from tl_em.graph.view import notebook_frame
-
-        return notebook_frame(self)
-
     def __repr__(self) -> str:
         said = {what: ", ".join(f"{n} {status}" for status, n in self.count(what).items() if n)
                 for what in ("node", "link")}  # fmt: skip
@@ -120,7 +107,7 @@ class GraphDiff:
 
 
 @in_plain_torch
-def diff(base: AttributionGraph, tuned: AttributionGraph, *, least: SupportsFloat = LEAST) -> GraphDiff:
+def changes(base: Graph, tuned: Graph, *, least: float = LEAST) -> tuple[Change, ...]:
     """Compare two graphs of one prompt, node by node (by id) and link by link.
 
     Args:
@@ -129,7 +116,7 @@ def diff(base: AttributionGraph, tuned: AttributionGraph, *, least: SupportsFloa
         least: changes below this share of the larger value are ``"same"``.
 
     Returns:
-        rows with a status, and a page that shows both on one layout.
+        rows with a status, nodes first, in each the largest change first.
 
     Raises:
         UsageError: the prompts' tokens differ, so that a position is not the same token; or no target is shared, so
@@ -138,24 +125,23 @@ def diff(base: AttributionGraph, tuned: AttributionGraph, *, least: SupportsFloa
     Example:
         >>> import torch
         >>> nodes = (Node("token", -1, 0, 7, attribution=1.0), Node("logit", 2, 0, 9, attribution=1.0))
-        >>> weak, strong = (AttributionGraph(nodes, torch.tensor([[0.0, 0.0], [w, 0.0]]), ("cat",)) for w in (0.5, 1.0))
-        >>> diff(weak, strong).links[0].status
+        >>> weak, strong = (Graph(nodes, torch.tensor([[0.0, 0.0], [w, 0.0]]), ("cat",)) for w in (0.5, 1.0))
+        >>> changes(weak, strong)[-1].status
         'stronger'
     """
     _check(base, tuned)
-    share = finite("least", least, low=0)
     sizes = [{node.id: _size(node) for node in graph.nodes} for graph in (base, tuned)]
     floor = _floor(*sizes)
-    nodes = [Change("node", name, _status(b, t, share, floor), b, t) for name, b, t in _matched(*sizes)]
+    nodes = [Change("node", name, _status(b, t, least, floor), b, t) for name, b, t in _matched(*sizes)]
     weights = [{(s, t): w for s, t, w in graph.links().itertuples(index=False)} for graph in (base, tuned)]
     floor = _floor(*weights)
-    links = [Change("link", f"{s} -> {t}", _status(b, w, share, floor), b, w, source=s, target=t)
+    links = [Change("link", f"{s} -> {t}", _status(b, w, least, floor), b, w, source=s, target=t)
              for (s, t), b, w in _matched(*weights)]  # fmt: skip
     rows = (sorted(part, key=lambda row: (-abs(row.change), row.id)) for part in (nodes, links))
-    return GraphDiff(base, tuned, tuple(row for part in rows for row in part), share)
+    return tuple(row for part in rows for row in part)
 
 
-def _check(base: AttributionGraph, tuned: AttributionGraph) -> None:
+def _check(base: Graph, tuned: Graph) -> None:
     if base.tokens != tuned.tokens:
         at = next((i for i, (a, b) in enumerate(zip(base.tokens, tuned.tokens, strict=False)) if a != b),
                   min(len(base.tokens), len(tuned.tokens)))  # fmt: skip

@@ -16,7 +16,6 @@ Source: the schema of Neuronpedia's graph files; Ameisen et al. 2025, *Circuit T
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import time
@@ -27,30 +26,18 @@ from typing import Any
 
 from tl_em import __version__
 from tl_em.artefacts import replacing
-from tl_em.errors import CorruptFileError, TlEmError, UsageError
-from tl_em.graph.graph import AttributionGraph, Node
-from tl_em.graph.reading import SCHEMA, graph_of, plain, uncantor
+from tl_em.errors import UsageError
+from tl_em.graph.fields import SCHEMA, cantor, plain
+from tl_em.graph.nodes import Graph, Node
 from tl_em.graph.rewriting import as_read, as_text, link_rows, links_as_read
 from tl_em.models.modes import in_plain_torch
-
-__all__ = ["cantor", "from_exchange", "load_graph", "save_graph", "to_exchange", "uncantor"]
 
 TYPES = {"feature": "cross layer transcoder", "error": "mlp reconstruction error", "token": "embedding",
          "logit": "logit"}  # fmt: skip
 """Our kinds in the format's words; heads, MLPs and adapters go as latents, their kind beside it."""
 
 
-def cantor(layer: int, index: int) -> int:
-    """The format's number of latent ``index`` of ``layer``.
-
-    Example:
-        >>> cantor(0, 0), cantor(3, 5)
-        (0, 41)
-    """
-    return (layer + index) * (layer + index + 1) // 2 + index
-
-
-def to_exchange(graph: AttributionGraph, *, slug: str = "", created: int = 0) -> dict[str, Any]:
+def to_exchange(graph: Graph, *, slug: str = "", created: int = 0) -> dict[str, Any]:
     """A graph as plain values in the published format.
 
     Args:
@@ -71,7 +58,7 @@ def to_exchange(graph: AttributionGraph, *, slug: str = "", created: int = 0) ->
     return written
 
 
-def _without_links(graph: AttributionGraph, *, slug: str, created: int) -> dict[str, Any]:
+def _without_links(graph: Graph, *, slug: str, created: int) -> dict[str, Any]:
     ids = _file_ids(graph)
     groups = [[label, *(ids[each] for each in members if each in ids)] for label, members in graph.supernodes]
     pinned = [each for group in groups for each in group[1:]]
@@ -86,7 +73,7 @@ def _without_links(graph: AttributionGraph, *, slug: str, created: int) -> dict[
 
 
 @in_plain_torch
-def save_graph(graph: AttributionGraph, path: str | Path) -> Path:
+def save_graph(graph: Graph, path: str | Path) -> Path:
     """Write a graph in the published JSON format, whole or not at all.
 
     Args:
@@ -101,8 +88,9 @@ def save_graph(graph: AttributionGraph, path: str | Path) -> Path:
 
     Example:
         >>> import tempfile, torch
+        >>> from tl_em.graph.reading import load_graph
         >>> nodes = (Node("token", -1, 0, 7, label="cat"), Node("logit", 2, 0, 9, label="sat", weight=0.8))
-        >>> graph = AttributionGraph(nodes, torch.tensor([[0.0, 0.0], [0.25, 0.0]]), ("cat",))
+        >>> graph = Graph(nodes, torch.tensor([[0.0, 0.0], [0.25, 0.0]]), ("cat",))
         >>> file = save_graph(graph, Path(tempfile.mkdtemp()) / "cat.json")
         >>> load_graph(file).links().values.tolist()
         [['E_7_0', '2_9_0', 0.25]]
@@ -120,45 +108,12 @@ def save_graph(graph: AttributionGraph, path: str | Path) -> Path:
     return Path(path)
 
 
-@in_plain_torch
-def load_graph(path: str | Path) -> AttributionGraph:
-    """Read a graph: one of :func:`save_graph`, or one that circuit-tracer or Neuronpedia wrote.
-
-    Args:
-        path: of the JSON file.
-
-    Returns:
-        the graph; of another program's file its nodes in causal order, what its ``metadata`` says in ``settings``, and
-        everything else in ``origin``, so that ``save_json`` writes it again. Where two nodes of the file share an id
-        and a link could be either's, ``settings["ambiguous_links"]`` says how many.
-
-    Raises:
-        CorruptFileError: missing, truncated, or not such a file: the message names the field, e.g. a link to no node.
-        GraphTooLargeError: more nodes than fit into memory with their links as a matrix.
-    """
-    try:
-        return from_exchange(json.loads(Path(path).read_bytes()))
-    except TlEmError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        said = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
-        raise CorruptFileError(
-            f"{path} is not an attribution graph that this version can read ({said}); a part of a graph would show "
-            "paths that are not the model's: write it again with what made it, or from a graph: graph.save_json(path)"
-        ) from error
-
-
-def from_exchange(values: Any) -> AttributionGraph:
-    """The graph of :func:`to_exchange`, or of another program's file; ValueError where these values are none."""
-    return graph_of(values)
-
-
 # -- ids ---------------------------------------------------------------------------------------------------------------
 def _variety(node: Node) -> tuple[str, str]:
     return node.kind, "" if node.stream in (None, "mlp_out") else node.stream
 
 
-def _numbers(graph: AttributionGraph) -> list[int]:
+def _numbers(graph: Graph) -> list[int]:
     """For each node the index that stands in its id: its own in the first kind of node, moved up in later ones."""
     latents = [node for node in graph.nodes if node.kind not in ("error", "token", "logit")]
     order = {each: at for at, each in enumerate(sorted({_variety(n) for n in latents}, key=_first))}
@@ -183,7 +138,7 @@ def _first(variety: tuple[str, str]) -> tuple[bool, tuple[str, str]]:
     return variety[0] != "feature", variety
 
 
-def _file_ids(graph: AttributionGraph) -> dict[str, str]:
+def _file_ids(graph: Graph) -> dict[str, str]:
     """The file's id of each node's own id."""
     return {node.id: _file_id(node, number) for node, number in zip(graph.nodes, _numbers(graph), strict=True)}
 
@@ -235,7 +190,7 @@ def _own_fields(node: Node) -> dict[str, Any]:
 
 
 # -- the rest of the file ----------------------------------------------------------------------------------------------
-def _metadata(graph: AttributionGraph, slug: str, created: int) -> dict[str, Any]:
+def _metadata(graph: Graph, slug: str, created: int) -> dict[str, Any]:
     kept = graph.settings.get("pruned") or {}
     about = {
         "slug": slug or _slug(graph.prompt) or "graph",
@@ -265,7 +220,7 @@ def _metadata(graph: AttributionGraph, slug: str, created: int) -> dict[str, Any
     return about
 
 
-def _check_finite(graph: AttributionGraph) -> None:
+def _check_finite(graph: Graph) -> None:
     said = "the graph holds NaN or infinity, which JSON has not; attribute in float32 on finite weights"
     if not bool(graph.edges.isfinite().all()):
         raise UsageError(said)

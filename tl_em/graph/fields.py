@@ -1,10 +1,28 @@
-"""Fields of a file from elsewhere: what is none of what the format says is named, with what stands there."""
+"""Fields of the exchange format: numbers of latents, captions, estimates, and what is none of these by name.
+
+    feature number = (l + i)(l + i + 1) / 2 + i          (Cantor's pairing of layer l and index i: ``schema_version`` 1)
+"""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from tl_em.stats import Estimate
+
+SCHEMA = "tl-em/graph/1"
+MARK = "tl_em.estimate"
+_LOGIT = re.compile(r'^(?:Output|Logit) "(.*)" \(p=[\d.e+-]+\)$', re.DOTALL)
+_EMBEDDING = re.compile(r'^Emb: "(.*)"$', re.DOTALL)
+_CAPTIONS = {"logit": _LOGIT, "token": _EMBEDDING}
+_ESTIMATED = ("value", "low", "high", "n_effective")
+"""Figures that are not counts: JSON that went through a browser has 1 for 1.0."""
+
 
 
 def an_object(value: Any, name: str) -> Mapping[str, Any]:
@@ -46,3 +64,61 @@ def a_number(value: Any, name: str) -> float | None:
     if not math.isfinite(number):
         raise ValueError(f"{name} is {said(value)} where a finite number belongs")
     return number
+
+
+def cantor(layer: int, index: int) -> int:
+    """The format's number of latent ``index`` of ``layer``.
+
+    Example:
+        >>> cantor(0, 0), cantor(3, 5)
+        (0, 41)
+    """
+    return (layer + index) * (layer + index + 1) // 2 + index
+
+
+def uncantor(number: int) -> tuple[int, int]:
+    """Layer and index of a number from :func:`cantor`.
+
+    Example:
+        >>> uncantor(41), uncantor(13_425_951_019)
+        ((3, 5), (25, 163839))
+    """
+    total = (math.isqrt(8 * number + 1) - 1) // 2
+    index = number - total * (total + 1) // 2
+    return total - index, index
+
+
+def said_of(written: Mapping[str, Any], kind: str, where: str = "node") -> tuple[str, float | None]:
+    """Label and weight of a node of another program's file."""
+    text = str(written.get("clerp") or "")
+    found = _CAPTIONS[kind].match(text) if kind in _CAPTIONS else None
+    weight = a_number(written.get("token_prob"), f"{where}.token_prob") if kind == "logit" else None
+    return (found.group(1) if found else text), weight
+
+
+def restored(value: Any) -> Any:
+    """Settings and figures from JSON: a marked Estimate comes back as one."""
+    if isinstance(value, Mapping):
+        if set(value) == {MARK}:
+            marked = an_object(value[MARK], MARK)
+            figures = {name: a_number(marked.get(name), f"{MARK}.{name}") for name in _ESTIMATED}
+            return Estimate.from_json({**marked, **figures})
+        return {key: restored(each) for key, each in value.items()}
+    return [restored(each) for each in value] if isinstance(value, list) else value
+
+
+def plain(value: Any) -> Any:
+    """Settings and figures as JSON: an Estimate is marked, so that it comes back as one; NaN is None."""
+    if isinstance(value, Estimate):
+        return {MARK: value.to_json()}
+    if isinstance(value, Mapping):
+        return {str(key): plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(each) for each in value]
+    if isinstance(value, Tensor | np.ndarray | np.generic):
+        return plain(value.tolist())
+    if isinstance(value, bool | int | str) or value is None:
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return str(value)

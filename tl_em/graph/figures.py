@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import SupportsFloat, SupportsInt
 
 from tl_em.arguments import finite, whole
-from tl_em.graph.diff import GraphDiff
-from tl_em.graph.graph import AttributionGraph
+from tl_em.graph.graph import AttributionGraph, GraphDiff
 
 
 def draw(

@@ -1,87 +1,43 @@
-"""The attribution graph: nodes, the direct effects between them, and what is known about how far to believe them.
+"""The attribution graph and what is done with it: pruned, followed, grouped, compared, written and shown.
 
     edges[t, s]   direct effect of source s on target t, signed, in units of the target: a pre-activation of a feature,
                   a target's value (a centred logit, a difference of logits, a projection, a log-likelihood)
 
-Nodes stand in causal order: what comes later never points back, so that the matrix is strictly lower triangular within
-each token and influence is one pass. The last ones are the targets, weighted by ``weight`` (a token's probability).
+What it holds stands in ``nodes``, each verb in a file of its own; here they are methods, because that is where people
+look for them.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, SupportsFloat, SupportsInt, get_args
+from typing import TYPE_CHECKING, Any, SupportsFloat, SupportsInt
 
-import numpy as np
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
-from tl_em.errors import UsageError
-from tl_em.graph.origin import Origin
-from tl_em.models.modes import in_plain_torch
+from tl_em.arguments import finite
+from tl_em.graph import view
+from tl_em.graph.diff import LEAST, Compared, changes
+from tl_em.graph.exchange import save_graph
+from tl_em.graph.nodes import Graph, Node
+from tl_em.graph.pruning import prune, strongest_paths
+from tl_em.graph.supernodes import clustered
 
 if TYPE_CHECKING:
     import pandas as pd
 
-Kind = Literal["feature", "error", "token", "logit", "head", "mlp", "adapter"]
+__all__ = ["AttributionGraph", "GraphDiff", "Node"]
 
 
-@dataclass(frozen=True)
-class Node:
-    """One node of a graph.
+class _Shown:
+    """A graph or a difference of graphs on a page."""
 
-    Args:
-        kind: ``"feature"`` (a latent), ``"error"`` (what a dictionary leaves unexplained), ``"token"`` (an embedding),
-            ``"logit"`` (a target, whatever it measures), ``"head"``, ``"mlp"`` or ``"adapter"`` (a LoRA's part).
-        layer: block, -1 for a token, ``n_layers`` for a target.
-        pos: index of the token in the prompt.
-        feature: latent, head, or vocabulary id of a token or logit; -1 for an error; None where there is none.
-        stream: what it writes to (``"mlp_out"``, ``"resid_post"``, …), where a layer holds more than one kind.
-        activation: of the latent (for a component its norm), in the model's units.
-        weight: of a target in the influence; for a token logit its probability.
-        label: for people; from outside, so escape it.
-        attribution: total effect on the (weighted) targets as the graph predicts it, in the target's units.
-        effect: the same by exact ablation, where it was measured.
-        influence: cumulative share 0..1 in order of importance, small = important (``graph.prune`` fills it).
-        extra: free keys for the page and the file: logit lens (``top``), explanation, link, delta.
-    """
+    def save_html(self, path: str | Path) -> Path:
+        """See :func:`tl_em.graph.view.save_page`."""
+        return view.save_page(self, path)  # pyright: ignore[reportArgumentType]
 
-    kind: Kind
-    layer: int
-    pos: int
-    feature: int | None = None
-    stream: str | None = None
-    activation: float | None = None
-    weight: float | None = None
-    label: str = ""
-    attribution: float | None = None
-    effect: float | None = None
-    influence: float | None = None
-    extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
-
-    def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
-            raise UsageError(f"kind={self.kind!r}; there are {', '.join(get_args(Kind))}")
-
-    @property
-    def id(self) -> str:
-        """Unique in its graph, the same in the graph of another model on the same prompt; as in the exchange format."""
-        number = "x" if self.feature is None else str(self.feature)
-        if self.kind == "token":
-            return f"E_{number}_{self.pos}"
-        head = f"{self.layer}_{number}_{self.pos}"
-        if self.kind in ("feature", "error", "logit") and self.stream in (None, "mlp_out"):
-            return head
-        return f"{head}_{self.kind}" + (f"_{self.stream}" if self.stream else "")
+    def _repr_html_(self) -> str:
+        return view.notebook_frame(self)  # pyright: ignore[reportArgumentType]
 
 
-@dataclass(frozen=True, eq=False)
-class AttributionGraph:
+class AttributionGraph(_Shown, Graph):
     """Nodes and direct effects, for one prompt (or the mean over several).
 
     Args:
@@ -94,117 +50,46 @@ class AttributionGraph:
             ablation, ``completeness``, ``replacement``; empty where none was made.
         supernodes: (label, node ids) grouped by hand or by clustering.
         origin: of a graph that was read, what its file held beside all this; ``save_json`` writes it again.
+
+    Example:
+        >>> import torch
+        >>> nodes = (Node("token", -1, 0, 7, label="cat"), Node("logit", 2, 0, 9, label="sat", weight=0.8))
+        >>> AttributionGraph(nodes, torch.tensor([[0.0, 0.0], [0.25, 0.0]]), ("cat",)).paths(1).path[0]
+        "token 'cat' pos 0 -> logit 'sat'"
     """
 
-    nodes: tuple[Node, ...]
-    edges: Float[Tensor, "node node"]
-    tokens: tuple[str, ...]
-    model: str = ""
-    prompt: str = ""
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    validation: Mapping[str, Any] = field(default_factory=dict)
-    supernodes: tuple[tuple[str, tuple[str, ...]], ...] = ()
-    origin: Origin | None = field(default=None, repr=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "nodes", tuple(self.nodes))
-        if tuple(self.edges.shape) != (len(self.nodes), len(self.nodes)):
-            raise UsageError(f"edges are {tuple(self.edges.shape)} for {len(self.nodes)} nodes; give one row a node")
-        if len(self.index) != len(self.nodes):
-            raise UsageError("two nodes have one id, so links could mean either; give each its stream or feature")
-
-    @cached_property
-    def index(self) -> Mapping[str, int]:
-        """Row of each node id."""
-        return {node.id: row for row, node in enumerate(self.nodes)}
-
-    @property
-    def targets(self) -> tuple[Node, ...]:
-        """What the graph explains."""
-        return tuple(node for node in self.nodes if node.kind == "logit")
-
-    def row(self, kinds: str | Sequence[str]) -> list[int]:
-        """Rows of the nodes of these kinds, in order."""
-        wanted = (kinds,) if isinstance(kinds, str) else tuple(kinds)
-        return [row for row, node in enumerate(self.nodes) if node.kind in wanted]
-
-    @in_plain_torch
-    def keep(self, rows: Sequence[int], edges: Float[Tensor, "kept kept"] | None = None) -> AttributionGraph:
-        """The part with these nodes, and the supernodes' members among them."""
-        nodes = tuple(self.nodes[row] for row in rows)
-        ids = {node.id for node in nodes}
-        groups = [(label, tuple(each for each in members if each in ids)) for label, members in self.supernodes]
-        at = torch.tensor(list(rows), dtype=torch.long)
-        part = self.edges[at][:, at] if edges is None else edges
-        kept = tuple((label, members) for label, members in groups if members)
-        return replace(self, nodes=nodes, edges=part, supernodes=kept)
-
-    def to_pandas(self) -> pd.DataFrame:
-        """One row a node."""
-        import pandas as pd
-
-        columns = ("id", "kind", "layer", "pos", "feature", "stream", "activation", "weight", "label", "attribution",
-                   "effect", "influence")  # fmt: skip
-        return pd.DataFrame([[getattr(node, name) for name in columns] for node in self.nodes], columns=list(columns))
-
-    @in_plain_torch
-    def links(self) -> pd.DataFrame:
-        """One row an edge that is not zero: source, target, weight; strongest first."""
-        import pandas as pd
-
-        targets, sources = self.edges.nonzero(as_tuple=True)
-        weights = self.edges[targets, sources].detach().double()
-        order = weights.abs().sort(descending=True, stable=True).indices
-        ids = np.array([node.id for node in self.nodes], dtype=object)
-        columns = (ids[sources[order].numpy()], ids[targets[order].numpy()], weights[order].numpy())
-        return pd.DataFrame(dict(zip(("source", "target", "weight"), columns, strict=True)))
-
-    # -- what other modules do with it, as methods, because that is where people look for them -------------------------
     def prune(self, *, nodes: SupportsFloat = 0.8, edges: SupportsFloat = 0.98) -> AttributionGraph:
         """See :func:`tl_em.graph.pruning.prune`."""
-        from tl_em.graph.pruning import prune
-
         return prune(self, nodes=nodes, edges=edges)
 
     def paths(self, k: SupportsInt = 10) -> pd.DataFrame:
         """See :func:`tl_em.graph.pruning.strongest_paths`."""
-        from tl_em.graph.pruning import strongest_paths
-
         return strongest_paths(self, k)
 
     def cluster(self, *, distance: SupportsFloat = 0.5) -> AttributionGraph:
         """See :func:`tl_em.graph.supernodes.clustered`: nodes of one role become supernodes."""
-        from tl_em.graph.supernodes import clustered
-
         return clustered(self, distance=distance)
 
-    def diff(self, other: AttributionGraph) -> Any:
-        """See :func:`tl_em.graph.diff.diff`: this graph (base) beside another (tuned)."""
-        from tl_em.graph.diff import diff
+    def diff(self, other: AttributionGraph, *, least: SupportsFloat = LEAST) -> GraphDiff:
+        """See :func:`tl_em.graph.diff.changes`: this graph (base) beside another (tuned).
 
-        return diff(self, other)
+        Args:
+            other: graph of the fine-tuned model on the same prompt.
+            least: changes below this share of the larger value are ``"same"``.
+        """
+        share: Any = finite("least", least, low=0)
+        return GraphDiff(self, other, changes(self, other, least=share), share)
 
     def save_json(self, path: str | Path) -> Path:
         """See :func:`tl_em.graph.exchange.save_graph`."""
-        from tl_em.graph.exchange import save_graph
-
         return save_graph(self, path)
 
-    def save_html(self, path: str | Path) -> Path:
-        """See :func:`tl_em.graph.view.save_page`."""
-        from tl_em.graph.view import save_page
 
-        return save_page(self, path)
+class GraphDiff(_Shown, Compared):
+    """Two graphs of one prompt and what differs between them; ``base.diff(tuned)`` makes one.
 
-    def _repr_html_(self) -> str:
-        from tl_em.graph.view import notebook_frame
-
-        return notebook_frame(self)
-
-    def __repr__(self) -> str:
-        kinds = {kind: len(self.row(kind)) for kind in get_args(Kind)}
-        said = ", ".join(f"{n} {kind}" for kind, n in kinds.items() if n)
-        r = self.validation.get("pearson")
-        value = getattr(r, "value", r)
-        found = f"r with ablation {value:.2f}" if isinstance(value, float) and math.isfinite(value) else "not validated"
-        return f"AttributionGraph({said}; {int((self.edges != 0).sum())} edges; {found})"
+    Args:
+        base: graph of the model before the fine-tune; tuned: after it.
+        rows: nodes first, then links, in each the largest change first.
+        least: share below which a change is called none.
+    """

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from tl_em.errors import UsageError
 from tl_em.graph.build import MAX_NODES, prepared
-from tl_em.graph.graph import Node
 from tl_em.graph.inputs import check_model, plainly
 from tl_em.graph.latents import is_exact, keeping, latent_plan, listed
 from tl_em.graph.linear import Reader, gradients, linearise
+from tl_em.graph.nodes import Node
 from tl_em.graph.plan import Plan
 from tl_em.graph.rules import as_rule
 from tl_em.graph.rules.base import AnyRule

@@ -24,9 +24,9 @@ from tl_em.dictionaries.foreign import as_dictionary
 from tl_em.directions.direction import Direction
 from tl_em.errors import UsageError
 from tl_em.graph.adapters import adapter_writes
-from tl_em.graph.graph import Node
 from tl_em.graph.linear import LAST, STREAM, Linearised, Reader, linearise
-from tl_em.graph.plan import STAGES, Pass, Plan, Written, causal, total_gradients
+from tl_em.graph.nodes import STAGES, Node
+from tl_em.graph.plan import Pass, Plan, Written, causal, total_gradients
 from tl_em.graph.rules import as_rule
 from tl_em.graph.rules.base import AnyRule, Rule
 from tl_em.graph.rules.relp import RelP

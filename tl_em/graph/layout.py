@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from tl_em.graph.graph import Node
+from tl_em.graph.nodes import Node
 
 LABELLED = 60
 """Graphs of at most so many nodes have room for a label under each."""

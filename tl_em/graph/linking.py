@@ -22,9 +22,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_em.graph.fields import a_list, a_number, an_object, said
-from tl_em.graph.graph import Node
+from tl_em.graph.nodes import STAGES, Node
 from tl_em.graph.origin import FileLinks
-from tl_em.graph.plan import STAGES
 
 
 # -- links -------------------------------------------------------------------------------------------------------------

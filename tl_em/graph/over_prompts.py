@@ -19,9 +19,9 @@ from jaxtyping import Float
 from tl_em.arguments import whole
 from tl_em.errors import PromptError, UsageError
 from tl_em.graph.build import attribute
-from tl_em.graph.graph import AttributionGraph, Node
+from tl_em.graph.graph import AttributionGraph
 from tl_em.graph.inputs import is_chat, plainly
-from tl_em.graph.plan import STAGES
+from tl_em.graph.nodes import STAGES, Node
 from tl_em.graph.pruning import weights_of
 from tl_em.graph.targets import Target
 from tl_em.models.hooks import LensModel

@@ -18,15 +18,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_em.errors import GraphTooLargeError, NonFiniteError
-from tl_em.graph.graph import AttributionGraph, Node
+from tl_em.graph.graph import AttributionGraph
 from tl_em.graph.linear import MANY, Linearised, Reader, Writer, adjacency, gradients, linearise
+from tl_em.graph.nodes import MAX_BYTES, STAGES, Node
 from tl_em.graph.rules.base import Rule
 from tl_em.graph.targets import Goal, text_of
 from tl_em.models.hooks import LensModel
 from tl_em.models.prompts import EncodedPrompt
 
 CHUNK = 256
-MAX_BYTES = 8 * 2**30
 LONG = 20.0
 """Seconds above which the cost is told before the work."""
 
@@ -72,11 +72,6 @@ class Plan:
     sheets: tuple[Any, ...] = ()
     references: Mapping[str, Tensor] = field(default_factory=dict)
     seconds: float | None = None
-
-
-STAGES = {
-    "resid_pre": 0, "attn_out": 1, "head": 1, "resid_mid": 2, "mlp_in": 2, "mlp_out": 2, "mlp": 2, "resid_post": 3,
-}  # fmt: skip
 
 
 def causal(written: Written) -> tuple[int, int]:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from tl_em.arguments import finite, whole
 from tl_em.errors import NonFiniteError, UsageError
-from tl_em.graph.graph import AttributionGraph
+from tl_em.graph.nodes import G, Graph
 from tl_em.models.modes import in_plain_torch
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def normalised(edges: Float[Tensor, "node node"]) -> Float[Tensor, "node node"]:
     return size / size.sum(1, keepdim=True).clamp(min=_EMPTY)
 
 
-def weights_of(graph: AttributionGraph) -> Float[Tensor, " node"]:
+def weights_of(graph: Graph) -> Float[Tensor, " node"]:
     """The targets' weights, 0 for every other node."""
     found = [1.0 if n.weight is None else n.weight for n in graph.nodes]
     rows = [w if n.kind == "logit" else 0.0 for n, w in zip(graph.nodes, found, strict=True)]
@@ -88,7 +88,7 @@ def _check_order(shares: Float[Tensor, "node node"]) -> None:
 
 
 @in_plain_torch
-def scores(graph: AttributionGraph) -> Scores:
+def scores(graph: Graph) -> Scores:
     """Replacement and completeness score of a graph."""
     shares, weights = normalised(graph.edges), weights_of(graph)
     total = influence(shares, weights)
@@ -100,7 +100,7 @@ def scores(graph: AttributionGraph) -> Scores:
 
 
 @in_plain_torch
-def prune(graph: AttributionGraph, *, nodes: SupportsFloat = 0.8, edges: SupportsFloat = 0.98) -> AttributionGraph:
+def prune(graph: G, *, nodes: SupportsFloat = 0.8, edges: SupportsFloat = 0.98) -> G:
     """The part of a graph that holds most of the influence on its targets.
 
     Args:
@@ -150,7 +150,7 @@ def _cumulative(total: Float[Tensor, " node"]) -> Float[Tensor, " node"]:
 
 
 def _connected(
-    graph: AttributionGraph, kept: Bool[Tensor, " node"], links: Bool[Tensor, "node node"], fixed: Bool[Tensor, " node"]
+    graph: Graph, kept: Bool[Tensor, " node"], links: Bool[Tensor, "node node"], fixed: Bool[Tensor, " node"]
 ) -> tuple[Bool[Tensor, " node"], Bool[Tensor, "node node"]]:
     """Without nodes that lead nowhere, and without latents that nothing feeds (errors and components have no cause)."""
     fed = torch.ones_like(kept)
@@ -167,7 +167,7 @@ def _connected(
 
 
 @in_plain_torch
-def strongest_paths(graph: AttributionGraph, k: SupportsInt = 10) -> pd.DataFrame:
+def strongest_paths(graph: Graph, k: SupportsInt = 10) -> pd.DataFrame:
     """The k paths into the targets whose product of shares ``A`` (times the target's weight) is largest.
 
     A path begins at a node without a cause in the graph (a token, an error, whatever nothing feeds). Exact, by dynamic
@@ -245,14 +245,14 @@ def _largest(values: Float[np.ndarray, " value"], k: int) -> Int[np.ndarray, " c
     return np.argsort(-values, kind="stable")
 
 
-def _causal(graph: AttributionGraph) -> Float[np.ndarray, "node node"]:
+def _causal(graph: Graph) -> Float[np.ndarray, "node node"]:
     """The shares, where every edge leads from an earlier row to a later one."""
     shares = normalised(graph.edges)
     _check_order(shares)
     return shares.double().cpu().numpy()
 
 
-def _said(graph: AttributionGraph, row: int) -> str:
+def _said(graph: Graph, row: int) -> str:
     node = graph.nodes[row]
     number = "" if node.feature is None or node.kind in ("token", "logit", "error") else f" {node.feature}"
     label = f" {node.label!r}" if node.label else ""

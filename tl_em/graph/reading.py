@@ -10,49 +10,64 @@ Source: the schema of Neuronpedia's graph files, version 1, and files of circuit
 from __future__ import annotations
 
 import json
-import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-from torch import Tensor
-
-from tl_em.errors import GraphTooLargeError
-from tl_em.graph.fields import a_list, a_number, a_whole_number, an_object, said
-from tl_em.graph.graph import AttributionGraph, Kind, Node
+from tl_em.errors import CorruptFileError, GraphTooLargeError, TlEmError
+from tl_em.graph.fields import (
+    SCHEMA,
+    a_list,
+    a_number,
+    a_whole_number,
+    an_object,
+    restored,
+    said,
+    said_of,
+    uncantor,
+)
+from tl_em.graph.graph import AttributionGraph
 from tl_em.graph.linking import edges_of, links_of, order_of
+from tl_em.graph.nodes import MAX_BYTES, Kind, Node
 from tl_em.graph.origin import Origin
-from tl_em.graph.plan import MAX_BYTES
-from tl_em.stats import Estimate
+from tl_em.models.modes import in_plain_torch
 
-SCHEMA = "tl-em/graph/1"
-MARK = "tl_em.estimate"
 KINDS: dict[str, tuple[Kind, str | None]] = {
     "cross layer transcoder": ("feature", None), "mlp reconstruction error": ("error", None),
     "embedding": ("token", None), "logit": ("logit", None),
     "lorsa": ("feature", "attn_out"), "lorsa error": ("error", "attn_out"),
 }  # fmt: skip
 """The format's words as a kind, and the stream of what else stands in a layer."""
-_LOGIT = re.compile(r'^(?:Output|Logit) "(.*)" \(p=[\d.e+-]+\)$', re.DOTALL)
-_EMBEDDING = re.compile(r'^Emb: "(.*)"$', re.DOTALL)
-_CAPTIONS = {"logit": _LOGIT, "token": _EMBEDDING}
 _FLOATS = ("activation", "weight", "attribution", "effect", "influence")
-_ESTIMATED = ("value", "low", "high", "n_effective")
-"""Figures that are not counts: JSON that went through a browser has 1 for 1.0."""
 
 
-def uncantor(number: int) -> tuple[int, int]:
-    """Layer and index of a number from :func:`tl_em.graph.exchange.cantor`.
+@in_plain_torch
+def load_graph(path: str | Path) -> AttributionGraph:
+    """Read a graph: one of :func:`save_graph`, or one that circuit-tracer or Neuronpedia wrote.
 
-    Example:
-        >>> uncantor(41), uncantor(13_425_951_019)
-        ((3, 5), (25, 163839))
+    Args:
+        path: of the JSON file.
+
+    Returns:
+        the graph; of another program's file its nodes in causal order, what its ``metadata`` says in ``settings``, and
+        everything else in ``origin``, so that ``save_json`` writes it again. Where two nodes of the file share an id
+        and a link could be either's, ``settings["ambiguous_links"]`` says how many.
+
+    Raises:
+        CorruptFileError: missing, truncated, or not such a file: the message names the field, e.g. a link to no node.
+        GraphTooLargeError: more nodes than fit into memory with their links as a matrix.
     """
-    total = (math.isqrt(8 * number + 1) - 1) // 2
-    index = number - total * (total + 1) // 2
-    return total - index, index
+    try:
+        return graph_of(json.loads(Path(path).read_bytes()))
+    except TlEmError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        said = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+        raise CorruptFileError(
+            f"{path} is not an attribution graph that this version can read ({said}); a part of a graph would show "
+            "paths that are not the model's: write it again with what made it, or from a graph: graph.save_json(path)"
+        ) from error
 
 
 def graph_of(values: Any) -> AttributionGraph:
@@ -139,14 +154,6 @@ def _node(each: Mapping[str, Any], at: int, tokens: int) -> Node:
     )  # fmt: skip
 
 
-def said_of(written: Mapping[str, Any], kind: str, where: str = "node") -> tuple[str, float | None]:
-    """Label and weight of a node of another program's file."""
-    text = str(written.get("clerp") or "")
-    found = _CAPTIONS[kind].match(text) if kind in _CAPTIONS else None
-    weight = a_number(written.get("token_prob"), f"{where}.token_prob") if kind == "logit" else None
-    return (found.group(1) if found else text), weight
-
-
 def _own_node(each: Mapping[str, Any], where: str) -> Node:
     named: dict[str, Any] = {**restored(an_object(each["tl_em"], f"{where}.tl_em")), "stream": each.get("hook")}
     named |= {name: a_number(named.get(name), f"{where}.tl_em.{name}") for name in _FLOATS}
@@ -230,31 +237,3 @@ def _foreign_settings(about: Mapping[str, Any], doubtful: int) -> dict[str, Any]
     skipped = ("prompt", "prompt_tokens", "scan")
     found = {name: value for name, value in about.items() if name not in skipped}
     return found | ({"ambiguous_links": doubtful} if doubtful else {})
-
-
-def restored(value: Any) -> Any:
-    """Settings and figures from JSON: a marked Estimate comes back as one."""
-    if isinstance(value, Mapping):
-        if set(value) == {MARK}:
-            marked = an_object(value[MARK], MARK)
-            figures = {name: a_number(marked.get(name), f"{MARK}.{name}") for name in _ESTIMATED}
-            return Estimate.from_json({**marked, **figures})
-        return {key: restored(each) for key, each in value.items()}
-    return [restored(each) for each in value] if isinstance(value, list) else value
-
-
-def plain(value: Any) -> Any:
-    """Settings and figures as JSON: an Estimate is marked, so that it comes back as one; NaN is None."""
-    if isinstance(value, Estimate):
-        return {MARK: value.to_json()}
-    if isinstance(value, Mapping):
-        return {str(key): plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [plain(each) for each in value]
-    if isinstance(value, Tensor | np.ndarray | np.generic):
-        return plain(value.tolist())
-    if isinstance(value, bool | int | str) or value is None:
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return str(value)

@@ -18,9 +18,9 @@ import numpy as np
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_em.graph.graph import AttributionGraph, Node
+from tl_em.graph.fields import plain, said_of
+from tl_em.graph.nodes import Graph, Node
 from tl_em.graph.origin import Origin
-from tl_em.graph.reading import plain, said_of
 
 _SAID = {"label": "clerp", "influence": "influence", "activation": "activation", "weight": "token_prob"}
 """A node's fields that the format has a key for."""
@@ -48,7 +48,7 @@ def link_rows(edges: Float[Tensor, "node node"]) -> LinkRows:
     return LinkRows(sources, targets, _decimals(matrix[targets, sources]))
 
 
-def links_as_read(graph: AttributionGraph, origin: Origin) -> LinkRows:
+def links_as_read(graph: Graph, origin: Origin) -> LinkRows:
     """The file's links that the graph still has, in the file's order and numbers, and then those that it has beside."""
     matrix, links = _matrix(graph.edges), origin.links
     row = np.array([graph.index.get(name, -1) for name in origin.order], dtype=np.int64)
@@ -91,7 +91,7 @@ def _decimals(values: Float[np.ndarray, " link"]) -> list[str]:
 
 # -- the file ----------------------------------------------------------------------------------------------------------
 def as_read(
-    graph: AttributionGraph, origin: Origin, fresh: Mapping[str, Any], *, edited: bool
+    graph: Graph, origin: Origin, fresh: Mapping[str, Any], *, edited: bool
 ) -> tuple[dict[str, Any], list[Any]]:
     """The file's object with what the graph says now, and the id of each of the graph's nodes in it.
 
@@ -145,7 +145,7 @@ def _named_apart(nodes: Sequence[Mapping[str, Any]], fresh: Sequence[Mapping[str
 
 
 def _metadata(
-    graph: AttributionGraph, origin: Origin, fresh: Mapping[str, Any], order: Sequence[int]
+    graph: Graph, origin: Origin, fresh: Mapping[str, Any], order: Sequence[int]
 ) -> Mapping[str, Any]:
     raw, before = origin.rest["metadata"], origin.about
     told = {"model": "scan", "prompt": "prompt", "tokens": "prompt_tokens"}
@@ -166,7 +166,7 @@ def _metadata(
     return {**written, "tl_em": {**fresh["tl_em"], **given}}
 
 
-def _view(graph: AttributionGraph, origin: Origin, fresh: Mapping[str, Any], ids: Sequence[Any]) -> Any:
+def _view(graph: Graph, origin: Origin, fresh: Mapping[str, Any], ids: Sequence[Any]) -> Any:
     """The saved view, without references to nodes that are gone; with the graph's supernodes, where they are others."""
     raw = origin.rest.get("qParams")
     now = {node.id: name for node, name in zip(graph.nodes, ids, strict=True)}

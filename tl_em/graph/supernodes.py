@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tl_em.arguments import finite, whole
 from tl_em.errors import NonFiniteError, UsageError
-from tl_em.graph.graph import AttributionGraph
+from tl_em.graph.nodes import G
 from tl_em.models.modes import in_plain_torch
 
 GROUPED = ("feature", "head", "mlp")
@@ -29,8 +29,8 @@ GROUPED = ("feature", "head", "mlp")
 
 @in_plain_torch
 def clustered(
-    graph: AttributionGraph, *, distance: SupportsFloat = 0.5, least: SupportsInt = 2
-) -> AttributionGraph:
+    graph: G, *, distance: SupportsFloat = 0.5, least: SupportsInt = 2
+) -> G:
     """The graph with supernodes by clustering, in place of those that it has.
 
     Args:
@@ -42,11 +42,11 @@ def clustered(
         UsageError: ``distance`` is not above 0, or ``least`` below 2.
 
     Example:
-        >>> from tl_em.graph.graph import Node
+        >>> from tl_em.graph.nodes import Node
         >>> nodes = (Node("token", -1, 0, 7), *(Node("feature", 0, 0, i) for i in range(3)), Node("logit", 1, 0, 9))
         >>> edges = torch.zeros(5, 5)
         >>> edges[1:4, 0], edges[4, 1:4] = torch.tensor([1.0, 2.0, -1.0]), torch.tensor([3.0, 4.0, 1.0])
-        >>> clustered(AttributionGraph(nodes, edges, ("a",))).supernodes
+        >>> clustered(Graph(nodes, edges, ("a",))).supernodes
         (('2 features at 0', ('0_0_0', '0_1_0')),)
     """
     cut, members = finite("distance", distance), whole("least", least)

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from tl_em.directions.direction import Direction, check_fits
 from tl_em.errors import PromptTooLongError, UsageError
-from tl_em.graph.graph import Node
 from tl_em.graph.inputs import token_list
 from tl_em.graph.linear import LAST
+from tl_em.graph.nodes import Node
 from tl_em.metrics import single_token, token_ids
 from tl_em.models.hooks import LensModel, read_point
 from tl_em.models.pieces import text_of_tokens, token_text

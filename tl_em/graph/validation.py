@@ -28,8 +28,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_em.graph.graph import AttributionGraph
 from tl_em.graph.latents import Sheet
+from tl_em.graph.nodes import G, Graph
 from tl_em.graph.plan import Plan
 from tl_em.graph.pruning import scores
 from tl_em.models.hooks import LensModel, hooked
@@ -51,7 +51,7 @@ class _Read(Exception):
 Edit = Callable[[Tensor, Any], Tensor | None]
 
 
-def validated(model: LensModel, graph: AttributionGraph, plan: Plan, *, seed: int = 0) -> AttributionGraph:
+def validated(model: LensModel, graph: G, plan: Plan, *, seed: int = 0) -> G:
     """The graph with exact effects at some nodes and, in ``validation``, how well it agrees with them.
 
     Args:
@@ -72,7 +72,7 @@ def validated(model: LensModel, graph: AttributionGraph, plan: Plan, *, seed: in
     return replace(graph, nodes=nodes, validation={**graph.validation, **found})
 
 
-def ablatable(graph: AttributionGraph) -> list[int]:
+def ablatable(graph: Graph) -> list[int]:
     """Rows of the nodes whose ablation means something: a token's only where another prompt says what stands instead.
 
     (Without its embedding a position is what no model ever saw; that effect is no measure of an attribution.)
@@ -81,7 +81,7 @@ def ablatable(graph: AttributionGraph) -> list[int]:
     return graph.row(("feature", "error", "head", "mlp", "adapter", *(("token",) if replaced else ())))
 
 
-def chosen(graph: AttributionGraph, *, seed: int) -> tuple[list[int], list[int]]:
+def chosen(graph: Graph, *, seed: int) -> tuple[list[int], list[int]]:
     """Rows of the largest attributions, and of a random sample of the others, one of each kind and layer in turn."""
     order = sorted(ablatable(graph), key=lambda row: -abs(graph.nodes[row].attribution or 0.0))
     top, rest = order[:TOP], order[TOP:]
@@ -95,7 +95,7 @@ def chosen(graph: AttributionGraph, *, seed: int) -> tuple[list[int], list[int]]
 
 
 def agreement(
-    graph: AttributionGraph, effects: Mapping[int, float], sample: Sequence[int], *, seed: int
+    graph: Graph, effects: Mapping[int, float], sample: Sequence[int], *, seed: int
 ) -> dict[str, Any]:
     """Correlations of the attributions with exact effects, and a warning where they do not agree."""
     rows = list(effects)
@@ -202,7 +202,7 @@ def valued(model: LensModel, plan: Plan, copies: int, hooks: Sequence[tuple[str,
 # --- Circuits ---------------------------------------------------------------------------------------------------------
 
 
-def faithfulness(model: LensModel, graph: AttributionGraph, plan: Plan, *, seed: int) -> dict[str, Any]:
+def faithfulness(model: LensModel, graph: Graph, plan: Plan, *, seed: int) -> dict[str, Any]:
     """The curve over ``SHARES`` for the graph's order, the order of what writes most, and random ones; areas of each.
 
     Returns:

@@ -24,10 +24,10 @@ from torch import Tensor
 
 from tl_em.artefacts import replacing
 from tl_em.graph import captions
-from tl_em.graph.diff import Change, GraphDiff
+from tl_em.graph.diff import Change, Compared
 from tl_em.graph.exchange import to_exchange
-from tl_em.graph.graph import AttributionGraph, Node
 from tl_em.graph.layout import layout
+from tl_em.graph.nodes import Graph, Node
 from tl_em.graph.pruning import influence, normalised, weights_of
 from tl_em.showing import showable
 from tl_em.stats import Estimate
@@ -47,7 +47,7 @@ class _Scored(NamedTuple):
     shares: Float[Tensor, "node node"]
     reached: Float[Tensor, " node"]
 
-    def reach(self, graph: AttributionGraph) -> dict[str, float]:
+    def reach(self, graph: Graph) -> dict[str, float]:
         return {node.id: value for node, value in zip(graph.nodes, self.reached.tolist(), strict=True)}
 
 
@@ -59,7 +59,7 @@ class _Links(NamedTuple):
     total: int
 
 
-def page(shown: AttributionGraph | GraphDiff, *, max_nodes: int = MAX_NODES, max_links: int = MAX_LINKS) -> str:
+def page(shown: Graph | Compared, *, max_nodes: int = MAX_NODES, max_links: int = MAX_LINKS) -> str:
     """The page of a graph, or of two graphs and what differs between them, as HTML.
 
     Args:
@@ -81,7 +81,7 @@ def page(shown: AttributionGraph | GraphDiff, *, max_nodes: int = MAX_NODES, max
     return "".join(text if at % 2 == 0 else parts[text] for at, text in enumerate(around))
 
 
-def save_page(shown: AttributionGraph | GraphDiff, path: str | Path) -> Path:
+def save_page(shown: Graph | Compared, path: str | Path) -> Path:
     """Write the page of a graph or of a difference, whole or not at all.
 
     Args:
@@ -94,7 +94,7 @@ def save_page(shown: AttributionGraph | GraphDiff, path: str | Path) -> Path:
     Example:
         >>> import tempfile, torch
         >>> nodes = (Node("token", -1, 0, 7, label="cat"), Node("logit", 2, 0, 9, label="sat", weight=0.8))
-        >>> graph = AttributionGraph(nodes, torch.tensor([[0.0, 0.0], [0.25, 0.0]]), ("cat",))
+        >>> graph = Graph(nodes, torch.tensor([[0.0, 0.0], [0.25, 0.0]]), ("cat",))
         >>> save_page(graph, Path(tempfile.mkdtemp()) / "g.html").read_text(encoding="utf-8")[:15]
         '<!doctype html>'
     """
@@ -104,7 +104,7 @@ def save_page(shown: AttributionGraph | GraphDiff, path: str | Path) -> Path:
     return Path(path)
 
 
-def notebook_frame(shown: AttributionGraph | GraphDiff, *, height: int = 760) -> str:
+def notebook_frame(shown: Graph | Compared, *, height: int = 760) -> str:
     """The page in a sandboxed frame: it can run its script and offer downloads, and nothing else.
 
     Args:
@@ -118,10 +118,10 @@ def notebook_frame(shown: AttributionGraph | GraphDiff, *, height: int = 760) ->
     return frame(document, "Attribution graph", height=height, instead='graph.save_html("graph.html")')
 
 
-def page_data(shown: AttributionGraph | GraphDiff, *, max_nodes: int = MAX_NODES,
+def page_data(shown: Graph | Compared, *, max_nodes: int = MAX_NODES,
               max_links: int = MAX_LINKS) -> dict[str, Any]:  # fmt: skip
     """What the page is drawn from: ``view`` (places, shares, words) and the exchange file of what is drawn."""
-    two = isinstance(shown, GraphDiff)
+    two = isinstance(shown, Compared)
     graphs = (shown.tuned, shown.base) if two else (shown,)
     scored = [_scores(graph) for graph in graphs]
     everything = list(shown.union if two else shown.nodes)
@@ -138,12 +138,12 @@ def page_data(shown: AttributionGraph | GraphDiff, *, max_nodes: int = MAX_NODES
 
 
 # -- numbers -----------------------------------------------------------------------------------------------------------
-def _scores(graph: AttributionGraph) -> _Scored:
+def _scores(graph: Graph) -> _Scored:
     shares, weights = normalised(graph.edges.detach().float()), weights_of(graph).float()
     return _Scored(shares, influence(shares, weights) + weights)
 
 
-def _table(graph: AttributionGraph, scored: _Scored, ids: Mapping[str, int]) -> dict[tuple[str, str], list[float]]:
+def _table(graph: Graph, scored: _Scored, ids: Mapping[str, int]) -> dict[tuple[str, str], list[float]]:
     """Weight, share and score of each link between the nodes that are drawn."""
     rows = [row for row, node in enumerate(graph.nodes) if node.id in ids]
     names = [graph.nodes[row].id for row in rows]
@@ -162,20 +162,20 @@ def _most_influential(nodes: Sequence[Node], reach: Mapping[str, float], count: 
     return [node for node in nodes if node.kind == "logit" or node.id in chosen]
 
 
-def _link_rows(shown: AttributionGraph | GraphDiff, tables: Sequence[Mapping[tuple[str, str], list[float]]],
+def _link_rows(shown: Graph | Compared, tables: Sequence[Mapping[tuple[str, str], list[float]]],
                ids: Mapping[str, int], count: int) -> _Links:  # fmt: skip
     """The links with the largest scores: source, target, then weight, share and score in each graph, and status."""
     score = {pair: max(table[pair][2] for table in tables if pair in table) for each in tables for pair in each}
     kept = sorted(score, key=lambda pair: (-score[pair], pair))[:count]
-    said = {(row.source, row.target): row.status for row in shown.links} if isinstance(shown, GraphDiff) else {}
+    said = {(row.source, row.target): row.status for row in shown.links} if isinstance(shown, Compared) else {}
     rows = []
     for pair in kept:
         figures = [_short(value) for table in tables for value in table.get(pair, (None, None, None))]
         rows.append([ids[pair[0]], ids[pair[1]], *figures, *([STATUSES.index(said[pair])] if said else [])])
-    return _Links(rows, set(kept), len(said) if isinstance(shown, GraphDiff) else int((shown.edges != 0).sum()))
+    return _Links(rows, set(kept), len(said) if isinstance(shown, Compared) else int((shown.edges != 0).sum()))
 
 
-def _drawn(graph: AttributionGraph, ids: Mapping[str, int], links: set[tuple[str, str]]) -> AttributionGraph:
+def _drawn(graph: Graph, ids: Mapping[str, int], links: set[tuple[str, str]]) -> Graph:
     """The part of a graph that is drawn."""
     rows = [row for row, node in enumerate(graph.nodes) if node.id in ids]
     names = [graph.nodes[row].id for row in rows]
@@ -186,7 +186,7 @@ def _drawn(graph: AttributionGraph, ids: Mapping[str, int], links: set[tuple[str
     return graph.keep(rows, part)
 
 
-def _left_out(graph: AttributionGraph, nodes: tuple[int, int], links: tuple[int, int]) -> str:
+def _left_out(graph: Graph, nodes: tuple[int, int], links: tuple[int, int]) -> str:
     """How much of the graph is drawn: (drawn, in all) of nodes and of links."""
     said = [f"{drawn:,} of {total:,} {name}" if drawn < total else f"all {total:,} {name}"
             for name, (drawn, total) in (("nodes", nodes), ("links", links))]  # fmt: skip
@@ -208,18 +208,18 @@ def _showable(value: Any) -> Any:
 
 
 # -- words -------------------------------------------------------------------------------------------------------------
-def _view(shown: AttributionGraph | GraphDiff, kept: Sequence[Node], reach: Mapping[str, float],
+def _view(shown: Graph | Compared, kept: Sequence[Node], reach: Mapping[str, float],
           links: list[list[Any]], note: str) -> dict[str, Any]:  # fmt: skip
-    main = shown.tuned if isinstance(shown, GraphDiff) else shown
+    main = shown.tuned if isinstance(shown, Compared) else shown
     place = layout(kept, main.tokens)
     rows = {node.id: _node(node, at, place.at[node.id]) for at, node in enumerate(kept)}
     _cumulate(kept, reach, rows)
-    if isinstance(shown, GraphDiff):
+    if isinstance(shown, Compared):
         _compare(shown.nodes, shown, rows)
     ids = {node.id: at for at, node in enumerate(kept)}
     groups = [(label, [ids[each] for each in members if each in ids]) for label, members in main.supernodes]
     return {
-        "mode": "diff" if isinstance(shown, GraphDiff) else "graph",
+        "mode": "diff" if isinstance(shown, Compared) else "graph",
         "title": captions.title(main),
         "said": captions.models(shown),
         "slug": to_exchange(main.keep([]))["metadata"]["slug"],
@@ -235,7 +235,7 @@ def _view(shown: AttributionGraph | GraphDiff, kept: Sequence[Node], reach: Mapp
         "firstLinks": FIRST_LINKS,
         "validation": captions.validation(shown),
         "warning": captions.warning(shown),
-        "changes": [] if not isinstance(shown, GraphDiff) else [(f"{what}s".capitalize(), shown.count(what))
+        "changes": [] if not isinstance(shown, Compared) else [(f"{what}s".capitalize(), shown.count(what))
                                                                 for what in ("node", "link")],
         "details": captions.details(main),
         "note": note,
@@ -285,7 +285,7 @@ def _cumulate(nodes: Sequence[Node], reach: Mapping[str, float], rows: dict[str,
             rows[node.id]["influence"] = round(min(1.0, sofar / whole), 5)
 
 
-def _compare(changes: Sequence[Change], shown: GraphDiff, rows: dict[str, dict[str, Any]]) -> None:
+def _compare(changes: Sequence[Change], shown: Compared, rows: dict[str, dict[str, Any]]) -> None:
     """Status and both values of each node, and its row in the exchange file of either graph."""
     drawn = [[node.id for node in graph.nodes if node.id in rows] for graph in (shown.base, shown.tuned)]
     where = [{name: at for at, name in enumerate(part)} for part in drawn]

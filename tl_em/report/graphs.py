@@ -21,8 +21,7 @@ from tl_em.report import drawing
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from tl_em.graph.diff import GraphDiff
-    from tl_em.graph.graph import AttributionGraph
+    from tl_em.graph.graph import AttributionGraph, GraphDiff
 
 LINKS = 150
 POSITIVE, NEGATIVE = "#0068a8", "#c24a00"

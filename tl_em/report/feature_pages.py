@@ -24,7 +24,8 @@ import tl_em
 from tl_em.artefacts import replacing
 from tl_em.errors import UsageError
 from tl_em.features.cards import FeatureCard, FeatureCards, Text
-from tl_em.showing import token_shown
+from tl_em.report.html import environment, frame
+from tl_em.showing import interval, number, token_shown
 
 MINUS = "\u2212"
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -83,10 +84,7 @@ def render(cards: FeatureCards, *, circuitsvis: bool = False) -> str:
     Raises:
         UsageError: circuitsvis is wanted and not installed.
     """
-    from tl_em.report.html import environment
-    from tl_em.showing import interval, number
-
-    return environment(Path(__file__).parent / "templates").get_template("cards.html.j2").render(
+    return environment().get_template("cards.html.j2").render(
         policy=_SCRIPTED if circuitsvis else POLICY,
         version=tl_em.__version__,
         cards=cards,
@@ -113,8 +111,6 @@ def save(cards: FeatureCards, path: str | Path, *, circuitsvis: bool = False) ->
 
 def notebook_frame(cards: FeatureCards) -> str:
     """The page in a sandboxed frame, for a notebook's output."""
-    from tl_em.report.html import frame
-
     return frame(
         render(cards), f"Features of {cards.dictionary.label}", height=720, scripts=False,
         instead='cards.save("features.html")',
