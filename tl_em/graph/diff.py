@@ -18,7 +18,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 from tl_em.errors import UsageError
-from tl_em.graph.nodes import Graph, Node
+from tl_em.graph.nodes import Graph, Node, strongest_links
 from tl_em.models.modes import in_plain_torch
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def changes(base: Graph, tuned: Graph, *, least: float = LEAST) -> tuple[Change,
     sizes = [{node.id: _size(node) for node in graph.nodes} for graph in (base, tuned)]
     floor = _floor(*sizes)
     nodes = [Change("node", name, _status(b, t, least, floor), b, t) for name, b, t in _matched(*sizes)]
-    weights = [{(s, t): w for s, t, w in graph.links().itertuples(index=False)} for graph in (base, tuned)]
+    weights = [{(s, t): w for s, t, w in strongest_links(graph).itertuples(index=False)} for graph in (base, tuned)]
     floor = _floor(*weights)
     links = [Change("link", f"{s} -> {t}", _status(b, w, least, floor), b, w, source=s, target=t)
              for (s, t), b, w in _matched(*weights)]  # fmt: skip

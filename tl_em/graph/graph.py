@@ -16,7 +16,7 @@ from tl_em.arguments import finite
 from tl_em.graph import view
 from tl_em.graph.diff import LEAST, Compared, changes
 from tl_em.graph.exchange import save_graph
-from tl_em.graph.nodes import Graph, Node
+from tl_em.graph.nodes import Graph, Node, strongest_links
 from tl_em.graph.pruning import prune, strongest_paths
 from tl_em.graph.supernodes import clustered
 
@@ -65,6 +65,10 @@ class AttributionGraph(_Shown, Graph):
     def paths(self, k: SupportsInt = 10) -> pd.DataFrame:
         """See :func:`tl_em.graph.pruning.strongest_paths`."""
         return strongest_paths(self, k)
+
+    def links(self) -> pd.DataFrame:
+        """One row an edge that is not zero: source, target, weight; strongest first."""
+        return strongest_links(self)
 
     def cluster(self, *, distance: SupportsFloat = 0.5) -> AttributionGraph:
         """See :func:`tl_em.graph.supernodes.clustered`: nodes of one role become supernodes."""

@@ -27,13 +27,16 @@ from tl_em.models.modes import in_plain_torch
 if TYPE_CHECKING:
     import pandas as pd
 
+    G = TypeVar("G", bound="Graph")
+else:  # checked where a call is written, not while it runs
+    G = TypeVar("G")
+
 STAGES = {
     "resid_pre": 0, "attn_out": 1, "head": 1, "resid_mid": 2, "mlp_in": 2, "mlp_out": 2, "mlp": 2, "resid_post": 3,
 }  # fmt: skip
 """Order of the streams of a layer."""
 MAX_BYTES = 8 * 2**30
 """Of memory for a graph's gradients and edges."""
-G = TypeVar("G", bound="Graph")
 Kind = Literal["feature", "error", "token", "logit", "head", "mlp", "adapter"]
 
 
@@ -153,18 +156,6 @@ class Graph:
                    "effect", "influence")  # fmt: skip
         return pd.DataFrame([[getattr(node, name) for name in columns] for node in self.nodes], columns=list(columns))
 
-    @in_plain_torch
-    def links(self) -> pd.DataFrame:
-        """One row an edge that is not zero: source, target, weight; strongest first."""
-        import pandas as pd
-
-        targets, sources = self.edges.nonzero(as_tuple=True)
-        weights = self.edges[targets, sources].detach().double()
-        order = weights.abs().sort(descending=True, stable=True).indices
-        ids = np.array([node.id for node in self.nodes], dtype=object)
-        columns = (ids[sources[order].numpy()], ids[targets[order].numpy()], weights[order].numpy())
-        return pd.DataFrame(dict(zip(("source", "target", "weight"), columns, strict=True)))
-
     def __repr__(self) -> str:
         kinds = {kind: len(self.row(kind)) for kind in get_args(Kind)}
         said = ", ".join(f"{n} {kind}" for kind, n in kinds.items() if n)
@@ -172,3 +163,16 @@ class Graph:
         value = getattr(r, "value", r)
         found = f"r with ablation {value:.2f}" if isinstance(value, float) and math.isfinite(value) else "not validated"
         return f"AttributionGraph({said}; {int((self.edges != 0).sum())} edges; {found})"
+
+
+@in_plain_torch
+def strongest_links(graph: Graph) -> pd.DataFrame:
+    """One row an edge that is not zero: source, target, weight; strongest first."""
+    import pandas as pd
+
+    targets, sources = graph.edges.nonzero(as_tuple=True)
+    weights = graph.edges[targets, sources].detach().double()
+    order = weights.abs().sort(descending=True, stable=True).indices
+    ids = np.array([node.id for node in graph.nodes], dtype=object)
+    columns = (ids[sources[order].numpy()], ids[targets[order].numpy()], weights[order].numpy())
+    return pd.DataFrame(dict(zip(("source", "target", "weight"), columns, strict=True)))

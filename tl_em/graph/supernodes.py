@@ -42,7 +42,7 @@ def clustered(
         UsageError: ``distance`` is not above 0, or ``least`` below 2.
 
     Example:
-        >>> from tl_em.graph.nodes import Node
+        >>> from tl_em.graph.nodes import Graph, Node
         >>> nodes = (Node("token", -1, 0, 7), *(Node("feature", 0, 0, i) for i in range(3)), Node("logit", 1, 0, 9))
         >>> edges = torch.zeros(5, 5)
         >>> edges[1:4, 0], edges[4, 1:4] = torch.tensor([1.0, 2.0, -1.0]), torch.tensor([3.0, 4.0, 1.0])
