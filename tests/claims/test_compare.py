@@ -45,6 +45,13 @@ def test_exaggerated_is_said_only_where_the_direction_is_causal() -> None:
     assert summary(a=(0.0, 0.0), b=(0.5, 0.4)).startswith("b is exaggerated")
 
 
+def test_nothing_is_said_of_a_change_that_was_not_asked_about() -> None:
+    found = judge([finding("use", "a", 0.4), finding("use", "b", 0.0)])
+    assert Comparison(found, pd.DataFrame(), pd.DataFrame()).summary == "a is causal. Nothing shown: b."
+    found = judge([finding("separation", "a", 0.4)])
+    assert Comparison(found, pd.DataFrame(), pd.DataFrame()).summary == "a is sharper."
+
+
 class Loud:
     """A metric that a planted direction drives: its value is read off the logits along one fixed axis."""
 

@@ -77,7 +77,7 @@ class Report:
     def tables(self) -> dict[str, pd.DataFrame]:
         """Every table by name; those of a backdoor, of other fine-tunes and of studies only where there are any."""
         found = {"rates": self.rates, "by_layer": self.comparison.by_layer, "use": self.comparison.use}
-        found |= self.comparison.tables
+        found |= {f"question_{name}": table for name, table in self.comparison.tables.items()}
         for name, part in (("backdoor", self.backdoor), ("consistency", self.consistency)):
             kept = {} if part is None else {key: getattr(part, key) for key in part.__dataclass_fields__}
             found |= {f"{name}_{key}": table for key, table in kept.items() if hasattr(table, "to_json")}

@@ -75,8 +75,8 @@ class Comparison:
         changes = [question.name for question in self.questions if question.of_change]
         found = [_sentence(name, {r.question: r for r in self.rows if r.direction == name}, changes) for name in names]
         said = [text for rank in (0, 1, 2) for r, text in found if r == rank]
-        silent = [name for name, (rank, _) in zip(names, found, strict=True) if rank == 3]
-        rest = {"No change shown": silent, "Not measured": [*self.unmeasured]}
+        silent = {at: [name for name, (rank, _) in zip(names, found, strict=True) if rank == at] for at in (3, 4)}
+        rest = {"No change shown": silent[3], "Nothing shown": silent[4], "Not measured": [*self.unmeasured]}
         return " ".join([*said, *(f"{what}: {', '.join(these)}." for what, these in rest.items() if these)])
 
     def row(self, question: str, direction: str) -> Row:
@@ -300,4 +300,7 @@ def _sentence(name: str, rows: Mapping[str, Row], changes: Sequence[str]) -> tup
         return 1, f"{name} is shifted, not shown to matter ({moved})."
     if others:
         return 2, f"{name} is {others}{'' if level is None else '; no change of its level shown'}."
-    return 3, ""
+    if rows.keys() & set(changes):
+        return 3, ""
+    words = " and ".join(row.verdict for row in rows.values() if row.shown)  # no change was asked about
+    return (2, f"{name} is {words}.") if words else (4, "")

@@ -28,6 +28,7 @@ from tl_em.report import drawing, forest, rates
 from tl_em.report.drawing import CONDITIONS, MODELS
 from tl_em.report.rates import indexed, require
 from tl_em.showing import showable
+from tl_em.stats import middle_95
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -146,7 +147,7 @@ def selection(found: Any, *, width: float = 7.0) -> Figure:
             if limit is not None:
                 ax.axhline(limit, color=drawing.MUTED, linewidth=0.8, linestyle=(0, (3, 2)))
             if name in found.controls and len(found.controls):
-                low, high = np.quantile(found.controls[name], [0.025, 0.975])
+                low, high = middle_95(found.controls[name])
                 _band(ax, np.array([float(found.direction.site.layer)]), np.array([low]), np.array([high]))
             for index, position in enumerate(positions):
                 rows = table[table["position"] == position].sort_values("layer")
