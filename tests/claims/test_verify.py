@@ -18,7 +18,6 @@ from tl_em.claims.questions.latents import SET, verify_feature, verify_features
 from tl_em.dictionaries import Dictionary
 from tl_em.dictionaries.tokens import seen
 from tl_em.errors import UsageError
-from tl_em.interventions.wrappers import AtTokens
 from tl_em.models.loading import load_model
 
 pytestmark = pytest.mark.surface
@@ -212,7 +211,7 @@ def test_a_scoped_edit_equals_the_scope_of_intervene(models):
     edit = em.ScaleFeature(sae.feature(CAUSE), 0.0)
     arm = Arm("remove", tuned, contrast().positive, None, {"bad": Says()}, sign=-1, where=("last", 1))
     scoped = arm.treated(edit)["bad"]
-    with em.intervene(tuned, AtTokens(edit, ("last", 1))):
+    with em.intervene(tuned, edit, where=("last", 1)):
         inside = Says()(tuned, contrast().positive).double().numpy()
     np.testing.assert_allclose(inside, scoped)
     assert np.abs(scoped - arm.untreated["bad"]).max() > 0.01

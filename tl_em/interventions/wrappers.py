@@ -1,4 +1,4 @@
-"""An intervention on some prompts only, those whose own activation says so, or at some tokens only.
+"""An intervention on some prompts only, those whose own activation says so.
 
     apply to prompt i   iff   c'x_i > above,   x_i the activation at the condition's site at the last token of prompt i
 
@@ -26,7 +26,7 @@ from tl_em.interventions.edits import component
 from tl_em.models.hooks import LensModel, ReadPoint, probing
 from tl_em.models.modes import unlowered
 from tl_em.models.prompts import Batch
-from tl_em.models.scopes import Scope, Where, running_batch
+from tl_em.models.scopes import running_batch
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,35 +84,6 @@ class Conditional(Intervention):
         """Raise ``WidthError`` or ``ProvenanceError`` unless direction and intervention belong on this model."""
         check_fits(self.direction, model)
         super().check(model)
-
-
-@dataclass(frozen=True, eq=False)
-class AtTokens(Intervention):
-    """An intervention at the tokens of a scope, for callers that know no scope.
-
-    Args:
-        inner: the intervention.
-        where: the scope, as ``intervene`` takes it.
-
-    Raises:
-        UsageError: no intervention, or an unknown scope.
-    """
-
-    inner: Intervention | Any
-    where: Where | Any
-    scope: Scope = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        settle(self, inner=as_intervention)
-        object.__setattr__(self, "scope", Scope(self.where))
-
-    def edit(self, x: Tensor, mask: Tensor | None = None, *, name: str | None = None) -> Tensor:
-        """The inner edit where both masks hold."""
-        if probing.get():
-            return x
-        own = self.scope.mask(x)
-        both = own if mask is None else mask if own is None else own & mask.to(own.device)
-        return self.inner.edit(x, both, name=name)
 
 
 class Gate:
