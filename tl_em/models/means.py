@@ -27,7 +27,7 @@ from tl_em.models.hooks import LensModel
 from tl_em.models.modes import in_plain_torch
 from tl_em.models.prompts import EncodedPrompt, Prompt
 from tl_em.models.sites import Position, Site, as_position, as_site
-from tl_em.models.stream import captured, encoded_prompts, listed, spans_of, stream
+from tl_em.models.stream import encoded_prompts, listed, spans_of, stream
 
 Classes = ContrastSet | tuple[Sequence[Prompt | EncodedPrompt], Sequence[Prompt | EncodedPrompt]]
 PARTS = 8
@@ -158,8 +158,6 @@ def mean_activation(
         total.add_(x[:, 0].double().sum(0).cpu())
 
     stream(model, encoded, [site], spans_of(encoded, [position]), add)
-    if not bool(total.isfinite().all()):
-        captured(model, encoded, [site], [position])  # names the prompt
     return total.div(len(encoded)).float()
 
 
@@ -256,8 +254,6 @@ def _run(
             along[rows, :, site] = (x.float() @ onto.T).cpu()
 
     stream(model, encoded, sites, spans_of(encoded, positions), add)
-    if not bool(total.isfinite().all()):
-        captured(model, encoded, sites, positions)  # names the prompt and the site
     weight = torch.zeros(2 * PARTS, dtype=torch.float64).index_add_(0, sums.slots, sums.weights)
     first = min(SAMPLE, sums.n[0])
     apart = (len(sites), -1, len(positions), width)

@@ -105,7 +105,6 @@ def captured(
         out[rows, :, site] = x.float().cpu()
 
     stream(model, encoded, sites, spans, keep)
-    check_finite(out, sites, encoded)
     return out
 
 
@@ -217,7 +216,13 @@ def stream(
     spans: Int[Tensor, "prompt position 2"],
     keep: Keep,
 ) -> None:
-    """Run all prompts; call ``keep(site index, prompt indices, [prompt position d_model])`` once a site and batch."""
+    """Run all prompts; call ``keep(site index, prompt indices, [prompt position d_model])`` once a site and batch.
+
+    The one pass that reads activations: whole, as sums or token by token is the reader's affair.
+
+    Raises:
+        NonFiniteError: NaN or infinity was read, naming site and prompt. PositionError: a site is never reached.
+    """
     if not sites:
         raise UsageError("No sites were given, so there is nothing to read. Give at least one, e.g. [Site(0)].")
     points = [read_point(model, site) for site in sites]
@@ -225,7 +230,9 @@ def stream(
     current: dict[str, Any] = {}
 
     def read(site: int, x: Tensor, hook: Any) -> None:
-        keep(site, current["rows"], points[site](current["pool"](x)))
+        found = points[site](current["pool"](x))
+        current["finite"][site] = found.isfinite().flatten(1).all(1)
+        keep(site, current["rows"], found)
         waiting.discard(site)
         if not waiting:
             raise _EverythingRead
@@ -234,10 +241,12 @@ def stream(
     with torch.no_grad(), hooked(model, reads, check=False):
         for batch in _batches(model, encoded, _read_tokens(model)):
             waiting.update(range(len(sites)))
-            current.update(rows=torch.tensor(batch.rows), pool=_pooling(spans[list(batch.rows)], batch.tokens.shape[1]))
+            pool = _pooling(spans[list(batch.rows)], batch.tokens.shape[1])
+            current.update(rows=torch.tensor(batch.rows), pool=pool, finite={})
             try:
                 _forward(model, batch)
             except _EverythingRead:
+                _check_finite([current["finite"][i] for i in range(len(sites))], batch, sites, encoded)
                 continue
             raise PositionError(
                 f"A forward pass ended and {[str(sites[i]) for i in sorted(waiting)]} were never reached, so there is "
@@ -340,17 +349,17 @@ def _pooling(
     return average
 
 
-def check_finite(
-    out: Float[Tensor, "prompt position site d_model"], sites: Sequence[Site], encoded: Sequence[EncodedPrompt]
+def _check_finite(
+    found: Sequence[Tensor], batch: Batch, sites: Sequence[Site], encoded: Sequence[EncodedPrompt]
 ) -> None:
-    """Raise ``NonFiniteError``, naming site and prompt, unless every activation is finite."""
-    bad = (~out.isfinite().all(-1).all(1)).nonzero().tolist()
+    """Raise ``NonFiniteError``, naming site and prompt, unless every activation that a batch gave is finite."""
+    bad = (~torch.stack(list(found))).nonzero().tolist()  # one transfer a batch
     if bad:
-        prompt, site = bad[0]
+        site, row = bad[0]
         raise NonFiniteError(
-            f"The activation at {sites[site]} of prompt {prompt} ({encoded[prompt].text[:60]!r}) holds NaN or infinity "
-            f"({len(bad)} of {len(encoded) * len(sites)} activations do), so any direction made of it would too. Check "
-            f"the weights, and use dtype=torch.float32 or bfloat16 in place of float16."
+            f"The activation at {sites[site]} of prompt {batch.rows[row]} ({encoded[batch.rows[row]].text[:60]!r}) "
+            f"holds NaN or infinity (the first of {len(bad)} in its batch), so any direction made of it would too. "
+            "Check the weights, and use dtype=torch.float32 or bfloat16 in place of float16."
         )
 
 
