@@ -75,7 +75,7 @@ NAMES = [
     "verify_feature",
 ]
 FOLDERS = {
-    "claims": ["Case", "FeatureCheck", "Finding", "TextLogprob", "reply_inversion", "verify_features"],
+    "claims": ["Case", "FeatureCheck", "Finding", "TextLogprob", "Use", "reply_inversion", "verify_features"],
     "dictionaries": ["DictionaryQuality", "dictionary_quality", "train_dictionary"],
     "directions": [
         *("Projection", "cosine_matrix", "cosines_between", "finetuning_shift"),

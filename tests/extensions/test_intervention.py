@@ -64,6 +64,40 @@ def test_strengths_conditions_and_random_directions_come_with_it(small_model: Le
         em.orthogonalize_(small_model, edit)
 
 
+def mirrored(direction: em.Direction, centre: Tensor) -> em.Intervention:
+    return Mirror(direction, direction.site)
+
+
+def test_the_question_use_is_asked_with_it() -> None:
+    pair, site = em.load_pair("toy/insecure"), em.Site(2)
+    contrast = (pair.contrasts or {})["persona"].split(seed=0)
+    persona = em.difference_in_means(pair.base, contrast.train, site=site, position="prompt_end")
+    whole: Any = (pair.behaviours or {})["persona"]
+    few = em.Behaviour(whole.name, whole.metric, whole.present[::18], whole.absent[::18])
+    asked: Any = {"questions": [em.claims.Use(remove=mirrored)], "behaviour": few, "controls": 99}
+    found = em.compare(pair, {"persona": (persona, contrast.test)}, **asked)
+    untreated = few.metric(pair.tuned, few.present).double().mean()
+    with em.intervene(pair.tuned, mirrored(persona, persona.vector)):
+        fall = float(untreated - few.metric(pair.tuned, few.present).double().mean())
+    assert found.rows[0].detail["ablate in tuned"].value == pytest.approx(fall, abs=1e-5) and fall > 0.1
+    random = found.use.query("arm == 'ablate in tuned' and condition == 'random'").iloc[0]
+    assert random.low < random.high and random.n == 99
+
+
+@pytest.mark.parametrize(
+    ("remove", "said"),
+    [
+        ("ablate", "Use.remove=….* is a str"),
+        (lambda direction, centre: 3, "int is not an intervention"),
+        (lambda direction, centre: em.Erase(torch.eye(4)[:2]), "Erase has no direction"),
+    ],
+)
+def test_what_removes_nothing_along_a_direction_is_refused(remove: Any, said: str) -> None:
+    direction = em.Direction(torch.ones(4), FIRST)
+    with pytest.raises(UsageError, match=said):
+        em.claims.Use(remove=remove)._made("remove", direction, torch.zeros(4))
+
+
 @dataclass(frozen=True, eq=False)
 class Careless(em.Intervention):
     """Edits everything that it sees, in one of several wrong ways."""

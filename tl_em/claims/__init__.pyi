@@ -13,6 +13,7 @@ from .instructions import TextLogprob as TextLogprob
 from .questions.inversion import reply_inversion as reply_inversion
 from .questions.latents import verify_feature as verify_feature
 from .questions.latents import verify_features as verify_features
+from .questions.use import Use as Use
 from .selection import Selection as Selection
 from .selection import select_candidate as select_candidate
 from .selection import select_direction as select_direction

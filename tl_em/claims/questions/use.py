@@ -64,8 +64,8 @@ class Use(Question):
         'use'
     """
 
-    remove: Treatment = ablate
-    induce: Treatment = add
+    remove: Treatment | Any = ablate
+    induce: Treatment | Any = add
 
     name, words, unit, smallest = "use", ("causal", None), "change of the behaviour", SMALLEST_USE["probability"]
     asks = "Does the direction drive the behaviour?"
