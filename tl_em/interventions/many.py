@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from tl_em.directions.direction import Direction
 from tl_em.errors import NonFiniteError, TlEmError, UsageError
-from tl_em.interventions.base import EVERY_WRITE, Intervention, core, direction_of, sites_of
+from tl_em.interventions.base import EVERY_WRITE, Intervention, RowEdit, core, direction_of, sites_of
 from tl_em.interventions.intervene import intervene
 from tl_em.models.contrasts import Prompt
 from tl_em.models.hooks import LensModel, hook_name, hooked
@@ -82,21 +82,17 @@ class Along:
         site = self.sites[k] if self.sites else own.site
         return self.template.along(replace(own, vector=self.vectors[k], site=site, neutral=None))
 
-    def some(self, k: slice) -> Along:
-        """Some of the directions."""
-        return replace(self, vectors=self.vectors[k], sites=self.sites[k])
-
-    def home(self, k: int) -> Site | None:
-        """The one site at which the intervention acts along direction ``k``; ``None`` if there are several."""
-        found = sites_of(self.alone(k))
-        return found[0] if found != EVERY_WRITE and len(found) == 1 else None
-
     @cached_property
     def homes(self) -> list[Site | None]:
-        """``home`` of every direction."""
+        """Of each direction the one site at which the intervention acts along it; ``None`` if there are several."""
         sites: list[Any] = list(self.sites) or [None] * len(self.vectors)
-        home = {site: self.home(sites.index(site)) for site in dict.fromkeys(sites)}
-        return [home[site] for site in sites]
+        found = {site: sites_of(self.alone(sites.index(site))) for site in dict.fromkeys(sites)}
+        return [at[0] if (at := found[site]) != EVERY_WRITE and len(at) == 1 else None for site in sites]
+
+    @cached_property
+    def edit(self) -> RowEdit:
+        """All directions at once, each in rows of its own."""
+        return self.template.rowwise(self.vectors)
 
 
 def along_each(
@@ -118,14 +114,18 @@ def along_each(
         at_once: how many prompts share a batch; as many as their logits allow with all directions by default.
         said: what a progress bar calls it; no bar without.
     """
-    together = len(edits.vectors) > 1 and core(edits.template) is edits.template  # a wrapper may tell rows apart
+    everything = range(len(edits.vectors))
+    edits = replace(edits, vectors=edits.vectors.to(model.cfg.device))
+    together = len(everything) > 1 and core(edits.template) is edits.template  # a wrapper may tell rows apart
     found = _together(model, edits, prompts, measure, at_once, said) if together else None
-    return _apart(model, edits, prompts, measure, said) if found is None else found
+    return _apart(model, edits, everything, prompts, measure, said) if found is None else found
 
 
-def _apart(model: LensModel, edits: Along, prompts: Sequence[Any], measure: Measure, said: str = "") -> Scores:
+def _apart(
+    model: LensModel, edits: Along, part: range, prompts: Sequence[Any], measure: Measure, said: str = ""
+) -> Scores:
     """One direction at a time."""
-    each = tqdm(range(len(edits.vectors)), desc=said, unit="direction", disable=None if said else True, leave=False)
+    each = tqdm(part, desc=said, unit="direction", disable=None if said else True, leave=False)
     return np.concatenate([_one(model, edits.alone(k), prompts, measure) for k in each])
 
 
@@ -150,44 +150,40 @@ def _together(
     try:
         for j in batches:
             for i in range(0, n, wide):
-                some = edits.some(slice(i, i + wide))
-                out[i : i + wide, j : j + tall] = _stack(model, some, prompts[j : j + tall], measure)
-                if i == j == 0 and not _agrees(model, edits, wide - 1, prompts[:1], measure, out):
-                    return None
+                part = range(n)[i : i + wide]
+                out[i : i + wide, j : j + tall] = _stack(model, edits, part, prompts[j : j + tall], measure)
+                if i == j == 0:
+                    alone = _one(model, edits.alone(wide - 1), prompts[:1], measure)
+                    if not np.allclose(out[wide - 1 : wide, :1], alone, rtol=1e-3, atol=1e-4, equal_nan=True):
+                        return None
     except (TlEmError, RuntimeError, IndexError, ValueError):
         return None
     return out
 
 
-def _agrees(model: LensModel, edits: Along, k: int, prompts: Sequence[Any], measure: Measure, out: Scores) -> bool:
-    alone = _one(model, edits.alone(k), prompts, measure)
-    return np.allclose(out[k : k + 1, :1], alone, rtol=1e-3, atol=1e-4, equal_nan=True)
-
-
-def _stack(model: LensModel, edits: Along, prompts: Sequence[Any], measure: Measure) -> Scores:
+def _stack(model: LensModel, edits: Along, part: range, prompts: Sequence[Any], measure: Measure) -> Scores:
     treated = _edited_rows if None in edits.homes else _joined_rows
     try:
-        with treated(model, edits, len(prompts)):
-            values = measure(model, list(prompts) * len(edits.vectors))
+        with treated(model, edits, part, len(prompts)):
+            values = measure(model, list(prompts) * len(part))
     except NonFiniteError:  # of one of them, maybe: the others keep their numbers
-        return _apart(model, edits, prompts, measure)
-    return values.double().cpu().numpy().reshape(len(edits.vectors), len(prompts))
+        return _apart(model, edits, part, prompts, measure)
+    return values.double().cpu().numpy().reshape(len(part), len(prompts))
 
 
 # --- At many points: a direction a row --------------------------------------------------------------------------------
 
 
 @contextmanager
-def _edited_rows(model: LensModel, edits: Along, n_prompts: int) -> Iterator[None]:
-    """Row k of what was asked for is edited along direction ``k // n_prompts``, at every point."""
-    edit = edits.template.rowwise(edits.vectors.to(model.cfg.device))
+def _edited_rows(model: LensModel, edits: Along, part: range, n_prompts: int) -> Iterator[None]:
+    """Row k of what was asked for is edited along direction ``k // n_prompts`` of the part, at every point."""
     rows: dict[str, Any] = {}
 
     def apply(x: Tensor, hook: Any, *, name: str) -> Tensor:
         batch = _running()
         if rows.get("batch") is not batch:
-            rows.update(batch=batch, of=torch.tensor(batch.rows) // n_prompts)
-        return edit(x, rows["of"], name)
+            rows.update(batch=batch, of=part.start + torch.tensor(batch.rows) // n_prompts)
+        return edits.edit(x, rows["of"], name)
 
     with hooked(model, [(name, partial(apply, name=name)) for name in edits.template.points(model)]):
         yield
@@ -201,17 +197,17 @@ class _Entered(Exception):
 
 
 class _Joining:
-    """Passes whose row k is prompt ``k % n_prompts`` edited along direction ``k // n_prompts``, at one site.
+    """Passes whose row k is prompt ``k % n_prompts`` edited along direction ``k // n_prompts`` of a part, at one site.
 
     A pass begins with one row, so that the mask and the positions that the model makes fit any number of rows.  At the
     first block's input that row gives way to one for each prompt; at each site copies of these join, edited.
     """
 
-    def __init__(self, model: LensModel, edits: Along, n_prompts: int) -> None:
-        self.model, self.n_prompts = model, n_prompts
-        self.edit = edits.template.rowwise(edits.vectors.to(model.cfg.device))
-        self.sites = sorted({site for site in edits.homes if site is not None}, key=_depth)
-        self.at = [self.sites.index(site) for site in edits.homes if site is not None]
+    def __init__(self, model: LensModel, edits: Along, part: range, n_prompts: int) -> None:
+        self.model, self.n_prompts, self.edits, self.start = model, n_prompts, edits, part.start
+        homes = [site for k in part if (site := edits.homes[k]) is not None]
+        self.sites = sorted(set(homes), key=_depth)
+        self.at = [self.sites.index(site) for site in homes]
         self.alone: Batch | None = None
 
     def enter(self, x: Tensor, rows: Sequence[int]) -> Tensor:
@@ -239,8 +235,8 @@ class _Joining:
         if not new:
             return x
         copies = x[[self.slot[rows[i] % self.n_prompts] for i in new]]
-        which = torch.tensor([rows[i] // self.n_prompts for i in new])
-        copies = self.edit(copies, which, self.sites[site].hook_name)
+        which = self.start + torch.tensor([rows[i] // self.n_prompts for i in new])
+        copies = self.edits.edit(copies, which, self.sites[site].hook_name)
         self.joined += new
         first = self.first if len(self.joined) < len(rows) else []
         current_batch.set(_rows(self.batch, [*first, *self.joined]))
@@ -253,9 +249,9 @@ class _Joining:
 
 
 @contextmanager
-def _joined_rows(model: LensModel, edits: Along, n_prompts: int) -> Iterator[None]:
-    """Row k of what was asked for is edited along direction ``k // n_prompts``, at its site."""
-    pass_ = _Joining(model, edits, n_prompts)
+def _joined_rows(model: LensModel, edits: Along, part: range, n_prompts: int) -> Iterator[None]:
+    """Row k of what was asked for is edited along direction ``k // n_prompts`` of the part, at its site."""
+    pass_ = _Joining(model, edits, part, n_prompts)
     hooks = [(hook_name(model, site), partial(pass_.join, site=i)) for i, site in enumerate(pass_.sites)]
     end = hook_name(model, Site(int(model.cfg.n_layers) - 1, "resid_post"))
     with fanned_out(model, Site(0, "resid_pre"), pass_.enter), hooked(model, [*hooks, (end, pass_.leave)]):
