@@ -16,7 +16,6 @@ from tests.graph.examples import large, small
 from tl_em.errors import UsageError
 from tl_em.graph import attention
 from tl_em.graph.attention import attention_pattern, attention_view
-from tl_em.graph.figures import draw
 from tl_em.report import drawing, graphs
 
 
@@ -47,10 +46,10 @@ def test_a_difference_is_drawn_in_colour_and_texture() -> None:
 
 @pytest.mark.parametrize("suffix", ["svg", "pdf"])
 def test_a_graph_gives_the_same_file_twice(tmp_path: Path, suffix: str) -> None:
-    files = [draw(small(), tmp_path / name / f"g.{suffix}").read_bytes() for name in "ab"]
+    files = [small().save_figure(tmp_path / name / f"g.{suffix}").read_bytes() for name in "ab"]
     assert len(files[0]) > 2000 and files[0] == files[1]
     with pytest.raises(UsageError, match="suffix"):
-        draw(small(), tmp_path / "g.gif")
+        small().save_figure(tmp_path / "g.gif")
 
 
 @pytest.mark.surface

@@ -34,7 +34,7 @@ from tl_em.directions.direction import Direction
 from tl_em.errors import UsageError
 from tl_em.features.attribution import ablation_parts, attribution_parts, have_completions
 from tl_em.features.decoders import decoder_cosines
-from tl_em.features.sums import PARTS, Sums, add_behaviour, deal
+from tl_em.features.parts import PARTS, Sums, add_behaviour, deal
 from tl_em.features.table import FeatureTable, frame_of
 from tl_em.metrics import Metric
 from tl_em.models.contrasts import ContrastSet

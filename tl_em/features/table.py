@@ -21,7 +21,7 @@ from tl_em.arguments import NATURAL, checked
 from tl_em.dictionaries import Dictionary
 from tl_em.errors import UsageError
 from tl_em.features.chance import sign_flip_p
-from tl_em.features.sums import Sums
+from tl_em.features.parts import Sums
 from tl_em.showing import showable
 from tl_em.stats import Estimate, benjamini_hochberg, bootstrap
 

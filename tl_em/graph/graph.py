@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsFloat, SupportsInt
 
-from tl_em.arguments import finite
+from tl_em.arguments import finite, whole
 from tl_em.graph import view
 from tl_em.graph.diff import LEAST, Compared, changes
 from tl_em.graph.exchange import save_graph
@@ -27,11 +27,30 @@ __all__ = ["AttributionGraph", "GraphDiff", "Node"]
 
 
 class _Shown:
-    """A graph or a difference of graphs on a page."""
+    """A graph or a difference of graphs, on a page and as a figure."""
 
     def save_html(self, path: str | Path) -> Path:
         """See :func:`tl_em.graph.view.save_page`."""
         return view.save_page(self, path)  # pyright: ignore[reportArgumentType]
+
+    def save_figure(self, path: str | Path, *, width: SupportsFloat = 7.0, links: SupportsInt = 150) -> Path:
+        """A figure for a paper that does not move: SVG or PDF, or PNG at 300 dots an inch; see ``report.graphs``.
+
+        Args:
+            path: ``.svg``, ``.pdf`` or ``.png``; the same graph gives the same file.
+            width: inches (3.25 is one column of a paper, 7 is two).
+            links: how many of the strongest links are drawn.
+
+        Returns:
+            the path.
+
+        Raises:
+            UsageError: another suffix, a width or number that is none. OutputError: the path cannot be written.
+        """
+        from tl_em.report import graphs, plots
+
+        inches, most = finite("width", width, low=0, open_low=True), whole("links", links, low=0)
+        return plots.save(graphs.graph(self, width=inches, links=most), path)  # pyright: ignore[reportArgumentType]
 
     def _repr_html_(self) -> str:
         return view.notebook_frame(self)  # pyright: ignore[reportArgumentType]

@@ -57,7 +57,8 @@ class Rule:
             none by default: plain gradients.
 
         Example:
-            >>> Rule().hooks(None)
+            >>> from tl_em.organisms.zoo import load_pair
+            >>> Rule().hooks(load_pair("toy/insecure").base)
             []
         """
         return []

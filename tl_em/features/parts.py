@@ -1,4 +1,4 @@
-"""One pass over the prompts of a behaviour, kept as sums: what every score of every latent is computed from.
+"""One pass over a behaviour's prompts, kept as sums by part: what every score of every latent is computed from.
 
     d_u = sum over the prompts of part u of  w_i a_i        w_i = +1/N (positive), -1/N (negative);   sum_u d_u = effect
 
