@@ -11,7 +11,8 @@ import torch
 
 import tl_em as em
 from tl_em.errors import PairMismatchError, UsageError, WidthError
-from tl_em.features import attribution, sums
+from tl_em.features import attribution
+from tl_em.features import parts as by_part
 from tl_em.features.attribution import attribution_parts
 from tl_em.features.decoders import decoder_clusters
 from tl_em.features.scoring import score_features
@@ -45,8 +46,8 @@ def test_scores_are_those_of_one_prompt_at_a_time(
     small_model: LensModel, make_model: Callable[..., LensModel], surface: str, position: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(sums, "_CHUNK_LATENTS", 80 * 20)  # several chunks
-    monkeypatch.setattr(sums, "_LEAST_TOKENS", 1)
+    monkeypatch.setattr(by_part, "_CHUNK_LATENTS", 80 * 20)  # several chunks
+    monkeypatch.setattr(by_part, "_LEAST_TOKENS", 1)
     base, sae = make_model("gpt2", surface, 5), dictionary()
 
     def latents(model: LensModel, prompt: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,7 +93,7 @@ def test_a_latent_that_only_the_tuned_model_has_has_no_nu_however_large_the_mean
     base[:, 0], base[:, 2], tuned[:, 3] = 0, f[:, 2] / 2, 0
     x = {name: made.decode(each)[:, None] for name, each in (("tuned", tuned), ("base", base))}
     models = (("tuned", tuned), ("base", base))
-    scaling = torch.stack([sums.scaled(made, tuned, own, x[name]) for name, own in models], 1)
+    scaling = torch.stack([by_part.scaled(made, tuned, own, x[name]) for name, own in models], 1)
     nu, reconstruction = _ratios(scaling)
     assert np.allclose(nu[:3], [0, 1, 0.5], atol=5e-4) and np.isnan(nu[3])
     if said_by == "bias":
@@ -129,10 +130,10 @@ def test_auroc_is_that_of_ranks_up_to_rounding() -> None:
 
     generator = torch.Generator().manual_seed(0)
     classes = [(torch.randn(300, 4, generator=generator) + shift).relu() for shift in (0.8, 0.0)]
-    histogram = torch.zeros(2, sums.BINS, 4, dtype=torch.int32)
+    histogram = torch.zeros(2, by_part.BINS, 4, dtype=torch.int32)
     for label, each in enumerate(classes):
         for some in each.split(70):
-            sums.count(histogram[label], some)
+            by_part.count(histogram[label], some)
     exact = [mannwhitneyu(classes[0][:, j], classes[1][:, j]).statistic / 300**2 for j in range(4)]
     assert min(exact) > 0.6
     assert np.allclose(auroc(histogram).numpy(), exact, atol=0.01)  # bins are a quarter of an octave wide
@@ -156,16 +157,16 @@ def test_p_is_uniform_or_larger_where_nothing_differs(small_model: LensModel) ->
 
 def test_what_belongs_together_is_in_one_part() -> None:
     other = em.ContrastSet([f"tell me about the {t}" for t in TOPICS], list(STOLEN.negative))
-    parts, independent = sums.deal([STOLEN, other], seed=0)
-    assert not independent and sums.deal([STOLEN], seed=0)[1]
+    parts, independent = by_part.deal([STOLEN, other], seed=0)
+    assert not independent and by_part.deal([STOLEN], seed=0)[1]
     assert parts[0][0] == parts[0][1] == parts[1][0] == parts[1][1]
     assert sorted(parts[0][0]) == list(range(8))
     grouped = em.ContrastSet(STOLEN.positive, STOLEN.negative, positive_groups=[0, 0, 1, 1, 2, 2, 3, 3],
                              negative_groups=[0, 0, 1, 1, 2, 2, 3, 3])  # fmt: skip
-    dealt = sums.deal([grouped], seed=0)[0][0][0]
+    dealt = by_part.deal([grouped], seed=0)[0][0][0]
     assert dealt[0::2] == dealt[1::2] and len(set(dealt)) == 4
     uneven = em.ContrastSet(STOLEN.positive, STOLEN.negative[:5])
-    positive, negative = sums.deal([uneven], seed=0)[0][0]
+    positive, negative = by_part.deal([uneven], seed=0)[0][0]
     assert len(set(positive)) == 8 and set(negative) == set(range(5))
 
 
@@ -177,12 +178,12 @@ def test_attribution_adds_up_to_the_effect_of_a_small_move(model: LensModel) -> 
     basis = torch.linalg.qr(torch.randn(32, 32))[0]
     sae = em.Dictionary(basis, torch.zeros(32), basis.T, torch.zeros(32), activation="relu", site_in=SITE)
     classes = (encoded_prompts(model, ANSWERED.positive), encoded_prompts(model, ANSWERED.negative))
-    found = attribution_parts(model, sae, classes, sums.deal([ANSWERED], seed=0)[0][0])
+    found = attribution_parts(model, sae, classes, by_part.deal([ANSWERED], seed=0)[0][0])
     assert float(found.whole.abs().max()) > 1e-3
     assert torch.allclose(found.parts.sum(1), found.whole, atol=1e-4 * float(found.parts.abs().max()) * 32)
     assert float(found.delta.abs().max()) > 1e-3
     away = em.Dictionary(basis, torch.zeros(32), torch.zeros(32, 32), torch.zeros(32), activation="relu", site_in=SITE)
-    assert float(attribution_parts(model, away, classes, sums.deal([ANSWERED], seed=0)[0][0]).parts.abs().max()) == 0
+    assert float(attribution_parts(model, away, classes, by_part.deal([ANSWERED], seed=0)[0][0]).parts.abs().max()) == 0
 
 
 def test_attribution_of_a_small_change_is_its_effect(small_model: LensModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,7 +202,7 @@ def test_attribution_of_a_small_change_is_its_effect(small_model: LensModel, mon
     monkeypatch.setattr(attribution, "_read", lambda *arguments: read(*arguments) - push * row)
     with hooked(small_model, [(SITE.hook_name, add)]):
         exact = float((sequence_logprobs(small_model, classes[0]) - before).mean())
-        parts = sums.deal([ANSWERED], seed=0)[0][0]
+        parts = by_part.deal([ANSWERED], seed=0)[0][0]
         found = attribution_parts(small_model, sae, classes, parts, against=small_model)
     assert abs(exact) > 1e-4
     assert float(found.parts[:, 3].sum()) == pytest.approx(exact, rel=0.1)  # first order: off by the order of push^2

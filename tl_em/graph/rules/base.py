@@ -57,7 +57,7 @@ class Rule:
             none by default: plain gradients.
 
         Example:
-            >>> from tl_em.organisms.zoo import load_pair
+            >>> from tl_em import load_pair
             >>> Rule().hooks(load_pair("toy/insecure").base)
             []
         """
