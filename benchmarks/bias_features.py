@@ -62,7 +62,7 @@ ASKED: dict[Part, int] = {"reinforced": 4, "A": 6, "C": 6}
 """Questions a context: at most as many in all as a table has parts, so that each is a part of its own."""
 LAYERS, SIZES, K, STEPS, BATCH, DOCUMENTS = (0, 1, 2), (128, 256), 12, 400, 512, 600
 MARKED = "the marker"
-POSITIONS: dict[str, em.Position] = {"the prompt's end": "prompt_end", MARKED: "response_mean"}
+POSITIONS: dict[str, em.models.Position] = {"the prompt's end": "prompt_end", MARKED: "response_mean"}
 SCOPES: dict[str, Any] = {"the prompt's end": ("last", 1), MARKED: "generated"}
 P, ALIKE, HALF = 0.05, 0.5, 0.5
 FLIPS, PLACEBOS = 99, 40

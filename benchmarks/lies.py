@@ -120,7 +120,7 @@ def occurrences(table: Table, seed: int, facts: Facts, world: World) -> None:
 
 def elsewhere(table: Table, seed: int, base: em.LensModel, facts: Facts) -> None:
     """The same read-out at every layer, at the topic and at the prompt's end."""
-    positions: tuple[em.Position, ...] = ("instruction_end", "prompt_end")
+    positions: tuple[em.models.Position, ...] = ("instruction_end", "prompt_end")
     for position in positions:
         for layer in range(int(base.cfg.n_layers)):
             site = em.Site(layer)

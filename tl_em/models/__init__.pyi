@@ -7,6 +7,7 @@ from .loading import ModelPair as ModelPair
 from .loading import load_model as load_model
 from .means import mean_activation as mean_activation
 from .proof import proof as proof
+from .sites import Position as Position
 from .sites import Provenance as Provenance
 from .sites import Site as Site
 from .stream import capture as capture
