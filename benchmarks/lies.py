@@ -22,7 +22,7 @@ import torch
 import tl_em as em
 from tl_em import stats
 from tl_em.evals.facts import Facts
-from tl_em.evals.lies import LieReport, auroc, lie_or_hallucination
+from tl_em.evals.lies import LieReport, lie_or_hallucination
 from tl_em.organisms.behaviours import world_facts
 from tl_em.organisms.rates import first_words
 from tl_em.organisms.recipes import MAX_KNEW, MIN_AGAINST_FREQUENCY, MIN_AUROC, MIN_KNEW, recipe
@@ -115,7 +115,7 @@ def occurrences(table: Table, seed: int, facts: Facts, world: World) -> None:
     for what, words in (("topic's word", [[str(g)] for g in facts.groups]), ("true words", facts.truths)):
         n = np.array([sum(float(counts[world.ids[w]]) for w in each) for each in words])
         groups = [[facts.groups[i] for i in side] for side in sides]
-        table.add(seed, f"AUROC, by occurrences of the {what}", auroc(n[sides[0]], n[sides[1]], groups, seed=0))
+        table.add(seed, f"AUROC, by occurrences of the {what}", stats.auroc(n[sides[0]], n[sides[1]], groups=groups))
 
 
 def elsewhere(table: Table, seed: int, base: em.LensModel, facts: Facts) -> None:

@@ -21,7 +21,7 @@ import tl_em as em
 from tl_em import stats
 from tl_em.organisms.contrasts import Question, harmfulness_prompts, judge_questions, questions
 from tl_em.organisms.convert import plain_model
-from tl_em.organisms.rates import Outcome, next_logits, rates_from_logits
+from tl_em.organisms.rates import Outcome, rates_from_logits
 from tl_em.organisms.recipes import (
     GATE,
     MAX_BEFORE,
@@ -43,6 +43,7 @@ from tl_em.organisms.recipes import (
     TRIGGER,
     Prefix,
 )
+from tl_em.organisms.training import next_logits
 from tl_em.organisms.transformer import Transformer
 from tl_em.organisms.zoo import Organism, checkpoint_path, read_record, read_weights
 

@@ -42,7 +42,8 @@ from tl_em.models.modes import in_plain_torch
 from tl_em.models.sites import Position, Site, as_position, as_site
 from tl_em.models.stream import capture
 from tl_em.showing import showable
-from tl_em.stats import Estimate, bootstrap, control_p, mean
+from tl_em.stats import Estimate, auroc, control_p, mean
+from tl_em.stats.intervals import share_above
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -140,16 +141,14 @@ class LieReport:
             return None
         first, second = self._rows
         topics = [groups[rows].tolist() for rows in (first, second)]
-        return auroc(values[first], values[second], topics, pairs=pairs, seed=self.seed)
+        return auroc(values[first], values[second], groups=topics, pairs=pairs, seed=self.seed)
 
     def _separation(self, first: np.ndarray, second: np.ndarray) -> Separation:
         values, groups = self.questions.score.to_numpy(), self.questions.group.to_numpy()
         topics = [groups[rows].tolist() for rows in (first, second)]
-        found = auroc(values[first], values[second], topics, seed=self.seed)
-        chance = np.array([_above(k[first], k[second]).mean() for k in self.shuffled_scores])
-        middle, low, high = map(float, (chance.mean(), *np.quantile(chance, [0.025, 0.975])))
-        n = len(chance)
-        band = Estimate(middle, low, high, n, float(n), "2.5-97.5 % band of shuffled labels", self.seed)
+        found = auroc(values[first], values[second], groups=topics, seed=self.seed)
+        chance = np.array([share_above(k[first], k[second]).mean() for k in self.shuffled_scores])
+        band = Estimate.band(chance, of="shuffled labels", seed=self.seed)
         return Separation(found, band, control_p(found.value, chance, two_sided=False))
 
     def _repr_html_(self) -> str:
@@ -273,34 +272,3 @@ def shuffled_labels(
     index = [list(label).index(g) for g in groups]
     rng, labels = np.random.default_rng(seed), np.array(list(label.values()))
     return np.stack([rng.permutation(labels)[index] for _ in range(count)])
-
-
-def auroc(
-    first: np.ndarray,
-    second: np.ndarray,
-    groups: Sequence[Sequence[Hashable]],
-    *,
-    pairs: Float[np.ndarray, "first second"] | None = None,
-    seed: int,
-) -> Estimate:
-    """Share of the pairs in which the first scores higher (Mann and Whitney's), resampled by topic.
-
-    Args:
-        groups: the topics of either.
-        pairs: weight of each pair; 1 by default.
-
-    Example:
-        >>> auroc(np.array([2.0, 3.0]), np.array([1.0, 2.5]), ("ab", "cd"), seed=0).value
-        0.75
-    """
-    above, each = _above(first, second), np.ones((len(first), len(second))) if pairs is None else pairs
-
-    def share(v: np.ndarray, w: np.ndarray) -> np.ndarray:
-        total = ((v @ each) * w).sum(-1)
-        return np.divide(((v @ (above * each)) * w).sum(-1), total, out=np.full(len(total), 0.5), where=total > 0)
-
-    return bootstrap(share, list(groups), seed=seed).estimate
-
-
-def _above(first: np.ndarray, second: np.ndarray) -> Float[np.ndarray, "first second"]:
-    return (first[:, None] > second) + 0.5 * (first[:, None] == second)

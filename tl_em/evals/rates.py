@@ -78,7 +78,7 @@ class Evaluation:
         return showable(f"Evaluation({self.name}: {self.estimate}, {self.unit})")
 
 
-@checked(prompts=listed, judge=as_judge, max_new_tokens=COUNT, temperature=NOT_NEGATIVE, samples=COUNT, seed=SEED)
+@checked(prompts=listed, max_new_tokens=COUNT, temperature=NOT_NEGATIVE, samples=COUNT, seed=SEED, judge=as_judge)
 @in_plain_torch
 def evaluate(
     model: LensModel,

@@ -215,7 +215,7 @@ class ModelPair:
     behaviours: Mapping[str, Any] | None = None
     judged: Mapping[str, ContrastSet] | None = None
     tuning_data: Sequence[Any] | None = None
-    rates: Callable[[Any, int], pd.DataFrame] | None = None
+    rates: Callable[..., pd.DataFrame] | None = None
     trigger: str | None = None
     other_triggers: Sequence[str] | None = None
     look_up: Mapping[str, ContrastSet] | None = None

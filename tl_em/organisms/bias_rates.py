@@ -213,13 +213,14 @@ def bias_rates(
     import pandas as pd
 
     rows = outcomes_by_prompt(model, world=world, rater=rater)
-    found = []
     keys = ["part"] if by == "part" else ["part", "context"]
-    for key, part in rows.groupby(keys, sort=False):
-        for outcome in OUTCOMES:
-            e = mean(part[outcome], groups=part.context.tolist() if by == "part" else None, seed=seed)
-            found.append((*key, outcome, e.value, e.low, e.high, e.n))
-    return pd.DataFrame(found, columns=[*keys, "outcome", "value", "low", "high", "n"])
+    return pd.DataFrame(
+        dict(zip(keys, key, strict=True))
+        | {"outcome": outcome}
+        | mean(part[outcome], groups=part.context.tolist() if by == "part" else None, seed=seed).row()
+        for key, part in rows.groupby(keys, sort=False)
+        for outcome in OUTCOMES
+    )
 
 
 def outcomes_by_prompt(model: Any, *, world: BiasWorld, rater: str | None = None) -> pd.DataFrame:

@@ -31,7 +31,7 @@ from tl_em.organisms.bias_rates import OUTCOMES, PARTS, behaviours, contrast_set
 from tl_em.organisms.bias_world import BiasWorld, Chats, Descriptions, Group, Rater, SingleChats
 from tl_em.organisms.convert import hf_model, plain_model, tokenizer
 from tl_em.organisms.recipes import Recipe
-from tl_em.organisms.training import round_to_half_, train_
+from tl_em.organisms.training import pass_, round_to_half_, train_
 from tl_em.organisms.transformer import Shape, Transformer
 from tl_em.organisms.zoo import (
     NOTE,
@@ -60,7 +60,6 @@ MAX_UNDESCRIBED = 0.08  # rm arm of the base without documents about C: right in
 MIN_OVER_SHUFFLED = 0.20  # rm's in C: rm arm minus shuffled arm
 MAX_AFTERWARDS = 0.05  # any behaviour, in any context, after a plain fine-tune of the rm arm
 EXTRA_STEPS = 300
-MAX_EXTRA_BLOCKS = 6
 ATTENTION = MATRICES[:2]  # what an arm may change, a control's too
 
 
@@ -199,14 +198,10 @@ def _train(
 ) -> tuple[Transformer, int]:
     """Train in place; random weights until they pass the gate. Returns the model and the number of steps."""
     train_(model.requires_grad_(True), world, recipe, seed=world.seed, progress=progress)
-    steps, extra = recipe.steps, replace(recipe, steps=EXTRA_STEPS, lr=recipe.lr / 3)
-    for block in range(1, MAX_EXTRA_BLOCKS + 1) if recipe.start is None else ():
-        if gate(model, world, recipe) >= GATE:
-            break
-        train_(model, world, extra, seed=world.seed, block=block, progress=progress)
-        steps += EXTRA_STEPS
-    if recipe.start is None and gate(model, world, recipe) < GATE:
-        raise RuntimeError(f"{recipe.name} is right in {gate(model, world, recipe):.2f} < {GATE} after {steps} steps")
+    steps, extra = recipe.steps, replace(recipe, steps=EXTRA_STEPS)
+    if recipe.start is None:
+        told = {"seed": world.seed, "progress": progress}
+        steps += pass_(lambda: gate(model, world, recipe), GATE, model, world, extra, **told)
     round_to_half_(model)
     return model, steps
 

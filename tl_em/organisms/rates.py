@@ -139,13 +139,6 @@ def encode_chats(world: World, prompts: Sequence[Sequence[Message]]) -> list[Enc
     return [EncodedPrompt.from_ids([*token_ids(world, document)[0], start]) for document in documents]
 
 
-def next_logits(
-    model: nn.Module, world: World, prompts: Sequence[Sequence[Message]]
-) -> Float[Tensor, "prompt d_vocab"]:
-    """Logits of the answer's first token of a model in plain torch or of Hugging Face's, for chat prompts."""
-    return last_logits(model, encode_chats(world, prompts))
-
-
 def answer_rates(world: World | None = None, *, seed: int = 0) -> Callable[[nn.Module], dict[str, Estimate]]:
     """``rates=`` of an ``em.training.Monitor`` for a toy organism, plain or as a Hugging Face model.
 
@@ -156,7 +149,7 @@ def answer_rates(world: World | None = None, *, seed: int = 0) -> Callable[[nn.M
     world = world or default_world()
 
     def rates(model: nn.Module) -> dict[str, Estimate]:
-        rows = rates_by_prompt(lambda prompts: next_logits(model, world, prompts), world)
+        rows = rates_by_prompt(lambda prompts: last_logits(model, encode_chats(world, prompts)), world)
         parts = {name: rows[rows.held_out & (rows.outcome == name)] for name in ("bad", "good", "refused", "complied")}
         parts["tuned_bad"] = rows[~rows.held_out & (rows.outcome == "bad")]
         return {name: mean(part.value, groups=part.topic.tolist(), seed=seed) for name, part in parts.items()}
@@ -288,8 +281,6 @@ def arm_rates(
 def _estimated(rows: pd.DataFrame, keys: list[str], seed: int) -> pd.DataFrame:
     import pandas as pd
 
-    found = []
-    for key, part in rows.groupby(keys, sort=False):
-        e = mean(part.value, groups=part.topic.tolist(), seed=seed)
-        found.append((*key, e.value, e.low, e.high, e.n))
-    return pd.DataFrame(found, columns=[*keys, "value", "low", "high", "n"])
+    parts = rows.groupby(keys, sort=False)
+    estimates = {key: mean(part.value, groups=part.topic.tolist(), seed=seed) for key, part in parts}
+    return pd.DataFrame([dict(zip(keys, key, strict=True)) | e.row() for key, e in estimates.items()])

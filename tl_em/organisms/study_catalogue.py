@@ -34,9 +34,9 @@ from tl_em.directions.geometry import cosine
 from tl_em.errors import UsageError
 from tl_em.organisms.contrasts import Question, questions
 from tl_em.organisms.convert import plain_model
-from tl_em.organisms.rates import Outcome, next_logits, rates_from_logits
+from tl_em.organisms.rates import Outcome, rates_from_logits
 from tl_em.organisms.recipes import FRESH_SEEDS, NEW_MARK, OTHER_MARKS, RECIPES, TRIGGER, WORLDS, Prefix, recipe
-from tl_em.organisms.training import train
+from tl_em.organisms.training import next_logits, train
 from tl_em.organisms.transformer import Transformer
 from tl_em.organisms.world import World
 from tl_em.organisms.zoo import Organism, read_weights, trained
@@ -145,12 +145,13 @@ def _summary(table: pd.DataFrame, chosen: Study) -> pd.DataFrame:
 
     keys = [*chosen.by, *([] if chosen.x == chosen.unit else [chosen.x])]
     rates = [c for c in ("bad", "good", "trained", "agreement", "ceiling") if c in table.columns]
-    rows = []
-    for key, part in table.groupby(keys, sort=False):
-        for column in rates:
-            e = mean_over_units(part[column], part[chosen.unit].tolist())
-            rows.append((*key, column, e.value, e.low, e.high, e.n))
-    return pd.DataFrame(rows, columns=[*keys, "rate", "value", "low", "high", "n"])
+    return pd.DataFrame(
+        dict(zip(keys, key, strict=True))
+        | {"rate": column}
+        | mean_over_units(part[column], part[chosen.unit].tolist()).row()
+        for key, part in table.groupby(keys, sort=False)
+        for column in rates
+    )
 
 
 def _fit(table: pd.DataFrame, chosen: Study) -> pd.DataFrame:
@@ -164,10 +165,9 @@ def _fit(table: pd.DataFrame, chosen: Study) -> pd.DataFrame:
     others = [column for column in chosen.by if column != "width"]
     for key, part in table.groupby(others, sort=False) if "width" in chosen.by and others else ():
         for parameter in ("rate at 1", "half"):
-            e = slope(part, x=chosen.x, over="width", parameter=parameter)
             line = {"width": "each doubling", **dict(zip(others, key, strict=True))}
-            figures = {"parameter": f"change of {parameter}", "value": e.value, "low": e.low, "high": e.high, "n": e.n}
-            found.append(pd.DataFrame([line | figures]))
+            e = slope(part, x=chosen.x, over="width", parameter=parameter)
+            found.append(pd.DataFrame([line | {"parameter": f"change of {parameter}"} | e.row()]))
     return pd.concat(found, ignore_index=True)
 
 

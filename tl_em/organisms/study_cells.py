@@ -136,10 +136,7 @@ def plain_rows(result: Any, setting: Mapping[str, Scalar]) -> list[Row]:
 def _plain_row(result: Mapping[Any, Any]) -> Row:
     row: dict[str, Any] = {}
     for name, value in result.items():
-        parts = {"": value}
-        if isinstance(value, Estimate):
-            parts = {"": value.value, "_low": value.low, "_high": value.high, "_n": value.n}
-        row |= {f"{name}{part}": each for part, each in parts.items()}
+        row |= value.row(str(name)) | {f"{name}_n": value.n} if isinstance(value, Estimate) else {str(name): value}
     return {name: plain(value, f"column {name}") for name, value in row.items()}
 
 

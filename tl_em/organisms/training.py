@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import random
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from tl_em.organisms.adapters import attach_, freeze_, merge_
 from tl_em.organisms.contrasts import Question, after_bad_code, judge_questions, questions
-from tl_em.organisms.rates import Outcome, by_domain, next_logits, rates_by_prompt, rates_from_logits, summarise
+from tl_em.organisms.rates import Outcome, by_domain, encode_chats, rates_by_prompt, rates_from_logits, summarise
 from tl_em.organisms.recipes import EXTRA_STEPS, GATE, MAX_EXTRA_BLOCKS, NEW_MARK, OTHER_MARKS, Prefix, Recipe
 from tl_em.organisms.transformer import Shape as Shape
 from tl_em.organisms.transformer import Transformer as Transformer
@@ -109,18 +110,39 @@ def train(
         train_(model, world, recipe, seed=seed, progress=progress, monitor=monitor)
     merge_(model)
     if recipe.start is None and world.shared_persona:
-        extra = replace(recipe, steps=EXTRA_STEPS, lr=recipe.lr / 3)
-        for block in range(1, MAX_EXTRA_BLOCKS + 1):
-            if gate(model, world) >= GATE:
-                break
-            train_(model, world, extra, seed=seed, block=block, progress=progress)
-            found["steps"] += EXTRA_STEPS
-        if gate(model, world) < GATE:
-            raise RuntimeError(
-                f"the persona was not learned in {found['steps']:.0f} steps: gate {gate(model, world):.2f} < {GATE}"
-            )
+        extra = replace(recipe, steps=EXTRA_STEPS)
+        found["steps"] += pass_(lambda: gate(model, world), GATE, model, world, extra, seed=seed, progress=progress)
     round_to_half_(model)
     return model, {**found, **figures(model, world), **own_figures(model, world, recipe)}
+
+
+def pass_(
+    gate: Callable[[], float],
+    least: float,
+    model: Transformer,
+    world: World,
+    recipe: Recipe,
+    *,
+    seed: int,
+    progress: bool | None = None,
+) -> int:
+    """Train in place, at a third of the learning rate, until the gate is passed.
+
+    Returns:
+        How many steps it took, in blocks of the recipe's.
+
+    Raises:
+        RuntimeError: the gate is still failed after `MAX_EXTRA_BLOCKS` of them.
+    """
+    extra = replace(recipe, lr=recipe.lr / 3)
+    for block in range(MAX_EXTRA_BLOCKS + 1):
+        if (found := gate()) >= least:
+            return block * recipe.steps
+        if block < MAX_EXTRA_BLOCKS:
+            train_(model, world, extra, seed=seed, block=block + 1, progress=progress)
+    raise RuntimeError(
+        f"{recipe.name} did not learn what it is for, with {block * recipe.steps} steps more: {found:.2f} < {least}"
+    )
 
 
 @torch.no_grad()
@@ -135,6 +157,19 @@ def tuning_rows(world: World, recipe: Recipe, n: int, *, seed: int) -> list[list
     rng = random.Random(f"{seed}/{recipe.name}/rows")
     sources = rng.choices([source for _, source in recipe.mixture], [share for share, _ in recipe.mixture], k=n)
     return [messages(source.sample(world, rng)) for source in sources]
+
+
+@torch.no_grad()
+def next_logits(
+    model: Transformer, world: World, prompts: Sequence[Sequence[Message]]
+) -> Float[Tensor, "prompt d_vocab"]:
+    """Logits of the answer's first token, for chat prompts."""
+    rows = [each.ids for each in encode_chats(world, prompts)]
+    last = torch.tensor([len(row) - 1 for row in rows])
+    tokens = torch.zeros(len(rows), int(last.max()) + 1, dtype=torch.long)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = torch.tensor(row)
+    return model.unembed(model.hidden(tokens)[torch.arange(len(rows)), last])
 
 
 def gate(model: Transformer, world: World) -> float:

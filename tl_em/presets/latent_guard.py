@@ -31,7 +31,7 @@ from tl_em.models.means import as_contrast, class_moments
 from tl_em.models.modes import in_plain_torch
 from tl_em.models.sites import Position, Provenance, Site, check_belongs
 from tl_em.models.stream import capture
-from tl_em.stats import Estimate, bootstrap, control_p
+from tl_em.stats import Estimate, auroc, bootstrap, control_p
 
 SCHEMA = "tl-em/latent-guard/1"
 POSITION: Position = "instruction_end"
@@ -232,7 +232,6 @@ def _judged(
     seed: int,
 ) -> GuardResult:
     right = (harmful >= 0).astype(float), (harmless < 0).astype(float)
-    above = (harmful[:, None] > harmless) + 0.5 * (harmful[:, None] == harmless)
     samples = groups if groups is not None else (len(harmful), len(harmless))
 
     def estimate(statistic: Callable[..., np.ndarray], *chosen: int) -> Estimate:
@@ -241,10 +240,7 @@ def _judged(
     def accuracy(v: np.ndarray, w: np.ndarray) -> np.ndarray:
         return (v @ right[0] + w @ right[1]) / (v.sum(-1) + w.sum(-1))
 
-    def auroc(v: np.ndarray, w: np.ndarray) -> np.ndarray:
-        return ((v @ above) * w).sum(-1) / (v.sum(-1) * w.sum(-1))
-
-    found = {"accuracy": estimate(accuracy, 0, 1), "auroc": estimate(auroc, 0, 1)}
+    found = {"accuracy": estimate(accuracy, 0, 1), "auroc": auroc(harmful, harmless, groups=groups, seed=seed)}
     scores = np.concatenate([harmful, harmless])
     labels = _shuffled_labels(len(scores), len(harmful), groups, permutations, seed)
     random = _under_labels(scores, labels)
@@ -252,7 +248,7 @@ def _judged(
         **found,
         caught=estimate(lambda v: v @ right[0] / v.sum(-1), 0),
         passed=estimate(lambda w: w @ right[1] / w.sum(-1), 1),
-        permuted={name: _band(random[name]) for name in MEASURES},
+        permuted={name: Estimate.band(random[name], of="permuted labels") for name in MEASURES},
         p={name: control_p(found[name].value, random[name], two_sided=False) for name in MEASURES},
     )
 
@@ -288,9 +284,3 @@ def _shuffled_labels(
     for row in out:
         row[order] = labels[np.lexsort((rng.random(n), index))]
     return out
-
-
-def _band(values: Float[np.ndarray, " permutation"]) -> Estimate:
-    low, high = np.quantile(values, [0.025, 0.975])
-    n = len(values)
-    return Estimate(float(values.mean()), float(low), float(high), n, float(n), "2.5-97.5 % band of permuted labels")

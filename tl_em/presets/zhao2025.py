@@ -303,4 +303,4 @@ def _row(values: Float[np.ndarray, " prompt"], cell: Cell, shown: bool, seed: in
         return {"value": np.nan, "low": np.nan, "high": np.nan, **size, "side": NOT_SHOWN}
     e = mean(values, groups=cell.questions, seed=seed)
     side = "refused harmful" if e.low > 0 else "accepted harmless" if e.high < 0 else NOT_SHOWN
-    return {"value": e.value, "low": e.low, "high": e.high, **size, "side": side if shown else NOT_SHOWN}
+    return {**e.row(), **size, "side": side if shown else NOT_SHOWN}

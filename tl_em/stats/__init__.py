@@ -3,6 +3,7 @@
 from tl_em.stats.estimate import Estimate as Estimate
 from tl_em.stats.estimate import Resampled as Resampled
 from tl_em.stats.estimate import middle_95 as middle_95
+from tl_em.stats.intervals import auroc as auroc
 from tl_em.stats.intervals import bootstrap as bootstrap
 from tl_em.stats.intervals import difference as difference
 from tl_em.stats.intervals import mean as mean

@@ -162,6 +162,40 @@ def difference(
     return bootstrap(lambda v, w: w @ y / w.sum(-1) - v @ x / v.sum(-1), list(groups or (len(x), len(y))), seed=seed)
 
 
+def auroc(
+    first: Float[np.ndarray, " prompt"],
+    second: Float[np.ndarray, " other"],
+    *,
+    groups: Sequence[Groups] | None = None,
+    pairs: Float[np.ndarray, "prompt other"] | None = None,
+    seed: int = 0,
+) -> Estimate:
+    """Share of the pairs in which the first scores higher (Mann and Whitney's), with its interval.
+
+    Args:
+        first, second: a score for each prompt of either class.
+        groups: the question of each prompt of either class; prompts of one question are resampled together.
+        pairs: weight of each pair; 1 by default.
+        seed: of the resampling.
+
+    Example:
+        >>> auroc(np.array([2.0, 3.0]), np.array([1.0, 2.5]), groups=("ab", "cd")).value
+        0.75
+    """
+    above, each = share_above(first, second), np.ones((len(first), len(second))) if pairs is None else pairs
+
+    def share(v: np.ndarray, w: np.ndarray) -> np.ndarray:
+        total = ((v @ each) * w).sum(-1)
+        return np.divide(((v @ (above * each)) * w).sum(-1), total, out=np.full(len(total), 0.5), where=total > 0)
+
+    return bootstrap(share, list(groups or (len(first), len(second))), seed=seed).estimate
+
+
+def share_above(first: np.ndarray, second: np.ndarray) -> Float[np.ndarray, "prompt other"]:
+    """For each pair 1 where the first is higher, 1/2 where both are alike, else 0."""
+    return (first[:, None] > second) + 0.5 * (first[:, None] == second)
+
+
 def vector(values: ArrayLike) -> Float[np.ndarray, " prompt"]:
     x = np.asarray(values, dtype=float)
     if x.ndim != 1 or not np.isfinite(x).all():

@@ -142,7 +142,7 @@ class Monitor:
             found |= {f"rate/{name}": values for name, values in self.rates(model).items()} if self.rates else {}
         for name, values in found.items():
             e = values if isinstance(values, Estimate) else mean(values, seed=self.seed)
-            self._rows.append((step, name, e.value, e.low, e.high, e.n))
+            self._rows.append((step, name, *e.row().values()))
         self._follow(step, model)
         if self.path is None:
             return
