@@ -1,7 +1,7 @@
 """What does it cost to prove a model on loading? Time over a forward pass, forward passes, memory.
 
     OMP_NUM_THREADS=1 python benchmarks/proving.py
-    OMP_NUM_THREADS=1 python benchmarks/proving.py --write docs/performance.md
+    OMP_NUM_THREADS=1 python benchmarks/proving.py --write docs/results/performance.md
 
 A random Llama in memory is loaded with ``prove=True`` and ``prove=False`` in turns; the difference of their process
 times is divided by that of one forward pass over 512 tokens. Passes, and the tokens in them, are counted by a hook on

@@ -69,7 +69,8 @@ def test_a_contrast_set_in_words_the_model_does_not_know_is_refused(tmp_path: Pa
 
 def test_the_documented_help_is_the_real_help() -> None:
     generated = runpy.run_path(str(DOCS / "reference.py"))["page"]()
-    assert (DOCS / "cli.md").read_text(encoding="utf-8") == generated, "run python docs/reference.py"
+    page = DOCS / "reference" / "command-line.md"
+    assert page.read_text(encoding="utf-8") == generated, "run python docs/reference.py"
 
 
 def test_a_question_and_a_method_of_ones_own_are_given_by_module_and_name() -> None:

@@ -416,7 +416,7 @@ def test_what_json_cannot_keep_is_not_saved(tmp_path: Path) -> None:
 
 
 def test_every_layout_stands_in_the_docs() -> None:
-    page = (DOCS / "how-it-works.md").read_text(encoding="utf-8")
+    page = (DOCS / "how-to" / "contrast-sets.md").read_text(encoding="utf-8")
     for layout in LAYOUTS.values():
         assert f"| {layout.name} | {layout.holds} | {layout.positive} | {layout.source} |" in page
 

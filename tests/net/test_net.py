@@ -1,6 +1,6 @@
 """Nothing that worked may stop working: whole results beside those kept before the package was rebuilt.
 
-A difference is a fault, or a correction that docs/changelog.md names with the old and the new value; then the net is
+A difference is a fault, or a correction that CHANGELOG.md names with the old and the new value; then the net is
 cast again (``python -m tests.net.cast NAME``) in the same commit. Here numbers may differ by what another machine's
 rounding makes; ``python -m tests.net.cast --compare`` compares to the last digit, on the machine that cast it.
 """

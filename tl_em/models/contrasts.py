@@ -50,8 +50,8 @@ class ContrastSet:
 
     Raises:
         EmptyContrastError: a class is empty, or both classes are the same prompts.
-        PromptError: a prompt is neither a text nor a chat. UsageError: not one label a prompt, or one that cannot be
-        compared.
+        PromptError: a prompt is neither a text nor a chat.
+        UsageError: not one label a prompt, or one that cannot be compared.
 
     Example:
         >>> s = ContrastSet(["steal a car", "rob a bank"], ["wash a car", "open a bank"], label="refusal")
@@ -172,7 +172,7 @@ class ContrastSet:
 
         A row's prompt is its one column of prompt, text, statement, question, instruction or messages (with an
         ``answer`` or ``system_prompt``, a chat), ``group`` is its group, and the rows of a ``pair`` share a place;
-        other columns are not read. ``source`` says how the file was read; docs/how-it-works.md has the publications.
+        other columns are not read. ``source`` says how the file was read; docs/how-to/contrast-sets.md has the sources.
 
         Args:
             name_or_path: ``"refusal"``, ``"gender"``; or a file; or a folder with ``positive.*`` and ``negative.*``.
@@ -185,8 +185,8 @@ class ContrastSet:
         Raises:
             FileError: neither a file nor a built-in set (the message lists them), or a folder without both classes.
             CorruptFileError: the file does not hold a contrast set; by row and column.
-            EmptyContrastError: it holds one class; the message gives the call. UsageError: no such form, and two files
-            of which one holds both classes.
+            EmptyContrastError: it holds one class; the message gives the call.
+            UsageError: no such form, and two files of which one holds both classes.
 
         Example:
             >>> ContrastSet.load("refusal").label
