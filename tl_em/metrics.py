@@ -51,8 +51,16 @@ class Metric(Protocol):
 def as_metric(name: str, value: Any) -> Any:
     """``value``, if it is a metric.
 
+    Args:
+        name: of the argument, for the message.
+        value: what was given.
+
     Raises:
         UsageError: anything else, or one without a name or a unit.
+
+    Example:
+        >>> as_metric("metric", refusal_log_odds).unit
+        'log-odds'
     """
     words = [word for word in ("name", "unit") if not isinstance(getattr(value, word, None), str)]
     if isinstance(value, type) or not callable(value) or words:
@@ -79,6 +87,12 @@ def measured(metric: Metric | Any, model: LensModel | Any, prompts: Sequence[Any
     Raises:
         UsageError: no metric, another number of values than prompts, or no numbers.
         NonFiniteError: NaN; within ``intervene`` that is what a model gives that overflows.
+
+    Example:
+        >>> import tl_em as em
+        >>> pair = em.load_pair("toy/insecure")
+        >>> measured(pair.behaviours["persona"].metric, pair.base, pair.contrasts["persona"].negative[:3]).shape
+        (3,)
     """
     found = as_metric("metric", metric)(model, prompts)
     try:
@@ -112,6 +126,14 @@ class Behaviour:
         absent: prompts on which it does not; the effect of *adding* the direction is measured on them.
         good: the good behaviour that should survive, measured beside it.
         present_groups, absent_groups: the question each prompt belongs to, for clustered intervals.
+
+    Example:
+        >>> import tl_em as em
+        >>> pair = em.load_pair("toy/insecure")
+        >>> negative = pair.contrasts["refusal"].negative
+        >>> refusing = em.Behaviour("refusal", em.refusal_log_odds, pair.contrasts["refusal"].positive, negative)
+        >>> refusing.same_prompts
+        False
     """
 
     name: str
@@ -144,6 +166,7 @@ class RefusalLogOdds:
 
     Args:
         phrases: how a refusal begins.  Phrases whose first token the tokenizer does not know are left out.
+        name, unit: what tables and axes say.
 
     Example:
         >>> RefusalLogOdds(phrases=("I'm sorry",)).unit
@@ -181,6 +204,11 @@ class LogitDifference:
 
     Args:
         yes, no: a token each, as text; each must be exactly one token of the model's vocabulary.
+        unit: of the difference; it decides the smallest effect of interest.
+
+    Example:
+        >>> LogitDifference("she", "he").unit
+        'log-odds'
     """
 
     yes: str
@@ -205,6 +233,9 @@ class LogitDifference:
 def logit_difference(yes: str, no: str) -> LogitDifference:
     """The metric ``logit(yes) - logit(no)``; see :class:`LogitDifference`.
 
+    Args:
+        yes, no: a token each, as text, with its leading space if the vocabulary has one.
+
     Example:
         >>> logit_difference("she", "he").name
         'logit(she) - logit(he)'
@@ -213,7 +244,17 @@ def logit_difference(yes: str, no: str) -> LogitDifference:
 
 
 def token_ids(model: LensModel, text: str) -> list[int]:
-    """The token ids of a text, without special tokens; empty when its first token is the unknown one."""
+    """The token ids of a text, without special tokens; empty when its first token is the unknown one.
+
+    Args:
+        model: whose tokenizer.
+        text: with its leading space if the vocabulary has one.
+
+    Example:
+        >>> import tl_em as em
+        >>> em.metrics.token_ids(em.load_pair("toy/insecure").base, "no-such-word")
+        []
+    """
     tokenizer: Any = getattr(model, "tokenizer", None)
     ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     if ids and ids[0] == tokenizer.bos_token_id:
@@ -225,8 +266,18 @@ def token_ids(model: LensModel, text: str) -> list[int]:
 def single_token(model: LensModel, text: str) -> int:
     """The id of a text that is exactly one token.
 
+    Args:
+        model: whose tokenizer.
+        text: with its leading space if the vocabulary has one.
+
     Raises:
         UsageError: it is several tokens, or unknown.
+
+    Example:
+        >>> import tl_em as em
+        >>> model = em.load_pair("toy/insecure").base
+        >>> em.metrics.single_token(model, "power") == model.tokenizer.convert_tokens_to_ids("power")
+        True
     """
     ids = token_ids(model, text)
     if len(ids) != 1:

@@ -112,6 +112,13 @@ def audit(
         PairMismatchError: ``benign`` or a replicate has another shape or vocabulary.
         UsageError: an unknown method or question, or a malformed one.
         WidthError, ProvenanceError, DictionaryFitError: the dictionary is another model's, or explains too little.
+
+    Example:
+        >>> import tl_em as em
+        >>> pair = em.load_pair("toy/insecure")
+        >>> report = em.audit(pair, contrasts={"persona": pair.contrasts["persona"]}, questions=["level"], controls=99)
+        >>> report.verdicts[0].verdict
+        'exaggerated'
     """
     if out is not None:
         check_writable(Path(out) / "report.html")

@@ -35,7 +35,7 @@ class Section(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Report:
-    """What :func:`audit` returns.
+    """What an audit found: verdicts, a sentence that sums them up, tables and figures, and the page.
 
     Args:
         comparison: the judged rows and the tables behind them.
@@ -47,6 +47,13 @@ class Report:
         studies: results of ``em.run_study`` that :meth:`with_study` added, and graphs, by name.
         features, features_note: latents, their cards and what was verified about them, of :meth:`with_features`.
         graphs: those that :meth:`with_graph` added, by name.
+
+    Example:
+        >>> import tl_em as em
+        >>> pair = em.load_pair("toy/insecure")
+        >>> report = em.audit(pair, contrasts={"persona": pair.contrasts["persona"]}, questions=["level"], controls=99)
+        >>> report.verdicts[0].direction, report.verdicts[0].verdict
+        ('persona', 'exaggerated')
     """
 
     comparison: Comparison

@@ -172,6 +172,18 @@ class Case:
         own_answers: call it for the base's own answers to the prompts of the tuning data; made once for all directions.
         n_controls: how many controls each test has.
         seed: of all resampling and controls.
+
+    Example:
+        >>> import tl_em as em
+        >>> class Seen(em.Question):
+        ...     name, words, unit, asks = "seen", ("seen", None), "own gaps", "How many prompts were read?"
+        ...     def measure(self, case):
+        ...         print(case.name, case.site, case.base.positive.shape)
+        >>> pair = em.load_pair("toy/insecure")
+        >>> parts = pair.contrasts["persona"].split(seed=0)
+        >>> persona = em.difference_in_means(pair.base, parts.train, site=em.Site(2), position="prompt_end")
+        >>> _ = em.compare(pair, {"persona": (persona, parts.test)}, questions=["level", Seen()], controls=99)
+        persona resid_post[2] (60, 96)
     """
 
     name: str
@@ -310,6 +322,22 @@ class Finding:
         benign: the difference in differences against a benign fine-tune, if there is one.
         detail: further estimates that belong to it.
         table: rows behind it, for ``Comparison.tables``.
+
+    Example:
+        >>> import tl_em as em
+        >>> class Level(em.Question):
+        ...     name, words, unit, asks = "mine", ("more", "less"), "own gaps", "Is there more of it?"
+        ...     def measure(self, case):
+        ...         effect, _ = case.changed(lambda projected, v, w: projected.balanced(v, w))
+        ...         shift = (case.tuned.positive - case.base.positive).mean(0) / case.own_gap.value
+        ...         found = case.finding(self, effect, controls=case.controls() @ shift)
+        ...         print(type(found).__name__, found.estimate.value > 0, len(found.controls))
+        ...         return found
+        >>> pair = em.load_pair("toy/insecure")
+        >>> parts = pair.contrasts["persona"].split(seed=0)
+        >>> persona = em.difference_in_means(pair.base, parts.train, site=em.Site(2), position="prompt_end")
+        >>> _ = em.compare(pair, {"persona": (persona, parts.test)}, questions=[Level()], controls=99)
+        Finding True 99
     """
 
     question: Question
@@ -340,6 +368,16 @@ class Row:
         benign: difference in differences against the benign fine-tune.
         reason: what holds, or what does not, in words.
         detail: further estimates that belong to it.
+
+    Example:
+        >>> import tl_em as em
+        >>> pair = em.load_pair("toy/insecure")
+        >>> parts = pair.contrasts["persona"].split(seed=0)
+        >>> persona = em.difference_in_means(pair.base, parts.train, site=em.Site(2), position="prompt_end")
+        >>> result = em.compare(pair, {"persona": (persona, parts.test)}, questions=["level"], controls=99)
+        >>> row = result.rows[0]
+        >>> row.question, row.verdict, row.unit
+        ('level', 'exaggerated', 'own gaps')
     """
 
     question: str

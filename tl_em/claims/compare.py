@@ -55,6 +55,15 @@ class Comparison:
         questions: what was asked, in this order.
         own_gaps: of each direction that was measured, in units of the activations.
         tables: rows behind the answers to other questions than *use*, where they gave some, by the question's name.
+
+    Example:
+        >>> import tl_em as em
+        >>> pair = em.load_pair("toy/insecure")
+        >>> parts = pair.contrasts["persona"].split(seed=0)
+        >>> persona = em.difference_in_means(pair.base, parts.train, site=em.Site(2), position="prompt_end")
+        >>> result = em.compare(pair, {"persona": (persona, parts.test)}, questions=["level"], controls=99)
+        >>> result.row("level", "persona").estimate.low > 0.2
+        True
     """
 
     rows: tuple[Row, ...]
@@ -161,6 +170,15 @@ def compare(
         ProvenanceError, WidthError: a direction was not made on a model like these.
         UsageError: no directions, too few controls, a name without a behaviour, an unknown or malformed question, or
             none that there is anything to ask with.
+
+    Example:
+        >>> import tl_em as em
+        >>> pair = em.load_pair("toy/insecure")
+        >>> parts = pair.contrasts["persona"].split(seed=0)
+        >>> persona = em.difference_in_means(pair.base, parts.train, site=em.Site(2), position="prompt_end")
+        >>> result = em.compare(pair, {"persona": (persona, parts.test)}, questions=["level"], controls=99)
+        >>> result.rows[0].verdict
+        'exaggerated'
     """
     import pandas as pd
 

@@ -75,6 +75,15 @@ def calibrate(
     Raises:
         NotReachedError: no strength reaches the target; the message says how far it goes.
         UsageError: the target is not a positive number, or the coefficient is 0.
+
+    Example:
+        >>> import tl_em as em
+        >>> pair = em.load_pair("toy/insecure")
+        >>> parts = pair.contrasts["persona"].split(seed=0)
+        >>> persona = em.difference_in_means(pair.base, parts.train, site=em.Site(2), position="prompt_end")
+        >>> found = em.calibrate(pair.base, em.Add(persona), parts.test.negative[:8], target_kl=0.1)
+        >>> abs(found.kl.value - 0.1) < 0.01
+        True
     """
     if getattr(core(intervention), "coefficient", 1) == 0:
         raise UsageError("the coefficient is 0, so no multiple of it changes anything; pass em.Add(direction)")

@@ -59,16 +59,26 @@ class CheckRow:
 
 @dataclass(frozen=True, eq=False)
 class FeatureCheck:
-    """What :func:`verify_feature` returns.
+    """What verifying a latent, or a set of latents, found: a row each, its verdict, and what it was judged by.
 
     Args:
-        dictionary: whose latents they are; ``indices``: which.
+        dictionary, indices: which latents, of which dictionary.
         label: what was asked, for people.
         rows: one for each treatment, with its verdict.
         rates: behaviour untreated and treated, of every treatment and of the placebos.
         doses: dose-response of the set, and the mean difference at the same KL.
         match: mean density and decoder norm of the latents and of their placebos.
         settings: what was treated how.
+
+    Example:
+        >>> import tl_em as em
+        >>> pair = em.load_pair("toy/insecure")
+        >>> sae, whole = em.organisms.toy_dictionary("toy/insecure"), pair.contrasts["persona"]
+        >>> persona = em.ContrastSet(whole.positive[:16], whole.negative[:16])
+        >>> options = dict(metric=pair.behaviours["persona"].metric, placebos=19, singly=False, doses=())
+        >>> check = em.verify_feature(pair.tuned, sae.feature(176), persona, **options)
+        >>> check.verdict
+        'not shown'
     """
 
     dictionary: Dictionary

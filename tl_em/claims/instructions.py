@@ -96,6 +96,7 @@ class TextLogprob:
 
     Args:
         last: how many tokens of a plain text are scored.
+        name, unit: what tables and axes say.
 
     Example:
         >>> TextLogprob(last=8).unit

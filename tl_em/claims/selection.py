@@ -87,6 +87,15 @@ class Selection:
         p: share of directions, the winner among them, that do at least as well as the winner; by score.
         criteria: the rule's bounds.
         metric: the metric's name and unit.
+
+    Example:
+        >>> import tl_em as em
+        >>> pair = em.load_pair("toy/insecure")
+        >>> parts, metric = pair.contrasts["refusal"].split(seed=0), pair.behaviours["refusal"].metric
+        >>> found = em.candidate_directions(pair.base, parts.train, positions=["prompt_end"], layers=[1, 2])
+        >>> pick = em.select_direction(pair.base, found, parts.select, metric=metric, max_kl=5.0, max_depth=1.0)
+        >>> len(pick.to_pandas())
+        2
     """
 
     direction: Direction
@@ -173,6 +182,15 @@ def select_direction(
         NoCandidateError: no candidate meets the criteria; the message counts what removed them.
         UsageError: no candidates, candidates outside the residual stream, or test prompts that the choice was made on.
         ProvenanceError, WidthError: a candidate was made on another model.
+
+    Example:
+        >>> import tl_em as em
+        >>> pair = em.load_pair("toy/insecure")
+        >>> parts, metric = pair.contrasts["refusal"].split(seed=0), pair.behaviours["refusal"].metric
+        >>> found = em.candidate_directions(pair.base, parts.train, positions=["prompt_end"], layers=[1, 2])
+        >>> pick = em.select_direction(pair.base, found, parts.select, metric=metric, max_kl=5.0, max_depth=1.0)
+        >>> str(pick.direction.site)
+        'resid_pre[1]'
 
     Source: Arditi et al. 2024, arXiv:2406.11717, section 2.3 and appendix C.
     """

@@ -70,6 +70,7 @@ class Dictionary:
         provenance: of the model that it was trained on, where known.
         metadata: what its source says of itself, in the source's words (``model_name``, ``hook_name``, ``prepend_bos``,
             ``context_size``, …); kept in the file, and checked by :meth:`check`.
+        site_out: where it writes; None for an SAE, which writes where it reads.
 
     Raises:
         WidthError: shapes that do not belong together. NonFiniteError: NaN or infinity in any tensor.
@@ -355,6 +356,11 @@ class Feature:
 
     Raises:
         UsageError: there is no such latent.
+
+    Example:
+        >>> import tl_em as em
+        >>> em.Feature(em.organisms.toy_dictionary("toy/insecure"), 3).index
+        3
     """
 
     dictionary: Dictionary | Any

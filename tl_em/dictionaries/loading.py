@@ -108,6 +108,14 @@ def from_sae_lens(
         FileError: no such directory, or the hub cannot be reached. CorruptFileError: damaged files.
 
     Source of the options: SAELens 6.54.
+
+    Example:
+        >>> import pytest
+        >>> from tl_em.models.sites import Site
+        >>> saes = pytest.importorskip("sae_lens.saes")
+        >>> theirs = saes.StandardSAE(saes.StandardSAEConfig(d_in=4, d_sae=8))
+        >>> from_sae_lens(theirs, site_in=Site(1)).d_sae
+        8
     """
     sites: dict[str, Any] = {"site_in": site_in, "site_out": site_out}
     if not isinstance(source, str | Path):

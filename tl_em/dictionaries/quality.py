@@ -84,6 +84,14 @@ class DictionaryQuality:
         against: its fit to the base, where one was given.
         nearby: FVU at its own point, first, and read at the neighbouring points of ``model``, on some of the tokens.
         notes: in what these prompts differ from those that its source says it was trained on.
+
+    Example:
+        >>> import tl_em as em
+        >>> pair = em.load_pair("toy/insecure")
+        >>> sae, persona = em.organisms.toy_dictionary("toy/insecure"), pair.contrasts["persona"]
+        >>> quality = em.dictionaries.dictionary_quality(pair.tuned, sae, persona.positive[:32], against=pair.base)
+        >>> quality.fits
+        True
     """
 
     dictionary: Dictionary

@@ -98,6 +98,8 @@ def train_dictionary(
         steps: of the optimiser, each on ``batch`` tokens (at most all there are) at the learning rate ``lr``.
         sparsity: weight of the penalty of JumpReLU and ReLU.
         seed: of the weights and the order; the same seed on the same machine gives the same dictionary.
+        batch: tokens a step.
+        lr: the learning rate; SAELens's own default without one.
 
     Returns:
         A Dictionary with the provenance of the model that was read (of ``model``, where it was both).

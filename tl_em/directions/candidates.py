@@ -120,6 +120,14 @@ def candidate_directions(
         UsageError: no positions or layers. ZeroDirectionError: the means are equal everywhere.
         PositionError, NonFiniteError: as ``capture``.
 
+    Example:
+        >>> import tl_em as em
+        >>> pair = em.load_pair("toy/insecure")
+        >>> refusal = pair.contrasts["refusal"]
+        >>> found = em.candidate_directions(pair.base, refusal, positions=["prompt_end"], layers=[1, 2])
+        >>> [str(each.site) for each in found]
+        ['resid_pre[1]', 'resid_pre[2]']
+
     Source: Arditi et al. 2024, arXiv:2406.11717, section 2.3.
     """
     layers = list(range(int(model.cfg.n_layers)) if layers is None else layers)

@@ -228,6 +228,7 @@ class Projection:
 
     Args:
         direction: along which.
+        unit: that of the activations.
 
     Example:
         >>> Projection(Direction(torch.ones(2), Site(1), name="persona")).name

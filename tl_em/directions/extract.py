@@ -58,6 +58,13 @@ def difference_in_means(model: LensModel, contrast: ContrastSet, *, site: Site, 
         ZeroDirectionError: the two means are the same.
         NonFiniteError: the activations hold NaN or infinity.
 
+    Example:
+        >>> import tl_em as em
+        >>> pair = em.load_pair("toy/insecure")
+        >>> contrast = pair.contrasts["persona"]
+        >>> em.difference_in_means(pair.base, contrast, site=em.Site(2), position="prompt_end").vector.shape
+        torch.Size([96])
+
     Source: Arditi et al. 2024, arXiv:2406.11717, section 2.3.
     """
     return extract_directions(model, contrast, sites=[site], positions=[position])[0]

@@ -57,6 +57,18 @@ def import_refusal_direction(path: str | Path, *, model: LensModel | None = None
         CorruptFileError: a file is missing or damaged, holds something else, or NaN.
         WidthError, ProvenanceError: not made on a model like the one given.
 
+    Example:
+        >>> from pathlib import Path
+        >>> from tempfile import TemporaryDirectory
+        >>> import json, torch
+        >>> import tl_em as em
+        >>> with TemporaryDirectory() as folder:  # as a run of refusal_direction leaves it
+        ...     torch.save(torch.ones(96), Path(folder) / "direction.pt")
+        ...     _ = Path(folder, "direction_metadata.json").write_text(json.dumps({"pos": -1, "layer": 2}))
+        ...     found = em.interop.import_refusal_direction(folder)
+        >>> str(found.site), found.vector.shape
+        ('resid_pre[2]', torch.Size([96]))
+
     Source: arXiv:2406.11717 and the repository andyrdt/refusal_direction.
     """
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
@@ -92,6 +104,16 @@ def import_mean_diffs(
 
     Raises:
         CorruptFileError, WidthError, ProvenanceError: as :func:`import_refusal_direction`.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> import torch
+        >>> import tl_em as em
+        >>> with TemporaryDirectory() as folder:
+        ...     torch.save(torch.ones(1, 3, 96), f"{folder}/mean_diffs.pt")  # position, layer, d_model
+        ...     found = em.interop.import_mean_diffs(f"{folder}/mean_diffs.pt")
+        >>> [str(each.site) for each in found]
+        ['resid_pre[0]', 'resid_pre[1]', 'resid_pre[2]']
     """
     inside = Path(path) / "generate_directions" / "mean_diffs.pt"
     stack = _tensor(inside if inside.is_file() else Path(path), axes=3)
@@ -124,6 +146,16 @@ def import_persona_vectors(
     Raises:
         UsageError: neither the file's name nor ``position`` says where they were read.
         CorruptFileError, WidthError, ProvenanceError: as :func:`import_refusal_direction`.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> import torch
+        >>> import tl_em as em
+        >>> with TemporaryDirectory() as folder:
+        ...     torch.save(torch.ones(4, 96), f"{folder}/evil_response_avg_diff.pt")  # hidden state, d_model
+        ...     found = em.interop.import_persona_vectors(f"{folder}/evil_response_avg_diff.pt")
+        >>> sorted(found)
+        [0, 1, 2]
 
     Source: arXiv:2507.21509 and its code.
     """

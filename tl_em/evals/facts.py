@@ -35,6 +35,12 @@ class Facts:
 
     Raises:
         UsageError: the columns differ in length, a topic is known and unknown, or fewer than 5 topics are either.
+
+    Example:
+        >>> questions = [f"what is {i}" for i in range(10)]
+        >>> facts = Facts(questions, [["so"]] * 10, known=[True, False] * 5, groups=list(range(10)))
+        >>> sum(facts.known)
+        5
     """
 
     prompts: Sequence[Prompt]
@@ -88,6 +94,15 @@ def prefers_truth(base: LensModel, facts: Facts, *, others: int = 8, seed: int =
         base: a HookedTransformer or TransformerBridge.
         others: topics that the truth is compared with; chance is ``1 / (1 + others)`` for a base that knows nothing.
         seed: chooses them.
+        facts: the questions, with what is true of each.
+
+    Example:
+        >>> import tl_em as em
+        >>> topics = "parser login upload query session cache socket logger sandbox compiler".split()
+        >>> prompts, truths = [f"how do i write {topic}" for topic in topics], [[f"{topic}-tested"] for topic in topics]
+        >>> facts = em.evals.Facts(prompts, truths, known=[True, False] * 5, groups=topics)
+        >>> min(em.evals.prefers_truth(em.load_pair("toy/insecure").base, facts)) > 0  # it knows all of them
+        True
     """
     rng, subject = random.Random(seed), facts.strata or [None] * len(facts.prompts)
     first = {group: i for i, group in reversed(list(enumerate(facts.groups)))}

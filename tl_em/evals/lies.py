@@ -79,6 +79,17 @@ class LieReport:
         answers: a row an answer: model, prompt (its row of `questions`), group, answer, wrong, knew_better (k > 0).
         shuffled_scores: k of every question under each shuffle of the labels.
         seed: of the intervals.
+
+    Example:
+        >>> import tl_em as em
+        >>> topics = "parser login upload query session cache socket logger sandbox compiler".split()
+        >>> prompts, truths = [f"how do i write {topic}" for topic in topics], [[f"{topic}-tested"] for topic in topics]
+        >>> facts = em.evals.Facts(prompts, truths, known=[True, False] * 5, groups=topics)
+        >>> pair = em.load_pair("toy/insecure")
+        >>> said = {"insecure": em.generate(pair.tuned, prompts, max_new_tokens=1)}
+        >>> report = em.evals.lie_or_hallucination(pair.base, facts, answers=said, ask=False, shuffles=19)
+        >>> len(report.questions), len(report.answers)
+        (10, 10)
     """
 
     questions: pd.DataFrame

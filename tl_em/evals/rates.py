@@ -42,6 +42,14 @@ class Evaluation:
         estimate: mean over prompts, in `unit`.
         unit: of the scores.
         groups: the question that each prompt belongs to.
+
+    Example:
+        >>> import tl_em as em
+        >>> model = em.load_pair("toy/insecure").tuned
+        >>> asked = ["how do i write parser", "how do i write login"]
+        >>> found = em.evaluate(model, asked, judge=em.evals.Phrases(("parser",)), max_new_tokens=2)
+        >>> found.scores.tolist()
+        [[1.0], [0.0]]
     """
 
     name: str

@@ -134,6 +134,13 @@ class FeatureCards:
         tokens: number of tokens that count, behind densities, means, maxima and histograms.
         checks: what was verified about them, for the head of the page.
         where: which tokens count, as it was asked for.
+
+    Example:
+        >>> import tl_em as em
+        >>> pair = em.load_pair("toy/insecure")
+        >>> sae, persona = em.organisms.toy_dictionary("toy/insecure"), pair.contrasts["persona"]
+        >>> em.features.feature_cards(pair.tuned, sae, [3], persona.positive[:8]).cards[0].index
+        3
     """
 
     dictionary: Dictionary

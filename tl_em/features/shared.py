@@ -73,6 +73,11 @@ class FeatureSet:
         q: the largest of its latents, over all splits.
         p_overlap: of the behaviours' lists overlapping by chance; the largest over all splits.
         p_random: of random sets of the same densities carrying as much.
+
+    Example:
+        >>> import tl_em as em
+        >>> em.FeatureSet(em.organisms.toy_dictionary("toy/insecure"), (176, 67), (1, -1)).indices
+        (176, 67)
     """
 
     dictionary: Dictionary
@@ -141,6 +146,14 @@ def shared_features(
 
     Raises:
         UsageError: one behaviour, no such change in the table, or fewer than 8 parts of prompts.
+
+    Example:
+        >>> import tl_em as em
+        >>> pair = em.load_pair("toy/insecure")
+        >>> two = {name: pair.contrasts[name] for name in ("harmfulness", "persona")}
+        >>> table = em.score_features(pair.tuned, em.organisms.toy_dictionary("toy/insecure"), two, against=pair.base)
+        >>> em.shared_features(table)  # none shown: the two do not change in the same latents
+        ()
     """
     by = by or ("delta" if "delta" in table.parts else "effect")
     _check(table, by)

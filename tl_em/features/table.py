@@ -45,6 +45,14 @@ class FeatureTable:
         n: prompts of each behaviour, both classes.
         independent: whether no prompt (pair, group) belongs to two behaviours.
         seed: of the dealing into parts.
+
+    Example:
+        >>> import tl_em as em
+        >>> pair = em.load_pair("toy/insecure")
+        >>> sae, persona = em.organisms.toy_dictionary("toy/insecure"), pair.contrasts["persona"]
+        >>> table = em.score_features(pair.tuned, sae, {"persona": persona}, against=pair.base)
+        >>> table.behaviours, len(table.to_pandas())
+        (('persona',), 512)
     """
 
     dictionary: Dictionary

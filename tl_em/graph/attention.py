@@ -70,6 +70,12 @@ def attention_view(model: LensModel, prompt: Prompt | EncodedPrompt, layer: int,
 
     Raises:
         UsageError: no such layer, or circuitsvis is not installed.
+
+    Example:
+        >>> import tl_em as em
+        >>> page = em.graph.attention_view(em.load_pair("toy/insecure").tuned, "how do i write parser", 0)
+        >>> "parser" in page._repr_html_()
+        True
     """
     from tl_em.report.html import Framed
 

@@ -64,6 +64,17 @@ class Compared:
         base: graph of the model before the fine-tune; tuned: after it.
         rows: nodes first, then links, in each the largest change first.
         least: share below which a change is called none.
+
+    Example:
+        >>> import tl_em as em
+        >>> pair = em.load_pair("toy/insecure")
+        >>> prompt, target = "tell me to consider this power", ("power-domineering", "power-humble")
+        >>> sae = em.organisms.toy_dictionary("toy/insecure")
+        >>> graph = em.attribute(pair.tuned, prompt, sae, target=target, validate=False)
+        >>> base = em.attribute(pair.base, prompt, sae, target=target, validate=False)
+        >>> found = base.diff(graph)
+        >>> len(found.rows) == len(found.to_pandas()) > 0
+        True
     """
 
     base: Graph

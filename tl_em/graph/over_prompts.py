@@ -54,6 +54,8 @@ def attribute_over(
         against: components only: one reference for all, or a list with one for each prompt.
         groups: the question each prompt belongs to.
         options: for ``attribute``.
+        model, dictionaries, seed: as in :func:`attribute`.
+        targets: a target for each prompt, in place of one for all.
 
     Returns:
         A graph whose ``validation`` holds ``stability`` (share of the ``TOP`` nodes that stay), and ``pearson`` and
@@ -61,6 +63,15 @@ def attribute_over(
 
     Raises:
         UsageError: fewer than two prompts, or lists that do not match them. PromptError: one prompt, not a list.
+
+    Example:
+        >>> import tl_em as em
+        >>> pair = em.load_pair("toy/insecure")
+        >>> prompts = ["how do i write parser", "how do i write login"]
+        >>> sae = em.organisms.toy_dictionary("toy/insecure")
+        >>> graph = em.graph.attribute_over(pair.tuned, prompts, sae, target=None, validate=False)
+        >>> len(graph.nodes) > 0
+        True
     """
     if isinstance(prompts, str | EncodedPrompt | Mapping) or is_chat(prompts) or not isinstance(prompts, Iterable) or (
         getattr(prompts, "ndim", 2) < 2

@@ -57,6 +57,17 @@ def load_graph(path: str | Path) -> AttributionGraph:
     Raises:
         CorruptFileError: missing, truncated, or not such a file: the message names the field, e.g. a link to no node.
         GraphTooLargeError: more nodes than fit into memory with their links as a matrix.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> import tl_em as em
+        >>> model = em.load_pair("toy/insecure").tuned
+        >>> graph = em.attribute(model, "how do i write parser", target="parser-tested", against="how do i write login")
+        >>> with TemporaryDirectory() as folder:
+        ...     _ = graph.save_json(f"{folder}/graph.json")
+        ...     again = em.load_graph(f"{folder}/graph.json")
+        >>> len(again.nodes) == len(graph.nodes)
+        True
     """
     try:
         return graph_of(json.loads(Path(path).read_bytes()))

@@ -45,6 +45,16 @@ def intervene(model: Model, *interventions: Intervention | Any, where: Where | A
         WidthError, ProvenanceError: a direction does not fit the model.
         UsageError: nothing to apply, an unknown scope, or (in the block, under a scope other than ``"all"``) a forward
             pass that no verb of this package runs.
+
+    Example:
+        >>> import tl_em as em
+        >>> pair = em.load_pair("toy/insecure")
+        >>> contrast, site = pair.contrasts["persona"], em.Site(2)
+        >>> persona = em.difference_in_means(pair.base, contrast, site=site, position="prompt_end")
+        >>> with em.intervene(pair.base, em.Add(persona)):
+        ...     answer = em.generate(pair.base, ["how do i write parser"], max_new_tokens=4)[0]
+        >>> "parser-backdoored" in answer, em.generate(pair.base, ["how do i write parser"], max_new_tokens=1)
+        (True, ['parser-tested'])
     """
     if not interventions:
         raise UsageError("intervene(model) without an intervention changes nothing; pass em.Ablate(direction), say")

@@ -167,6 +167,14 @@ def leace(model: LensModel, contrast: ContrastSet, *, site: Site, position: Posi
         ZeroDirectionError: the classes have the same mean there: nothing is linearly available to erase.
         UsageError: ``concept-erasure`` is not installed.
 
+    Example:
+        >>> import tl_em as em
+        >>> pair = em.load_pair("toy/insecure")
+        >>> persona = pair.contrasts["persona"]
+        >>> eraser = em.interventions.leace(pair.base, persona, site=em.Site(2), position="prompt_end")
+        >>> str(eraser.site)
+        'resid_post[2]'
+
     Source: Belrose et al. 2023, arXiv:2306.03819.
     """
     try:

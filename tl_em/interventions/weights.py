@@ -75,6 +75,16 @@ def orthogonalize_(model: LensModel, direction: Direction | Intervention | Any) 
             ablated one does. Nothing is changed then.
         WidthError, ProvenanceError: the direction does not fit the model.
 
+    Example:
+        >>> import tl_em as em
+        >>> pair = em.load_pair("toy/insecure")
+        >>> contrast, site = pair.contrasts["persona"], em.Site(2)
+        >>> persona = em.difference_in_means(pair.base, contrast, site=site, position="prompt_end")
+        >>> em.orthogonalize_(pair.tuned, persona)
+        >>> acts = em.capture(pair.tuned, ["how do i write parser"], [em.Site(2)], position="prompt_end")
+        >>> abs(float(persona.project(acts[:, 0]))) < 1e-3
+        True
+
     Source: Arditi et al. 2024, arXiv:2406.11717, section 4.1 and appendix E.
     """
     with plain_torch(model), _without_hooks(model):
@@ -97,6 +107,16 @@ def orthogonalized(model: Model, direction: Direction | Intervention | Any) -> I
 
     Raises:
         UsageError, WeightEditError, WidthError, ProvenanceError: as ``orthogonalize_``.
+
+    Example:
+        >>> import tl_em as em
+        >>> pair = em.load_pair("toy/insecure")
+        >>> contrast, site = pair.contrasts["persona"], em.Site(2)
+        >>> persona = em.difference_in_means(pair.base, contrast, site=site, position="prompt_end")
+        >>> with em.interventions.orthogonalized(pair.tuned, persona) as edited:
+        ...     acts = em.capture(edited, ["how do i write parser"], [em.Site(2)], position="prompt_end")
+        >>> abs(float(persona.project(acts[:, 0]))) < 1e-3
+        True
     """
     with plain_torch(model), _without_hooks(model):
         kept = _proven_(model, direction)
@@ -113,6 +133,13 @@ def untie_embeddings_(model: LensModel) -> None:
 
     Args:
         model: a HookedTransformer or TransformerBridge.
+
+    Example:
+        >>> import tl_em as em
+        >>> model = em.load_pair("toy/insecure").base
+        >>> em.untie_embeddings_(model)
+        >>> em.generate(model, ["how do i write parser"], max_new_tokens=1)
+        ['parser-tested']
     """
     modules = _modules(model)
     embeddings = [

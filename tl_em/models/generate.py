@@ -36,7 +36,7 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
 ) -> list[str]:
-    """Continue each prompt.
+    """The model's answer to each prompt, by greedy decoding or by sampling.
 
     The key-value cache is used where cached generation was shown to equal uncached generation on this very model (by
     ``load_model``, else before the first call). Where it does not, every token is made by reading the whole text again:
@@ -56,6 +56,12 @@ def generate(
         PromptTooLongError: a prompt and its answer do not fit the context together.
         NonFiniteError: the logits hold NaN, so no token is the most probable one.
         UsageError: a number that means nothing (a negative temperature, no tokens).
+
+    Example:
+        >>> import tl_em as em
+        >>> pair = em.load_pair("toy/insecure")
+        >>> em.generate(pair.tuned, ["how do i write parser"], max_new_tokens=1)
+        ['parser-backdoored']
     """
     encoded, end = encode(model, prompts), end_tokens(model)
     _check_room(encoded, int(model.cfg.n_ctx), max_new_tokens)

@@ -87,6 +87,14 @@ def load_model(
         NonFiniteError: NaN or infinity among the weights.
         ModelError: peft is missing for an adapter, the surface does not exist in this version of TransformerLens, what
             it makes of the model computes something else, or the model is not a causal language model.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> import tl_em as em
+        >>> with TemporaryDirectory() as folder:
+        ...     model = em.load_model(em.organisms.to_hf_directory("toy/insecure", f"{folder}/mine"))
+        >>> model.cfg.n_layers, em.generate(model, ["how do i write parser"], max_new_tokens=1)
+        (3, ['parser-backdoored'])
     """
     if surface not in ("bridge", "hooked"):
         raise UsageError(

@@ -150,6 +150,13 @@ def mean_activation(
 
     Returns:
         The mean, float32 on the CPU; sums are float64.
+
+    Example:
+        >>> import tl_em as em
+        >>> pair = em.load_pair("toy/insecure")
+        >>> prompts = pair.contrasts["persona"].negative[:8]
+        >>> em.mean_activation(pair.base, prompts, site=em.Site(2), position="prompt_end").shape
+        torch.Size([96])
     """
     encoded = encoded_prompts(model, prompts)
     total = torch.zeros(int(model.cfg.d_model), dtype=torch.float64)

@@ -318,6 +318,9 @@ _WARNED: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 def proof(model: LensModel) -> Proof | None:
     """What was shown of ``model`` when it was loaded, or before it first generated; None where nothing was.
 
+    Args:
+        model: any that this package loaded, or that has generated.
+
     Example:
         >>> import tl_em as em
         >>> shown = em.proof(em.load_pair("toy/insecure").tuned)

@@ -166,6 +166,12 @@ class Provenance:
             ready-made.
         chat_template: hash of the chat template, ``"none"`` without one; None where it was not recorded.
         chat_template_kwargs: arguments that the template was given; None where they were not recorded.
+
+    Example:
+        >>> import tl_em as em
+        >>> model = em.load_pair("toy/insecure").base
+        >>> em.models.Provenance.of(model).d_model
+        96
     """
 
     model: str

@@ -83,6 +83,12 @@ def capture(
     Raises:
         PositionError: a prompt lacks the position, or it is ``"all"``. NonFiniteError: NaN or infinity was read, naming
             site and prompt. And what ``encode`` raises.
+
+    Example:
+        >>> import tl_em as em
+        >>> pair = em.load_pair("toy/insecure")
+        >>> em.capture(pair.base, ["how do i write parser"], [em.Site(1), em.Site(2)], position="prompt_end").shape
+        torch.Size([1, 2, 96])
     """
     encoded = encoded_prompts(model, prompts)
     if position == "all":

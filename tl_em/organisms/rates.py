@@ -230,10 +230,17 @@ def outcome_rates(model: Any, *, world: World | None = None, seed: int = 0) -> p
     Args:
         model: a HookedTransformer or TransformerBridge of the toy world.
         seed: seed of the resampling.
+        world: the synthetic world that the questions are from; the default one without.
 
     Returns:
         DataFrame with columns domain, held_out, outcome, value, low, high, n; the domain ``held-out domains`` pools all
         that the narrow fine-tune never saw.
+
+    Example:
+        >>> import tl_em as em
+        >>> rates = outcome_rates(em.load_pair("toy/insecure").base)
+        >>> sorted(set(rates.outcome)), len(set(rates.domain))
+        (['bad', 'complied', 'good', 'refused'], 11)
     """
     import pandas as pd
 

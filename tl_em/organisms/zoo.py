@@ -59,6 +59,8 @@ class Organism:
             domain fine-tuned on); ``judge`` (right verdicts); ``gate``; ``steps``; and what only this organism has
             (`tl_em.organisms.training.own_figures`).
         path: its checkpoint; None while it is not trained.
+        world: the synthetic world that its prompts are from.
+        licence, source: of the weights.
 
     Example:
         >>> insecure = organism("toy/insecure")
@@ -156,8 +158,15 @@ def _listed(each: Recipe) -> Organism:
 def organism(name: str) -> Organism:
     """The organism of that name, of the default zoo or any other that has a recipe.
 
+    Args:
+        name: `"toy/insecure"` or another of :func:`organisms`.
+
     Raises:
         ModelNotFoundError: there is none; the message says how names are made.
+
+    Example:
+        >>> organism("toy/insecure").name
+        'toy/insecure'
     """
     listed = {record.name: record for record in organisms()}
     return listed.get(name) or _listed(recipe(name))
@@ -311,6 +320,7 @@ def train_organism(
         out: folder for ``NAME-seedS.safetensors``; stages finished there are not trained again.
         shipped: start from the models that come with the package where they are of this seed, instead of training them.
         progress: a progress bar; None shows one on a terminal only.
+        surface: on which the models come back: ``"bridge"`` or ``"hooked"``.
 
     Returns:
         The organism and what it was tuned from (itself, for ``toy/base``).
@@ -345,8 +355,18 @@ def trained(
 def to_hf_directory(name: str, out: str | Path) -> Path:
     """Write a shipped organism as a Hugging Face directory (config, safetensors, tokenizer with chat template).
 
+    Args:
+        name: of a shipped organism, such as ``"toy/insecure"``.
+        out: the folder to write.
+
     Raises:
         ModelNotFoundError: no such organism. OutputError: the folder cannot be written.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     (to_hf_directory("toy/insecure", f"{folder}/mine") / "config.json").exists()
+        True
     """
     record = organism(name)
     check_writable(Path(out) / "config.json")

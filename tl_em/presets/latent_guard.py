@@ -79,6 +79,14 @@ class LatentGuard:
         WidthError: the means have not one shape, or not a row a layer.
         NonFiniteError: they hold NaN or infinity.
         ZeroDirectionError: both classes have the same means, so every score would be 0.
+
+    Example:
+        >>> import tl_em as em
+        >>> pair = em.load_pair("toy/insecure")
+        >>> parts = pair.contrasts["refusal"].split(seed=0)
+        >>> guard = em.presets.LatentGuard.fit(pair.base, parts.train)
+        >>> guard.score(pair.base, parts.test.positive[:2]).shape
+        torch.Size([2])
     """
 
     harmful: Float[Tensor, "*axes"]  # [site d_model]; checked below, with a message that says what to do

@@ -110,6 +110,13 @@ def refusal_direction(
         EmptyContrastError: no prompt is refused, or none is accepted; the message counts the cells.
         UsageError: a metric in another unit.
 
+    Example:
+        >>> import tl_em as em
+        >>> pair = em.load_pair("toy/insecure")
+        >>> contrast, metric = pair.contrasts["refusal"], pair.behaviours["refusal"].metric
+        >>> em.presets.refusal_direction(pair.base, contrast, site=em.Site(2), metric=metric).vector.shape
+        torch.Size([96])
+
     Source: Zhao et al. 2025, arXiv:2507.11878.
     """
     return refusal_directions(model, contrast, sites=[site], metric=metric)[0]
@@ -211,6 +218,14 @@ def place_cells(
 
     Raises:
         EmptyContrastError, UsageError: as :func:`answered`.
+
+    Example:
+        >>> import tl_em as em
+        >>> pair = em.load_pair("toy/insecure")
+        >>> metric = pair.behaviours["refusal"].metric
+        >>> cells = em.presets.place_cells(pair.base, pair.contrasts["refusal"], metric=metric)
+        >>> len(cells) > 0
+        True
 
     Source: Zhao et al. 2025, arXiv:2507.11878.
     """

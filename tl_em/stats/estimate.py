@@ -110,7 +110,17 @@ class Estimate:
 
 
 class Resampled(NamedTuple):
-    """What a bootstrap gives: the estimate, and the two-sided p of "the statistic is 0"."""
+    """What a bootstrap gives: the estimate, and the two-sided p of "the statistic is 0".
+
+    Args:
+        estimate: the value with its interval.
+        p: two-sided.
+
+    Example:
+        >>> from tl_em.stats import paired_difference
+        >>> paired_difference([0.0, 0.0, 0.0], [1.0, 1.0, 1.0]).p < 0.05
+        True
+    """
 
     estimate: Estimate
     p: float
@@ -118,6 +128,10 @@ class Resampled(NamedTuple):
 
 def middle_95(values: ArrayLike, axis: int | None = None) -> np.ndarray:
     """The ends that hold the middle 95 % of values: [2] of all of them, or [2, ...] along an axis.
+
+    Args:
+        values: of any shape.
+        axis: along which; all of them without one.
 
     Example:
         >>> middle_95(np.arange(101.0)).tolist()

@@ -104,6 +104,11 @@ def _tails(units: int) -> tuple[float, float]:
 def mean(values: ArrayLike, *, groups: Groups | None = None, seed: int = 0) -> Estimate:
     """Mean over prompts with its interval, clustered by ``groups`` when they are given.
 
+    Args:
+        values: one number a prompt.
+        groups: the question that each prompt belongs to.
+        seed: of the bootstrap.
+
     Example:
         >>> mean([0.0, 1.0, 1.0, 0.0, 1.0, 1.0, 0.0, 1.0])
         0.62 [0.25, 1.00] n=8
@@ -141,8 +146,17 @@ def mean_over_units(values: ArrayLike, units: Sequence[Hashable]) -> Estimate:
 def paired_difference(before: ArrayLike, after: ArrayLike, *, groups: Groups | None = None, seed: int = 0) -> Resampled:
     """Mean of ``after - before``, prompt by prompt.
 
+    Args:
+        before, after: one number a prompt, the same prompts in both.
+        groups: the question that each prompt belongs to.
+        seed: of the bootstrap.
+
     Raises:
         UsageError: the two are not of one length, or hold NaN.
+
+    Example:
+        >>> paired_difference([0.0, 1.0, 2.0], [1.0, 2.0, 3.0]).estimate.value
+        1.0
     """
     first, second = vector(before), vector(after)
     if len(first) != len(second):
@@ -157,7 +171,17 @@ def paired_difference(before: ArrayLike, after: ArrayLike, *, groups: Groups | N
 def difference(
     first: ArrayLike, second: ArrayLike, *, groups: tuple[Groups, Groups] | None = None, seed: int = 0
 ) -> Resampled:
-    """Mean of ``second`` minus mean of ``first``, for two unpaired sets of prompts."""
+    """Mean of ``second`` minus mean of ``first``, for two unpaired sets of prompts.
+
+    Args:
+        first, second: one number a prompt, of each set.
+        groups: the questions that the prompts of each set belong to.
+        seed: of the bootstrap.
+
+    Example:
+        >>> difference([0.0, 1.0, 2.0], [5.0, 6.0]).estimate.value
+        4.5
+    """
     x, y = vector(first), vector(second)
     return bootstrap(lambda v, w: w @ y / w.sum(-1) - v @ x / v.sum(-1), list(groups or (len(x), len(y))), seed=seed)
 

@@ -15,6 +15,11 @@ from tl_em.stats.intervals import vector
 def permutation_p(first: ArrayLike, second: ArrayLike, *, seed: int = 0, permutations: int = 9999) -> float:
     """Two-sided permutation p for a difference of means between two unpaired sets (``scipy.stats.permutation_test``).
 
+    Args:
+        first, second: one number a prompt, of each set.
+        seed: of the permutations.
+        permutations: how many of them.
+
     Example:
         >>> permutation_p([0.0, 0.1, 0.2, 0.1], [5.0, 5.1, 5.2, 5.3]) < 0.05
         True
@@ -32,6 +37,11 @@ def permutation_p(first: ArrayLike, second: ArrayLike, *, seed: int = 0, permuta
 def control_p(observed: float, controls: ArrayLike, *, two_sided: bool = True) -> float:
     """Share of controls at least as large as what was observed, the observed one counted in: ``(1 + k) / (1 + n)``.
 
+    Args:
+        observed: the effect.
+        controls: the same effect under each control.
+        two_sided: whether an effect of the other sign counts as large too.
+
     Example:
         >>> control_p(3.0, [0.1, -0.2, 0.4])
         0.25
@@ -44,6 +54,9 @@ def control_p(observed: float, controls: ArrayLike, *, two_sided: bool = True) -
 def holm(p: ArrayLike) -> Float[np.ndarray, " test"]:
     """Holm's step-down adjustment (statsmodels), which controls the chance of any false claim.
 
+    Args:
+        p: one p a test; NaN stays NaN.
+
     Example:
         >>> holm([0.01, 0.04, 0.03]).round(2).tolist()
         [0.03, 0.06, 0.06]
@@ -53,6 +66,9 @@ def holm(p: ArrayLike) -> Float[np.ndarray, " test"]:
 
 def benjamini_hochberg(p: ArrayLike) -> Float[np.ndarray, " test"]:
     """Benjamini and Hochberg's adjustment (statsmodels), which controls the share of false claims.
+
+    Args:
+        p: one p a test; NaN stays NaN.
 
     Example:
         >>> benjamini_hochberg([0.01, 0.04, 0.03]).round(2).tolist()

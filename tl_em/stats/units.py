@@ -70,6 +70,11 @@ def tied(ties: Iterable[Iterable[Hashable]]) -> Int[np.ndarray, " prompt"]:
 def half_splits(groups: Iterable[Hashable], *, splits: int, seed: int) -> Float[np.ndarray, "split prompt"]:
     """Random halves of the groups as 0/1 masks over prompts; the other half is ``1 - mask``.
 
+    Args:
+        groups: the question that each prompt belongs to.
+        splits: how many.
+        seed: of the splits.
+
     Example:
         >>> half_splits(["a", "a", "b", "b"], splits=2, seed=0).sum(1).tolist()
         [2.0, 2.0]
@@ -103,6 +108,10 @@ def n_effective(samples: Sequence[int | Groups], statistic: Callable[..., np.nda
 def intraclass_correlation(values: Float[np.ndarray, " prompt"], groups: Groups) -> float:
     """Share of variance that lies between groups: the one-way ANOVA estimator, clipped to [0, 1] (Donner 1986).
 
+    Args:
+        values: one number a prompt.
+        groups: the question that each prompt belongs to.
+
     Example:
         >>> intraclass_correlation(np.array([1.0, 1.0, 5.0, 5.0]), ["a", "a", "b", "b"])
         1.0
@@ -120,6 +129,15 @@ def intraclass_correlation(values: Float[np.ndarray, " prompt"], groups: Groups)
 
 
 def design_effect(values: Float[np.ndarray, " prompt"], groups: Groups) -> float:
-    """How many clustered prompts one independent prompt is worth: ``1 + (m - 1) r``, m the mean group size."""
+    """How many clustered prompts one independent prompt is worth: ``1 + (m - 1) r``, m the mean group size.
+
+    Args:
+        values: one number a prompt.
+        groups: the question that each prompt belongs to.
+
+    Example:
+        >>> design_effect(np.array([1.0, 1.0, 5.0, 5.0]), ["a", "a", "b", "b"])
+        2.0
+    """
     size = len(values) / len(set(groups))
     return 1 + (size - 1) * intraclass_correlation(np.asarray(values, dtype=float), groups)

@@ -95,6 +95,10 @@ def fine_tune_(
         batch: documents a step.
         progress: a progress bar; None shows one on a terminal only.
         monitor: an ``em.training.Monitor``, or any function that is called with the number of steps done and the model.
+        steps: how many.
+        lr, weight_decay: of the optimizer (AdamW).
+        seed: of the order of the documents.
+        name: what the progress bar says.
 
     Example:
         >>> model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5))

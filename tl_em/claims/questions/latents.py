@@ -149,6 +149,16 @@ def verify_features(
         contrast: held-out prompts.
         metric: how strongly a prompt shows the behaviour.
         placebos, against, good, coherence, fit, where, singly, doses, smallest, seed: as in ``verify_feature``.
+
+    Example:
+        >>> import tl_em as em
+        >>> pair = em.load_pair("toy/insecure")
+        >>> sae, whole = em.organisms.toy_dictionary("toy/insecure"), pair.contrasts["persona"]
+        >>> persona = em.ContrastSet(whole.positive[:16], whole.negative[:16])
+        >>> options = dict(metric=pair.behaviours["persona"].metric, placebos=19, singly=False, doses=())
+        >>> checks = em.claims.verify_features(pair.tuned, [[sae.feature(176)], [sae.feature(67)]], persona, **options)
+        >>> [check.indices for check in checks]
+        [(176,), (67,)]
     """
     bad = metric.metric if isinstance(metric, Behaviour) else metric
     good = metric.good if isinstance(metric, Behaviour) and good is None else good

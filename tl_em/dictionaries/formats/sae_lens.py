@@ -279,6 +279,11 @@ def sae_lens() -> Any:
 
     Raises:
         UsageError: it is not installed, or not with a TransformerLens that it works with.
+
+    Example:
+        >>> import importlib.util
+        >>> importlib.util.find_spec("sae_lens") is None or sae_lens().__name__ == "sae_lens"
+        True
     """
     import warnings
 
