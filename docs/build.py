@@ -89,8 +89,8 @@ def executed(path: Path, name: str) -> str:
 
 
 def outputs(cell: Any) -> Iterator[str]:
-    """Everything that a cell shows, as HTML."""
-    for output in cell.outputs:
+    """Everything that a cell shows, as HTML, but for what goes to stderr: progress, and warnings with their paths."""
+    for output in (each for each in cell.outputs if each.get("name") != "stderr"):
         data = output.get("data", {"text/plain": output.get("text", "")})
         if "text/html" in data:
             yield data["text/html"]
