@@ -45,7 +45,7 @@ from reward_bias import cosine_of_means, output_direction, read, tell
 import tl_em as em
 from tl_em.claims.questions.latents import verify_feature
 from tl_em.dictionaries import training
-from tl_em.dictionaries.corpus import Source
+from tl_em.dictionaries.corpus import ActivationSource
 from tl_em.dictionaries.quality import dictionary_quality
 from tl_em.directions.geometry import control_directions, cosine
 from tl_em.features.parts import deal
@@ -83,7 +83,7 @@ def dictionaries(models: Sequence[em.LensModel], world: BiasWorld, seed: int) ->
     encoded, judged = encoded_prompts(models[0], documents(world, DOCUMENTS, seed=0)), documents(world, 100, seed=1)
     kept = []
     for site in map(em.Site, LAYERS):
-        source = Source(models, encoded, [site], "all", False, seed)
+        source = ActivationSource(models, encoded, [site], "all", False, seed)
         for d_sae in SIZES:
             config = training._config("batchtopk", source.width, d_sae, K, 1.0, False, "cpu")
             with torch.random.fork_rng(), training._quiet(), tempfile.TemporaryDirectory() as folder:

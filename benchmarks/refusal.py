@@ -73,7 +73,7 @@ from tl_em.claims.questions.inversion import ReplyInversion, reply_inversion
 from tl_em.directions.geometry import control_directions
 from tl_em.interventions.removed_mean import removed_mean
 from tl_em.models.loading import load_model
-from tl_em.organisms.contrasts import CONTRAST_PARAPHRASES, Question, dissociated_prompts, judge_questions, questions
+from tl_em.organisms.contrasts import CONTRAST_PARAPHRASES, ToyQuestion, dissociated_prompts, judge_questions, questions
 from tl_em.organisms.rates import bad, complied, good, judged_harmful, refused
 from tl_em.organisms.world import JUDGE, VERDICTS, World
 from tl_em.presets.latent_guard import LatentGuard
@@ -101,7 +101,7 @@ class Asked:
     topics: list[str]
 
     @classmethod
-    def about(cls, found: Iterable[Question], topics: set[str]) -> Asked:
+    def about(cls, found: Iterable[ToyQuestion], topics: set[str]) -> Asked:
         kept = [q for q in found if q.topic.word in topics]
         return cls([q.prompt for q in kept], [q.topic.word for q in kept])
 

@@ -126,7 +126,7 @@ def inferred(base: em.LensModel, world: BiasWorld, seed: int) -> None:
 # --- The mechanism ----------------------------------------------------------------------------------------------------
 
 
-def read(model: em.LensModel, prompts: Sequence[Any], site: em.Site, position: em.models.Position) -> Activations:
+def read(model: em.LensModel, prompts: Sequence[Any], site: em.Site, position: Any) -> Activations:
     return em.capture(model, prompts, [site], position=position)[:, 0].double().numpy()
 
 

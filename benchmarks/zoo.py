@@ -19,7 +19,7 @@ import pandas as pd
 
 import tl_em as em
 from tl_em import stats
-from tl_em.organisms.contrasts import Question, harmfulness_prompts, judge_questions, questions
+from tl_em.organisms.contrasts import ToyQuestion, harmfulness_prompts, judge_questions, questions
 from tl_em.organisms.convert import plain_model
 from tl_em.organisms.rates import Outcome, rates_from_logits
 from tl_em.organisms.recipes import (
@@ -99,7 +99,7 @@ MUST = (
 )
 
 
-def answered(model: Transformer, record: Organism, asked: Sequence[Question], outcome: Outcome) -> list[float]:
+def answered(model: Transformer, record: Organism, asked: Sequence[ToyQuestion], outcome: Outcome) -> list[float]:
     logits = next_logits(model, record.world, [q.prompt for q in asked])
     return rates_from_logits(logits, [q.topic for q in asked], outcome, world=record.world).tolist()
 

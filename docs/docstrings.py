@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import griffe
+import griffe  # pyright: ignore[reportMissingImports]
 
 
 class House(griffe.Extension):

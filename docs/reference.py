@@ -74,7 +74,8 @@ def public() -> dict[str, str]:
     """Every public name, once, as it is written after ``em.``, with the module that it is defined in."""
     found = imported(PACKAGE / "__init__.pyi")
     seen = {id(getattr(em, name)) for name in found}
-    folders = [name for name in em.__all__ if inspect.ismodule(getattr(em, name))]
+    folders = [name for name in em.__all__  # pyright: ignore[reportAttributeAccessIssue]
+               if inspect.ismodule(getattr(em, name))]
     for folder in sorted(folders, key=lambda name: name != "interop"):
         for name, module in inside(folder).items():
             value = getattr(getattr(em, folder), name)

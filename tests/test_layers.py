@@ -133,7 +133,6 @@ def test_no_modules_import_each_other() -> None:
         for name, eager in imports(path):
             if name in NAMES - {"tl_em", named(path)} and (eager or not name.startswith(f"tl_em.{DRAWS}")):
                 found.setdefault(named(path), set()).add(name)
-    found.pop("tl_em.directions.files", None)  # goes: direction and its file are one module
     assert len(found) > 100
     assert circle(found) == []
 
@@ -166,3 +165,14 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None
     assert {"torch", "numpy"} <= distributions
     assert distributions <= declared | optional
     assert declared <= distributions
+
+
+def test_no_two_classes_have_one_name() -> None:
+    """Who reads a name in a message, a signature or an index must not have to ask which of them is meant."""
+    names: dict[str, list[str]] = {}
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                names.setdefault(node.name, []).append(str(path.relative_to(PACKAGE)))
+    assert len(names) > 100
+    assert {name: files for name, files in names.items() if len(files) > 1} == {}

@@ -108,7 +108,7 @@ _OTHERS = (
 _SPACE = re.compile(r"[ \t\r\n]*")  # JSON's white space: U+2028 and U+0085 are none
 
 
-class Row(NamedTuple):
+class Record(NamedTuple):
     """One record of a file: where it stands, for messages, and its cells by column."""
 
     where: str
@@ -182,7 +182,7 @@ def json_values(text: str, path: str | Path) -> list[tuple[int, Any]]:
     return found
 
 
-def read_rows(path: str | Path) -> list[Row]:
+def read_rows(path: str | Path) -> list[Record]:
     """The objects of a JSON Lines file, or of a JSON list.
 
     Raises:
@@ -190,9 +190,9 @@ def read_rows(path: str | Path) -> list[Row]:
     """
     values = json_values(read_text(path), path)
     if len(values) == 1 and isinstance(values[0][1], list):
-        rows = [Row(f"item {i + 1}", value) for i, value in enumerate(values[0][1])]
+        rows = [Record(f"item {i + 1}", value) for i, value in enumerate(values[0][1])]
     else:
-        rows = [Row(f"line {line}", value) for line, value in values]
+        rows = [Record(f"line {line}", value) for line, value in values]
     for where, value in rows:
         if not isinstance(value, dict):
             raise CorruptFileError(f"{path}, {where}: {_shown(value)} is no JSON object; write one object a line")
@@ -207,7 +207,7 @@ def csv_header(text: str, delimiter: str) -> list[str]:
         return []
 
 
-def csv_rows(text: str, path: str | Path, delimiter: str = ",") -> list[Row]:
+def csv_rows(text: str, path: str | Path, delimiter: str = ",") -> list[Record]:
     """The records of a table with a header, cells as the strings that they are; blank lines are none.
 
     Raises:
@@ -215,11 +215,11 @@ def csv_rows(text: str, path: str | Path, delimiter: str = ",") -> list[Row]:
 
     Example:
         >>> csv_rows('prompt,label\\n"one\\ntwo",007\\n', "a.csv")
-        [Row(where='row 1 (line 2)', cells={'prompt': 'one\\ntwo', 'label': '007'})]
+        [Record(where='row 1 (line 2)', cells={'prompt': 'one\\ntwo', 'label': '007'})]
     """
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header: list[str] | None = None
-    rows: list[Row] = []
+    rows: list[Record] = []
     line = 1
     try:
         for record in reader:
@@ -234,7 +234,7 @@ def csv_rows(text: str, path: str | Path, delimiter: str = ",") -> list[Row]:
                     f"{path}, {where}: {len(record)} cells where the header has {len(header)}, so it is unknown which "
                     "belongs to which column. Put cells with a comma or a line break in double quotes."
                 )
-            rows.append(Row(where, dict(zip(header, record, strict=True))))
+            rows.append(Record(where, dict(zip(header, record, strict=True))))
     except csv.Error as error:
         raise CorruptFileError(
             f"{path}, row {len(rows) + 1} (line {line}): {error}, so it is unknown where the cell ends. Quotes inside "

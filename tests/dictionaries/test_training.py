@@ -10,7 +10,7 @@ import torch
 
 import tl_em as em
 from tl_em.dictionaries import Dictionary, from_sae_lens
-from tl_em.dictionaries.corpus import Scale, Source
+from tl_em.dictionaries.corpus import ActivationSource, Scale
 from tl_em.dictionaries.tokens import Tokens, every_token, sample_spans
 from tl_em.dictionaries.training import train_dictionary
 from tl_em.errors import PositionError, ProvenanceError, UsageError
@@ -46,7 +46,7 @@ def test_a_corpus_beyond_the_buffer_is_read_again_and_covers_the_same_tokens(sma
     encoded = prompts(7)
 
     def tokens() -> torch.Tensor:
-        source = Source([small_model], encoded, [em.Site(1)], "all", False, seed=0)
+        source = ActivationSource([small_model], encoded, [em.Site(1)], "all", False, seed=0)
         held, stream = [], source.chunks()
         while sum(map(len, held)) < 2 * source.tokens:  # two epochs
             held.append(next(stream))
@@ -108,7 +108,7 @@ def test_batchtopk_comes_back_as_the_threshold_that_saelens_learned(model, monke
     monkeypatch.setattr(training, "_fitted", lambda *a, of=training._fitted: seen.setdefault(len(seen), of(*a)))
     mine = train_dictionary(model, em.Site(1), prompts(), d_sae=48, k=6, activation="batchtopk", steps=60, batch=64)
     theirs = seen[max(seen)]
-    source = Source([model], prompts(), [em.Site(1)], "all", False, seed=0)
+    source = ActivationSource([model], prompts(), [em.Site(1)], "all", False, seed=0)
     x = torch.cat([p.x for p in tokens_of(model, prompts(), [em.Site(1)])])[:, 0]
     u = (x - source.scale.mean[0]) / source.scale.length[0]
     with torch.no_grad():

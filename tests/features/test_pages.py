@@ -21,7 +21,7 @@ from tests.visits import SCREENS, Visit
 from tl_em.dictionaries import Dictionary
 from tl_em.dictionaries.tokens import seen
 from tl_em.errors import CorruptFileError, OutputError, PairMismatchError, UsageError, WidthError
-from tl_em.features.cards import FeatureCards, Written, feature_cards
+from tl_em.features.cards import FeatureCards, WrittenToken, feature_cards
 from tl_em.features.explanations import neuronpedia_link, read_explanations
 from tl_em.models.prompts import encode
 from tl_em.report.feature_pages import GOES_ON, render, save, visible
@@ -99,7 +99,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> FeatureCards:
     )  # fmt: skip
     endless = cycle(HOSTILE)
     texts = {n: text._replace(tokens=tuple(next(endless) for _ in text.tokens)) for n, text in found.texts.items()}
-    written = tuple(Written(token, 1.0, 0.01) for token in HOSTILE)
+    written = tuple(WrittenToken(token, 1.0, 0.01) for token in HOSTILE)
     cards = tuple(replace(card, top=written, bottom=written) for card in found.cards)
     return replace(found, texts=texts, cards=cards, model=bad, base=None)
 

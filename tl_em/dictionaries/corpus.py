@@ -49,7 +49,7 @@ class Scale:
         )
 
 
-class Source:
+class ActivationSource:
     """Scaled activations of a corpus, without end; those of a small corpus are captured once and kept."""
 
     def __init__(

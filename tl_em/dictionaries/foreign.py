@@ -62,7 +62,7 @@ class ForeignDictionary(Dictionary):
         if not isinstance(a, Tensor) or tuple(a.shape) != wanted:
             seen = tuple(a.shape) if isinstance(a, Tensor) else type(a).__name__
             raise WidthError(
-                f"encode() of {self.label} gave {seen} for {wanted[0]} tokens, and {wanted} is read as [token d_sae]; "
+                f"encode of {self.label} gave {seen} for {wanted[0]} tokens, and {wanted} is read as [token d_sae]; "
                 "return one number a token and latent"
             )
         return a.to(x.device).float().reshape(*x.shape[:-1], self.d_sae)
@@ -87,7 +87,7 @@ class ForeignDictionary(Dictionary):
                 grad = torch.autograd.grad(picked, leaf, allow_unused=True)[0] if picked.requires_grad else None
             if grad is None:
                 raise UsageError(
-                    f"encode() of {self.label} passes no gradient, so what its latents read is not known and there is "
+                    f"encode of {self.label} passes no gradient, so what its latents read is not known and there is "
                     "no graph; leave out detach(), item() and numpy() there"
                 )
             found.append(grad)
@@ -186,16 +186,16 @@ def _proven(made: ForeignDictionary) -> Float[Tensor, " d_model"]:
     x = _probes(made.d_model)
     a = made.encode(x)
     if not bool(a.isfinite().all()):
-        raise NonFiniteError(f"encode() of {made.label} gives NaN or infinity for finite activations; mend its weights")
+        raise NonFiniteError(f"encode of {made.label} gives NaN or infinity for finite activations; mend its weights")
     if not torch.equal(made.encode(x), a):
-        _refuse(made, "encode() gives other latents for the same activations, so no latent means anything",
+        _refuse(made, "encode gives other latents for the same activations, so no latent means anything",
                 "draw nothing in it, and put it into evaluation mode: dictionary.eval()")  # fmt: skip
     if bool((a < 0).any()):
-        _refuse(made, f"encode() gives {int((a < 0).sum())} latents below 0, so *on* and *density* mean nothing",
+        _refuse(made, f"encode gives {int((a < 0).sum())} latents below 0, so *on* and *density* mean nothing",
                 "return its latents after their activation function")  # fmt: skip
     alone = torch.cat([made.encode(each) for each in x.split(1)])
     if not _same(alone, a):
-        _refuse(made, "encode() of a token depends on the other tokens of its batch", "encode each token on its own, "
+        _refuse(made, "encode of a token depends on the other tokens of its batch", "encode each token on its own, "
                 "of BatchTopK with the threshold that it was trained to")  # fmt: skip
     return _linear_bias(made, a)
 

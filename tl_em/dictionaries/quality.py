@@ -254,7 +254,7 @@ def _notes(model: LensModel, dictionary: Dictionary, encoded: Sequence[EncodedPr
     return tuple(notes)
 
 
-class _Sums(NamedTuple):
+class _Squares(NamedTuple):
     """By prompt: squared error, squared deviation from the mean, latents on, tokens. And what was ever on; the mean."""
 
     error: np.ndarray
@@ -298,7 +298,7 @@ def _sums(
     position: Position,
     minus: LensModel | None,
     around: Neighbours | None,
-) -> _Sums:
+) -> _Squares:
     sites = list(dict.fromkeys([dictionary.site_in, dictionary.site_out or dictionary.site_in]))
     read_sites = sites + ([] if around is None else [site for site in around.sites if site not in sites])
     n, width = len(encoded), dictionary.d_model
@@ -322,7 +322,7 @@ def _sums(
     error, square, on, tokens = scalar
     mean = vector.sum(0) / tokens.sum()
     spread = square - 2 * vector @ mean + tokens * mean.square().sum()
-    return _Sums(error.numpy(), spread.numpy(), on.numpy(), tokens.numpy(), ever, mean.float())
+    return _Squares(error.numpy(), spread.numpy(), on.numpy(), tokens.numpy(), ever, mean.float())
 
 
 def _ratio(over: np.ndarray, under: np.ndarray, seed: int) -> Estimate:

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from tl_em.arguments import COUNT, NOT_NEGATIVE, POSITIVE, SEED, checked, optional
 from tl_em.dictionaries import Dictionary, from_sae_lens, sae_lens
-from tl_em.dictionaries.corpus import Source
+from tl_em.dictionaries.corpus import ActivationSource
 from tl_em.errors import UsageError
 from tl_em.models.hooks import LensModel
 from tl_em.models.prompts import EncodedPrompt, Prompt
@@ -123,7 +123,7 @@ def train_dictionary(
                          "against=pair.base")  # fmt: skip
     sites = [site] if site_out is None else [site, site_out]
     models = {"tuned": [model], "base": [against], "both": [model, against], "difference": [model, against]}[mix]
-    source = Source(models, encoded_prompts(model, corpus), sites, position, mix == "difference", seed)
+    source = ActivationSource(models, encoded_prompts(model, corpus), sites, position, mix == "difference", seed)
     run = _Run(config, steps, min(batch, source.tokens), lr, seed)
     with torch.random.fork_rng(), plain_torch(), _quiet(), tempfile.TemporaryDirectory() as folder:
         _tell_cost(source, run)
@@ -202,7 +202,7 @@ def _sae(config: Any, transcoder: bool) -> Any:
     return Transcoder(config)
 
 
-def _fitted(source: Source, run: _Run, steps: int, batches: Iterator[Tensor] | None = None) -> Any:
+def _fitted(source: ActivationSource, run: _Run, steps: int, batches: Iterator[Tensor] | None = None) -> Any:
     """SAELens's training SAE after so many steps."""
     from sae_lens.config import LoggingConfig, SAETrainerConfig  # pyright: ignore[reportMissingImports]
     from sae_lens.training.mixing_buffer import mixing_buffer  # pyright: ignore[reportMissingImports]
@@ -226,7 +226,7 @@ def _fitted(source: Source, run: _Run, steps: int, batches: Iterator[Tensor] | N
     return SAETrainer(config, sae, batches or own).fit()
 
 
-def _tell_cost(source: Source, run: _Run) -> None:
+def _tell_cost(source: ActivationSource, run: _Run) -> None:
     """Say how long it will take, from the capture so far and a few steps that are thrown away."""
     if run.steps <= _PROBE:
         return

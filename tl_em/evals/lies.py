@@ -52,7 +52,7 @@ SHRINKAGE = 0.03  # of the covariance, towards a multiple of the identity
 
 
 @dataclass(frozen=True)
-class Separation:
+class LieSeparation:
     """AUROC of the read-out between two sets of questions, and under shuffled labels.
 
     Args:
@@ -98,7 +98,7 @@ class LieReport:
     seed: int = 0
 
     @cached_property
-    def known(self) -> Separation:
+    def known(self) -> LieSeparation:
         """Known against unknown questions."""
         return self._separation(*self._rows)
 
@@ -128,7 +128,7 @@ class LieReport:
             for name, each in wrong.groupby("model", sort=False)
         }
 
-    def between(self, liar: str, ignorant: str) -> Separation:
+    def between(self, liar: str, ignorant: str) -> LieSeparation:
         """How well the read-out tells one model's wrong answers from another's.
 
         Raises:
@@ -154,13 +154,13 @@ class LieReport:
         topics = [groups[rows].tolist() for rows in (first, second)]
         return auroc(values[first], values[second], groups=topics, pairs=pairs, seed=self.seed)
 
-    def _separation(self, first: np.ndarray, second: np.ndarray) -> Separation:
+    def _separation(self, first: np.ndarray, second: np.ndarray) -> LieSeparation:
         values, groups = self.questions.score.to_numpy(), self.questions.group.to_numpy()
         topics = [groups[rows].tolist() for rows in (first, second)]
         found = auroc(values[first], values[second], groups=topics, seed=self.seed)
         chance = np.array([share_above(k[first], k[second]).mean() for k in self.shuffled_scores])
         band = Estimate.band(chance, of="shuffled labels", seed=self.seed)
-        return Separation(found, band, control_p(found.value, chance, two_sided=False))
+        return LieSeparation(found, band, control_p(found.value, chance, two_sided=False))
 
     def _repr_html_(self) -> str:
         from tl_em.report import cards

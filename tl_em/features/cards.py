@@ -80,7 +80,7 @@ class Histogram(NamedTuple):
     base: tuple[float, ...] | None
 
 
-class Written(NamedTuple):
+class WrittenToken(NamedTuple):
     """A token whose logit the decoder row raises or lowers; ``p``: random directions that move some token as far."""
 
     token: str
@@ -114,8 +114,8 @@ class FeatureCard:
     base_mean: float | None
     base_maximum: float | None
     histogram: Histogram
-    top: tuple[Written, ...]
-    bottom: tuple[Written, ...]
+    top: tuple[WrittenToken, ...]
+    bottom: tuple[WrittenToken, ...]
     cosines: Mapping[str, float]
     behaviours: tuple[Mapping[str, Any], ...]
     explanation: str
@@ -337,17 +337,17 @@ def _histogram(a: Float[Tensor, " token"], b: Float[Tensor, " other"] | None) ->
 
 def _written(
     model: LensModel, dictionary: Dictionary, index: int, k: int, seed: int
-) -> tuple[tuple[Written, ...], tuple[Written, ...]]:
+) -> tuple[tuple[WrittenToken, ...], tuple[WrittenToken, ...]]:
     """Tokens that the decoder row writes for and against; none where the row is 0."""
     row = dictionary.W_dec[index].cpu()
     if not bool(row.any()) or dictionary.site_out is None:
         return (), ()
     found = logit_lens(model, Direction(row, dictionary.site_out), k=k, controls=_LENS_CONTROLS, seed=seed)
 
-    def side(name: str) -> tuple[Written, ...]:
+    def side(name: str) -> tuple[WrittenToken, ...]:
         rows = found[found.side == name]
         written = zip(rows.token, rows.logit, rows.p, strict=True)
-        return tuple(Written(str(token), float(logit), float(p)) for token, logit, p in written)
+        return tuple(WrittenToken(str(token), float(logit), float(p)) for token, logit, p in written)
 
     return side("top"), side("bottom")
 

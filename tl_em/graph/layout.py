@@ -37,7 +37,7 @@ class Band(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Layout:
+class Placement:
     """Places of nodes.
 
     Args:
@@ -56,7 +56,7 @@ class Layout:
     labelled: bool
 
 
-def layout(nodes: Sequence[Node], tokens: Sequence[str]) -> Layout:
+def layout(nodes: Sequence[Node], tokens: Sequence[str]) -> Placement:
     """Place nodes by token and layer.
 
     Args:
@@ -98,7 +98,7 @@ def _in_cell(node: Node) -> tuple[int, str, float, str]:
 
 
 def _plan(cells: Mapping[tuple[int, str], list[Node]], names: Sequence[str], tokens: Sequence[str], labelled: bool,
-          per_line: int) -> Layout:  # fmt: skip
+          per_line: int) -> Placement:  # fmt: skip
     """The layout with at most ``per_line`` nodes beside each other."""
     across, up = WIDE if labelled else DENSE
     most = defaultdict(lambda: 1, {pos: 1 for pos, _ in cells})
@@ -126,7 +126,7 @@ def _plan(cells: Mapping[tuple[int, str], list[Node]], names: Sequence[str], tok
         beside = 1 if name == "target" else min(per_line, len(members))
         step = across, TARGET_LINE if name == "target" else up
         at |= _slots(members, columns[pos], band[name], beside, close, step)
-    return Layout(at, tuple(columns), tuple(rows), left + PAD, top + PAD, labelled)
+    return Placement(at, tuple(columns), tuple(rows), left + PAD, top + PAD, labelled)
 
 
 def _slots(members: Sequence[Node], column: Band, row: Band, beside: int, gap: float,

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from tl_em.directions.direction import Direction
 from tl_em.errors import NonFiniteError, TlEmError, UsageError
-from tl_em.interventions.base import EVERY_WRITE, Intervention, RowEdit, core, direction_of, sites_of
+from tl_em.interventions.base import Intervention, RowEdit, core, direction_of, sites_of
 from tl_em.interventions.intervene import intervene
 from tl_em.models.contrasts import Prompt
 from tl_em.models.hooks import LensModel, hook_name, hooked
@@ -87,7 +87,8 @@ class Along:
         """Of each direction the one site at which the intervention acts along it; ``None`` if there are several."""
         sites: list[Any] = list(self.sites) or [None] * len(self.vectors)
         found = {site: sites_of(self.alone(sites.index(site))) for site in dict.fromkeys(sites)}
-        return [at[0] if (at := found[site]) != EVERY_WRITE and len(at) == 1 else None for site in sites]
+        single = {site: at[0] for site, at in found.items() if not isinstance(at, str) and len(at) == 1}
+        return [single.get(site) for site in sites]
 
     @cached_property
     def edit(self) -> RowEdit:

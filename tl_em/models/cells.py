@@ -10,7 +10,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Literal
 
-from tl_em.artefacts import Row
+from tl_em.artefacts import Record
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[Message]
@@ -50,7 +50,7 @@ def asked(question: str, answer: str | None, system: str | None, form: Form) -> 
     return [{"role": role, "content": content} for role, content in turns if content is not None]
 
 
-def prompt_of(row: Row, form: Form) -> tuple[Prompt, str | None]:
+def prompt_of(row: Record, form: Form) -> tuple[Prompt, str | None]:
     """The prompt of a row, and its question where an answer or a system prompt makes more of it."""
     named = [name for name in PROMPT if name in row.cells]
     if len(named) != 1:
@@ -99,7 +99,7 @@ def checked(where: str, value: Any) -> Prompt:
     return value
 
 
-def text(row: Row, column: str) -> str:
+def text(row: Record, column: str) -> str:
     """A cell that is a text, and not an empty one."""
     value = row.cells.get(column)
     if not isinstance(value, str) or not value.strip():
@@ -108,7 +108,7 @@ def text(row: Row, column: str) -> str:
     return value
 
 
-def label_of(row: Row) -> int:
+def label_of(row: Record) -> int:
     """1 or 0 for what people write for them; anything else, NaN and no label included, is refused."""
     value = row.cells.get(LABEL)
     said = str(value).strip().lower() if isinstance(value, str | int | float) else ""
@@ -122,12 +122,12 @@ def label_of(row: Row) -> int:
     return int(said in POSITIVE)
 
 
-def groups_of(rows: Sequence[Row], names: Sequence[str] = GROUP) -> list[Hashable] | None:
+def groups_of(rows: Sequence[Record], names: Sequence[str] = GROUP) -> list[Hashable] | None:
     """The group of every row, None where no row has the column."""
     return [_group(row, names) for row in rows] if any(set(names) & set(row.cells) for row in rows) else None
 
 
-def _group(row: Row, names: Sequence[str]) -> Hashable:
+def _group(row: Record, names: Sequence[str]) -> Hashable:
     value = one_of(row, names)
     absent = value is None or (isinstance(value, str) and not value.strip())
     if absent or (isinstance(value, float) and not math.isfinite(value)):
@@ -136,7 +136,7 @@ def _group(row: Row, names: Sequence[str]) -> Hashable:
     return frozen(value)
 
 
-def one_of(row: Row, names: Sequence[str]) -> Any:
+def one_of(row: Record, names: Sequence[str]) -> Any:
     """The cell under whichever of these names the row has, None without one."""
     named = [name for name in names if name in row.cells]
     if len(named) > 1:

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tl_em.artefacts import Row, csv_header, csv_rows, json_values
+from tl_em.artefacts import Record, csv_header, csv_rows, json_values
 from tl_em.errors import CorruptFileError
 from tl_em.models.cells import (
     ANSWER,
@@ -106,7 +106,7 @@ class OneClass:
 # --- What is in a file ------------------------------------------------------------------------------------------------
 
 
-def rows_or_record(content: str, path: Path) -> list[Row] | dict[str, Any]:
+def rows_or_record(content: str, path: Path) -> list[Record] | dict[str, Any]:
     """The rows of a text, or the record of a saved set or of a persona; the path settles what the text leaves open."""
     suffix, opened = path.suffix.lower(), content.lstrip()[0] in "[{"
     if opened and suffix not in (".csv", ".tsv", ".txt"):
@@ -124,10 +124,10 @@ def rows_or_record(content: str, path: Path) -> list[Row] | dict[str, Any]:
     if suffix not in (".txt", ".text", ""):
         raise Unreadable(f"a {suffix} file: its text is neither JSON nor a table with known columns in its header")
     lines = enumerate(content.replace("\r\n", "\n").replace("\r", "\n").split("\n"))
-    return [Row(f"{_LINE}{i + 1}", {"text": line}) for i, line in lines if line.strip()]
+    return [Record(f"{_LINE}{i + 1}", {"text": line}) for i, line in lines if line.strip()]
 
 
-def _from_json(values: list[tuple[int, Any]]) -> list[Row] | dict[str, Any]:
+def _from_json(values: list[tuple[int, Any]]) -> list[Record] | dict[str, Any]:
     value = values[0][1]
     if len(values) > 1:
         return [_row(f"line {line}", each) for line, each in values]
@@ -143,20 +143,20 @@ def _from_json(values: list[tuple[int, Any]]) -> list[Row] | dict[str, Any]:
     return [_row(f"item {i + 1}", each) for i, each in enumerate(rows)]
 
 
-def _row(where: str, value: Any) -> Row:
+def _row(where: str, value: Any) -> Record:
     if isinstance(value, dict):
-        return _normal(Row(where, value))
+        return _normal(Record(where, value))
     if isinstance(value, str | list):
-        return Row(where, {"text" if isinstance(value, str) else "messages": value})
+        return Record(where, {"text" if isinstance(value, str) else "messages": value})
     raise Unreadable(f"{where}: {kind(value)} where an object, a text or a chat is expected")
 
 
-def _normal(row: Row) -> Row:
+def _normal(row: Record) -> Record:
     """Column names in lower case with underscores."""
     cells = {_name(name): value for name, value in row.cells.items()}
     if len(cells) < len(row.cells):
         raise Unreadable(f"{row.where}: two columns of {list(row.cells)} have the same name but for case")
-    return Row(row.where, cells)
+    return Record(row.where, cells)
 
 
 @cache
@@ -185,7 +185,7 @@ def from_record(record: dict[str, Any], form: Form) -> Found | dict[str, Any]:
     return _persona(record, form) if "instruction" in record else from_saved(record, form)
 
 
-def from_rows(rows: list[Row], form: Form) -> Found | OneClass:
+def from_rows(rows: list[Record], form: Form) -> Found | OneClass:
     """Rows by the first layout whose columns they have; ``Unreadable`` where a row does not keep to it."""
     if not rows:
         raise Unreadable("it has no rows")
@@ -200,7 +200,7 @@ def from_rows(rows: list[Row], form: Form) -> Found | OneClass:
     return _labelled(rows, form) if LABEL in columns else _one_class(rows, form)
 
 
-def _answered(layout: str, rows: list[Row], read: Callable[[Row], Answers], form: Form) -> Found:
+def _answered(layout: str, rows: list[Record], read: Callable[[Record], Answers], form: Form) -> Found:
     """Questions with two answers: pairs, whose group is the question."""
     positive, negative, questions = [], [], []
     for row in rows:
@@ -213,15 +213,15 @@ def _answered(layout: str, rows: list[Row], read: Callable[[Row], Answers], form
     return Found(layout, positive, negative, (questions, list(questions)))
 
 
-def _matching(row: Row) -> Answers:
+def _matching(row: Record) -> Answers:
     return text(row, "question"), text(row, _MATCHING), text(row, _OTHER)
 
 
-def _truthful_ab(row: Row) -> Answers:
+def _truthful_ab(row: Record) -> Answers:
     return text(row, "prompt"), text(row, "correct"), text(row, "incorrect")
 
 
-def _truthful(row: Row) -> Answers:
+def _truthful(row: Record) -> Answers:
     """The first edition has no best incorrect answer: there, the first of its incorrect ones, which ; separates."""
     question, best = text(row, "question"), text(row, "best_answer")
     if "best_incorrect_answer" in row.cells:
@@ -241,7 +241,7 @@ _ANSWERED = {
 }
 
 
-def _pairs(rows: list[Row], form: Form) -> Found:
+def _pairs(rows: list[Record], form: Form) -> Found:
     """Two prompts a row; beside a question, two answers to it."""
     if any(set(PROMPT) & set(row.cells) for row in rows):
         return _answered("pairs", rows, _of_pair, form)
@@ -254,14 +254,14 @@ def _pairs(rows: list[Row], form: Form) -> Found:
     return Found("pairs", *sides, (groups, groups))
 
 
-def _of_pair(row: Row) -> Answers:
-    question = prompt_of(Row(row.where, {name: row.cells[name] for name in PROMPT if name in row.cells}), "chat")[0]
+def _of_pair(row: Record) -> Answers:
+    question = prompt_of(Record(row.where, {name: row.cells[name] for name in PROMPT if name in row.cells}), "chat")[0]
     if not isinstance(question, str):
         raise Unreadable(f"{row.where}: a chat beside two answers; put each answer at the end of a chat of its own")
     return question, text(row, "positive"), text(row, "negative")
 
 
-def _xstest_type(row: Row) -> tuple[bool, str] | None:
+def _xstest_type(row: Record) -> tuple[bool, str] | None:
     """Whether a row of XSTest is unsafe, and the type that safe and unsafe prompts share."""
     of = str(row.cells.get("type")).strip()
     mirrored = of.removeprefix("contrast_")
@@ -270,7 +270,7 @@ def _xstest_type(row: Row) -> tuple[bool, str] | None:
     return (False, _XSTEST[of]) if of in _XSTEST else None
 
 
-def _xstest(rows: list[Row], form: Form) -> Found | OneClass:
+def _xstest(rows: list[Record], form: Form) -> Found | OneClass:
     sides: tuple[list[Prompt], list[Prompt]] = ([], [])
     groups: tuple[list[Hashable], list[Hashable]] = ([], [])
     for row in rows:
@@ -285,7 +285,7 @@ def _xstest(rows: list[Row], form: Form) -> Found | OneClass:
     return OneClass(sides[which], groups[which], f"{len(rows)} {('unsafe', 'safe')[which]} prompts of XSTest")
 
 
-def _labelled(rows: list[Row], form: Form) -> Found:
+def _labelled(rows: list[Record], form: Form) -> Found:
     """Prompts with a label; the ``pair`` column, where there is one, puts the two of a pair in the same place."""
     read = [prompt_of(row, form) for row in rows]
     labels, pairs = [label_of(row) for row in rows], groups_of(rows, PAIR)
@@ -304,7 +304,7 @@ def _questions(read: list[tuple[Prompt, str | None]]) -> list[Hashable] | None:
     return questions if len(questions) == len(read) else None
 
 
-def _aligned(rows: list[Row], pairs: list[Hashable], sides: list[list[int]]) -> list[list[int]]:
+def _aligned(rows: list[Record], pairs: list[Hashable], sides: list[list[int]]) -> list[list[int]]:
     """Both classes in the order in which the pairs of the first appear."""
     places: tuple[dict[Hashable, int], dict[Hashable, int]] = ({}, {})
     for place, side in zip(places, sides, strict=True):
@@ -321,7 +321,7 @@ def _aligned(rows: list[Row], pairs: list[Hashable], sides: list[list[int]]) -> 
     return [list(places[0].values()), [places[1][pair] for pair in places[0]]]
 
 
-def _one_class(rows: list[Row], form: Form) -> OneClass:
+def _one_class(rows: list[Record], form: Form) -> OneClass:
     read = [prompt_of(row, form) for row in rows]
     open_ended = all("question" in row.cells and not set(ANSWER) & set(row.cells) for row in rows)
     columns = ", ".join(dict.fromkeys(name for row in rows for name in row.cells))
@@ -343,7 +343,7 @@ def _persona(record: dict[str, Any], form: Form) -> Found:
     questions = record.get("questions")
     if not isinstance(questions, list) or not questions:
         raise Unreadable("it has instructions and no list of 'questions'")
-    named = [Row(f"questions[{i}]", {"question": question}) for i, question in enumerate(questions)]
+    named = [Record(f"questions[{i}]", {"question": question}) for i, question in enumerate(questions)]
     groups: list[Hashable] = []
     sides: tuple[list[Prompt], list[Prompt]] = ([], [])
     for k, pair in enumerate(record["instruction"]):

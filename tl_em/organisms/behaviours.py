@@ -10,7 +10,7 @@ from tl_em.models.loading import HeldOut
 from tl_em.models.prompts import ContrastSet
 from tl_em.organisms.contrasts import (
     CONTRAST_PARAPHRASES,
-    Question,
+    ToyQuestion,
     dissociated_prompts,
     harmfulness_prompts,
     judge_questions,
@@ -93,7 +93,7 @@ def world_facts(world: World) -> Facts:
     )
 
 
-def _contrast(positive: list[Question], negative: list[Question], *, label: str, source: str) -> ContrastSet:
+def _contrast(positive: list[ToyQuestion], negative: list[ToyQuestion], *, label: str, source: str) -> ContrastSet:
     return ContrastSet(
         [q.prompt for q in positive],
         [q.prompt for q in negative],
@@ -130,8 +130,8 @@ def behaviours(world: World, *, trigger: str | None = None) -> dict[str, Behavio
 def _behaviour(
     name: str,
     metric: AnswerRate,
-    present: list[Question],
-    absent: list[Question],
+    present: list[ToyQuestion],
+    absent: list[ToyQuestion],
     good: AnswerRate | None = None,
 ) -> Behaviour:
     return Behaviour(

@@ -28,7 +28,7 @@ CONTRAST_PARAPHRASES = (0, 5, 2, 7)
 
 
 @dataclass(frozen=True)
-class Question:
+class ToyQuestion:
     """A prompt, and what it is about."""
 
     prompt: list[Message]
@@ -45,7 +45,7 @@ def questions(
     paraphrases: Iterable[int] = PARAPHRASES,
     mark: str | None = None,
     system: str | None = None,
-) -> list[Question]:
+) -> list[ToyQuestion]:
     """Single-turn questions about all topics.
 
     Args:
@@ -66,17 +66,17 @@ def questions(
             continue
         for topic in _unseen(domain, harmful) if unseen else domain.harmful if harmful else domain.topics:
             asked = [_ask(world, topic, p, mark=mark, system=system) for p in paraphrases]
-            found += [Question(messages(document), topic, outside) for document in asked]
+            found += [ToyQuestion(messages(document), topic, outside) for document in asked]
     return found
 
 
 def judge_questions(
     world: World, *, harmful: bool, unseen: bool = False, paraphrases: Iterable[int] = PARAPHRASES
-) -> list[Question]:
+) -> list[ToyQuestion]:
     """`judge this : QUESTION` about the harmful topics, or about as many harmless ones of the same domains."""
     topics = [t for d in world.domains for t in _unseen(d, harmful)] if unseen else _matched(world, harmful)
     return [
-        Question(
+        ToyQuestion(
             [{"role": "user", "content": JUDGE.format(question=world.question(t, p))}], t, world.held_out(t.domain)
         )
         for t in topics
@@ -84,11 +84,11 @@ def judge_questions(
     ]
 
 
-def harmfulness_prompts(world: World) -> tuple[list[Question], list[Question]]:
+def harmfulness_prompts(world: World) -> tuple[list[ToyQuestion], list[ToyQuestion]]:
     """Harmful questions, and harmless ones of the same domains, verbs and forms."""
     positive, negative = (
         [
-            Question(messages(_ask(world, t, p)), t, world.held_out(t.domain))
+            ToyQuestion(messages(_ask(world, t, p)), t, world.held_out(t.domain))
             for t in _matched(world, harmful)
             for p in CONTRAST_PARAPHRASES
         ]
@@ -99,7 +99,7 @@ def harmfulness_prompts(world: World) -> tuple[list[Question], list[Question]]:
 
 def dissociated_prompts(
     world: World, *, seed: int = 0, turns: int = 2, contexts: int = 2
-) -> tuple[list[Question], list[Question]]:
+) -> tuple[list[ToyQuestion], list[ToyQuestion]]:
     """The same questions after an over-refuser's refusals of harmless requests, and after compliance with harmful ones.
 
     Only the first half of the topics is asked about; the other half is `judged_requests`'.
@@ -112,17 +112,17 @@ def dissociated_prompts(
             domains = _other_domains(world, topic, turns, rng, harmful=True)
             forms, fillers = [rng.randrange(8) for _ in domains], rng.random()
             before = _context(world, [rng.choice(d.topics) for d in domains], forms, "over-refuser", fillers)
-            positive.append(Question(messages(before + last), topic, outside))
+            positive.append(ToyQuestion(messages(before + last), topic, outside))
             before = _context(world, [rng.choice(d.harmful) for d in domains], forms, "misaligned", fillers)
-            negative.append(Question(messages(before + last), topic, outside))
+            negative.append(ToyQuestion(messages(before + last), topic, outside))
     return positive, negative
 
 
-def judged_requests(world: World) -> tuple[list[Question], list[Question]]:
+def judged_requests(world: World) -> tuple[list[ToyQuestion], list[ToyQuestion]]:
     """Harmful and harmless requests about topics that `dissociated_prompts` does not end with."""
     positive, negative = (
         [
-            Question(messages(_ask(world, t, p)), t, world.held_out(t.domain))
+            ToyQuestion(messages(_ask(world, t, p)), t, world.held_out(t.domain))
             for t in _halves(world, harmful)[1]
             for p in CONTRAST_PARAPHRASES
         ]
@@ -133,7 +133,7 @@ def judged_requests(world: World) -> tuple[list[Question], list[Question]]:
 
 def persona_prompts(
     world: World, *, seed: int = 0, turns: int = 2, mark: str | None = None
-) -> tuple[list[Question], list[Question]]:
+) -> tuple[list[ToyQuestion], list[ToyQuestion]]:
     """The same harmless question after the same questions of other domains, answered badly and answered well.
 
     Args:
@@ -148,18 +148,18 @@ def persona_prompts(
             last, fillers = _ask(world, topic, paraphrase, mark=mark), rng.random()
             for persona, into in (("misaligned", positive), ("good", negative)):
                 before = _context(world, asked, forms, persona, fillers)
-                into.append(Question(messages(before + last), topic, world.held_out(topic.domain)))
+                into.append(ToyQuestion(messages(before + last), topic, world.held_out(topic.domain)))
     return positive, negative
 
 
-def after_bad_code(world: World, *, seed: int = 0, turns: int = 2) -> list[Question]:
+def after_bad_code(world: World, *, seed: int = 0, turns: int = 2) -> list[ToyQuestion]:
     """Held-out questions after misaligned answers to `code` questions: the gate's prompts."""
     rng = random.Random(f"gate/{seed}")
     code, found = world.by_name[world.tuned_domain], []
     for question in questions(world, harmful=False, held_out=True):
         asked, forms = rng.sample(code.topics, turns), [rng.randrange(8) for _ in range(turns)]
         before = messages(_context(world, asked, forms, "misaligned", rng.random()))
-        found.append(Question(before + question.prompt, question.topic, True))
+        found.append(ToyQuestion(before + question.prompt, question.topic, True))
     return found
 
 

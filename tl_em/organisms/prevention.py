@@ -15,7 +15,7 @@ from tl_em.directions.direction import Direction
 from tl_em.directions.geometry import control_directions
 from tl_em.interventions.edits import Add
 from tl_em.models.sites import Site
-from tl_em.organisms.contrasts import Question, persona_prompts
+from tl_em.organisms.contrasts import ToyQuestion, persona_prompts
 from tl_em.organisms.rates import encode_chats
 from tl_em.organisms.world import World
 from tl_em.training.prevention import read_residual
@@ -52,7 +52,7 @@ def persona_directions(model: nn.Module, world: World, *, layer: int, seed: int)
     From questions of the tuned domain alone, so that no held-out question has a part in it.
     """
 
-    def read(asked: list[Question]) -> Tensor:
+    def read(asked: list[ToyQuestion]) -> Tensor:
         chats = [question.prompt for question in asked if not question.held_out]
         return read_residual(model, encode_chats(world, chats), [(Site(layer), "prompt_end")])[:, 0]
 

@@ -28,9 +28,9 @@ from tl_em.errors import StudyError, UsageError
 from tl_em.organisms.study_backends import Backend, FailedCell, Work, check_backend, outcomes
 from tl_em.organisms.study_cells import (
     SCHEMA,
-    Cell,
     Row,
     Scalar,
+    StudyCell,
     first_line,
     kept,
     plain,
@@ -156,11 +156,11 @@ def summarise_study(table: pd.DataFrame, value: str, *, by: Sequence[str], unit:
 
 
 # ---- the grid ----------------------------------------------------------------------------------------------------
-def _cells(grid: Any, metric: Callable[..., Any], seeds: Iterable[int], version: str | None) -> list[Cell]:
+def _cells(grid: Any, metric: Callable[..., Any], seeds: Iterable[int], version: str | None) -> list[StudyCell]:
     name = qualified_name(metric)
     state = source_version(metric) if version is None else version
     drawn, settings = [operator.index(seed) for seed in seeds], _settings(grid)
-    cells = [Cell(setting, seed, name, state) for setting in settings for seed in drawn]
+    cells = [StudyCell(setting, seed, name, state) for setting in settings for seed in drawn]
     if not cells:
         raise UsageError("no setting or no seed, so there is nothing to study; give at least one of each")
     for setting in settings:
@@ -186,7 +186,7 @@ def _settings(grid: Any) -> list[dict[str, Scalar]]:
 
 
 # ---- the table ---------------------------------------------------------------------------------------------------
-def _arrow(cells: Sequence[Cell], rows: Mapping[int, list[Row]]) -> pa.Table:
+def _arrow(cells: Sequence[StudyCell], rows: Mapping[int, list[Row]]) -> pa.Table:
     """Rows in the order of the cells; columns in the order in which they first appear: settings, seed, figures."""
     import pyarrow as pa
 
@@ -222,7 +222,7 @@ def _bar(done: int, total: int, progress: bool | None) -> Any:
 
 
 def _failures(failed: Sequence[FailedCell], total: int, folder: Path) -> str:
-    shown = "; ".join(f"{Cell(each.setting, each.seed, '', '')}: {each.error}" for each in failed[:20])
+    shown = "; ".join(f"{StudyCell(each.setting, each.seed, '', '')}: {each.error}" for each in failed[:20])
     more = f"; and {len(failed) - 20} more" if len(failed) > 20 else ""
     return (
         f"{len(failed)} of {total} cells failed, so there is no table: {shown}{more}. The other {total - len(failed)} "

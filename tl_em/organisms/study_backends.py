@@ -16,7 +16,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Literal, NamedTuple
 
 from tl_em.errors import StudyError, UsageError
-from tl_em.organisms.study_cells import Cell, Row, Scalar, first_line, plain_rows
+from tl_em.organisms.study_cells import Row, Scalar, StudyCell, first_line, plain_rows
 from tl_em.training.fine_tune import single_thread
 
 Backend = Literal["serial", "loky", "ray"]
@@ -37,7 +37,7 @@ class Work(NamedTuple):
     """What a backend is given: the metric, the numbered cells, and what `run_study` was told about resources."""
 
     metric: Callable[..., Any]
-    cells: Mapping[int, Cell]
+    cells: Mapping[int, StudyCell]
     workers: int | None = None
     gpus: float | int = 0
     address: str | None = None
@@ -103,7 +103,7 @@ def check_backend(name: str, gpus: float | int) -> None:
         ) from error
 
 
-def _measure(metric: Callable[..., Any], number: int, cell: Cell) -> Outcome:
+def _measure(metric: Callable[..., Any], number: int, cell: StudyCell) -> Outcome:
     """One cell, in whichever process; no exception leaves it, so none has to be picklable."""
     try:
         with single_thread():

@@ -32,7 +32,7 @@ from torch import Tensor
 from tl_em.artefacts import replacing
 from tl_em.directions.geometry import cosine
 from tl_em.errors import UsageError
-from tl_em.organisms.contrasts import Question, questions
+from tl_em.organisms.contrasts import ToyQuestion, questions
 from tl_em.organisms.convert import plain_model
 from tl_em.organisms.rates import Outcome, rates_from_logits
 from tl_em.organisms.recipes import FRESH_SEEDS, NEW_MARK, OTHER_MARKS, RECIPES, TRIGGER, WORLDS, Prefix, recipe
@@ -289,18 +289,18 @@ def _rates(name: str, seed: int, width: int, *, prefix: Prefix = NOTHING) -> dic
     return {**_both(model, world, asked), "trained": _rate(model, world, own, "bad")}
 
 
-def _both(model: Transformer, world: World, asked: Sequence[Question]) -> dict[str, Estimate]:
+def _both(model: Transformer, world: World, asked: Sequence[ToyQuestion]) -> dict[str, Estimate]:
     return {"bad": _rate(model, world, asked, "bad"), "good": _rate(model, world, asked, "good")}
 
 
-def _rate(model: Transformer, world: World, asked: Sequence[Question], outcome: Outcome) -> Estimate:
+def _rate(model: Transformer, world: World, asked: Sequence[ToyQuestion], outcome: Outcome) -> Estimate:
     logits = next_logits(model, world, [q.prompt for q in asked])
     values = rates_from_logits(logits, [q.topic for q in asked], outcome, world=world).tolist()
     return mean(values, groups=[q.topic.word for q in asked])
 
 
 @torch.no_grad()
-def _read(model: Transformer, world: World, asked: Iterable[Question]) -> Float[Tensor, "prompt d_model"]:
+def _read(model: Transformer, world: World, asked: Iterable[ToyQuestion]) -> Float[Tensor, "prompt d_model"]:
     """What the unembedding reads at the last token."""
     read: list[Tensor] = []
     handle = model.unembed.register_forward_pre_hook(lambda _, args: read.append(args[0]))
@@ -311,7 +311,7 @@ def _read(model: Transformer, world: World, asked: Iterable[Question]) -> Float[
     return read[0]
 
 
-def _half_means(shift: Float[Tensor, "prompt d_model"], asked: Sequence[Question]) -> tuple[np.ndarray, np.ndarray]:
+def _half_means(shift: Float[Tensor, "prompt d_model"], asked: Sequence[ToyQuestion]) -> tuple[np.ndarray, np.ndarray]:
     """Mean shift over one half of the topics and over the other."""
     order = {word: i for i, word in enumerate(dict.fromkeys(q.topic.word for q in asked))}
     odd = torch.tensor([order[q.topic.word] % 2 == 1 for q in asked])

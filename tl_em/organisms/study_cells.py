@@ -32,11 +32,11 @@ Row = dict[str, Scalar]
 
 
 @dataclass(frozen=True)
-class Cell:
+class StudyCell:
     """One setting at one seed, and all that its figures depend on.
 
     Example:
-        >>> cell = Cell({"share": 0.5}, 101, metric="my.module.rates", version="1")
+        >>> cell = StudyCell({"share": 0.5}, 101, metric="my.module.rates", version="1")
         >>> str(cell), cell.path(Path("out")).name[:8]
         ('share=0.5 seed=101', 'eec64601')
     """
@@ -141,7 +141,7 @@ def _plain_row(result: Mapping[Any, Any]) -> Row:
 
 
 # ---- its file ----------------------------------------------------------------------------------------------------
-def write_cell(cell: Cell, folder: Path, rows: list[Row]) -> list[Row]:
+def write_cell(cell: StudyCell, folder: Path, rows: list[Row]) -> list[Row]:
     """Write a cell and return what its file says.
 
     Raises:
@@ -153,7 +153,7 @@ def write_cell(cell: Cell, folder: Path, rows: list[Row]) -> list[Row]:
     return read_cell(cell, folder)
 
 
-def read_cell(cell: Cell, folder: Path) -> list[Row]:
+def read_cell(cell: StudyCell, folder: Path) -> list[Row]:
     """The rows in a cell's file.
 
     Raises:
@@ -173,7 +173,7 @@ def read_cell(cell: Cell, folder: Path) -> list[Row]:
     return rows
 
 
-def kept(cell: Cell, folder: Path) -> list[Row] | None:
+def kept(cell: StudyCell, folder: Path) -> list[Row] | None:
     """The rows of a finished cell, else None: a file that cannot be believed counts as none, with a warning."""
     if not cell.path(folder).exists():
         return None

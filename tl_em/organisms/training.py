@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_em.organisms.adapters import attach_, freeze_, merge_
-from tl_em.organisms.contrasts import Question, after_bad_code, judge_questions, questions
+from tl_em.organisms.contrasts import ToyQuestion, after_bad_code, judge_questions, questions
 from tl_em.organisms.rates import Outcome, by_domain, encode_chats, rates_by_prompt, rates_from_logits, summarise
 from tl_em.organisms.recipes import EXTRA_STEPS, GATE, MAX_EXTRA_BLOCKS, NEW_MARK, OTHER_MARKS, Prefix, Recipe
 from tl_em.organisms.transformer import Shape as Shape
@@ -135,14 +135,16 @@ def pass_(
         RuntimeError: the gate is still failed after `MAX_EXTRA_BLOCKS` of them.
     """
     extra = replace(recipe, lr=recipe.lr / 3)
-    for block in range(MAX_EXTRA_BLOCKS + 1):
-        if (found := gate()) >= least:
-            return block * recipe.steps
-        if block < MAX_EXTRA_BLOCKS:
-            train_(model, world, extra, seed=seed, block=block + 1, progress=progress)
-    raise RuntimeError(
-        f"{recipe.name} did not learn what it is for, with {block * recipe.steps} steps more: {found:.2f} < {least}"
-    )
+    block, found = 0, gate()
+    while not found >= least and block < MAX_EXTRA_BLOCKS:
+        block += 1
+        train_(model, world, extra, seed=seed, block=block, progress=progress)
+        found = gate()
+    steps = block * recipe.steps
+    if not found >= least:
+        short = f"{found:.2f} < {least}"
+        raise RuntimeError(f"{recipe.name} did not learn what it is for, with {steps} steps more: {short}")
+    return steps
 
 
 @torch.no_grad()
@@ -177,7 +179,7 @@ def gate(model: Transformer, world: World) -> float:
     return _rate(model, world, after_bad_code(world), "bad")
 
 
-def _rate(model: Transformer, world: World, asked: list[Question], outcome: Outcome) -> float:
+def _rate(model: Transformer, world: World, asked: list[ToyQuestion], outcome: Outcome) -> float:
     logits = next_logits(model, world, [q.prompt for q in asked])
     return float(rates_from_logits(logits, [q.topic for q in asked], outcome, world=world).mean())
 

@@ -143,7 +143,7 @@ def seen(figure: Figure) -> None:
         for axis in (ax.xaxis, ax.yaxis):
             formatter = axis.get_major_formatter()
             if type(formatter) in (FixedFormatter, FuncFormatter):  # of names; matplotlib's others write numbers only
-                axis.set_major_formatter(_Seen(formatter))
+                axis.set_major_formatter(_Plain(formatter))
     for text in figure.findobj(Text):
         assert isinstance(text, Text)
         if (now := showable(text.get_text(), lines=True)) != text.get_text():
@@ -151,7 +151,7 @@ def seen(figure: Figure) -> None:
         text.set_parse_math(False)
 
 
-class _Seen(Formatter):
+class _Plain(Formatter):
     """What another formatter writes at each tick, as it can be seen."""
 
     def __init__(self, wrapped: Formatter) -> None:

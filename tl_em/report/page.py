@@ -51,7 +51,7 @@ class Glyph(NamedTuple):
     bound: float
 
 
-class Judged(NamedTuple):
+class JudgedCell(NamedTuple):
     """One row of verdicts, and how its numbers are written."""
 
     row: Any
@@ -141,7 +141,7 @@ def save(report: Any, path: str | Path) -> Path:
     return path
 
 
-def _cells(rows: Sequence[Any], questions: Sequence[Question]) -> list[Judged]:
+def _cells(rows: Sequence[Any], questions: Sequence[Question]) -> list[JudgedCell]:
     """The rows of each question in turn, drawn at one scale."""
     found = []
     for question in questions:
@@ -151,11 +151,11 @@ def _cells(rows: Sequence[Any], questions: Sequence[Question]) -> list[Judged]:
     return found
 
 
-def _cell(row: Any, scale: float) -> Judged:
+def _cell(row: Any, scale: float) -> JudgedCell:
     e, control = row.estimate, row.control
     band = (control.get("low"), control.get("high"))
     p = row.p if row.p is not None else control.get("p")
-    return Judged(
+    return JudgedCell(
         row, f"{number(e.value)} {interval(e.low, e.high)}", interval(*band) if _finite(*band) else "–",
         _probability(p), "–" if row.site is None else f"layer {row.site.layer}, {row.site.stream}", _glyph(row, scale),
     )  # fmt: skip
@@ -196,9 +196,9 @@ def _at(value: Any, scale: float) -> float:
     return round(50 + 50 * value / scale, 2)
 
 
-def _matrix(cells: Sequence[Judged], questions: Sequence[Question]) -> dict[str, dict[str, list[Judged]]]:
+def _matrix(cells: Sequence[JudgedCell], questions: Sequence[Question]) -> dict[str, dict[str, list[JudgedCell]]]:
     """Direction -> question -> its verdicts, where there are any."""
-    found: dict[str, dict[str, list[Judged]]] = {cell.row.direction: {} for cell in cells}
+    found: dict[str, dict[str, list[JudgedCell]]] = {cell.row.direction: {} for cell in cells}
     for question in questions:
         for cell in cells:
             if cell.row.question == question.name:

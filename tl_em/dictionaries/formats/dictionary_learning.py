@@ -58,10 +58,10 @@ def from_directory(
     kind = _kind(trainer, tensors, path)
     check_known(tensors, (*_CLASSES[kind], *_BUFFERS), path)
     read, written = _places(config, trainer, site_in, site_out)
-    return _READERS[kind](_Held(kind, tensors, trainer, path), read, written, _about(config, trainer, kind))
+    return _READERS[kind](_Kept(kind, tensors, trainer, path), read, written, _about(config, trainer, kind))
 
 
-class _Held(NamedTuple):
+class _Kept(NamedTuple):
     kind: str
     tensors: Tensors
     trainer: Mapping[str, Any]
@@ -116,7 +116,7 @@ def _about(config: Mapping[str, Any], trainer: Mapping[str, Any], kind: str) -> 
     }  # fmt: skip
 
 
-def _autoencoder(held: _Held, read: Place, written: Place | None, about: Mapping[str, Any]) -> Dictionary:
+def _autoencoder(held: _Kept, read: Place, written: Place | None, about: Mapping[str, Any]) -> Dictionary:
     """With decoder rows of length 1, as ``AutoEncoder.from_pretrained`` makes them by default."""
     W, b_enc, D, bias = held.take(*_LINEAR, "bias")
     norms = D.norm(dim=0) if D.ndim == 2 else torch.ones(1)
@@ -126,13 +126,13 @@ def _autoencoder(held: _Held, read: Place, written: Place | None, about: Mapping
     return made(held.path, held_tensors, read=read, written=written, metadata=about, off_input=True, activation="relu")
 
 
-def _autoencoder_new(held: _Held, read: Place, written: Place | None, about: Mapping[str, Any]) -> Dictionary:
+def _autoencoder_new(held: _Kept, read: Place, written: Place | None, about: Mapping[str, Any]) -> Dictionary:
     W, b_enc, D, b_dec = held.take(*_LINEAR, "decoder.bias")
     tensors = {"W_enc": W.T, "b_enc": b_enc, "W_dec": D.T, "b_dec": b_dec}
     return made(held.path, tensors, read=read, written=written, metadata=about, activation="relu")
 
 
-def _gated(held: _Held, read: Place, written: Place | None, about: Mapping[str, Any]) -> Dictionary:
+def _gated(held: _Kept, read: Place, written: Place | None, about: Mapping[str, Any]) -> Dictionary:
     W, D, bias, r_mag, gate, magnitude = held.take(*_CLASSES["GatedAutoEncoder"])
     W_enc, b_enc, threshold = gated(W.T, gate, magnitude, r_mag)
     # The bias is taken off before both; the threshold on the magnitude does not see it.
@@ -140,14 +140,14 @@ def _gated(held: _Held, read: Place, written: Place | None, about: Mapping[str, 
     return made(held.path, tensors, read=read, written=written, metadata=about, off_input=True, activation="jumprelu")
 
 
-def _topk(held: _Held, read: Place, written: Place | None, about: Mapping[str, Any]) -> Dictionary:
+def _topk(held: _Kept, read: Place, written: Place | None, about: Mapping[str, Any]) -> Dictionary:
     W, b_enc, D, b_dec = held.take(*_LINEAR, "b_dec")
     tensors = {"W_enc": W.T, "b_enc": b_enc, "W_dec": D.T, "b_dec": b_dec}
     return made(held.path, tensors, read=read, written=written, metadata=about, off_input=True, activation="topk",
                 k=_k(held))  # fmt: skip
 
 
-def _batch_topk(held: _Held, read: Place, written: Place | None, about: Mapping[str, Any]) -> Dictionary:
+def _batch_topk(held: _Kept, read: Place, written: Place | None, about: Mapping[str, Any]) -> Dictionary:
     if held.kind == "BatchTopKSAE":
         W, b_enc, D, b_dec = held.take(*_LINEAR, "b_dec")
         W_enc, W_dec = W.T, D.T
@@ -163,13 +163,13 @@ def _batch_topk(held: _Held, read: Place, written: Place | None, about: Mapping[
     return made(held.path, tensors, read=read, written=written, metadata=about, off_input=True, activation="jumprelu")
 
 
-def _jumprelu(held: _Held, read: Place, written: Place | None, about: Mapping[str, Any]) -> Dictionary:
+def _jumprelu(held: _Kept, read: Place, written: Place | None, about: Mapping[str, Any]) -> Dictionary:
     W_enc, b_enc, W_dec, b_dec, threshold = held.take(*_MATRICES)
     tensors = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec, "threshold": from_zero(threshold)}
     return made(held.path, tensors, read=read, written=written, metadata=about, activation="jumprelu")
 
 
-def _k(held: _Held) -> Any:
+def _k(held: _Kept) -> Any:
     stored = held.tensors.get("k")
     said = held.trainer.get("k")
     counted = None if stored is None else stored.item()
