@@ -88,7 +88,7 @@ class ForeignDictionary(Dictionary):
             if grad is None:
                 raise UsageError(
                     f"encode of {self.label} passes no gradient, so what its latents read is not known and there is "
-                    "no graph; leave out detach(), item() and numpy() there"
+                    "no graph; leave out detach, item and numpy there"
                 )
             found.append(grad)
         return torch.cat(found).to(x) if found else x[:0]
@@ -189,7 +189,7 @@ def _proven(made: ForeignDictionary) -> Float[Tensor, " d_model"]:
         raise NonFiniteError(f"encode of {made.label} gives NaN or infinity for finite activations; mend its weights")
     if not torch.equal(made.encode(x), a):
         _refuse(made, "encode gives other latents for the same activations, so no latent means anything",
-                "draw nothing in it, and put it into evaluation mode: dictionary.eval()")  # fmt: skip
+                "draw nothing in it, and put it into evaluation mode")  # fmt: skip
     if bool((a < 0).any()):
         _refuse(made, f"encode gives {int((a < 0).sum())} latents below 0, so *on* and *density* mean nothing",
                 "return its latents after their activation function")  # fmt: skip
@@ -208,7 +208,7 @@ def _linear_bias(made: ForeignDictionary, a: Float[Tensor, "token d_sae"]) -> Fl
     if not isinstance(written, Tensor) or tuple(written.shape) != (len(given), made.d_model):
         seen = tuple(written.shape) if isinstance(written, Tensor) else type(written).__name__
         raise WidthError(
-            f"decode() of {made.label} gave {seen} for {len(given)} tokens, and W_dec writes {made.d_model} wide; "
+            f"decode of {made.label} gave {seen} for {len(given)} tokens, and W_dec writes {made.d_model} wide; "
             "return what is written at site_out, [token d_model]"
         )
     written = written.float().to(made.W_dec.device)

@@ -131,7 +131,7 @@ def points_of(rule: Rule, start: Tensor, end: Tensor) -> list[Tensor | None]:
     shaped = [isinstance(each, Tensor) and each.shape == end.shape and bool(each.isfinite().all()) for each in steps]
     if not steps or not all(shaped):
         raise UsageError(
-            f"steps() of the rule {rule.name!r} gave {len(steps)} values, {sum(shaped)} of them finite and of shape "
+            f"steps of the rule {rule.name!r} gave {len(steps)} values, {sum(shaped)} of them finite and of shape "
             f"{tuple(end.shape)}, so there is no path to average over; return values between start and end, or [end]"
         )
     return [None if each is end else each for each in steps]
