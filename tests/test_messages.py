@@ -151,7 +151,8 @@ FOREIGN = {
     *("metadata.tl_em.order", "metadata.tl_em.schema", "metadata.prompt_tokens"),  # of a graph's file
     *("dataclasses.replace", "named_parameters", "model.named_parameters", "model.reset_hooks", "model.run_with_cache"),
     *("model.run_with_hooks", "model.reset_saes", "run_with_hooks", "hooks", "tie_weights", "torch.save"),
-    *("x.detach", "x.dtype", "f.name", "f.unit", "torch.float32", "scipy.optimize", "model.language_model", "model.cfg.n_layers", "model.cfg.use_attn_result"),
+    *("x.detach", "x.dtype", "f.name", "f.unit"),  # of the reader's own code
+    *("torch.float32", "scipy.optimize", "model.language_model", "model.cfg.n_layers", "model.cfg.use_attn_result"),
     *("model.tokenizer.chat_template", "model._orig_mod", "torch.compile"),
     *("peft_model.get_base_model", "peft_model.merge_and_unload", "peft_model.unmerge_adapter"),
     *("peft_model.save_pretrained", "pair.base", "pair.tuned"),
