@@ -61,7 +61,13 @@ def environment(*folders: Path) -> jinja2.Environment:
         finalize=_finalised,
     )  # fmt: skip
     made.filters["slug"] = slug
+    made.filters["breakable"] = _breakable
     return made
+
+
+def _breakable(name: str) -> Markup:
+    """A name that may be broken after an underscore, and only there where that is enough."""
+    return Markup("_<wbr>").join(Markup.escape(part) for part in showable(name).split("_"))
 
 
 def _finalised(value: Any) -> Any:
