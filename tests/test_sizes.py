@@ -44,7 +44,8 @@ def folders() -> dict[str, int]:
 
 
 def test_blanks_comments_and_docstrings_do_not_count() -> None:
-    head, body = '"""What it is."""\n\n# why\nx = (\n    1\n)\n\n', 'def f():\n    """Docs.\n\n    More."""\n    return x\n'
+    head = '"""What it is."""\n\n# why\nx = (\n    1\n)\n\n'
+    body = 'def f():\n    """Docs.\n\n    More."""\n    return x\n'
     assert size(head + body) == 5
 
 
