@@ -40,17 +40,31 @@ STAND_INS: dict[str, Any] = {
     "layer": 0,
     "max_new_tokens": 1,
 }
-RECORDS = {"Estimate", "FeatureCheck", "FeatureSet", "FeatureTable", "LieReport", "Organism", "Provenance", "Row"}
+RECORDS = {"Case", "Finding", "World"}
+RECORDS |= {"Estimate", "FeatureCheck", "FeatureSet", "FeatureTable", "LieReport", "Organism", "Provenance", "Row"}
 """What functions return: their fields may hold NaN, "not measured"."""
-ELSEWHERE = ("Dictionary.feature", "Provenance.of", "AttributionGraph", "attention_view", "attribute", "head_loadings")
+TOYS = ("World", "outcome_rates", "fine_tune_", "Case.")
+"""Inner parts of worlds and training loops, and of a case, whose numbers are checked where they are used."""
+ELSEWHERE = (*TOYS, "Dictionary.feature")
+ELSEWHERE += ("Provenance.of", "AttributionGraph", "attention_view", "attribute", "head_loadings")
 """Checked where the value is made; and graphs, whose numbers mean something beside their prompt: see tests/graph."""
-MAY_BE_NEGATIVE = {"coefficient", "factor", "min_coherence", "min_induce", "seeds", "strengths", "threshold"}
+MAY_BE_NEGATIVE = {"coefficient", "factor", "min_coherence", "min_induce", "seeds"}
+MAY_BE_NEGATIVE |= {"strength", "strengths", "threshold"}
+
+
+def _public() -> dict[str, Any]:
+    """What stands on ``em``, and in its folders, by its own name."""
+    flat = {name: getattr(em, name) for name in em.__all__}  # pyright: ignore[reportAttributeAccessIssue]
+    folders = [value for value in flat.values() if inspect.ismodule(value) and hasattr(value, "__all__")]
+    return {name: getattr(folder, name) for folder in folders for name in folder.__all__} | flat
+
+
+PUBLIC = _public()
 
 
 def functions() -> Iterator[tuple[str, Callable[..., Any]]]:
     """Public functions, and public methods of public classes."""
-    for name in em.__all__:
-        value = getattr(em, name)
+    for name, value in PUBLIC.items():
         if inspect.isfunction(value):
             yield name, value
         for own, method in vars(value).items() if inspect.isclass(value) else ():
@@ -76,7 +90,7 @@ def asked() -> list[tuple[str, str]]:
 
 def _data() -> set[str]:
     """Dataclasses, whose fields are in a table of their own below."""
-    return {name for name in em.__all__ if hasattr(getattr(em, name), "__dataclass_fields__")}
+    return {name for name, value in PUBLIC.items() if hasattr(value, "__dataclass_fields__")}
 
 
 CASES = asked()
@@ -141,12 +155,19 @@ FIELDS: dict[str, tuple[Callable[[Any], Any], bool]] = {
     "Site.layer": (lambda x: em.Site(x).layer, True),
     "TextLogprob.last": (lambda x: em.claims.TextLogprob(last=x).last, True),
     "Add.coefficient": (lambda x: em.Add(DIRECTION, x).coefficient, False),
+    "Judged.max_new_tokens": (lambda x: em.evals.Judged(_none, max_new_tokens=x).max_new_tokens, True),
+    "Judged.seed": (lambda x: em.evals.Judged(_none, seed=x).seed, True),
+    "Judged.temperature": (lambda x: em.evals.Judged(_none, temperature=x).temperature, False),
     "Clamp.low": (lambda x: em.Clamp(DIRECTION, low=x).low, False),
     "Clamp.high": (lambda x: em.Clamp(DIRECTION, high=x).high, False),
     "Conditional.above": (lambda x: em.Conditional(em.Add(DIRECTION), DIRECTION, above=x).above, False),
     "ScaleFeature.factor": (lambda x: em.ScaleFeature(_sae().feature(0), x).factor, False),
     "ScaleFeature.to": (lambda x: em.ScaleFeature(_sae().feature(0), to=x).to, False),
 }
+
+
+def _none(prompts: Any, answers: Any) -> list[float]:
+    return [0.0] * len(answers)
 
 
 def _sae() -> em.Dictionary:
@@ -168,7 +189,7 @@ def test_every_field_of_a_value_that_holds_a_number_is_in_the_table() -> None:
     fields = {
         f"{name}.{field.name}"
         for name in _data() - RECORDS
-        for field in getattr(em, name).__dataclass_fields__.values()
+        for field in PUBLIC[name].__dataclass_fields__.values()
         if field.init and NUMERIC.search(str(field.type)) and not re.search("Mapping|Sequence|tuple", str(field.type))
     }
     assert "Add.coefficient" in fields

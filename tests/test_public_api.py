@@ -126,6 +126,16 @@ def test_folders_hold_the_names_that_are_not_on_the_package(folder: str) -> None
         assert name in dir(getattr(em, folder))
 
 
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_no_name_of_a_folder_is_that_of_a_file_in_it(folder: str) -> None:
+    """Else ``em.models.proof`` would be the function or the module, by which of them was asked for first."""
+    import pkgutil
+
+    place = getattr(em, folder)
+    files = {found.name for found in pkgutil.iter_modules(getattr(place, "__path__", []))}
+    assert not files & set(getattr(place, "__all__", ()))
+
+
 def test_a_name_that_moved_still_works_and_says_where_it_is() -> None:
     code = "import tl_em as em\nassert em.head_loadings is em.graph.head_loadings"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

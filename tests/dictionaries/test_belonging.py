@@ -181,7 +181,8 @@ def test_another_models_name_is_a_warning_wherever_it_meets_one(small_model: Len
 def test_another_width_says_what_to_do_for_a_dictionary(small_model: LensModel) -> None:
     eye = torch.eye(8)
     small = em.Dictionary(eye, torch.zeros(8), eye, torch.zeros(8), activation="relu", site_in=em.Site(1))
-    with pytest.raises(WidthError, match=r"8 wide.*em\.train_dictionary\(model, site, corpus, d_sae=512\)"):
+    call = r"em\.dictionaries\.train_dictionary\(model, site, corpus, d_sae=512\)"
+    with pytest.raises(WidthError, match=f"8 wide.*{call}"):
         small.check(small_model)
     made = em.models.Provenance.of(small_model)
     foreign = exact(em.Site(1), provenance=replace(made, weights="folded+centred"))

@@ -16,7 +16,7 @@ from tl_em.directions.extract import difference_in_means
 from tl_em.errors import HiddenSteerWarning, UsageError
 from tl_em.interventions.edits import Ablate, Add
 from tl_em.interventions.intervene import intervene
-from tl_em.interventions.removed_mean import removed_mean
+from tl_em.interventions.mean_removed import removed_mean
 from tl_em.interventions.weights import orthogonalized
 from tl_em.models.contrasts import ContrastSet
 from tl_em.models.hooks import LensModel

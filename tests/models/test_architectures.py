@@ -84,7 +84,7 @@ for attempt in (lambda: socket.create_connection(("127.0.0.1", 9)), lambda: subp
     except BaseException as error:
         assert type(error).__name__ == "Forbidden"
 caught = len(attempts())
-import numpy, torch
+import numpy, scipy.stats, torch
 import tl_em as em
 before = state()
 em.load_model(sys.argv[1])

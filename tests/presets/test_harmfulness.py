@@ -136,7 +136,7 @@ def test_an_empty_class_says_how_many_prompts_fell_in_each_cell(small_model: Len
         place_cells(small_model, CONTRAST, metric=Says(dict.fromkeys(everything, -1.0)))  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="is in nats"):
         answered(small_model, CONTRAST, metric=Says(everything, unit="nats"))  # type: ignore[arg-type]
-    with pytest.raises(NonFiniteError, match="for 1 harmful prompts"):
+    with pytest.raises(NonFiniteError, match="returned NaN for prompt 0 of 3"):
         answered(small_model, CONTRAST, metric=Says(everything | {"steal the car": float("nan")}))  # type: ignore[arg-type]
 
 

@@ -15,6 +15,7 @@ from matplotlib.patches import Rectangle
 
 from tl_em.errors import UsageError
 from tl_em.report import drawing, matrices, plots, svg
+from tl_em.showing import number
 
 NAMES = ["harmfulness", "refusal", "refusal_dissociated", "persona"]
 VALUES = [0.5, -0.25, 0.0, 0.9, 0.1, -0.8]
@@ -39,7 +40,7 @@ def test_every_pair_is_written_with_interval_and_ceiling(table: pd.DataFrame, wi
     written = [text.get_text() for text in ax.texts]
     for value, said in zip(VALUES, ["0.50", "−0.25", "0.00", "0.90", "0.10", "−0.80"], strict=True):
         assert said in written
-        assert f"[{plots.number(value - 0.2)}, {plots.number(value + 0.2)}]" in written
+        assert f"[{number(value - 0.2)}, {number(value + 0.2)}]" in written
     assert written.count("ceiling 0.95") == 6
     assert written.count("0.97") == 4
 

@@ -5,7 +5,6 @@ from .claim import Finding as Finding
 from .claim import Question as Question
 from .claim import Row as Row
 from .compare import Comparison as Comparison
-from .compare import compare as compare
 from .curve import effect_curve as effect_curve
 from .dose import calibrate as calibrate
 from .feature_check import FeatureCheck as FeatureCheck

@@ -248,7 +248,7 @@ def effect_curve(
     Example:
         >>> from tl_em.directions.extract import difference_in_means
         >>> from tl_em.models.sites import Site
-        >>> from tl_em import load_pair
+        >>> from tl_em import Add, load_pair
         >>> pair = load_pair("toy/insecure")
         >>> few = pair.contrasts["persona"].split(train=0.1, select=0.4, test=0.5).train
         >>> persona = difference_in_means(pair.base, few, site=Site(2), position="prompt_end")

@@ -54,9 +54,9 @@ class Judged:
     judge: Any
     name: str = ""
     unit: str = "probability"
-    max_new_tokens: int = 32
-    temperature: float = 0.0
-    seed: int = 0
+    max_new_tokens: int | Any = 32
+    temperature: float | int | Any = 0.0
+    seed: int | Any = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", self.name or name_of(as_judge("judge", self.judge)))

@@ -4,9 +4,8 @@ from .base import Intervention as Intervention
 from .edits import Ablate as Ablate
 from .edits import Add as Add
 from .edits import Clamp as Clamp
-from .intervene import intervene as intervene
 from .latents import ScaleFeature as ScaleFeature
-from .removed_mean import removed_mean as removed_mean
+from .mean_removed import removed_mean as removed_mean
 from .subspaces import Erase as Erase
 from .subspaces import Leace as Leace
 from .subspaces import leace as leace

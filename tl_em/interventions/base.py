@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_em.arguments import FRACTION, settle
+from tl_em.arguments import FRACTION, checked, finite, settle
 from tl_em.directions.direction import Direction, check_fits
 from tl_em.errors import UsageError
 from tl_em.models.hooks import LensModel, hook_name, write_points
@@ -147,6 +147,7 @@ class Intervention:
         inner = _inner(self)
         return 1.0 if inner is None else inner.strongest
 
+    @checked(strength=finite)
     def at(self, strength: float) -> Intervention:
         """The same at another strength: 0 changes nothing, 1 is the value itself; by default a part of the edit.
 

@@ -8,7 +8,7 @@ All of them move an activation along one unit vector to a target component ``t``
 Zero-ablation is applied at every write to the residual stream (Arditi et al. 2024, arXiv:2406.11717, section 2.4;
 2L + 1 hook points, which equals editing every block's input and output).  A centre belongs to a site, so ablation
 around one acts at the direction's own site unless a centre is given for each site (ACE, arXiv:2411.09003).  Setting to
-0 a component whose mean is far from 0 is a hidden steer, of which ``interventions.removed_mean`` warns: prefer
+0 a component whose mean is far from 0 is a hidden steer, of which ``interventions.mean_removed`` warns: prefer
 ``around=em.mean_activation(...)`` when two models are compared.
 """
 
@@ -23,11 +23,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_em.arguments import finite, optional, settle, vectors
+from tl_em.arguments import checked, finite, optional, settle, vectors
 from tl_em.directions.direction import Direction, as_direction
 from tl_em.errors import UsageError, WidthError
 from tl_em.interventions.base import EVERY_WRITE, Activation, EveryWrite, Intervention, RowEdit
-from tl_em.interventions.removed_mean import warn_of_hidden_steer
+from tl_em.interventions.mean_removed import warn_of_hidden_steer
 from tl_em.models.hooks import LensModel
 from tl_em.models.sites import Site, as_site
 
@@ -208,6 +208,7 @@ class Add(Intervention):
         """There is no end: the coefficient may be any number, of either sign."""
         return math.inf
 
+    @checked(strength=finite)
     def at(self, strength: float) -> Add:
         """``strength`` times the coefficient."""
         return replace(self, coefficient=strength * self.coefficient)

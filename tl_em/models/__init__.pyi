@@ -1,12 +1,10 @@
 """The only place that knows TransformerLens."""
 
 from .contrasts import ContrastSet as ContrastSet
-from .generate import generate as generate
 from .hooks import LensModel as LensModel
 from .loading import ModelPair as ModelPair
 from .loading import load_model as load_model
 from .means import mean_activation as mean_activation
-from .proof import proof as proof
 from .sites import Position as Position
 from .sites import Provenance as Provenance
 from .sites import Site as Site

@@ -29,7 +29,7 @@ from tl_em.arguments import NATURAL, SEED, checked, list_of, optional
 from tl_em.directions.direction import Direction
 from tl_em.directions.extract import difference_in_means, extract_directions, neutral_z
 from tl_em.directions.geometry import cosine
-from tl_em.errors import EmptyContrastError, NonFiniteError, UsageError
+from tl_em.errors import EmptyContrastError, UsageError
 from tl_em.metrics import Metric, measured, refusal_log_odds
 from tl_em.models.contrasts import ContrastSet, Prompt
 from tl_em.models.hooks import LensModel
@@ -167,11 +167,6 @@ def answered(model: LensModel, contrast: ContrastSet, *, metric: Metric = refusa
     cells: dict[str, Cell] = {}
     for name, prompts, questions in _classes(contrast):
         values = measured(metric, model, prompts)
-        if not np.isfinite(values).all():
-            raise NonFiniteError(
-                f"{metric.name} is NaN or infinite for {int((~np.isfinite(values)).sum())} {name} prompts, so it is "
-                "unknown whether they are refused; drop them, or use another metric"
-            )
         refused = values > REFUSED_FROM[metric.unit]
         for word, chosen in (("refused", refused), ("accepted", ~refused)):
             kept = np.flatnonzero(chosen).tolist()

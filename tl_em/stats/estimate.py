@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from tl_em.arguments import checked, finite
+from tl_em.arguments import SEED, checked, finite, optional
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,7 @@ class Estimate:
         return {"value": self.value, "low": self.low, "high": self.high, "n": self.n}
 
     @classmethod
+    @checked(seed=optional(SEED))
     def band(cls, values: ArrayLike, of: str = "random directions", *, seed: int | None = None) -> Estimate:
         """The mean over controls with the band that holds 95 % of them (not an interval of the mean).
 
