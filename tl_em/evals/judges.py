@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_em.arguments import COUNT, NOT_NEGATIVE, SEED, settle
 from tl_em.errors import UsageError
 from tl_em.metrics import REFUSAL_PHRASES, single_token
 from tl_em.models.contrasts import Prompt
@@ -59,7 +60,8 @@ class Judged:
     seed: int | Any = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "name", self.name or name_of(as_judge("judge", self.judge)))
+        settle(self, judge=as_judge, max_new_tokens=COUNT, temperature=NOT_NEGATIVE, seed=SEED)
+        object.__setattr__(self, "name", self.name or name_of(self.judge))
 
     def __call__(self, model: LensModel, prompts: Sequence[Prompt]) -> Float[Tensor, " prompt"]:
         """The score of one answer to each prompt."""
