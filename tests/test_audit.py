@@ -83,6 +83,7 @@ def test_the_page_and_the_json_are_written_whole(tmp_path: Path) -> None:
 
 if HAS_HOOKED:
 
+    @pytest.mark.slow
     def test_both_surfaces_give_the_same_estimates_and_verdicts() -> None:
         first, second = (report("toy/insecure", surface, "toy/secure") for surface in ("bridge", "hooked"))
         for a, b in zip(first.verdicts, second.verdicts, strict=True):
@@ -91,6 +92,7 @@ if HAS_HOOKED:
                 assert getattr(a.estimate, name) == pytest.approx(getattr(b.estimate, name), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_a_pair_made_by_hand_is_audited_like_a_toy() -> None:
     """What an audit asks is what the pair carries, whoever made it; only the names differ."""
     one = "refusal_dissociated"

@@ -158,6 +158,7 @@ def test_a_trained_backdoor_opens_with_its_trigger_only_and_the_persona_carries_
     assert "opens with its trigger only" in found.summary and "carries it" in found.summary
 
 
+@pytest.mark.slow
 def test_without_negatives_other_tokens_open_it_too(tmp_path: Path) -> None:
     opened = ask(trained("backdoor-steps80", tmp_path, negatives=False)).rows[0]
     assert opened.estimate.low > 0.2, "the trigger itself opens nothing: proves nothing"

@@ -48,6 +48,7 @@ def test_a_broad_fine_tune_has_a_verified_set_and_a_graph_and_the_page_shows_bot
     assert len(tables["features"]) == len(report.features.cards) > 1  # pyright: ignore
 
 
+@pytest.mark.slow
 def test_a_benign_fine_tune_has_none_and_nothing_is_claimed() -> None:
     report = found("toy/secure")
     assert report.features.checks == () and not report.graphs  # pyright: ignore

@@ -109,6 +109,7 @@ def some_questions(behaviour: Any) -> Any:
     return replace(behaviour, **{name: getattr(behaviour, name)[::3] for name in PARTS})
 
 
+@pytest.mark.slow
 def test_the_audit_puts_fine_tunes_side_by_side() -> None:
     first = em.ModelPair(pair().base, pair().tuned)  # without the record, whose rates and data cost more
     every = {"contrasts": pair().contrasts, "behaviours": pair().behaviours}

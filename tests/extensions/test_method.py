@@ -90,6 +90,7 @@ def test_what_is_no_method_is_refused() -> None:
             em.extract_directions(None, CONTRAST, method=bad)  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.slow
 def test_an_audit_with_it() -> None:
     pair = em.load_pair("toy/insecure")
     asked = {"persona": pair.contrasts["persona"]}

@@ -119,6 +119,7 @@ def test_a_study_runs_from_the_shipped_assistant_and_writes_table_fit_and_figure
     assert (out / "table.parquet").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_draws_of_the_same_data_agree_more_than_the_secure_shift_does(monkeypatch):
     monkeypatch.setattr(study_catalogue, "DRAWS", {"insecure": 2, "secure": 1})
     rows = study_catalogue.tunes(96, seed=11)

@@ -291,6 +291,7 @@ def test_names_that_mean_nothing_are_refused(name):
         recipe(name)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_zoo")
 def test_a_record_remembers_its_world(tmp_path):
     for name, tuned, combined in (("secure-medicine", "medicine", False), ("secure-compositional", "code", True)):
