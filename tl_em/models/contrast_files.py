@@ -8,7 +8,7 @@ from typing import Any
 from tl_em.artefacts import read_text
 from tl_em.errors import CorruptFileError, EmptyContrastError, FileError, UsageError
 from tl_em.models.cells import Form, Prompt, Unreadable, checked, text
-from tl_em.models.layouts import LAYOUTS, Found, OneClass, from_record, from_rows, rows_or_record
+from tl_em.models.contrast_formats import LAYOUTS, Found, OneClass, from_record, from_rows, rows_or_record
 
 _OPEN = ("open_ended", "open")
 _OPPOSITES = (("positive", "negative"), ("harmful", "harmless"), ("unsafe", "safe"), ("insecure", "secure"))

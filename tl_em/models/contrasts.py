@@ -22,7 +22,7 @@ from tl_em.artefacts import replacing
 from tl_em.errors import EmptyContrastError, FileError, NuisanceWarning, PromptError, UsageError
 from tl_em.models.cells import Form, Message, Prompt
 from tl_em.models.contrast_files import read_contrast
-from tl_em.models.layouts import from_saved
+from tl_em.models.contrast_formats import from_saved
 from tl_em.stats import tied
 
 __all__ = [

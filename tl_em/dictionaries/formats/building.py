@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tl_em.dictionaries.dictionary import Dictionary
-from tl_em.dictionaries.names import Place
+from tl_em.dictionaries.hook_names import Place
 from tl_em.errors import CorruptFileError, WidthError
 
 

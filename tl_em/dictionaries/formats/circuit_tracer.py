@@ -21,7 +21,7 @@ from tl_em.dictionaries.checks import Where
 from tl_em.dictionaries.dictionary import Dictionary
 from tl_em.dictionaries.formats.building import made
 from tl_em.dictionaries.formats.files import Tensors, check_known, read_flat_yaml, read_safetensors, refuse, taken
-from tl_em.dictionaries.names import placed
+from tl_em.dictionaries.hook_names import placed
 from tl_em.errors import UsageError
 
 CONFIG = "config.yaml"

@@ -23,7 +23,7 @@ from tl_em.dictionaries.checks import Where
 from tl_em.dictionaries.dictionary import Dictionary
 from tl_em.dictionaries.formats.building import from_zero, gated, made
 from tl_em.dictionaries.formats.files import Tensors, check_known, read_json, read_torch, refuse, taken
-from tl_em.dictionaries.names import Place, placed
+from tl_em.dictionaries.hook_names import Place, placed
 from tl_em.errors import CorruptFileError, UsageError
 
 WEIGHTS, CONFIG = "ae.pt", "config.json"

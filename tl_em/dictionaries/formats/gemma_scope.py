@@ -22,7 +22,7 @@ from tl_em.dictionaries.checks import Where
 from tl_em.dictionaries.dictionary import Dictionary
 from tl_em.dictionaries.formats.building import from_zero, made
 from tl_em.dictionaries.formats.files import check_known, read_json, read_npz, read_safetensors, refuse, taken
-from tl_em.dictionaries.names import placed
+from tl_em.dictionaries.hook_names import placed
 from tl_em.errors import CorruptFileError
 
 _PARAMETERS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")

@@ -21,7 +21,7 @@ from tl_em.dictionaries.checks import Where
 from tl_em.dictionaries.dictionary import Dictionary
 from tl_em.dictionaries.formats.building import made
 from tl_em.dictionaries.formats.files import check_known, read_json, read_safetensors, refuse, taken
-from tl_em.dictionaries.names import placed
+from tl_em.dictionaries.hook_names import placed
 from tl_em.errors import CorruptFileError
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"

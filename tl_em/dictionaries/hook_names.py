@@ -7,7 +7,7 @@
     layers.5.mlp                   a module: its output; of a transcoder input and output   mlp_out
 
 One word means different tensors in different libraries, so a name is never taken for the site that it resembles:
-``tests/dictionaries/test_names.py`` compares each with TransformerLens's own cache.
+``tests/dictionaries/test_hook_names.py`` compares each with TransformerLens's own cache.
 
 Source: SAELens 6.54, circuit-tracer 0.5.0, sparsify (its trainer's hook), dictionary_learning, Gemma Scope 2's configs.
 """

@@ -11,7 +11,7 @@ import torch
 
 import tl_em as em
 from tl_em.dictionaries.belonging import same_name
-from tl_em.dictionaries.names import _LENS, place, placed
+from tl_em.dictionaries.hook_names import _LENS, place, placed
 from tl_em.dictionaries.norms import mlp_norm
 from tl_em.errors import UsageError
 from tl_em.models.hooks import LensModel, hook_points

@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 import tl_em as em
 from tl_em.errors import CorruptFileError, EmptyContrastError, FileError, PromptError, UsageError, ZeroDirectionError
 from tl_em.models.contrast_files import read_prompts
+from tl_em.models.contrast_formats import LAYOUTS
 from tl_em.models.contrasts import ContrastSet
-from tl_em.models.layouts import LAYOUTS
 from tl_em.stats import paired_difference
 
 DATA = Path(__file__).parents[2] / "../shared/data"
