@@ -62,15 +62,14 @@ def main() -> int:
     parser.add_argument("after", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--control", action="store_true", help="run BEFORE a second time in every round")
-    parser.add_argument("command", nargs=argparse.REMAINDER, help="for python; after --")
+    parser.add_argument("command", nargs="*", help="for python; after --")
     chosen = parser.parse_args()
-    command = chosen.command[1:] if chosen.command[:1] == ["--"] else chosen.command
     trees = {"before": chosen.before.resolve(), "after": chosen.after.resolve()}
     trees |= {"before again": trees["before"]} if chosen.control else {}
     found: dict[str, list[Used]] = {name: [] for name in trees}
     for turn in range(chosen.rounds):
         for name in list(trees)[:: -1 if turn % 2 else 1]:
-            found[name].append(run(trees[name], command or DEMO))
+            found[name].append(run(trees[name], chosen.command or DEMO))
     first = found.pop("before")
     for name, each in found.items():
         pairs = list(zip(each, first, strict=True))
