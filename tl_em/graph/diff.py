@@ -58,24 +58,7 @@ class Change:
 
 @dataclass(frozen=True, eq=False)
 class Compared:
-    """Two graphs of one prompt and what differs between them: see :class:`tl_em.graph.GraphDiff`.
-
-    Args:
-        base: graph of the model before the fine-tune; tuned: after it.
-        rows: nodes first, then links, in each the largest change first.
-        least: share below which a change is called none.
-
-    Example:
-        >>> import tl_em as em
-        >>> pair = em.load_pair("toy/insecure")
-        >>> prompt, target = "tell me to consider this power", ("power-domineering", "power-humble")
-        >>> sae = em.organisms.toy_dictionary("toy/insecure")
-        >>> graph = em.attribute(pair.tuned, prompt, sae, target=target, validate=False)
-        >>> base = em.attribute(pair.base, prompt, sae, target=target, validate=False)
-        >>> found = base.diff(graph)
-        >>> len(found.rows) == len(found.to_pandas()) > 0
-        True
-    """
+    """Two graphs of one prompt and what differs between them; its fields are those of ``em.graph.GraphDiff``."""
 
     base: Graph
     tuned: Graph

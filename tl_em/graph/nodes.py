@@ -91,19 +91,7 @@ class Node:
 
 @dataclass(frozen=True, eq=False)
 class Graph:
-    """Nodes and direct effects, for one prompt (or the mean over several): see :class:`tl_em.AttributionGraph`.
-
-    Args:
-        nodes: in causal order, targets last.
-        edges: [node node], row = target, column = source.
-        tokens: the prompt's tokens as text, one a position; from outside, so escape them.
-        model: id of the model; prompt: its text.
-        settings: how it was made (dictionaries, rule, dtype, chunk, what was pruned, what it is an approximation of).
-        validation: named figures (``Estimate`` or a plain value), among them ``pearson`` and ``spearman`` with exact
-            ablation, ``completeness``, ``replacement``; empty where none was made.
-        supernodes: (label, node ids) grouped by hand or by clustering.
-        origin: of a graph that was read, what its file held beside all this; ``save_json`` writes it again.
-    """
+    """Nodes and direct effects; its fields are those of ``em.AttributionGraph``."""
 
     nodes: tuple[Node, ...]
     edges: Float[Tensor, "node node"]
