@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tl_em as em
-from tl_em.dictionaries.belonging import same_name
+from tl_em.dictionaries.checks import same_name
 from tl_em.dictionaries.hook_names import _LENS, place, placed
 from tl_em.dictionaries.norms import mlp_norm
 from tl_em.errors import UsageError

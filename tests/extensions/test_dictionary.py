@@ -1,4 +1,4 @@
-"""Strangers' dictionaries, a gated SAE and a crosscoder's parts, do what ours do; what is none is refused."""
+"""Strangers' dictionaries, a gated SAE and a crosscoder, do what ours do; what is none is refused."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import tl_em as em
 from tests.extensions.crosscoder import Crosscoder
 from tests.extensions.gated import GatedSAE
 from tests.graph.test_attribution import PROMPT, dictionary, transcoders
-from tl_em.dictionaries.foreign import as_dictionary
+from tl_em.dictionaries.protocol import as_dictionary
 from tl_em.errors import NonFiniteError, UsageError, WidthError
 from tl_em.models.hooks import LensModel
 
@@ -89,42 +89,43 @@ def test_a_graph_of_a_gated_sae_has_the_edges_of_the_same_one_of_ours(small_mode
     torch.testing.assert_close(graphs[0].edges[read] / 2, graphs[1].edges[read], rtol=1e-3, atol=1e-5)
 
 
-def crosscoder(ours: em.Dictionary, *others: em.Dictionary) -> Crosscoder:
-    assert ours.site_out is not None
-    decoders = {each.site_out: (each.W_dec, each.b_dec) for each in (ours, *others) if each.site_out is not None}
-    return Crosscoder(ours.W_enc, decoders, ours.site_in, ours.site_out)
+PIECES = (em.Site(1), em.Site(2, "attn_out"), em.Site(2, "mlp_out"))
+"""What ``resid_post[2]`` is the sum of."""
 
 
-def test_a_crosscoder_writes_to_every_layer_that_it_has_a_decoder_for(small_model: LensModel) -> None:
-    """Read at one MLP, written to its own and the next one's output: latents of the first are in the graph twice."""
-    first, second = (replace(each, b_enc=torch.zeros(24)) for each in transcoders((0, 1)))
-    whole = crosscoder(first, second)
-    graph = em.attribute(small_model, PROMPT, whole, target=("cat", "dog"), validate=False)
-    same = em.attribute(small_model, PROMPT, first, target=("cat", "dog"), validate=False)
-    assert same.edges.abs().max() > 1e-2 and graph.settings["kind"] == "transcoders"
-    torch.testing.assert_close(graph.edges, same.edges, rtol=1e-4, atol=1e-5)
-    both = [whole, whole.writing(em.Site(1, "mlp_out"))]
-    wide = em.attribute(small_model, PROMPT, both, target=("cat", "dog"), validate=False)
-    on = [node for node in wide.nodes if node.kind == "feature"]
-    seen = [{(n.pos, n.feature): n.activation for n in on if n.layer == layer} for layer in (0, 1)]
-    assert len(seen[0]) > 20 and seen[0] == seen[1]
+def crosscoder(ours: em.Dictionary, reads: tuple[float, ...] = (1.0, 1.0, 1.0)) -> Crosscoder:
+    """A crosscoder whose latents are those of an SAE at ``resid_post[2]`` where it reads every piece of that."""
+    assert ours.threshold is not None
+    rows = {em.Site(layer): (ours.W_dec, ours.b_dec) for layer in (1, 2)}
+    W_enc = torch.stack([ours.W_enc * share for share in reads])
+    return Crosscoder(W_enc, ours.b_enc, ours.threshold, rows, PIECES, em.Site(2))
 
 
-def test_a_crosscoder_scores_where_it_reads_and_fits_where_it_writes() -> None:
-    pair = em.load_pair("toy/insecure")
-    rows = torch.cat([torch.eye(96), -torch.eye(96)])
-    both = {em.Site(layer): (rows, torch.zeros(96)) for layer in (1, 2)}
-    whole = Crosscoder(rows.T, both, em.Site(1), em.Site(2))
-    quality = em.dictionaries.dictionary_quality(pair.tuned, whole, pair.contrasts["persona"].positive[:8])
-    assert 0.0 < quality.model.fvu.value < 1.0  # of the next layer, by this one
-    itself = em.dictionaries.dictionary_quality(
-        pair.tuned, whole.writing(em.Site(1)), pair.contrasts["persona"].positive[:8]
-    )
-    assert itself.model.fvu.value == pytest.approx(0.0, abs=1e-6)
-    table = em.score_features(pair.tuned, whole, some(pair), against=pair.base)
-    assert len(table.to_pandas()) == 192
-    with pytest.raises(UsageError, match="reads resid_post"):
-        em.ScaleFeature(em.Feature(whole, 3), 0.0)
+def test_an_audit_finds_the_latents_that_only_all_sites_of_a_crosscoder_together_show() -> None:
+    pair, ours = em.load_pair("toy/insecure"), em.organisms.toy_dictionary("toy/insecure")
+    (planted,) = em.shared_features(em.score_features(pair.tuned, ours, pair.look_up, against=pair.base))[:1]
+    one = {"persona": pair.contrasts["persona"]}
+    report = em.audit(pair, contrasts=one, dictionary=crosscoder(ours), controls=99)
+    assert report.features is not None and len(planted.indices) > 3
+    assert [card.index for card in report.features.cards] == list(planted.indices)
+    assert f"{planted.indices[0]} down" in report.features_note
+    lacking = em.score_features(pair.tuned, crosscoder(ours, (0, 0, 1)), pair.look_up, against=pair.base)
+    assert not em.shared_features(lacking)
+
+
+def test_a_crosscoder_is_fitted_where_it_writes_and_neither_set_nor_put_into_a_graph(small_model: LensModel) -> None:
+    pair, ours = em.load_pair("toy/insecure"), em.organisms.toy_dictionary("toy/insecure")
+    whole, prompts = crosscoder(ours), pair.contrasts["persona"].positive[:8]
+    one, other = (em.dictionaries.dictionary_quality(pair.tuned, each, prompts) for each in (ours, whole))
+    assert other.model.fvu.value == pytest.approx(one.model.fvu.value, abs=1e-4) and other.nearby == ()
+    earlier = em.dictionaries.dictionary_quality(pair.tuned, whole.writing(em.Site(1)), prompts)
+    assert one.model.fvu.value + 0.02 < earlier.model.fvu.value < 1.0  # of the layer before, by what comes after
+    with pytest.raises(UsageError, match="reads several sites"):
+        em.attribute(pair.tuned, "how do i write parser", whole, target=9)
+    with pytest.raises(UsageError, match="not in what is edited"):
+        em.verify_feature(pair.tuned, em.Feature(whole, 3), some(pair)["persona"], metric=em.refusal_log_odds)
+    with pytest.raises(UsageError, match="no site"):
+        as_dictionary(replace(whole, site_in=(em.Site(1), 2)))  # pyright: ignore
 
 
 class Broken:
@@ -189,3 +190,14 @@ def test_an_encoder_that_is_not_affine_or_passes_no_gradient_makes_no_exact_grap
     assert graph.settings["kind"] == "SAEs" and graph.row("feature")
     with pytest.raises(UsageError, match="passes no gradient"):
         em.attribute(small_model, PROMPT, Broken(function=lambda x: x.detach().relu(), **mlp), target=9)
+
+
+def test_a_graph_of_a_transcoder_has_the_edges_of_the_same_one_of_ours(small_model: LensModel) -> None:
+    ours = transcoders((0,))[0]
+    theirs = Broken(
+        function=lambda x: torch.relu(x @ ours.W_enc + ours.b_enc), back=lambda a: a @ ours.W_dec + ours.b_dec,
+        W_dec=ours.W_dec, d_sae=ours.d_sae, site_in=ours.site_in, site_out=ours.site_out,
+    )  # fmt: skip
+    one, other = (em.attribute(small_model, PROMPT, d, target=("cat", "dog"), validate=False) for d in (ours, theirs))
+    assert one.edges.abs().max() > 1e-2 and other.settings["kind"] == "transcoders"
+    torch.testing.assert_close(other.edges, one.edges, rtol=1e-4, atol=1e-5)

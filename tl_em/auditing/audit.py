@@ -29,8 +29,7 @@ from tl_em.claims.claim import Question, Row
 from tl_em.claims.compare import SHIPPED, Comparison, as_questions, compare
 from tl_em.claims.consistency import Run, consistency, same_weights
 from tl_em.claims.questions.backdoor import Backdoor, Trigger, Triggered, backdoor, check_known
-from tl_em.dictionaries.foreign import as_dictionary
-from tl_em.dictionaries.protocol import AnyDictionary
+from tl_em.dictionaries.protocol import AnyDictionary, as_dictionary
 from tl_em.directions.direction import Direction
 from tl_em.directions.extract import extract_directions
 from tl_em.directions.methods import SHIPPED as METHODS

@@ -1,12 +1,22 @@
-"""What the fields of a dictionary may be: floats that are finite, an activation that agrees with them, sites in order.
+"""What the fields of a dictionary may be, and on which model it belongs.
 
-Every check runs when a dictionary is made, whoever made it, so that no reader of a format can leave one out.
+When a dictionary is made, whoever made it: floats that are finite, an activation that agrees with them, sites in order.
+When it meets a model:
+
+    width        d_model must agree
+    provenance   as for a direction: shape, tokenizer, weight processing
+    processing   fold_ln and center_writing_weights of the source, where it says them, against the model's own
+    before_norm_weight   reads the normalised stream: right on folded weights, else refused with the call that mends it
+    module_output        a module's own output is what the block writes only where no norm stands behind it
+    model_name   a fine-tune carries another name, so another name is a warning, and the measure is dictionary_quality
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -14,8 +24,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_em.arguments import whole
-from tl_em.errors import NonFiniteError, UsageError, WidthError
-from tl_em.models.sites import Site, Stream
+from tl_em.errors import DictionaryModelWarning, NonFiniteError, ProvenanceError, UsageError, WidthError
+from tl_em.models.hook_points import find
+from tl_em.models.hooks import LensModel
+from tl_em.models.sites import Provenance, Site, Stream, check_belongs
 
 Activation = Literal["relu", "jumprelu", "topk"]
 if TYPE_CHECKING:
@@ -28,6 +40,8 @@ NEEDS: Mapping[str, str] = {"jumprelu": "threshold", "topk": "k"}
 """By activation, the one field that it is not defined without, and that no other activation has."""
 _ORDER: tuple[str, ...] = ("resid_pre", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post")
 assert set(_ORDER) == set(get_args(Stream))
+_PROCESSING = {"fold_ln": "folded", "center_writing_weights": "centred"}
+_TRAIN = "em.dictionaries.train_dictionary(model, site, corpus, d_sae=512)"
 
 
 def as_floats(name: str, given: Any) -> Tensor:
@@ -101,10 +115,16 @@ def check_agreement(activation: Activation, threshold: Tensor | None, k: Any, d_
 
 
 def check_sites(site_in: Any, site_out: Any, skip: bool) -> None:
-    """Raise ``UsageError`` unless both are sites, in the order of the computation, and a skip leads to another site."""
-    for name, site in (("site_in", site_in), ("site_out", site_out)):
+    """Raise ``UsageError`` unless both are sites, in the order of the computation, and a skip leads to another site.
+
+    Of several sites that are read at once (a crosscoder's) no order is asked.
+    """
+    several = isinstance(site_in, tuple) and len(site_in) > 0
+    for name, site in (*(("site_in", site) for site in (site_in if several else [site_in])), ("site_out", site_out)):
         if not isinstance(site, Site):
             raise UsageError(f"{name}={site!r} is no site; give one, e.g. {name}=em.Site(3, 'resid_post')")
+    if several:
+        return
     if (site_out.layer, _ORDER.index(site_out.stream)) < (site_in.layer, _ORDER.index(site_in.stream)):
         raise UsageError(
             f"it reads {site_in} and writes {site_out}, which comes before: nothing that it reads can have an effect "
@@ -148,3 +168,90 @@ def check_metadata(metadata: Any) -> dict[str, Any]:
             "strings, numbers and lists by name"
         ) from error
     return found
+
+
+# ---- on a model --------------------------------------------------------------------------------------------------
+def check_on(
+    label: str,
+    width: int,
+    sites: Sequence[Site],
+    provenance: Provenance | None,
+    metadata: Mapping[str, Any],
+    model: LensModel,
+) -> None:
+    """Raise unless a dictionary of these sites and this origin belongs on ``model``; warn of another model's name.
+
+    Raises:
+        WidthError: another width. ProvenanceError: another shape, tokenizer or weight processing.
+    """
+    again = f"load one of this model, or train it, {_TRAIN}"
+    check_belongs(label, width, provenance, model, template=True, again=again, unchecked="dictionary.unchecked()")
+    here = Provenance.of(model)
+    _check_processing(label, metadata, here.weights, model)
+    if metadata.get("before_norm_weight") and "folded" not in here.weights:
+        raise ProvenanceError(
+            f"{label} reads the normalised stream before the norm's weight ({metadata.get('hook_name')!r}), and on "
+            "this model's raw weights mlp_in lies after it. Fold the weight in: dictionary.with_norm_of(model)"
+        )
+    if metadata.get("module_output"):
+        _check_module(label, sites, model)
+    _warn_of_name(label, metadata.get("model_name"), here.model)
+
+
+def _check_processing(label: str, metadata: Mapping[str, Any], weights: str, model: LensModel) -> None:
+    said = metadata.get("model_from_pretrained_kwargs") or {}
+    layer_norm = str(getattr(model.cfg, "normalization_type", None) or "LN").startswith("LN")
+    for option, word in _PROCESSING.items():
+        if option not in said or (option == "center_writing_weights" and not layer_norm):  # RMSNorms are never centred
+            continue
+        wanted, present = bool(said[option]), word in weights
+        if wanted == present:
+            continue
+        if not wanted:
+            fix = "load the model with em.load_model(source), which leaves the weights raw"
+        elif hasattr(model, "enable_compatibility_mode") and all(said.get(each, True) for each in _PROCESSING):
+            fix = "fold and centre this Bridge's weights: model.enable_compatibility_mode()"
+        else:
+            options = ", ".join(f"{each}={said[each]!r}" for each in _PROCESSING if each in said)
+            fix = (
+                "load it as it was trained: transformer_lens.HookedTransformer.from_pretrained_no_processing("
+                f"{metadata.get('model_name')!r}, {options})"
+            )
+        raise ProvenanceError(
+            f"{label} was trained with {option}={said[option]!r} (model_from_pretrained_kwargs), and this model's "
+            f"weights are {weights}, so its activations are others; {fix}"
+        )
+
+
+def _check_module(label: str, sites: Sequence[Site], model: LensModel) -> None:
+    norms = {"attn_out": "ln1_post", "mlp_out": "ln2_post"}
+    for site in sites:
+        name = f"blocks.{site.layer}.{norms.get(site.stream, '')}.hook_normalized"
+        if site.stream in norms and find(model, name) is not None:
+            raise ProvenanceError(
+                f"{label} was trained on the output of a module, and in this model a norm ({norms[site.stream]}) "
+                f"stands between it and {site}, so another tensor is read here. Train one at {site}: "
+                f"em.dictionaries.train_dictionary(model, em.Site({site.layer}, {site.stream!r}), corpus, d_sae=512)"
+            )
+
+
+def _warn_of_name(label: str, said: Any, here: str) -> None:
+    if said and not same_name(str(said), here):
+        warnings.warn(
+            f"{label} was made on {said!r} and this model is called {here!r}. On a fine-tune of it that is right; on "
+            "another model its latents mean nothing. Measure it: em.dictionaries.dictionary_quality(model, dictionary, "
+            "prompts); or say that you know, with dictionary.unchecked()",
+            DictionaryModelWarning,
+            stacklevel=4,
+        )
+
+
+def same_name(one: str, other: str) -> bool:
+    """Whether two names of models may be one model's: the last part of one holds that of the other.
+
+    Example:
+        >>> same_name("gpt2-small", "openai-community/gpt2"), same_name("pythia-70m", "gpt2")
+        (True, False)
+    """
+    a, b = (re.sub(r"[^a-z0-9]", "", name.rstrip("/").split("/")[-1].lower()) for name in (one, other))
+    return bool(a and b) and (a in b or b in a)

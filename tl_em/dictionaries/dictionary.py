@@ -28,7 +28,6 @@ from torch import Tensor
 
 from tl_em.arguments import whole
 from tl_em.artefacts import replacing
-from tl_em.dictionaries.belonging import check_on
 from tl_em.dictionaries.checks import (
     Activation,
     Count,
@@ -38,6 +37,7 @@ from tl_em.dictionaries.checks import (
     as_floats,
     check_agreement,
     check_metadata,
+    check_on,
     check_shapes,
     check_sites,
 )
@@ -134,6 +134,26 @@ class Dictionary:
         """Whether it writes another site than it reads."""
         return self.site_in != self.site_out
 
+    @property
+    def reads(self) -> tuple[Site, ...]:
+        """The sites that it reads; one, but of a crosscoder."""
+        return self.site_in if isinstance(self.site_in, tuple) else (self.site_in,)
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites that it reads, then the one that it writes, each once."""
+        assert self.site_out is not None
+        return tuple(dict.fromkeys((*self.reads, self.site_out)))
+
+    def inputs(self, x: Float[Tensor, "token site d_model"]) -> Float[Tensor, "token *axes d_model"]:
+        """What it encodes, of activations at ``sites``."""
+        return x[:, : len(self.reads)] if isinstance(self.site_in, tuple) else x[:, 0]
+
+    def outputs(self, x: Float[Tensor, "token site d_model"]) -> Float[Tensor, "token d_model"]:
+        """What it writes, of activations at ``sites``."""
+        assert self.site_out is not None
+        return x[:, self.sites.index(self.site_out)]
+
     @cached_property
     def hash(self) -> str:
         """Of the weights: what a feature's index means nothing without."""
@@ -147,7 +167,7 @@ class Dictionary:
     @property
     def label(self) -> str:
         """Its name, or what there is to say in its place."""
-        return self.name or f"the dictionary at {self.site_in}"
+        return self.name or f"the dictionary at {' and '.join(map(str, self.reads))}"
 
     def preactivations(self, x: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes d_sae"]:
         """``x W_enc + b_enc``, in float32.
@@ -204,7 +224,7 @@ class Dictionary:
         return self.completed(self.encode(x), x)
 
     def completed(
-        self, a: Float[Tensor, "*axes d_sae"], x: Float[Tensor, "*axes d_model"]
+        self, a: Float[Tensor, "*axes d_sae"], x: Float[Tensor, "*read d_model"]
     ) -> Float[Tensor, "*axes d_model"]:
         """``decode(a)``, with what a skip adds for this ``x``."""
         decoded = self.decode(a)
@@ -239,9 +259,21 @@ class Dictionary:
             WidthError: another width. ProvenanceError: another kind of model, or weights that were processed otherwise;
                 the message has the call that mends it.
         """
-        assert self.site_out is not None
-        sites = (self.site_in, self.site_out)
-        check_on(self.label, self.d_model, sites, self.provenance, self.metadata, model)
+        check_on(self.label, self.d_model, self.sites, self.provenance, self.metadata, model)
+        return self
+
+    def reading_one_site(self) -> Dictionary:
+        """Itself, where it reads one site, as a graph needs.
+
+        Raises:
+            UsageError: a crosscoder.
+        """
+        if len(self.reads) > 1:
+            raise UsageError(
+                f"{self.label} reads several sites at once: what a latent reads in a later layer would be an edge back "
+                "to an earlier node, and a graph with circles has no effects to add up. Give dictionaries that read "
+                "one site; of this one em.score_features(model, dictionary, behaviours) says which latents changed"
+            )
         return self
 
     def unchecked(self) -> Dictionary:

@@ -29,18 +29,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_em.arguments import SEED, checked
 from tl_em.dictionaries import Dictionary
-from tl_em.dictionaries.foreign import as_dictionary
-from tl_em.dictionaries.nearby import BEFORE_WEIGHT, Nearby, Neighbours
-from tl_em.dictionaries.protocol import AnyDictionary
+from tl_em.dictionaries.neighbouring_sites import BEFORE_WEIGHT, Nearby, Neighbours
+from tl_em.dictionaries.protocol import AnyDictionary, as_dictionary
 from tl_em.dictionaries.tokens import Tokens, check_models, every_token, sample_spans
 from tl_em.errors import DictionaryFitError, UsageError
 from tl_em.models.hooks import LensModel, hook_name, hooked, read_point
@@ -65,8 +65,8 @@ L0 = (1.0, 0.25)
 
 
 class Fit(NamedTuple):
-    """How a dictionary fits one model; ``recovered`` is None where no token follows those that are judged, and where
-    what it writes is read only (``resid_mid``; ``mlp_in`` of a HookedTransformer)."""
+    """How a dictionary fits one model; ``recovered`` is None where no token follows those that are judged, where what
+    it writes is read only (``resid_mid``; ``mlp_in`` of a HookedTransformer), and where it reads several sites."""
 
     fvu: Estimate
     l0: Estimate
@@ -161,14 +161,9 @@ class DictionaryQuality:
         """One row a model and measure: value, low, high, n."""
         import pandas as pd
 
-        rows = [
-            {"model": name, "measure": measure, "value": e.value, "low": e.low, "high": e.high, "n": e.n}
-            for name, fit in (("model", self.model), ("against", self.against))
-            if fit is not None
-            for measure, e in zip(Fit._fields, fit, strict=True)
-            if e is not None
-        ]
-        return pd.DataFrame(rows)
+        fits = {"model": self.model} | ({} if self.against is None else {"against": self.against})
+        each = [(name, measure, e) for name, fit in fits.items() for measure, e in fit._asdict().items() if e]
+        return pd.DataFrame([{"model": name, "measure": measure, **e.row()} for name, measure, e in each])
 
     def _repr_html_(self) -> str:
         from tl_em.report import cards
@@ -231,11 +226,12 @@ def dictionary_quality(
     if difference and against is None:
         raise UsageError("difference=True reads model minus base at each token; pass against=pair.base")
     encoded = encoded_prompts(model, prompts)
-    if difference:
-        fit, nearby = _fit(model, dictionary, encoded, position, against, seed)
-        return DictionaryQuality(dictionary, fit, None, nearby, _notes(model, dictionary, encoded))
-    fit, nearby = _fit(model, dictionary, encoded, position, None, seed)
-    base = None if against is None else _fit(against, dictionary, encoded, position, None, seed, nearby=False)[0]
+    here = dictionary.to(model.cfg.device)  # once, not batch by batch
+    reading = _Reading(model, here, encoded, position, seed, minus=against if difference else None)
+    around = None if len(here.reads) > 1 else Neighbours(model, here, difference=difference)
+    fit = reading.fit(around)
+    base = None if against is None or difference else replace(reading, model=against).fit()
+    nearby = () if around is None else around.found()
     return DictionaryQuality(dictionary, fit, base, nearby, _notes(model, dictionary, encoded))
 
 
@@ -265,120 +261,100 @@ class _Squares(NamedTuple):
     mean: Float[Tensor, " d_model"]
 
 
-def _fit(
-    model: LensModel,
-    dictionary: Dictionary,
-    encoded: Sequence[EncodedPrompt],
-    position: Position,
-    minus: LensModel | None,
-    seed: int,
-    *,
-    nearby: bool = True,
-) -> tuple[Fit, tuple[Nearby, ...]]:
-    dictionary = dictionary.to(model.cfg.device)  # once, not batch by batch
-    around = Neighbours(model, dictionary, difference=minus is not None) if nearby else None
-    sums = _sums(model, dictionary, encoded, position, minus, around)
-    n = len(encoded)
-    dead = float((~sums.ever).float().mean())
-    nan = float("nan")
-    fit = Fit(
-        _ratio(sums.error, sums.spread, seed),
-        _ratio(sums.on, sums.tokens, seed),
-        # Fewer distinct prompts leave more latents off, so resampled prompts would bias it upwards.
-        Estimate(dead, nan, nan, n, float(n), "share of latents on at no token of these prompts; no interval"),
-        None if minus is not None else _recovered(model, dictionary, encoded, position, sums.mean, seed),
-    )
-    return fit, () if around is None else around.found()
+@dataclass(frozen=True, eq=False)
+class _Reading:
+    """A dictionary on one model (less ``minus``), at the judged tokens of some prompts."""
 
+    model: LensModel
+    dictionary: Dictionary
+    encoded: Sequence[EncodedPrompt]
+    position: Position
+    seed: int
+    minus: LensModel | None = None
 
-def _sums(
-    model: LensModel,
-    dictionary: Dictionary,
-    encoded: Sequence[EncodedPrompt],
-    position: Position,
-    minus: LensModel | None,
-    around: Neighbours | None,
-) -> _Squares:
-    sites = list(dict.fromkeys([dictionary.site_in, dictionary.site_out or dictionary.site_in]))
-    read_sites = sites + ([] if around is None else [site for site in around.sites if site not in sites])
-    n, width = len(encoded), dictionary.d_model
-    scalar = torch.zeros(4, n, dtype=torch.float64)  # error, |y|^2, on, tokens
-    vector = torch.zeros(n, width, dtype=torch.float64)
-    ever = torch.zeros(dictionary.d_sae, dtype=torch.bool)
-    models, spans = [each for each in (model, minus) if each is not None], sample_spans(encoded, position)
-    for read, *base in zip(*(every_token(each, encoded, read_sites, spans) for each in models), strict=True):
-        x = read.x - base[0].x.to(read.x.device) if base else read.x
-        for rows, some in Tokens(read.prompts.cpu(), x).pieces(dictionary.d_sae):
-            if around is not None:
-                around.add({site: some[:, i] for i, site in enumerate(read_sites)}, some[:, len(sites) - 1])
-            a, y = dictionary.encode(some[:, 0]), some[:, len(sites) - 1]
-            found = torch.stack([
-                (y - dictionary.completed(a, some[:, 0])).double().square().sum(-1), y.double().square().sum(-1),
-                (a > 0).double().sum(-1), torch.ones_like(y[:, 0], dtype=torch.float64),
-            ])  # fmt: skip
-            scalar.index_add_(1, rows, found.cpu())
-            vector.index_add_(0, rows, y.double().cpu())
-            ever |= (a > 0).any(0).cpu()
-    error, square, on, tokens = scalar
-    mean = vector.sum(0) / tokens.sum()
-    spread = square - 2 * vector @ mean + tokens * mean.square().sum()
-    return _Squares(error.numpy(), spread.numpy(), on.numpy(), tokens.numpy(), ever, mean.float())
+    @cached_property
+    def spans(self) -> Int[Tensor, "prompt 2"]:
+        return sample_spans(self.encoded, self.position)
 
+    def fit(self, around: Neighbours | None = None) -> Fit:
+        found, n, nan = self.squares(around), len(self.encoded), float("nan")
+        dead = float((~found.ever).float().mean())
+        return Fit(
+            self._ratio(found.error, found.spread),
+            self._ratio(found.on, found.tokens),
+            # Fewer distinct prompts leave more latents off, so resampled prompts would bias it upwards.
+            Estimate(dead, nan, nan, n, float(n), "share of latents on at no token of these prompts; no interval"),
+            None if self.minus is not None else self.recovered(found.mean),
+        )
 
-def _ratio(over: np.ndarray, under: np.ndarray, seed: int) -> Estimate:
-    return bootstrap(lambda w: (w @ over) / (w @ under), [len(over)], seed=seed).estimate
+    def _ratio(self, over: np.ndarray, under: np.ndarray) -> Estimate:
+        return bootstrap(lambda w: (w @ over) / (w @ under), [len(over)], seed=self.seed).estimate
 
+    def squares(self, around: Neighbours | None) -> _Squares:
+        """What the one pass over the tokens sums up, and shows to ``around`` on the way."""
+        one, n = self.dictionary, len(self.encoded)
+        sites = list(dict.fromkeys((*one.sites, *(() if around is None else around.sites))))
+        scalar = torch.zeros(4, n, dtype=torch.float64)  # error, |y|^2, on, tokens
+        vector = torch.zeros(n, one.d_model, dtype=torch.float64)
+        ever = torch.zeros(one.d_sae, dtype=torch.bool)
+        models = [each for each in (self.model, self.minus) if each is not None]
+        passes = (every_token(each, self.encoded, sites, self.spans) for each in models)
+        for read, *base in zip(*passes, strict=True):
+            x = read.x - base[0].x.to(read.x.device) if base else read.x
+            for rows, some in Tokens(read.prompts.cpu(), x).pieces(one.d_sae):
+                y, taken = one.outputs(some), one.inputs(some)
+                if around is not None:
+                    around.add({site: some[:, i] for i, site in enumerate(sites)}, y)
+                a = one.encode(taken)
+                found = torch.stack([
+                    (y - one.completed(a, taken)).double().square().sum(-1), y.double().square().sum(-1),
+                    (a > 0).double().sum(-1), torch.ones_like(y[:, 0], dtype=torch.float64),
+                ])  # fmt: skip
+                scalar.index_add_(1, rows, found.cpu())
+                vector.index_add_(0, rows, y.double().cpu())
+                ever |= (a > 0).any(0).cpu()
+        error, square, on, tokens = scalar
+        mean = vector.sum(0) / tokens.sum()
+        spread = square - 2 * vector @ mean + tokens * mean.square().sum()
+        return _Squares(error.numpy(), spread.numpy(), on.numpy(), tokens.numpy(), ever, mean.float())
 
-def _recovered(
-    model: LensModel,
-    dictionary: Dictionary,
-    encoded: Sequence[EncodedPrompt],
-    position: Position,
-    mean: Float[Tensor, " d_model"],
-    seed: int,
-) -> Estimate | None:
-    """Cross-entropy recovered, over all tokens that a judged one precedes; None where nothing can be put in place."""
-    if not _can_be_written(model, dictionary):
-        return None
-    inside = _inside(sample_spans(encoded, position), max(len(each) for each in encoded))
-    start = int(spans_of(encoded, [position])[:, 0, 0].min()) + 1
-    scored = [replace(each, response=(start, len(each))) for each in encoded if len(each) > start]
-    if len(scored) < len(encoded):
-        return None
+    def recovered(self, mean: Float[Tensor, " d_model"]) -> Estimate | None:
+        """Cross-entropy recovered, over all tokens that a judged one precedes; None where nothing can be put in place.
 
-    def entropy(write: Callable[[Tensor], Tensor] | None) -> np.ndarray:
-        hooks = [] if write is None else _spliced(model, dictionary, inside, write)
-        with hooked(model, hooks):
-            return -sequence_logprobs(model, scored).double().numpy()
+        Nothing can at ``resid_mid``, which is two things on two surfaces, nor before a HookedTransformer's norm weight,
+        nor of what is read at several sites, some of them later.
+        """
+        site = self.dictionary.site_out
+        assert site is not None
+        put = site.writable or (site.stream == "mlp_in" and read_point(self.model, site).name == site.hook_name)
+        start = int(spans_of(self.encoded, [self.position])[:, 0, 0].min()) + 1
+        scored = [replace(each, response=(start, len(each))) for each in self.encoded if len(each) > start]
+        if not put or len(self.dictionary.reads) > 1 or len(scored) < len(self.encoded):
+            return None
 
-    clean, floor = entropy(None), entropy(lambda x: mean.to(x.device).expand_as(x))
-    if np.allclose(clean, floor):
-        return None
-    lost, most = entropy(dictionary.reconstruct) - clean, floor - clean
-    return bootstrap(lambda w: 1 - (w @ lost) / (w @ most), [len(lost)], seed=seed).estimate
+        def entropy(write: Callable[[Tensor], Tensor] | None) -> np.ndarray:
+            with hooked(self.model, [] if write is None else self._spliced(write)):
+                return -sequence_logprobs(self.model, scored).double().numpy()
 
+        clean, floor = entropy(None), entropy(lambda x: mean.to(x.device).expand_as(x))
+        if np.allclose(clean, floor):
+            return None
+        lost, most = entropy(self.dictionary.reconstruct) - clean, floor - clean
+        return bootstrap(lambda w: 1 - (w @ lost) / (w @ most), [len(lost)], seed=self.seed).estimate
 
-def _can_be_written(model: LensModel, dictionary: Dictionary) -> bool:
-    """Not at ``resid_mid``, which is two things on two surfaces, nor before a HookedTransformer's norm weight."""
-    site = dictionary.site_out
-    assert site is not None
-    return site.writable or (site.stream == "mlp_in" and read_point(model, site).name == site.hook_name)
+    def _spliced(self, write: Callable[[Tensor], Tensor]) -> list[tuple[str, Callable[..., Any]]]:
+        """Hooks that put ``write`` (of what the dictionary reads) in place of what it writes, at the judged tokens."""
+        assert self.dictionary.site_out is not None
+        point, held = read_point(self.model, self.dictionary.site_in), {}
+        inside = _inside(self.spans, max(len(each) for each in self.encoded))
 
+        def read(x: Tensor, hook: Any) -> None:
+            held["x"] = point(x).float()
 
-def _spliced(
-    model: LensModel, dictionary: Dictionary, inside: Bool[Tensor, "prompt pos"], write: Callable[[Tensor], Tensor]
-) -> list[tuple[str, Callable[..., Any]]]:
-    """Hooks that put ``write`` (of what the dictionary reads) in place of what it writes, at some tokens."""
-    assert dictionary.site_out is not None
-    point, held = read_point(model, dictionary.site_in), {}
+        def put(x: Tensor, hook: Any) -> Tensor:
+            batch = current_batch.get()
+            assert batch is not None  # sequence_logprobs says what it runs
+            mask = inside[list(batch.rows), : x.shape[1]].to(x.device)
+            return torch.where(mask[..., None], write(held["x"]).to(x.dtype), x)
 
-    def read(x: Tensor, hook: Any) -> None:
-        held["x"] = point(x).float()
-
-    def put(x: Tensor, hook: Any) -> Tensor:
-        batch = current_batch.get()
-        assert batch is not None  # sequence_logprobs says what it runs
-        mask = inside[list(batch.rows), : x.shape[1]].to(x.device)
-        return torch.where(mask[..., None], write(held["x"]).to(x.dtype), x)
-
-    return [(point.name, read), (hook_name(model, dictionary.site_out), put)]
+        return [(point.name, read), (hook_name(self.model, self.dictionary.site_out), put)]

@@ -145,10 +145,10 @@ def seen(model: LensModel, dictionary: Dictionary, prompts: Sequence[Prompt | En
         )
     total, on = torch.zeros(2, here.d_sae, dtype=torch.float64)
     x = torch.zeros(here.d_model, dtype=torch.float64)
-    for tokens in every_token(model, encoded, [here.site_in], spans):
+    for tokens in every_token(model, encoded, here.reads, spans):
         for some in tokens.pieces(here.d_sae):
             read = some.x[:, 0]
-            a = here.encode(read)
+            a = here.encode(here.inputs(some.x))
             total += a.double().sum(0).cpu()
             on += (a > 0).double().sum(0).cpu()
             x += read.double().sum(0).cpu()

@@ -22,8 +22,7 @@ from torch import Tensor
 
 from tl_em.arguments import COUNT, NATURAL, SEED, checked, list_of
 from tl_em.dictionaries import Dictionary
-from tl_em.dictionaries.foreign import as_dictionary
-from tl_em.dictionaries.protocol import AnyDictionary
+from tl_em.dictionaries.protocol import AnyDictionary, as_dictionary
 from tl_em.dictionaries.tokens import check_models, every_token, scope_spans
 from tl_em.directions.direction import Direction
 from tl_em.directions.lens import logit_lens
@@ -294,10 +293,9 @@ def _acts(
 ) -> _Acts:
     """One pass; of each token only the chosen latents are kept."""
     here = dictionary.to(model.cfg.device)
-    read = every_token(model, encoded, [here.site_in], spans_of(encoded, ["all"])[:, 0])
-    a = torch.cat([
-        here.encode(some.x[:, 0])[:, list(indices)].cpu() for tokens in read for some in tokens.pieces(here.d_sae)
-    ])  # fmt: skip
+    read = every_token(model, encoded, here.reads, spans_of(encoded, ["all"])[:, 0])
+    pieces = (some for tokens in read for some in tokens.pieces(here.d_sae))
+    a = torch.cat([here.encode(here.inputs(some.x))[:, list(indices)].cpu() for some in pieces])
     every = a.split([len(prompt) for prompt in encoded])
     counts = scope_spans(encoded, where).tolist()
     spans = [(first, end) for first, end in counts]

@@ -24,7 +24,7 @@ from tl_em.dictionaries.tokens import read_tokens
 from tl_em.models.contrasts import ContrastSet, inseparable
 from tl_em.models.hooks import LensModel
 from tl_em.models.prompts import EncodedPrompt
-from tl_em.models.sites import Position, Site
+from tl_em.models.sites import Position
 from tl_em.models.stream import spans_of
 from tl_em.stats import tied
 
@@ -178,33 +178,27 @@ def add_behaviour(
     device = torch.device(model.cfg.device)
     here = dictionary.to(device)
     sums = Sums.empty(here, device)
+    shifted = here.outputs if len(here.reads) > 1 else lambda x: x[:, 0]
     for label, encoded in enumerate(classes):
         weight, part = 1 / len(encoded), torch.tensor(parts[label], device=device)
         for rows in chunks(encoded, position, here.d_sae):
             some = [encoded[i] for i in rows]
             spans = spans_of(some, [position])[:, 0]
-            sites = _sites(here) if against is not None and not label else [here.site_in]
-            owner, read = read_tokens(model, some, sites, spans)
-            x = read[:, 0]
+            owner, read = read_tokens(model, some, here.sites, spans)
+            x = shifted(read)
             share = 1 / torch.bincount(owner, minlength=len(some))[owner][:, None]
-            a = here.encode(x)
+            a = here.encode(here.inputs(read))
             mine = part[rows]
             sums.add(label, _pooled(a, owner, share), _pooled(x, owner, share), mine, weight)
             if against is None or label:
                 continue
-            before = read_tokens(against, some, sites, spans).x.to(device)
-            other = before[:, 0]
-            b = here.encode(other)
+            before = read_tokens(against, some, here.sites, spans).x.to(device)
+            other = shifted(before)
+            b = here.encode(here.inputs(before))
             sums.add_base(_pooled(a - b, owner, share), _pooled(x - other, owner, share), mine, weight)
             for number, (own, tokens) in enumerate(((a, read), (b, before))):
                 sums.scaling[:, number] += scaled(here, a, own, tokens)
     return sums
-
-
-def _sites(dictionary: Dictionary) -> list[Site]:
-    """What it reads, and last what it writes."""
-    assert dictionary.site_out is not None
-    return list(dict.fromkeys([dictionary.site_in, dictionary.site_out]))
 
 
 def scaled(
@@ -220,11 +214,11 @@ def scaled(
 
     Args:
         f: latents of the tuned model, which the target is regressed on; ``own``: latents of the model that is scaled.
-        tokens: what the dictionary reads there, and last what it writes.
+        tokens: activations at the dictionary's sites.
     """
     rows = dictionary.W_dec
     written = own @ rows
-    left = tokens[:, -1] - dictionary.completed(own, tokens[:, 0])
+    left = dictionary.outputs(tokens) - dictionary.completed(own, dictionary.inputs(tokens))
     length = rows.square().sum(-1)
     error = (f * (left @ rows.T + own * length)).sum(0)
     return torch.stack([error, (f * (written @ rows.T)).sum(0)])

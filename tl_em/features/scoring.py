@@ -27,8 +27,7 @@ from torch import Tensor
 
 from tl_em.arguments import NATURAL, SEED, checked
 from tl_em.dictionaries import Dictionary
-from tl_em.dictionaries.foreign import as_dictionary
-from tl_em.dictionaries.protocol import AnyDictionary
+from tl_em.dictionaries.protocol import AnyDictionary, as_dictionary
 from tl_em.dictionaries.tokens import check_models
 from tl_em.directions.direction import Direction
 from tl_em.errors import UsageError

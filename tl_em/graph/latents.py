@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from tl_em.dictionaries import Dictionary
-from tl_em.dictionaries.foreign import as_dictionary
+from tl_em.dictionaries.protocol import as_dictionary
 from tl_em.directions.direction import Direction
 from tl_em.errors import UsageError
 from tl_em.graph.adapters import adapter_writes
@@ -68,7 +68,7 @@ def listed(dictionaries: Any) -> list[Dictionary]:
     each = list(some) if several else [some]
     if not each:
         raise UsageError("dictionaries= is empty; leave it out for a graph of heads and MLPs")
-    return [as_dictionary(one) for one in each]
+    return [as_dictionary(one).reading_one_site() for one in each]
 
 
 def is_exact(dictionaries: Sequence[Dictionary]) -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tl_em.arguments import finite, list_of, optional, settle, vectors
 from tl_em.dictionaries import Dictionary, Feature
-from tl_em.dictionaries.foreign import as_dictionary
+from tl_em.dictionaries.protocol import as_dictionary
 from tl_em.errors import UsageError, WidthError
 from tl_em.interventions.base import Intervention
 from tl_em.models.hooks import LensModel

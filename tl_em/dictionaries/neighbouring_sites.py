@@ -6,7 +6,7 @@ The points are the block's streams, what its MLP reads before the norm's weight,
 blocks next to it. All are read in the pass that reads the dictionary's own point.
 
 The control: a dictionary at its own point has no neighbour that is better by the rule
-(tests/dictionaries/test_nearby.py).
+(tests/dictionaries/test_neighbouring_sites.py).
 
 Source: FVU, Gao et al. 2024, arXiv:2406.04093.
 """
@@ -73,13 +73,14 @@ class Neighbours:
     """Accumulates the FVU of a dictionary at its own point and around it."""
 
     def __init__(self, model: LensModel, dictionary: Dictionary, *, difference: bool) -> None:
-        self.dictionary = dictionary
-        own = dictionary.site_in
-        around = (site for site in _around(own, int(model.cfg.n_layers)) if _readable(model, dictionary, site))
+        self.dictionary, own = dictionary, dictionary.site_in
+        block = [Site(own.layer, stream) for stream in get_args(Stream)]
+        beside = [Site(layer) for layer in (own.layer - 1, own.layer + 1) if 0 <= layer < int(model.cfg.n_layers)]
+        around = [each for each in (*block, *beside) if each != own and _readable(model, dictionary, each)]
         self.sites = [own, *around]
         self._norm = _norm(model, own.layer) if Site(own.layer, "mlp_in") in self.sites else None
         self._difference = difference  # a bias drops out of a difference
-        self._moments: dict[str, _Moments] = {}
+        self._moments: dict[str, tuple[Site, _Moments]] = {}
         self._seen = 0
 
     def add(self, x: Mapping[Site, Float[Tensor, "token d_model"]], y: Float[Tensor, "token d_model"]) -> None:
@@ -90,29 +91,19 @@ class Neighbours:
         self._seen += min(left, len(y))
         for site in self.sites:
             here = x[site][:left]
-            self._add(str(site), here, y[:left])
+            points = {str(site): here}
             if site.stream == "mlp_in" and self._norm is not None:
                 weight, bias = (each.to(here.device) for each in self._norm)
-                plain = (here if self._difference else here - bias) / weight
-                self._add(f"{site}{BEFORE_WEIGHT}", plain, y[:left])
-
-    def _add(self, where: str, x: Float[Tensor, "token d_model"], y: Float[Tensor, "token d_model"]) -> None:
-        target = y if self.dictionary.is_transcoder else x
-        held = self._moments.setdefault(where, _Moments(self.dictionary.d_model))
-        held.add(target, self.dictionary.reconstruct(x))
+                points[f"{site}{BEFORE_WEIGHT}"] = (here if self._difference else here - bias) / weight
+            for where, read in points.items():
+                target = y[:left] if self.dictionary.is_transcoder else read
+                _, held = self._moments.setdefault(where, (site, _Moments(self.dictionary.d_model)))
+                held.add(target, self.dictionary.reconstruct(read))
 
     def found(self) -> tuple[Nearby, ...]:
         """Its own point first, the others by their FVU."""
-        by_name = {str(site): site for site in self.sites}
-        points = [Nearby(where, each.fvu, by_name[where.removesuffix(BEFORE_WEIGHT)])
-                  for where, each in self._moments.items()]  # fmt: skip
+        points = [Nearby(where, held.fvu, site) for where, (site, held) in self._moments.items()]
         return (*points[:1], *sorted(points[1:], key=lambda each: each.fvu))
-
-
-def _around(site: Site, n_layers: int) -> list[Site]:
-    block = [Site(site.layer, stream) for stream in get_args(Stream)]
-    beside = [Site(layer) for layer in (site.layer - 1, site.layer + 1) if 0 <= layer < n_layers]
-    return [each for each in (*block, *beside) if each != site]
 
 
 def _readable(model: LensModel, dictionary: Dictionary, site: Site) -> bool:

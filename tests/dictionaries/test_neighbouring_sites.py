@@ -10,7 +10,7 @@ import torch
 
 import tl_em as em
 from tests.conftest import make_hf_model, make_tokenizer
-from tl_em.dictionaries.nearby import BEFORE_WEIGHT
+from tl_em.dictionaries.neighbouring_sites import BEFORE_WEIGHT
 from tl_em.dictionaries.norms import mlp_norm
 from tl_em.dictionaries.quality import dictionary_quality
 from tl_em.dictionaries.tokens import every_token, sample_spans
