@@ -119,13 +119,13 @@ def check_sites(site_in: Any, site_out: Any, skip: bool) -> None:
 
     Of several sites that are read at once (a crosscoder's) no order is asked.
     """
-    several = isinstance(site_in, tuple) and len(site_in) > 0
-    for name, site in (*(("site_in", site) for site in (site_in if several else [site_in])), ("site_out", site_out)):
+    reads: Sequence[Any] = site_in if isinstance(site_in, tuple) and site_in else [site_in]
+    for name, site in (*(("site_in", site) for site in reads), ("site_out", site_out)):
         if not isinstance(site, Site):
             raise UsageError(f"{name}={site!r} is no site; give one, e.g. {name}=em.Site(3, 'resid_post')")
-    if several:
+    if len(reads) > 1:
         return
-    if (site_out.layer, _ORDER.index(site_out.stream)) < (site_in.layer, _ORDER.index(site_in.stream)):
+    if (site_out.layer, _ORDER.index(site_out.stream)) < (reads[0].layer, _ORDER.index(reads[0].stream)):
         raise UsageError(
             f"it reads {site_in} and writes {site_out}, which comes before: nothing that it reads can have an effect "
             "there. Exchange site_in and site_out, or correct their layers"
