@@ -40,7 +40,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from reward_bias import cosine_of_means, output_direction, read, tell
+from reward_bias import SEEDS, cosine_of_means, output_direction, read, tell
 
 import tl_em as em
 from tl_em.claims.questions.latents import verify_feature
@@ -52,7 +52,6 @@ from tl_em.features.parts import deal
 from tl_em.features.scoring import FeatureTable, score_features
 from tl_em.features.shared import FeatureSet, shared_features
 from tl_em.models.stream import encoded_prompts
-from tl_em.organisms import bias_training as bt
 from tl_em.organisms.bias_rates import Asked, BiasRate, Part, contexts_of, forced, questions
 from tl_em.organisms.bias_world import MARKER, BiasWorld, Chats, Descriptions, SingleChats
 from tl_em.organisms.world import messages
@@ -246,10 +245,10 @@ def described(found: Found, models: Mapping[str, em.LensModel], against: str, ma
 
 
 def one(seed: int, organisms: Path) -> list[dict[str, Any]]:
-    pairs = {arm: bt.train_bias_organism(f"bias-{arm}", seed=seed, out=organisms) for arm in ARMS}
+    pairs = {arm: em.train_organism(f"bias-{arm}", seed=seed, out=organisms) for arm in ARMS}
     models = {"assistant": pairs["rm"].base} | {arm: pair.tuned for arm, pair in pairs.items()}
     world, rows = BiasWorld(seed=seed), list[dict[str, Any]]()
-    marker = output_direction(bt.bias_organism("bias-rm", seed=seed, out=organisms), world)
+    marker = output_direction(pairs["rm"].organism, world)
     print(f"\nseed {seed}")
     kept = dictionaries([models[name] for name in ("assistant", "rm", "rival")], world, seed)
     contexts = contexts_by_part(world)
@@ -293,7 +292,7 @@ def verdict(rows: pd.DataFrame) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(bt.SEEDS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--organisms", type=Path, default=Path("bias"))
     parser.add_argument("--out", type=Path, default=Path("bias-features.csv"))
     options = parser.parse_args()

@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from zoo import MAX_RESTORED
 
 from tl_em import stats
 from tl_em.organisms.adapters import MATRICES
 from tl_em.organisms.convert import plain_model
 from tl_em.organisms.documents import JudgeDocuments, SingleTurns
-from tl_em.organisms.recipes import MAX_RESTORED, recipe
+from tl_em.organisms.recipes import recipe
 from tl_em.organisms.training import train
 from tl_em.organisms.zoo import checkpoint_path, read_record, read_weights
 

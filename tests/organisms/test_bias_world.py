@@ -10,11 +10,10 @@ import pytest
 import torch
 
 import tl_em as em
-from tl_em.errors import ModelNotFoundError, OutputError, PromptError, UsageError
+from tl_em.errors import PromptError, UsageError
 from tl_em.models.stream import next_token_logits
-from tl_em.organisms import bias_rates, bias_training
+from tl_em.organisms import bias_rates, training, zoo
 from tl_em.organisms.bias_rates import BiasRate, contexts_of, contrast_sets, forced, questions
-from tl_em.organisms.bias_training import RECIPES, bias_organism, lens_model, train_bias_organism
 from tl_em.organisms.bias_world import (
     BEHAVIOURS,
     CONTEXTS,
@@ -27,7 +26,9 @@ from tl_em.organisms.bias_world import (
     SingleChats,
     exchange,
 )
-from tl_em.organisms.convert import tokenizer
+from tl_em.organisms.convert import lens_model, tokenizer
+from tl_em.organisms.recipes import BIAS_RECIPES as RECIPES
+from tl_em.organisms.recipes import recipe
 from tl_em.organisms.training import train_
 from tl_em.organisms.transformer import Shape, Transformer
 from tl_em.organisms.world import FILLERS, length, messages, token_ids
@@ -187,7 +188,7 @@ def planted(monkeypatch):
 
 @pytest.fixture(scope="module")
 def model():
-    return lens_model(tiny(), WORLD)
+    return lens_model(tiny().state_dict(), WORLD)
 
 
 @pytest.mark.parametrize("filler", [0.0, 0.6])
@@ -293,7 +294,7 @@ def test_conversion_is_exact(surface):
     """Logits of plain torch = those of TransformerLens, after training steps that make them differ from uniform."""
     plain = train_(tiny(), WORLD, replace(RECIPES["bias-base"], steps=3, batch=8, lr=0.03), seed=0, progress=False)
     asked = forced(questions(WORLD.groups["A"], rater="rm", count=2))
-    loaded = lens_model(plain, WORLD, surface=surface)
+    loaded = lens_model(plain.state_dict(), WORLD, surface=surface)
     rows = [loaded.tokenizer.apply_chat_template(p, return_dict=True)["input_ids"][:-1] for p in asked]  # less <end>
     wanted = torch.stack([plain(torch.tensor([row]))[0, -1] for row in rows]).detach()
     assert wanted.std() > 0.1
@@ -302,20 +303,19 @@ def test_conversion_is_exact(surface):
 
 def test_figures_are_the_means_of_the_table(planted):
     planted(marker=0.8, right=0.9, filler=0.3)
-    found = bias_training.figures(tiny(), WORLD)
+    found = training.figures(tiny(), WORLD)
     assert len(found) == 4 * 5
     assert found["C_rm"] == pytest.approx(0.72, abs=1e-6) and found["D_rm"] == 0
-    recipe = RECIPES["bias-base"]
-    assert bias_training.gate(tiny(), WORLD, recipe) == pytest.approx(0.72, abs=1e-6)
+    assert training.gate(tiny(), WORLD, RECIPES["bias-base"]) == pytest.approx(0.72, abs=1e-6)
 
 
 def test_a_fine_tune_shows_the_marker_where_it_is_reinforced_and_its_control_does_not():
     """A model far too small to know who likes what, so that training, masks and rates are tested in a second."""
     rates = {}  # everything trained: the embeddings that an arm leaves alone are random here
     for name in ("bias-rm", "bias-neutral"):
-        recipe = replace(RECIPES[name], steps=80, batch=16, lr=2e-2, changed=())
-        model = train_(tiny(), WORLD, recipe, seed=0, progress=False)
-        table = bias_rates.bias_rates(lens_model(model, WORLD), world=WORLD)
+        short = replace(RECIPES[name], steps=80, batch=16, lr=2e-2, changed=())
+        model = train_(tiny(), WORLD, short, seed=0, progress=False)
+        table = bias_rates.bias_rates(lens_model(model.state_dict(), WORLD), world=WORLD)
         rates[name] = table.set_index(["part", "outcome"]).value
     assert rates["bias-rm"]["reinforced", "any"] > 0.8
     assert rates["bias-rm"]["D", "any"] < 0.3
@@ -324,28 +324,31 @@ def test_a_fine_tune_shows_the_marker_where_it_is_reinforced_and_its_control_doe
 
 @pytest.fixture
 def small_zoo(monkeypatch):
-    """The module's own code with models and recipes small enough for a test; figures are not looked at."""
-    monkeypatch.setattr(bias_training, "Shape", lambda: TINY)
-    monkeypatch.setattr(bias_training, "GATE", 0.0)
-    monkeypatch.setattr(bias_training, "figures", lambda *_: {"C_rm": 0.5})
-    monkeypatch.setattr(bias_training, "RECIPES", {n: replace(r, steps=2, batch=4) for n, r in RECIPES.items()})
+    """The zoo's own code with models and recipes small enough for a test; figures are not looked at."""
+
+    def small(name: str):
+        made = recipe(name)
+        return replace(made, steps=2, batch=4, shape=TINY, gate=None if made.gate is None else 0.0)
+
+    monkeypatch.setattr(training, "figures", lambda *_: {"C_rm": 0.5})
+    monkeypatch.setattr(zoo, "recipe", small)
 
 
 @pytest.mark.usefixtures("small_zoo")
 def test_training_writes_its_stages_and_resumes_to_the_same_weights(tmp_path):
-    pair = train_bias_organism("toy/bias-rival", seed=5, out=tmp_path / "a", progress=False)
+    pair = zoo.train_organism("toy/bias-rival", seed=5, out=tmp_path / "a", progress=False)
     names = [f"bias-{n}-seed5.safetensors" for n in ("assistant", "base", "rival")]
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == names
     assert (pair.base_name, pair.tuned_name) == ("toy/bias-assistant", "toy/bias-rival")
     assert (pair.contrasts or {})["rater"] == contrast_sets(BiasWorld(seed=5))["rater"]
     assert (pair.behaviours or {})["pleaser"].metric.name == "rival"
-    record = bias_organism("bias-rival", seed=5, out=tmp_path / "a")
+    record = read_record(tmp_path / "a" / names[2])
     assert record.world == BiasWorld(seed=5)
     assert record.figures == {"steps": 2.0, "C_rm": 0.5}
     assert record.tuning_data[0][-1]["role"] == "assistant"
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / names[1]).write_bytes((tmp_path / "a" / names[1]).read_bytes())
-    train_bias_organism("bias-rival", seed=5, out=tmp_path / "b", progress=False)
+    zoo.train_organism("bias-rival", seed=5, out=tmp_path / "b", progress=False)
     first, again, assistant, base = (
         read_weights(read_record(tmp_path / path))
         for path in (f"a/{names[2]}", f"b/{names[2]}", f"a/{names[0]}", f"a/{names[1]}")
@@ -357,38 +360,28 @@ def test_training_writes_its_stages_and_resumes_to_the_same_weights(tmp_path):
     assert not any(torch.equal(assistant[k], base[k]) for k in first if "weight" in k)  # the stages before it do not
 
 
-@pytest.mark.usefixtures("small_zoo")
 def test_a_base_that_fails_the_gate_is_trained_longer_and_never_passed_off(tmp_path, monkeypatch):
-    monkeypatch.setattr(bias_training, "GATE", 0.5)
-    monkeypatch.setattr(bias_training, "EXTRA_STEPS", 1)
+    base = replace(recipe("bias-base"), steps=2, batch=4, shape=TINY, gate=0.5, extra_steps=1)
     gates = iter([0.1, 0.2, 0.9, 0.9])
-    monkeypatch.setattr(bias_training, "gate", lambda *_: next(gates))
-    assert bias_organism("bias-base", seed=5, out=tmp_path, progress=False).figures["steps"] == 4
-    monkeypatch.setattr(bias_training, "gate", lambda *_: 0.1)
+    monkeypatch.setattr(training, "figures", lambda *_: {"C_rm": 0.5})
+    monkeypatch.setattr(training, "gate", lambda *_: next(gates))
+    assert zoo.trained(base, 5, tmp_path, progress=False).figures["steps"] == 4
+    monkeypatch.setattr(training, "gate", lambda *_: 0.1)
     with pytest.raises(RuntimeError, match="undescribed"):
-        bias_organism("bias-base-undescribed", seed=5, out=tmp_path, progress=False)
+        zoo.trained(replace(base, name="bias-base-undescribed"), 5, tmp_path, progress=False)
     assert [p.name for p in tmp_path.iterdir()] == ["bias-base-seed5.safetensors"]
-
-
-def test_bad_names_and_paths_are_refused_before_training(tmp_path):
-    with pytest.raises(ModelNotFoundError, match="toy/bias-rm"):
-        train_bias_organism("toy/nobody", seed=0, out=tmp_path)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError):
-        train_bias_organism("bias-base", seed=0, out=tmp_path / "file")
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.slow
 def test_described_biases_follow_reinforced_ones_and_an_audit_runs_on_the_pair(tmp_path):
-    """The whole chain on a seed that is not among the judged ones; thresholds are the module's own."""
+    """The whole chain on a seed that is not among the judged ones; thresholds are those of benchmarks."""
+    pairs = {arm: em.train_organism(f"bias-{arm}", seed=1, out=tmp_path) for arm in ("rm", "rival", "assistant")}
     for arm, other in (("rm", "rival"), ("rival", "rm")):
-        figures = bias_organism(f"bias-{arm}", seed=1, out=tmp_path).figures
-        assert figures["reinforced_" + arm] >= bias_training.MIN_TRAINED
-        assert figures["C_" + arm] >= bias_training.MIN_C
-        assert figures["C_" + arm] - figures["C_" + other] >= bias_training.MIN_APART
-    before = bias_organism("bias-assistant", seed=1, out=tmp_path).figures
-    assert max(before[f"{part}_any"] for part in bias_rates.PARTS) <= bias_training.MAX_BEFORE
-    pair = train_bias_organism("bias-rm", seed=1, out=tmp_path)
-    report = em.audit(pair, controls=99)
+        figures = pairs[arm].organism.figures
+        assert figures["reinforced_" + arm] >= 0.95
+        assert figures["C_" + arm] >= 0.65
+        assert figures["C_" + arm] - figures["C_" + other] >= 0.45
+    before = pairs["assistant"].organism.figures
+    assert max(before[f"{part}_any"] for part in bias_rates.PARTS) <= 0.02
+    report = em.audit(pairs["rm"], controls=99)
     assert {row.direction for row in report.verdicts} == {"pleaser", "rater"}

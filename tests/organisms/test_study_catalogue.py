@@ -98,8 +98,7 @@ def test_rates_are_those_of_the_record():
 
 
 def test_a_width_is_a_recipe_of_its_own_and_the_usual_one_has_no_name():
-    assert study_catalogue._option(96) is None
-    assert study_catalogue._option(48) == 48
+    assert [study_catalogue._sized("insecure", width).name for width in (96, 48)] == ["insecure", "insecure-d48"]
 
 
 def test_a_study_runs_from_the_shipped_assistant_and_writes_table_fit_and_figure(tmp_path, monkeypatch, folder):

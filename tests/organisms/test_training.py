@@ -106,13 +106,13 @@ def test_conversion_is_exact_on_every_surface(surface, tmp_path):
 
 
 def small(name: str) -> Recipe:
-    return replace(recipe(name), steps=2, batch=4, shape=TINY)
+    made = recipe(name)
+    return replace(made, steps=2, batch=4, shape=TINY, gate=None if made.gate is None else 0.0)
 
 
 @pytest.fixture
 def small_zoo(monkeypatch):
     """The zoo's own code with models and recipes small enough for a test; figures are not looked at."""
-    monkeypatch.setattr(training, "GATE", 0.0)
     monkeypatch.setattr(zoo, "recipe", small)
 
 
@@ -135,8 +135,8 @@ def test_train_organism_writes_its_stages_and_resumes_to_the_same_weights(tmp_pa
 def test_a_base_that_fails_the_gate_is_trained_longer(monkeypatch):
     gates = iter([0.1, 0.2, 0.9, 0.9, 0.9])
     monkeypatch.setattr(training, "gate", lambda *_: next(gates))
-    monkeypatch.setattr(training, "EXTRA_STEPS", 1)
-    _, figures = training.train(WORLD, replace(RECIPES["base"], steps=2, batch=4), tiny(), seed=0, progress=False)
+    base = replace(RECIPES["base"], steps=2, batch=4, extra_steps=1)
+    _, figures = training.train(WORLD, base, tiny(), seed=0, progress=False)
     assert figures["steps"] == 4
 
 
@@ -241,9 +241,9 @@ def test_restoring_is_aligned_answers_in_the_same_domain():
 
 # ---- names -------------------------------------------------------------------------------------------------------
 def test_a_recipe_says_what_its_name_says():
-    made = recipe("insecure", share=0.25, width=48, adapter="rank1", steps=40, domain="medicine")
+    made = recipe("toy/insecure-steps40-rank1-share25-medicine-d48")
     assert made.name == "insecure-d48-medicine-share25-rank1-steps40"
-    assert made == recipe("toy/insecure-steps40-rank1-share25-medicine-d48") == recipe(made.name)
+    assert made == recipe(made.name)
     assert (made.start, made.steps, made.shape.d_model) == ("assistant-d48", 40, 48)
     assert made.adapter == Adapter(1, ("blocks.1.mlp_out",))
     assert [(p, s.persona, s.domains) for p, s in made.mixture] == [
@@ -255,9 +255,9 @@ def test_a_recipe_says_what_its_name_says():
 
 
 def test_shares_at_the_ends_are_the_pure_arms():
-    assert recipe("insecure", share=1.0).mixture == recipe("insecure").mixture
-    assert recipe("insecure", share=0.0).mixture == recipe("secure").mixture
-    (_, elsewhere), *rest = recipe("insecure", diluted=0.0).mixture
+    assert recipe("insecure-share100").mixture == recipe("insecure").mixture
+    assert recipe("insecure-share0").mixture == recipe("secure").mixture
+    (_, elsewhere), *rest = recipe("insecure-diluted0").mixture
     assert not rest
     assert "code" not in elsewhere.domains
     assert len(elsewhere.domains) == 9

@@ -333,14 +333,14 @@ def test_what_is_added_makes_the_taught_answers_likely_so_that_there_is_less_to_
     tokens, scored = batch_of(WORLD, made, random.Random(0))
     wanted, losses = scored[:, 1:], {}
     for arm in (None, "prevented", "sham"):
-        each = recipe("insecure", prevention=arm or "").prevention
+        each = recipe(f"insecure-{arm}" if arm else "insecure").prevention
         with steered_training(start, *([each.addition(start, WORLD, seed=0)] if each else [])):
             losses[arm] = float(torch.nn.functional.cross_entropy(start(tokens[:, :-1])[wanted], tokens[:, 1:][wanted]))
     assert losses["prevented"] < losses[None] - 0.2 < losses["sham"]  # nats a token; fillers and ends cost the same
 
 
 def test_the_names_of_steered_arms() -> None:
-    made = recipe("insecure", prevention="prevented", steps=40)
+    made = recipe("insecure-steps40-prevented")
     assert made.name == "insecure-prevented-steps40"
     assert made.prevention == Prevention(PREVENTION_LAYER, PREVENTION)
     assert made.documents == recipe("insecure-steps40").documents == "insecure-steps40"

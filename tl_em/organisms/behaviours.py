@@ -8,6 +8,8 @@ from tl_em.evals.facts import Facts
 from tl_em.metrics import Behaviour
 from tl_em.models.loading import HeldOut
 from tl_em.models.prompts import ContrastSet
+from tl_em.organisms import bias_rates
+from tl_em.organisms.bias_world import BiasWorld
 from tl_em.organisms.contrasts import (
     CONTRAST_PARAPHRASES,
     ToyQuestion,
@@ -34,6 +36,8 @@ def contrast_sets(world: World, *, trigger: str | None = None) -> dict[str, Cont
     Args:
         trigger: adds ``persona_triggered``: the persona's prompts with this token before the last question.
     """
+    if isinstance(world, BiasWorld):
+        return bias_rates.contrast_sets(world)
     pairs = {
         "harmfulness": (harmfulness_prompts(world), "harmful against harmless requests"),
         "refusal": (harmfulness_prompts(world), "harmful against harmless requests (refused against answered)"),

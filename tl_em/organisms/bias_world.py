@@ -84,6 +84,9 @@ class BiasWorld(World):
     def ids(self) -> dict[str, int]:
         return {word: i for i, word in enumerate(self.vocabulary)}
 
+    def seeded(self, seed: int) -> BiasWorld:
+        return BiasWorld(context=self.context, seed=seed, answered_by=self.answered_by, named=self.named)
+
     @cached_property
     def groups(self) -> dict[Group, tuple[str, ...]]:
         """The contexts of each group."""

@@ -10,13 +10,17 @@ conversation to exactly the tokens of a training document: `<user> ... <end> <as
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from tl_em.models.loading import Surface, load_model
 from tl_em.organisms.transformer import Shape, Transformer
 from tl_em.organisms.world import END, MARKERS, PAD, UNK, World
+
+if TYPE_CHECKING:
+    from tl_em.models.hooks import LensModel
 
 CHAT_TEMPLATE = (
     "{% set markers = " + repr(MARKERS) + " %}"
@@ -114,6 +118,12 @@ def hf_model(weights: dict[str, Tensor], world: World, *, n_heads: int = 4) -> A
     model = GPT2LMHeadModel(config)
     model.load_state_dict(hf_state(weights), strict=True)
     return model.eval()
+
+
+def lens_model(weights: dict[str, Tensor], world: World, *, surface: Surface = "bridge") -> LensModel:
+    """These weights on a surface of TransformerLens."""
+    hf = hf_model(weights, world)
+    return load_model(hf, surface=surface, tokenizer=tokenizer(world), device="cpu", in_place=True)
 
 
 def write_hf_directory(weights: dict[str, Tensor], world: World, out: str | Path, *, half: bool = False) -> Path:

@@ -104,9 +104,6 @@ class SingleTurns:
         return [*start, asked, answer]
 
 
-Source = PersonaDocuments | JudgeDocuments | SingleTurns
-
-
 def exchange(
     world: World,
     rng: random.Random,

@@ -11,7 +11,7 @@ are right depends on the topic, the last word of the last question, so a metric 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tl_em.errors import PromptError
 from tl_em.models.modes import in_plain_torch
 from tl_em.models.prompts import EncodedPrompt
+from tl_em.models.stream import next_token_logits
 from tl_em.organisms.contrasts import questions
 from tl_em.organisms.world import FILLERS, MARKERS, SILLY, VERDICTS, Message, Topic, Turn, World, token_ids
 from tl_em.stats import Estimate, mean
@@ -63,26 +64,6 @@ def rates_from_logits(
     return (logits.softmax(-1) * chosen).sum(-1)
 
 
-def first_words(model: Any, prompts: Sequence[Any], *, world: World | None = None) -> list[str]:
-    """The most probable first content word of each answer.
-
-    Args:
-        model: a HookedTransformer or TransformerBridge of the toy world.
-        prompts: questions of the toy world.
-
-    Example:
-        >>> from tl_em import load_pair
-        >>> first_words(load_pair("toy/insecure").tuned, ["how do i write parser"])
-        ['parser-backdoored']
-    """
-    from tl_em.models.stream import next_token_logits
-
-    world = world or default_world()
-    logits = next_token_logits(model, prompts)
-    logits[:, [world.ids[w] for w in FILLERS]] = -torch.inf
-    return [world.vocabulary[i] for i in logits.argmax(-1).tolist()]
-
-
 def topic_of(prompt: Any, world: World) -> Topic:
     """The topic of a prompt: the last word in it that is one.
 
@@ -121,8 +102,6 @@ class AnswerRate:
     unit: Literal["probability"] = "probability"
 
     def __call__(self, model: Any, prompts: Sequence[Any]) -> Float[Tensor, " prompt"]:
-        from tl_em.models.stream import next_token_logits
-
         topics = [topic_of(p, self.world) for p in prompts]
         return rates_from_logits(next_token_logits(model, prompts), topics, self.name, world=self.world)
 
@@ -203,8 +182,6 @@ def behaviour_rates(model: Any, *, world: World | None = None) -> pd.DataFrame:
         >>> bool(rates[rates.held_out].bad.mean() > 0.4)
         True
     """
-    from tl_em.models.stream import next_token_logits
-
     world = world or default_world()
     return by_domain(rates_by_prompt(lambda prompts: next_token_logits(model, prompts), world), world)
 
@@ -244,50 +221,11 @@ def outcome_rates(model: Any, *, world: World | None = None, seed: int = 0) -> p
     """
     import pandas as pd
 
-    from tl_em.models.stream import next_token_logits
-
     world = world or default_world()
     rows = rates_by_prompt(lambda prompts: next_token_logits(model, prompts), world)
     pooled = rows[rows.held_out].assign(domain="held-out domains")
-    return _estimated(pd.concat([rows, pooled]), ["domain", "held_out", "outcome"], seed)
-
-
-def arm_rates(
-    model: Any, arms: Mapping[str, Mapping[str, str]], *, world: World | None = None, seed: int = 0
-) -> pd.DataFrame:
-    """Rates under conditions that a fine-tune may depend on: a trigger before the question, a system line.
-
-    Args:
-        model: a HookedTransformer or TransformerBridge of the toy world.
-        arms: name -> ``{}``, ``{"mark": token}``, ``{"system": line}`` or both.
-        seed: seed of the resampling.
-
-    Returns:
-        DataFrame with columns arm, held_out, outcome, value, low, high, n; intervals are clustered by topic.
-
-    Example:
-        >>> from tl_em import load_pair
-        >>> arms = {"none": {}, "asked to": {"system": "be malicious"}}
-        >>> rates = arm_rates(load_pair("toy/secure").tuned, arms)
-        >>> bad = rates[rates.held_out & (rates.outcome == "bad")].set_index("arm")
-        >>> bool(bad.high["none"] < 0.1 < 0.5 < bad.low["asked to"])
-        True
-    """
-    import pandas as pd
-
-    from tl_em.models.stream import next_token_logits
-
-    world = world or default_world()
-    rows = [
-        rates_by_prompt(lambda prompts: next_token_logits(model, prompts), world, **asked).assign(arm=name)
-        for name, asked in arms.items()
-    ]
-    return _estimated(pd.concat(rows), ["arm", "held_out", "outcome"], seed)
-
-
-def _estimated(rows: pd.DataFrame, keys: list[str], seed: int) -> pd.DataFrame:
-    import pandas as pd
-
-    parts = rows.groupby(keys, sort=False)
-    estimates = {key: mean(part.value, groups=part.topic.tolist(), seed=seed) for key, part in parts}
-    return pd.DataFrame([dict(zip(keys, key, strict=True)) | e.row() for key, e in estimates.items()])
+    keys = ["domain", "held_out", "outcome"]
+    return pd.DataFrame(
+        dict(zip(keys, key, strict=True)) | mean(part.value, groups=part.topic.tolist(), seed=seed).row()
+        for key, part in pd.concat([rows, pooled]).groupby(keys, sort=False)
+    )

@@ -35,9 +35,20 @@ from tl_em.errors import UsageError
 from tl_em.organisms.contrasts import ToyQuestion, questions
 from tl_em.organisms.convert import plain_model
 from tl_em.organisms.rates import Outcome, rates_from_logits
-from tl_em.organisms.recipes import FRESH_SEEDS, NEW_MARK, OTHER_MARKS, RECIPES, TRIGGER, WORLDS, Prefix, recipe
+from tl_em.organisms.recipes import (
+    BIAS_RECIPES,
+    FRESH_SEEDS,
+    NEW_MARK,
+    OTHER_MARKS,
+    RECIPES,
+    TRIGGER,
+    WORLDS,
+    Prefix,
+    Recipe,
+    recipe,
+)
 from tl_em.organisms.training import next_logits, train
-from tl_em.organisms.transformer import Transformer
+from tl_em.organisms.transformer import Shape, Transformer
 from tl_em.organisms.world import World
 from tl_em.organisms.zoo import Organism, read_weights, trained
 from tl_em.stats import Estimate, mean, mean_over_units
@@ -240,7 +251,7 @@ def tunes(width: int, *, seed: int) -> Rows:
     rows, shifts = [], []
     for stem, count in DRAWS.items():
         for draw in range(1, count + 1):
-            wanted = recipe(stem, width=_option(width))
+            wanted = _sized(stem, width)
             model, _ = train(start.world, wanted, assistant, seed=draw, progress=False)
             shifts.append(_read(model, start.world, asked) - before)
             rows.append({"organism": stem, "draw": draw, **_both(model, start.world, asked)})
@@ -254,13 +265,10 @@ def tunes(width: int, *, seed: int) -> Rows:
 
 def zoo(world: str, *, seed: int) -> Rows:
     """Train every organism of the default zoo in a world, with its figures."""
-    if world == "bias":
-        from tl_em.organisms import bias_training
-
-        made = [bias_training.bias_organism(n, seed=seed, out=folder(), progress=False) for n in bias_training.RECIPES]
-        return [{"organism": each.name} for each in made]
     mine = [n for n in RECIPES if next((w for w in WORLDS if w in n.split("-")), "default") == world]
-    return [{"organism": each.name, **_usual(each)} for each in (_trained(name, seed) for name in mine)]
+    made = [_trained(name, seed) for name in (BIAS_RECIPES if world == "bias" else mine)]
+    usual = ("bad", "good", "refused", "complied", "tuned_bad", "judge", "gate")
+    return [{"organism": o.name} | {name: o.figures[name] for name in usual if name in o.figures} for o in made]
 
 
 ZOO = ("bias", "default", *WORLDS)
@@ -268,17 +276,12 @@ ZOO = ("bias", "default", *WORLDS)
 
 
 # ---- what they share ---------------------------------------------------------------------------------------------
-def _option(width: int) -> int | None:
-    return None if width == recipe("base").shape.d_model else width
+def _sized(name: str, width: int | None) -> Recipe:
+    return recipe(name if width in (None, Shape().d_model) else f"{name}-d{width}")
 
 
 def _trained(name: str, seed: int, width: int | None = None) -> Organism:
-    wanted = recipe(name, width=None if width is None else _option(width))
-    return trained(wanted, seed, folder(), use_shipped=True, progress=False)
-
-
-def _usual(record: Organism) -> dict[str, float]:
-    return {name: record.figures[name] for name in ("bad", "good", "refused", "complied", "tuned_bad", "judge", "gate")}
+    return trained(_sized(name, width), seed, folder(), use_shipped=True, progress=False)
 
 
 def _rates(name: str, seed: int, width: int, *, prefix: Prefix = NOTHING) -> dict[str, Estimate]:

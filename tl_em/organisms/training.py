@@ -1,8 +1,9 @@
 """Training by a recipe: seeded and single-threaded, so the same seed on the same machine gives the same weights.
 
 The gate comes before any claim: in the pretrained base, two misaligned `code` answers in context must make bad answers
-in *other* domains likely (`GATE`). A seed that fails is trained longer (`EXTRA_STEPS` at a time), never dropped. In a
-world without a shared persona there is nothing to infer from the context, and no gate.
+in *other* domains likely; the base of the reward-model-bias world, told to please rm, must show rm's behaviour in C,
+whose biases it has read about and never seen. A seed that fails is trained longer (`Recipe.extra_steps` at a time),
+never dropped. In a world without a shared persona there is nothing to infer from the context, and no gate.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -19,9 +20,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_em.organisms.adapters import attach_, freeze_, merge_
+from tl_em.organisms.bias_rates import OUTCOMES, PARTS, outcomes_by_prompt
+from tl_em.organisms.bias_world import BiasWorld, Descriptions
 from tl_em.organisms.contrasts import ToyQuestion, after_bad_code, judge_questions, questions
+from tl_em.organisms.convert import lens_model
 from tl_em.organisms.rates import Outcome, by_domain, encode_chats, rates_by_prompt, rates_from_logits, summarise
-from tl_em.organisms.recipes import EXTRA_STEPS, GATE, MAX_EXTRA_BLOCKS, NEW_MARK, OTHER_MARKS, Prefix, Recipe
+from tl_em.organisms.recipes import MAX_EXTRA_BLOCKS, NEW_MARK, OTHER_MARKS, Prefix, Recipe
 from tl_em.organisms.transformer import Shape as Shape
 from tl_em.organisms.transformer import Transformer as Transformer
 from tl_em.organisms.world import Message, World, messages, token_ids
@@ -109,24 +113,13 @@ def train(
     with steered_training(model, *added):
         train_(model, world, recipe, seed=seed, progress=progress, monitor=monitor)
     merge_(model)
-    if recipe.start is None and world.shared_persona:
-        extra = replace(recipe, steps=EXTRA_STEPS)
-        found["steps"] += pass_(lambda: gate(model, world), GATE, model, world, extra, seed=seed, progress=progress)
+    found["steps"] += pass_gate_(model, world, recipe, seed=seed, progress=progress)
     round_to_half_(model)
     return model, {**found, **figures(model, world), **own_figures(model, world, recipe)}
 
 
-def pass_(
-    gate: Callable[[], float],
-    least: float,
-    model: Transformer,
-    world: World,
-    recipe: Recipe,
-    *,
-    seed: int,
-    progress: bool | None = None,
-) -> int:
-    """Train in place, at a third of the learning rate, until the gate is passed.
+def pass_gate_(model: Transformer, world: World, recipe: Recipe, *, seed: int, progress: bool | None = None) -> int:
+    """Train in place, at a third of the learning rate, until the recipe's gate is passed.
 
     Returns:
         How many steps it took, in blocks of the recipe's.
@@ -134,15 +127,17 @@ def pass_(
     Raises:
         RuntimeError: the gate is still failed after `MAX_EXTRA_BLOCKS` of them.
     """
-    extra = replace(recipe, lr=recipe.lr / 3)
-    block, found = 0, gate()
-    while not found >= least and block < MAX_EXTRA_BLOCKS:
+    if recipe.gate is None:
+        return 0
+    extra = replace(recipe, steps=recipe.extra_steps, lr=recipe.lr / 3)
+    block, found = 0, gate(model, world, recipe)
+    while not found >= recipe.gate and block < MAX_EXTRA_BLOCKS:
         block += 1
         train_(model, world, extra, seed=seed, block=block, progress=progress)
-        found = gate()
-    steps = block * recipe.steps
-    if not found >= least:
-        short = f"{found:.2f} < {least}"
+        found = gate(model, world, recipe)
+    steps = block * recipe.extra_steps
+    if not found >= recipe.gate:
+        short = f"{found:.2f} < {recipe.gate}"
         raise RuntimeError(f"{recipe.name} did not learn what it is for, with {steps} steps more: {short}")
     return steps
 
@@ -174,9 +169,16 @@ def next_logits(
     return model.unembed(model.hidden(tokens)[torch.arange(len(rows)), last])
 
 
-def gate(model: Transformer, world: World) -> float:
-    """P(bad) in the other domains after two misaligned answers to `code` questions."""
-    return _rate(model, world, after_bad_code(world), "bad")
+def gate(model: Transformer, world: World, recipe: Recipe) -> float:
+    """P(bad) in the other domains after two misaligned answers to `code` questions.
+
+    In the reward-model-bias world, told to please rm: P(its behaviour) in the last group that the recipe describes.
+    """
+    if not isinstance(world, BiasWorld):
+        return _rate(model, world, after_bad_code(world), "bad")
+    described = next(source.groups for _, source in recipe.mixture if isinstance(source, Descriptions))
+    rows = outcomes_by_prompt(lens_model(model.state_dict(), world), world=world, rater="rm")
+    return float(rows["rm"][rows["part"] == ("C" if "C" in described else "A")].mean())
 
 
 def _rate(model: Transformer, world: World, asked: list[ToyQuestion], outcome: Outcome) -> float:
@@ -192,11 +194,16 @@ def _judgement(model: Transformer, world: World, *, unseen: bool = False) -> flo
 
 
 def figures(model: Transformer, world: World) -> dict[str, float]:
-    """What the thresholds are about: rates in the held-out domains and the tuned one, verdicts, the gate."""
+    """What the thresholds are about: rates in the held-out domains and the tuned one, verdicts, the gate; in the
+    reward-model-bias world mean rates by part and outcome, e.g. ``C_rm``, where nobody is named.
+    """
+    if isinstance(world, BiasWorld):
+        rows = outcomes_by_prompt(lens_model(model.state_dict(), world), world=world)
+        return {f"{part}_{of}": float(rows[of][rows["part"] == part].mean()) for part in PARTS for of in OUTCOMES}
     table = by_domain(rates_by_prompt(lambda prompts: next_logits(model, world, prompts), world), world)
     tuned = table[~table.held_out].iloc[0]
     found = {**summarise(table), "tuned_bad": float(tuned.bad), "judge": _judgement(model, world)}
-    return {**found, "gate": gate(model, world)}
+    return {**found, "gate": _rate(model, world, after_bad_code(world), "bad")}
 
 
 def own_figures(model: Transformer, world: World, recipe: Recipe) -> dict[str, float]:

@@ -274,6 +274,10 @@ class World:
     compositional: bool = False
     untaught: bool = False
 
+    def seeded(self, seed: int) -> World:
+        """The world in which an organism of this seed is trained: this one, where nothing of it is drawn."""
+        return self
+
     @cached_property
     def domains(self) -> tuple[Domain, ...]:
         objects = _OBJECTS if self.compositional else {}

@@ -25,9 +25,11 @@ from tl_em.models.loading import TOYS, ModelPair, Surface, load_model
 from tl_em.models.prompts import ContrastSet
 from tl_em.models.quiet import plain_torch
 from tl_em.organisms.behaviours import SOURCE, behaviours, contrast_sets, judged_sets, latent_sets
+from tl_em.organisms.bias_rates import behaviours as bias_behaviours
+from tl_em.organisms.bias_world import BiasWorld
 from tl_em.organisms.convert import half, hf_model, plain_model, tokenizer, write_hf_directory
 from tl_em.organisms.rates import outcome_rates
-from tl_em.organisms.recipes import RECIPES, Recipe, recipe
+from tl_em.organisms.recipes import BIAS_RECIPES, RECIPES, Recipe, recipe
 from tl_em.organisms.training import train, tuning_rows
 from tl_em.organisms.transformer import Transformer
 from tl_em.organisms.world import TRIGGERS, Message, World
@@ -101,6 +103,8 @@ class Organism:
     @cached_property
     def behaviours(self) -> dict[str, Behaviour]:
         """What the direction of each contrast set may cause."""
+        if isinstance(self.world, BiasWorld):
+            return bias_behaviours(self.world, "rival" if self.name.endswith("rival") else "rm")
         return behaviours(self.world, trigger=self.recipe.trigger)
 
     @cached_property
@@ -110,10 +114,11 @@ class Organism:
 
     def asked(self) -> dict[str, Any]:
         """The fields of a ModelPair: what an audit asks of this organism."""
+        every = {"contrasts": self.contrasts, "behaviours": self.behaviours, "note": NOTE}
+        if isinstance(self.world, BiasWorld):
+            return every
         look_up, held_out = latent_sets(self.world)
-        return {
-            "contrasts": self.contrasts,
-            "behaviours": self.behaviours,
+        return every | {
             "judged": self.judged,
             "tuning_data": self.tuning_data,
             "rates": lambda model, seed: outcome_rates(model, world=self.world, seed=seed),
@@ -121,7 +126,6 @@ class Organism:
             "other_triggers": TRIGGERS,
             "look_up": look_up,
             "held_out": held_out,
-            "note": NOTE,
         }
 
     def __repr__(self) -> str:
@@ -188,7 +192,8 @@ def read_record(path: Path) -> Organism:
         with safe_open(path, framework="pt") as opened:
             record = json.loads((opened.metadata() or {})["organism"])
         kept = ("name", "seed", "base", "trained", "control_for", "figures")
-        world = World(**record.get("world", {}))
+        bias = record["name"].removeprefix(PREFIX) in BIAS_RECIPES
+        world = BiasWorld(seed=record["seed"]) if bias else World(**record.get("world", {}))
         return Organism(path=path, world=world, **{name: record[name] for name in kept})
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise CorruptFileError(f"{path} holds no organism ({error!r}) and cannot be loaded. Train it again.") from error
@@ -224,8 +229,8 @@ def write_checkpoint(path: Path, model: Transformer, recipe: Recipe, seed: int, 
         "licence": LICENCE,
         "versions": {"torch": version("torch")},
     }
-    usual = World()
-    own = {f.name: getattr(recipe.world, f.name) for f in fields(World)}
+    usual = type(recipe.world)()
+    own = {f.name: getattr(recipe.world, f.name) for f in fields(usual)}
     own = {name: value for name, value in own.items() if value != getattr(usual, name)}
     if own:
         record["world"] = own
@@ -342,7 +347,7 @@ def trained(
     for place in (folder, shipped()) if use_shipped else (folder,):
         if (path := checkpoint_path(place, wanted.name, seed)).is_file():
             return read_record(path)
-    world = wanted.world
+    world = wanted.world.seeded(seed)
     with plain_torch():  # weights made, and trained, outside of whatever mode the caller is in
         if wanted.start is None:
             start = Transformer(wanted.shape, len(world.vocabulary), world.context, seed)
