@@ -30,7 +30,7 @@ from torch import Tensor
 
 import tl_em as em
 from tl_em.features.scoring import score_features
-from tl_em.features.shared import FeatureSet, shared_features
+from tl_em.features.shared_latents import FeatureSet, shared_features
 from tl_em.graph.build import attribute as em_attribute
 from tl_em.graph.linear import FROZEN, STREAM, Linearised, Reader, Writer, adjacency, linearise
 from tl_em.graph.rules import RULES

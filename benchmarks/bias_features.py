@@ -48,9 +48,9 @@ from tl_em.dictionaries import training
 from tl_em.dictionaries.corpus import ActivationSource
 from tl_em.dictionaries.quality import dictionary_quality
 from tl_em.directions.geometry import control_directions, cosine
-from tl_em.features.parts import deal
 from tl_em.features.scoring import FeatureTable, score_features
-from tl_em.features.shared import FeatureSet, shared_features
+from tl_em.features.scoring_pass import deal
+from tl_em.features.shared_latents import FeatureSet, shared_features
 from tl_em.models.stream import encoded_prompts
 from tl_em.organisms.bias_rates import Asked, BiasRate, Part, contexts_of, forced, questions
 from tl_em.organisms.bias_world import MARKER, BiasWorld, Chats, Descriptions, SingleChats

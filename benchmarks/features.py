@@ -29,7 +29,7 @@ from tl_em.claims.questions.latents import FeatureCheck, verify_feature
 from tl_em.dictionaries.quality import dictionary_quality
 from tl_em.dictionaries.training import train_dictionary
 from tl_em.features.scoring import score_features
-from tl_em.features.shared import shared_features
+from tl_em.features.shared_latents import shared_features
 from tl_em.metrics import Behaviour
 from tl_em.organisms.behaviours import HELD_OUT, LOOK_UP, domain_questions
 from tl_em.organisms.documents import PersonaDocuments, SingleTurns

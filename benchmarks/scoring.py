@@ -30,9 +30,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import tl_em as em
 from tl_em.features.attribution import attribution_parts
-from tl_em.features.parts import deal
 from tl_em.features.scoring import score_features
-from tl_em.features.shared import FeatureSet, shared_features
+from tl_em.features.scoring_pass import deal
+from tl_em.features.shared_latents import FeatureSet, shared_features
 from tl_em.models.hooks import hook_points
 from tl_em.models.prompts import batches
 from tl_em.models.stream import encoded_prompts

@@ -39,8 +39,8 @@ from .directions.methods.base import Method as Method
 from .errors import TlEmError as TlEmError
 from .evals.rates import evaluate as evaluate
 from .features.scoring import score_features as score_features
-from .features.shared import FeatureSet as FeatureSet
-from .features.shared import shared_features as shared_features
+from .features.shared_latents import FeatureSet as FeatureSet
+from .features.shared_latents import shared_features as shared_features
 from .features.table import FeatureTable as FeatureTable
 from .graph.build import attribute as attribute
 from .graph.graph import AttributionGraph as AttributionGraph

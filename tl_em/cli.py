@@ -305,7 +305,7 @@ def find_features(
     from tl_em.artefacts import replacing
     from tl_em.dictionaries import load_dictionary
     from tl_em.features.scoring import score_features
-    from tl_em.features.shared import shared_features
+    from tl_em.features.shared_latents import shared_features
     from tl_em.models.contrasts import ContrastSet
     from tl_em.models.loading import load_pair
 

@@ -12,7 +12,7 @@ import torch
 import tl_em as em
 from tl_em.errors import PairMismatchError, UsageError, WidthError
 from tl_em.features import attribution
-from tl_em.features import parts as by_part
+from tl_em.features import scoring_pass as by_part
 from tl_em.features.attribution import attribution_parts
 from tl_em.features.decoders import decoder_clusters
 from tl_em.features.scoring import score_features

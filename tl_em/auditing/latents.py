@@ -20,7 +20,7 @@ from tl_em.dictionaries import Dictionary
 from tl_em.dictionaries.quality import dictionary_quality
 from tl_em.features.cards import feature_cards
 from tl_em.features.scoring import FeatureTable, score_features
-from tl_em.features.shared import FeatureSet, shared_features
+from tl_em.features.shared_latents import FeatureSet, shared_features
 from tl_em.graph.build import attribute
 from tl_em.models.contrasts import ContrastSet
 from tl_em.models.loading import HeldOut, ModelPair

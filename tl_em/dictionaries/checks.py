@@ -119,7 +119,7 @@ def check_sites(site_in: Any, site_out: Any, skip: bool) -> None:
 
     Of several sites that are read at once (a crosscoder's) no order is asked.
     """
-    reads: Sequence[Any] = site_in if isinstance(site_in, tuple) and site_in else [site_in]
+    reads: list[Any] = list(site_in) if isinstance(site_in, tuple) and site_in else [site_in]
     for name, site in (*(("site_in", site) for site in reads), ("site_out", site_out)):
         if not isinstance(site, Site):
             raise UsageError(f"{name}={site!r} is no site; give one, e.g. {name}=em.Site(3, 'resid_post')")

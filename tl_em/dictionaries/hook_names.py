@@ -131,3 +131,18 @@ def placed(name: Any, field: str, given: Any, argument: str) -> Place:
             f"{argument} out, or, if you know better than the file, move what was loaded: dictionary.at(em.{given!r})"
         )
     return said
+
+
+class Sites(NamedTuple):
+    """Where the caller says that a dictionary reads and writes; None where its source shall say it."""
+
+    site_in: Any = None
+    site_out: Any = None
+
+    def read(self, name: Any, field: str) -> Place:
+        """Where it reads: see :func:`placed`."""
+        return placed(name, field, self.site_in, "site_in")
+
+    def written(self, name: Any, field: str) -> Place:
+        """Where it writes: see :func:`placed`."""
+        return placed(name, field, self.site_out, "site_out")

@@ -8,7 +8,6 @@ The control: ``em.dictionaries.dictionary_quality`` on the model, which also rea
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +15,19 @@ from tl_em.arguments import whole
 from tl_em.dictionaries.checks import Count, Where
 from tl_em.dictionaries.dictionary import Dictionary
 from tl_em.dictionaries.formats import circuit_tracer, dictionary_learning, gemma_scope, sae_lens, sparsify
-from tl_em.dictionaries.formats.files import safetensors_names
+from tl_em.dictionaries.formats.reading import safetensors_names
+from tl_em.dictionaries.hook_names import Sites
 from tl_em.errors import CorruptFileError, FileError, TlEmError, UsageError
 from tl_em.models.hooks import LensModel
-from tl_em.models.sites import Site
 
 FORMATS = (
     "Dictionary.save's file; SAELens (cfg.json, sae_weights.safetensors); dictionary_learning (ae.pt, config.json); "
     "Gemma Scope (params.npz, params.safetensors); sparsify (cfg.json, sae.safetensors); circuit-tracer "
     "(layer_N.safetensors, config.yaml)"
 )
-_Reader = Callable[..., Dictionary]
 _DEEPEST = 200
 """Entries of a folder that are looked through for what it may hold."""
+_WEIGHTS = (sparsify.WEIGHTS, sae_lens.WEIGHTS, dictionary_learning.WEIGHTS, "params.npz", "params.safetensors")
 
 
 def load_dictionary(
@@ -59,6 +58,7 @@ def load_dictionary(
 
     Example:
         >>> import tempfile, torch
+        >>> from tl_em.models.sites import Site
         >>> eye, folder = torch.eye(2), tempfile.mkdtemp()
         >>> sae = Dictionary(eye, torch.zeros(2), eye, torch.zeros(2), activation="relu", site_in=Site(1))
         >>> load_dictionary(sae.save(f"{folder}/sae.safetensors")).hash == sae.hash
@@ -78,8 +78,7 @@ def load_dictionary(
         )
     if layer is not None:
         layer = whole("layer", layer, low=0)
-    reader = _reader(found, layer)
-    return _fitted(_read(found, reader, site_in=site_in, site_out=site_out), model)
+    return _fitted(_from_path, found, Sites(site_in, site_out), layer, model=model)
 
 
 def from_sae_lens(
@@ -117,124 +116,99 @@ def from_sae_lens(
         >>> from_sae_lens(theirs, site_in=Site(1)).d_sae
         8
     """
-    sites: dict[str, Any] = {"site_in": site_in, "site_out": site_out}
+    sites = Sites(site_in, site_out)
     if not isinstance(source, str | Path):
-        return _fitted(_read("this SAE", partial(sae_lens.from_object, source, sae_id), **sites), model)
+        return _fitted(sae_lens.from_object, source, sites, sae_id, model=model)
     folder = Path(source).expanduser()
     if folder.is_file() and folder.name in (sae_lens.CONFIG, sae_lens.WEIGHTS):
         folder = folder.parent
     if folder.is_dir() and str(source).strip():
         nested = folder / sae_id if sae_id else folder
-        inside = nested if nested.is_dir() else folder
-        return _fitted(_read(inside, partial(sae_lens.from_directory, inside, sae_id), **sites), model)
+        return _fitted(sae_lens.from_directory, nested if nested.is_dir() else folder, sites, sae_id, model=model)
     if folder.is_file() or isinstance(source, Path) or _is_path(source):
         what = "is no directory that SAELens wrote" if folder.is_file() else "does not exist"
         raise FileError(f"{str(source)!r} {what}; give the folder with {sae_lens.CONFIG} and {sae_lens.WEIGHTS}, or a "
                         "release of SAELens's registry with sae_id=")  # fmt: skip
-    return _fitted(sae_lens.from_registry(source, sae_id, **sites), model)
+    return _fitted(sae_lens.from_registry, source, sites, sae_id, model=model)
 
 
-def _read(path: Any, reader: _Reader, **sites: Any) -> Dictionary:
-    """What the reader makes, or one error where the tensors of a file do not fit each other, as only torch sees."""
+def _fitted(
+    reader: Callable[..., Dictionary], source: Any, sites: Sites, option: Any, *, model: LensModel | None
+) -> Dictionary:
+    """What a reader makes, on ``model``; one error where tensors do not fit each other, as only torch sees."""
     try:
-        return reader(**sites)
+        found = reader(source, sites, option)
     except TlEmError:
         raise
     except (RuntimeError, IndexError) as error:
         raise CorruptFileError(
-            f"the tensors of {path} do not belong together ({error}), so they are not of one dictionary; copy or "
-            "download them again"
+            f"the tensors of {source if isinstance(source, str | Path) else 'this SAE'} do not belong together "
+            f"({error}), so they are not of one dictionary; copy or download them again"
         ) from error
+    if model is None:
+        return found
+    return (found.with_norm_of(model) if found.metadata.get("before_norm_weight") else found).check(model)
 
 
 def _is_path(source: str) -> bool:
     return source.startswith(("/", ".", "~", "\\")) or source.count("/") > 1 or "\\" in source or not source.strip()
 
 
-def _fitted(found: Dictionary, model: LensModel | None) -> Dictionary:
-    if model is None:
-        return found
-    return (found.with_norm_of(model) if found.metadata.get("before_norm_weight") else found).check(model)
-
-
 # ---- which format it is ------------------------------------------------------------------------------------------
-def _reader(path: Path, layer: int | None) -> _Reader:
+def _from_path(path: Path, sites: Sites, layer: int | None) -> Dictionary:
+    """By the content of the file that a path leads to."""
     if path.is_file() and path.suffix in (".json", ".yaml", ".yml"):
         path = path.parent
-    if layer is not None and not _holds_layers(path):
+    file = _weights(path, layer) if path.is_dir() else path
+    names, about = safetensors_names(file) if file.suffix == ".safetensors" and file.is_file() else (frozenset(), {})
+    layers = file.stem.startswith("layer_") or any(circuit_tracer.MEMBER.fullmatch(name) for name in names)
+    if layer is not None and not layers:
         raise UsageError(f"{path} holds one dictionary, so layer={layer} chooses nothing; leave layer out")
-    return _folder_reader(path, layer) if path.is_dir() else _file_reader(path, layer)
+    if "tl_em" in about:
+        return _own(file, sites)
+    if file.suffix in (".pt", ".pth"):
+        return dictionary_learning.from_directory(file.parent, sites, file)
+    if file.suffix == ".npz" or "w_enc" in names:
+        return gemma_scope.from_file(file, sites)
+    if file.name == sparsify.WEIGHTS:
+        return sparsify.from_directory(file.parent, sites)
+    if file.name == sae_lens.WEIGHTS:
+        return sae_lens.from_directory(file.parent, sites)
+    if layers:
+        return circuit_tracer.from_file(file, sites, layer)
+    held = f"holds {', '.join(sorted(names)[:8])}, which" if names else "is in a format that"
+    raise UsageError(f"{path} {held} is not known here; known are {FORMATS}")
 
 
-def _holds_layers(path: Path) -> bool:
-    if path.is_dir():
-        return any(path.glob("layer_*.safetensors"))
-    names = safetensors_names(path)[0] if path.suffix == ".safetensors" else frozenset()
-    return any(circuit_tracer.MEMBER.fullmatch(name) for name in names) or path.stem.startswith("layer_")
-
-
-def _folder_reader(folder: Path, layer: int | None) -> _Reader:
+def _weights(folder: Path, layer: int | None) -> Path:
+    """The file of a folder that holds its dictionary."""
     has = {each.name for each in folder.iterdir()}
     layers = sorted(name for name in has if name.startswith("layer_") and name.endswith(".safetensors"))
-    if sparsify.WEIGHTS in has:
-        return lambda **sites: sparsify.from_directory(folder, **sites)
-    if sae_lens.WEIGHTS in has or sae_lens.CONFIG in has:
-        return lambda **sites: sae_lens.from_directory(folder, **sites)
-    if dictionary_learning.WEIGHTS in has:
-        return lambda **sites: dictionary_learning.from_directory(folder, **sites)
-    for name in ("params.npz", "params.safetensors"):
-        if name in has:
-            return _file_reader(folder / name, layer)
+    for name in _WEIGHTS:
+        if name in has or (name == sae_lens.WEIGHTS and sae_lens.CONFIG in has):
+            return folder / name
     wanted = f"layer_{layer}.safetensors"
     if layers and (len(layers) == 1 or wanted in layers):
-        return _file_reader(folder / (wanted if wanted in layers else layers[0]), layer)
-    raise UsageError(_unknown_folder(folder, layers))
-
-
-def _unknown_folder(folder: Path, layers: list[str]) -> str:
+        return folder / (wanted if wanted in layers else layers[0])
     if layers:
-        return (
+        raise UsageError(
             f"{folder} holds one dictionary a layer ({', '.join(layers[:4])}, …): pass layer=, or load all, "
             "[em.load_dictionary(folder, layer=i) for i in range(n_layers)]"
         )
     inside = sorted(
         {each.parent.relative_to(folder).as_posix() for _, each in zip(range(_DEEPEST), folder.rglob("*"), strict=False)
-         if each.name in (sae_lens.CONFIG, dictionary_learning.WEIGHTS, "params.npz", "params.safetensors")}
+         if each.name in (sae_lens.CONFIG, *_WEIGHTS)}
     )  # fmt: skip
     held = f"it holds folders that are: {', '.join(inside[:6])}; give one of them" if inside else f"known are {FORMATS}"
     if any(folder.glob("W_enc_*.safetensors")):
         held = "it is a cross-layer transcoder: its latents write to many layers, one dictionary here to one"
-    return f"{folder} is no dictionary in a format that is known here: {held}"
+    raise UsageError(f"{folder} is no dictionary in a format that is known here: {held}")
 
 
-def _file_reader(path: Path, layer: int | None) -> _Reader:
-    folder = path.parent
-    if path.suffix == ".npz":
-        return lambda **sites: gemma_scope.from_npz(path, **sites)
-    if path.suffix in (".pt", ".pth"):
-        return lambda **sites: dictionary_learning.from_directory(folder, path, **sites)
-    if path.suffix != ".safetensors":
-        raise UsageError(f"{path} is in no format that is known here; known are {FORMATS}")
-    names, about = safetensors_names(path)
-    if "tl_em" in about:
-        return lambda **sites: _own(path, **sites)
-    if "w_enc" in names:
-        return lambda **sites: gemma_scope.from_safetensors(path, **sites)
-    if path.name == sparsify.WEIGHTS:
-        return lambda **sites: sparsify.from_directory(folder, **sites)
-    if path.name == sae_lens.WEIGHTS:
-        return lambda **sites: sae_lens.from_directory(folder, **sites)
-    if any(circuit_tracer.MEMBER.fullmatch(name) for name in names) or path.stem.startswith("layer_"):
-        return lambda **sites: circuit_tracer.from_file(path, layer=layer, **sites)
-    raise UsageError(f"{path} holds {', '.join(sorted(names)[:8])}, which is no format that is known here: {FORMATS}")
-
-
-def _own(path: Path, *, site_in: Site | None, site_out: Site | None) -> Dictionary:
+def _own(path: Path, sites: Sites) -> Dictionary:
     found = Dictionary.load(path)
-    for name, given, own in (("site_in", site_in, found.site_in), ("site_out", site_out, found.site_out)):
+    for name, given, own in zip(Sites._fields, sites, (found.site_in, found.site_out), strict=True):
         if given not in (None, own):
             raise UsageError(f"{name}={given!r}, and {path} was saved with {own!r}; leave it out, or move what was "
                              f"loaded: dictionary.at(em.{given!r})")  # fmt: skip
     return found
-
-

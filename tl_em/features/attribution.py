@@ -28,7 +28,7 @@ from torch import Tensor
 from tl_em.dictionaries import Dictionary
 from tl_em.dictionaries.tokens import read_tokens
 from tl_em.errors import UsageError
-from tl_em.features.parts import PARTS
+from tl_em.features.scoring_pass import PARTS
 from tl_em.interventions.intervene import intervene
 from tl_em.interventions.latents import ScaleFeature
 from tl_em.models.hooks import LensModel, hook_name, hooked

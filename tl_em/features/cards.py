@@ -155,18 +155,15 @@ class FeatureCards:
         """One row a card: numbers, the first tokens that it writes, the explanation."""
         import pandas as pd
 
-        return pd.DataFrame(
-            [
-                {
-                    "latent": card.index, "density": card.density, "mean": card.mean, "maximum": card.maximum,
-                    "base_density": card.base_density, "base_mean": card.base_mean,
-                    "base_maximum": card.base_maximum,
-                    "writes": encodable(", ".join(each.token for each in card.top[:3])),
-                    "explanation": encodable(card.explanation),
-                }
-                for card in self.cards
-            ]
-        )  # fmt: skip
+        figures = ("density", "mean", "maximum", "base_density", "base_mean", "base_maximum")
+        return pd.DataFrame([
+            {
+                "latent": card.index, **{name: getattr(card, name) for name in figures},
+                "writes": encodable(", ".join(each.token for each in card.top[:3])),
+                "explanation": encodable(card.explanation),
+            }
+            for card in self.cards
+        ])  # fmt: skip
 
     def save(self, path: str | Path, *, circuitsvis: bool = False) -> Path:
         """See :func:`tl_em.report.feature_pages.save`."""
@@ -238,7 +235,10 @@ def feature_cards(
         (2, 1)
     """
     dictionary = as_dictionary(dictionary)
-    _check(dictionary, indices, k)
+    if not indices:
+        raise UsageError("no latent was given, so there is no card to make; pass indices=[…], at least one")
+    for index in indices:
+        dictionary.feature(int(index))  # raises where there is none
     check_models(dictionary, model, against)
     cosines = decoder_cosines(dictionary, directions or {})
     said = {} if explanations is None else read_explanations(explanations, dictionary)
@@ -263,16 +263,11 @@ def feature_cards(
             scores.get(index, ()), said.get(index, ""), neuronpedia_link(dictionary, index),
         ))  # fmt: skip
     shown = sorted({number for card in cards for number in card.examples})
-    texts = {n: _text(model, encoded[n], n, own, other) for n in shown}
+    tokenizer = getattr(model, "tokenizer", None)
+    texts = {n: Text(token_texts(tokenizer, encoded[n].ids), own.every[n], None if other is None else other.every[n],
+                     own.spans[n]) for n in shown}  # fmt: skip
     names = [None if each is None else str(getattr(each.cfg, "model_name", "") or "model") for each in (model, against)]
     return FeatureCards(dictionary, tuple(cards), texts, names[0] or "", names[1], tokens, tuple(checks), where)
-
-
-def _check(dictionary: Dictionary, indices: Sequence[int], k: int) -> None:
-    if not indices:
-        raise UsageError("no latent was given, so there is no card to make; pass indices=[…], at least one")
-    for index in indices:
-        dictionary.feature(int(index))
 
 
 # ---- activations -------------------------------------------------------------------------------------------------
@@ -297,15 +292,8 @@ def _acts(
     pieces = (some for tokens in read for some in tokens.pieces(here.d_sae))
     a = torch.cat([here.encode(here.inputs(some.x))[:, list(indices)].cpu() for some in pieces])
     every = a.split([len(prompt) for prompt in encoded])
-    counts = scope_spans(encoded, where).tolist()
-    spans = [(first, end) for first, end in counts]
+    spans = [(first, end) for first, end in scope_spans(encoded, where).tolist()]
     return _Acts(every, [each[first:end] for each, (first, end) in zip(every, spans, strict=True)], spans)
-
-
-def _text(model: LensModel, prompt: EncodedPrompt, number: int, own: _Acts, other: _Acts | None) -> Text:
-    base = None if other is None else other.every[number]
-    tokens = token_texts(getattr(model, "tokenizer", None), prompt.ids)
-    return Text(tokens, own.every[number], base, own.spans[number])
 
 
 # ---- one card ----------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@
              model, t a model's activation less the bias and less its *other* latents; about 0: tuned only, 1: in both
 
 The control is the swap of labels within pairs (of base and tuned within a prompt), all swaps at once
-(``chance.sign_flip_p``): 4,096 latents need no 100,000 random swaps for their smallest q. It says that a latent
+(``p_values.sign_flip_p``): 4,096 latents need no 100,000 random swaps for their smallest q. It says that a latent
 differs, not that it matters: for that see ``attribution``, and ``verify_feature``.
 
 ``nu_reconstruction`` has as ``t`` the reconstruction itself without its bias: not about 0 where the base says the same
@@ -33,7 +33,7 @@ from tl_em.directions.direction import Direction
 from tl_em.errors import UsageError
 from tl_em.features.attribution import ablation_parts, attribution_parts, have_completions
 from tl_em.features.decoders import decoder_cosines
-from tl_em.features.parts import PARTS, Sums, add_behaviour, deal
+from tl_em.features.scoring_pass import PARTS, Sums, add_behaviour, deal
 from tl_em.features.table import FeatureTable, frame_of
 from tl_em.metrics import Metric
 from tl_em.models.contrasts import ContrastSet
@@ -116,7 +116,8 @@ def score_features(
         add_behaviour(model, dictionary, classes, part, against=against, position=position)
         for classes, part in zip(encoded, parts, strict=True)
     ]
-    changes = {name: torch.stack([getattr(each, name) for each in sums]).cpu() for name in _changes(against)}
+    kinds = ("effect",) if against is None else ("effect", "delta")
+    changes = {name: torch.stack([getattr(each, name) for each in sums]).cpu() for name in kinds}
     extra: dict[str, Tensor] = {}
     if attribution and all(have_completions(some) for classes in encoded for some in classes):
         both = zip(encoded, parts, strict=True)
@@ -138,10 +139,6 @@ def score_features(
         independent,
         seed,
     )
-
-
-def _changes(against: LensModel | None) -> tuple[str, ...]:
-    return ("effect",) if against is None else ("effect", "delta")
 
 
 def _ablated(

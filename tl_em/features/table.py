@@ -3,7 +3,7 @@
     effect, delta = sum of parts        q = Benjamini and Hochberg's, over the latents that are ever on
 
 Parts are kept beside the table, so that intervals and the sharing of latents need no second pass. A q says that a
-latent differs between labels; its control, the swap of labels, is ``chance.sign_flip_p``.
+latent differs between labels; its control, the swap of labels, is ``p_values.sign_flip_p``.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch import Tensor
 from tl_em.arguments import NATURAL, checked
 from tl_em.dictionaries import Dictionary
 from tl_em.errors import UsageError
-from tl_em.features.chance import sign_flip_p
-from tl_em.features.parts import Sums
+from tl_em.features.p_values import sign_flip_p
+from tl_em.features.scoring_pass import Sums
 from tl_em.showing import showable
 from tl_em.stats import Estimate, benjamini_hochberg, bootstrap
 

@@ -17,55 +17,50 @@ from pathlib import Path
 
 from torch import Tensor
 
-from tl_em.dictionaries.checks import Where
 from tl_em.dictionaries.dictionary import Dictionary
-from tl_em.dictionaries.formats.building import made
-from tl_em.dictionaries.formats.files import Tensors, check_known, read_flat_yaml, read_safetensors, refuse, taken
-from tl_em.dictionaries.hook_names import placed
+from tl_em.dictionaries.formats import reading
+from tl_em.dictionaries.formats.reading import refuse
+from tl_em.dictionaries.hook_names import Sites
 from tl_em.errors import UsageError
 
 CONFIG = "config.yaml"
 THRESHOLD = "activation_function.threshold"
 _TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec")
 MEMBER = re.compile(r"transcoders?\.(\d+)\.(.+)")
+_FIELDS = ("feature_input_hook", "feature_output_hook")
 _FILE = re.compile(r"layer_(\d+)")
 
 
-def from_file(
-    path: Path, *, layer: int | None = None, site_in: Where | None = None, site_out: Where | None = None
-) -> Dictionary:
+def from_file(path: Path, sites: Sites, layer: int | None = None) -> Dictionary:
     """One layer's transcoder.
 
     Args:
         path: a safetensors file.
+        sites: where no ``config.yaml`` says it.
         layer: which, where the file holds several.
-        site_in, site_out: where no ``config.yaml`` says it.
 
     Raises:
         FileError, CorruptFileError: missing or damaged. UsageError: no layer or site is known, or none reads it.
     """
-    config = read_flat_yaml(path.parent / CONFIG) if (path.parent / CONFIG).is_file() else {}
+    config = reading.read_flat_yaml(path.parent / CONFIG) if (path.parent / CONFIG).is_file() else {}
     kind = config.get("model_kind", "transcoder_set")
     if kind != "transcoder_set":
         raise refuse("model_kind", kind, "its latents write to many layers, and one dictionary here writes to one; use "
                      "a transcoder_set")  # fmt: skip
-    tensors, layer = _of_layer(read_safetensors(path), path, layer)
-    check_known(tensors, (*_TENSORS, "W_skip", THRESHOLD), path)
-    held, threshold = _oriented(tensors, path), tensors.get(THRESHOLD)
-    if threshold is not None and bool((threshold < 0).any()):
+    tensors, layer = _of_layer(reading.read_safetensors(path), path, layer)
+    reading.check_known(tensors, (*_TENSORS, "W_skip", THRESHOLD), path)
+    held = _oriented(tensors, path)
+    if "threshold" in held and bool((held["threshold"] < 0).any()):
         raise refuse(THRESHOLD, "below 0", "circuit-tracer lets those latents be negative, and none here is; train "
                      "one: em.dictionaries.train_dictionary(model, site, corpus, d_sae=512)")  # fmt: skip
-    hooks = {key: f"blocks.{layer}.{config[key]}" if config.get(key) and layer is not None else None
-             for key in ("feature_input_hook", "feature_output_hook")}  # fmt: skip
-    read = placed(hooks["feature_input_hook"], "feature_input_hook", site_in, "site_in")
-    written = placed(hooks["feature_output_hook"], "feature_output_hook", site_out, "site_out")
+    hook, out = (f"blocks.{layer}.{config[key]}" if config.get(key) and layer is not None else None for key in _FIELDS)
     metadata = {"format": "circuit_tracer", "model_name": config.get("model_name"), "scan": config.get("scan"),
-                "hook_name": hooks["feature_input_hook"], "hook_name_out": hooks["feature_output_hook"]}  # fmt: skip
-    return made(path, {**held, "threshold": threshold}, read=read, written=written, metadata=metadata,
-                activation="relu" if threshold is None else "jumprelu")  # fmt: skip
+                "hook_name": hook, "hook_name_out": out}  # fmt: skip
+    return reading.made(path, held, read=sites.read(hook, _FIELDS[0]), written=sites.written(out, _FIELDS[1]),
+                        metadata=metadata, activation="jumprelu" if "threshold" in held else "relu")  # fmt: skip
 
 
-def _of_layer(tensors: Tensors, path: Path, layer: int | None) -> tuple[Mapping[str, Tensor], int | None]:
+def _of_layer(tensors: reading.Tensors, path: Path, layer: int | None) -> tuple[Mapping[str, Tensor], int | None]:
     members: dict[int, dict[str, Tensor]] = {}
     for name, each in tensors.items():
         if found := MEMBER.fullmatch(name):
@@ -83,10 +78,11 @@ def _of_layer(tensors: Tensors, path: Path, layer: int | None) -> tuple[Mapping[
     return tensors, own if layer is None else layer
 
 
-def _oriented(tensors: Tensors, path: Path) -> dict[str, Tensor | None]:
+def _oriented(tensors: reading.Tensors, path: Path) -> dict[str, Tensor]:
     """Encoders are stored [d_sae d_model]; decoders too, but before version 0.2 the other way round."""
-    W_enc, b_enc, W_dec, b_dec = taken(tensors, _TENSORS, path)
+    held = reading.taken(tensors, _TENSORS, path)
+    W_enc, W_dec = held["W_enc"], held["W_dec"]
     turned = W_dec.shape != W_enc.shape and W_dec.shape == W_enc.T.shape
-    skip = tensors.get("W_skip")
-    return {"W_enc": W_enc.T, "b_enc": b_enc, "W_dec": W_dec.T if turned else W_dec, "b_dec": b_dec,
-            "W_skip": None if skip is None else skip.T}  # fmt: skip
+    held |= {"W_enc": W_enc.T, "W_dec": W_dec.T if turned else W_dec}
+    held |= {"W_skip": tensors["W_skip"].T} if "W_skip" in tensors else {}
+    return held | ({"threshold": tensors[THRESHOLD]} if THRESHOLD in tensors else {})

@@ -19,61 +19,69 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tl_em.dictionaries.checks import Where
 from tl_em.dictionaries.dictionary import Dictionary
-from tl_em.dictionaries.formats.building import from_zero, gated, made
-from tl_em.dictionaries.formats.files import Tensors, check_known, read_json, read_torch, refuse, taken
-from tl_em.dictionaries.hook_names import Place, placed
+from tl_em.dictionaries.formats import reading
+from tl_em.dictionaries.formats.reading import refuse
+from tl_em.dictionaries.hook_names import Place, Sites
 from tl_em.errors import CorruptFileError, UsageError
 
 WEIGHTS, CONFIG = "ae.pt", "config.json"
 _LINEAR = ("encoder.weight", "encoder.bias", "decoder.weight")
 _MATRICES = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
-_CLASSES: Mapping[str, tuple[str, ...]] = {
-    "AutoEncoder": (*_LINEAR, "bias"),
-    "AutoEncoderNew": (*_LINEAR, "decoder.bias"),
-    "GatedAutoEncoder": ("encoder.weight", "decoder.weight", "decoder_bias", "r_mag", "gate_bias", "mag_bias"),
-    "AutoEncoderTopK": (*_LINEAR, "b_dec"),
-    "BatchTopKSAE": (*_LINEAR, "b_dec", "threshold"),
-    "MatryoshkaBatchTopKSAE": (*_MATRICES, "group_sizes"),
-    "JumpReluAutoEncoder": _MATRICES,
-}
+_GATED = ("encoder.weight", "decoder.weight", "decoder_bias", "r_mag", "gate_bias", "mag_bias")
 _BUFFERS = ("k", "threshold", "group_sizes")
 
 
-def from_directory(
-    folder: Path, weights: Path | None = None, *, site_in: Where | None = None, site_out: Where | None = None
-) -> Dictionary:
+class _Class(NamedTuple):
+    """What a class of theirs holds, and how it encodes; whether its bias is taken off what it reads."""
+
+    tensors: tuple[str, ...]
+    activation: str
+    off_input: bool = True
+
+
+_CLASSES: Mapping[str, _Class] = {
+    "AutoEncoder": _Class((*_LINEAR, "bias"), "relu"),
+    "AutoEncoderNew": _Class((*_LINEAR, "decoder.bias"), "relu", off_input=False),
+    "GatedAutoEncoder": _Class(_GATED, "jumprelu"),
+    "AutoEncoderTopK": _Class((*_LINEAR, "b_dec"), "topk"),
+    "BatchTopKSAE": _Class((*_LINEAR, "b_dec", "threshold"), "jumprelu"),
+    "MatryoshkaBatchTopKSAE": _Class((*_MATRICES, "group_sizes"), "jumprelu"),
+    "JumpReluAutoEncoder": _Class(_MATRICES, "jumprelu", off_input=False),
+}
+_NAMES = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "decoder.weight": "W_dec"}
+_NAMES |= dict.fromkeys(("bias", "decoder.bias", "decoder_bias"), "b_dec")
+
+
+def from_directory(folder: Path, sites: Sites, weights: Path | None = None) -> Dictionary:
     """A directory with ``ae.pt`` and ``config.json`` (which may be missing where the tensors say the class).
 
     Raises:
         FileError, CorruptFileError: a file is missing or damaged. UsageError: no class, no site, or an unset threshold.
     """
     path = weights or folder / WEIGHTS
-    tensors = read_torch(path)
-    config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    tensors, config = reading.read_torch(path), reading.settings(folder / CONFIG)
     trainer = config.get("trainer", config)
     if not isinstance(trainer, Mapping):
         raise CorruptFileError(f"{folder / CONFIG} has no settings under 'trainer'; copy it again")
-    kind = _kind(trainer, tensors, path)
-    check_known(tensors, (*_CLASSES[kind], *_BUFFERS), path)
-    read, written = _places(config, trainer, site_in, site_out)
-    return _READERS[kind](_Kept(kind, tensors, trainer, path), read, written, _about(config, trainer, kind))
+    name = _class_name(trainer, tensors, path)
+    kind = _CLASSES[name]
+    reading.check_known(tensors, (*kind.tensors, *_BUFFERS), path)
+    read, written = _places(config, trainer, sites)
+    about = {
+        "format": "dictionary_learning", "dict_class": name, "model_name": trainer.get("lm_name"),
+        "hook_name": trainer.get("submodule_name"), "layer": trainer.get("layer"),
+        "context_size": (config.get("buffer") or {}).get("ctx_len"),
+    }  # fmt: skip
+    k = {"k": _k(tensors, trainer, path)} if kind.activation == "topk" else {}
+    return reading.made(path, _held(name, tensors, path), read=read, written=written, metadata=about,
+                        off_input=kind.off_input, activation=kind.activation, **k)  # fmt: skip
 
 
-class _Kept(NamedTuple):
-    kind: str
-    tensors: Tensors
-    trainer: Mapping[str, Any]
-    path: Path
-
-    def take(self, *names: str) -> list[Tensor]:
-        return [each.float() for each in taken(self.tensors, names, self.path)]
-
-
-def _kind(trainer: Mapping[str, Any], tensors: Tensors, path: Path) -> str:
+def _class_name(trainer: Mapping[str, Any], tensors: reading.Tensors, path: Path) -> str:
     said = trainer.get("dict_class")
-    fitting = [name for name, wanted in _CLASSES.items() if set(tensors) - set(_BUFFERS) == set(wanted) - set(_BUFFERS)]
+    fitting = [name for name, kind in _CLASSES.items()
+               if set(tensors) - set(_BUFFERS) == set(kind.tensors) - set(_BUFFERS)]  # fmt: skip
     if said is None:
         if len(fitting) != 1:
             raise UsageError(
@@ -85,103 +93,52 @@ def _kind(trainer: Mapping[str, Any], tensors: Tensors, path: Path) -> str:
         raise refuse("dict_class", said, f"only {', '.join(_CLASSES)} are read")
     if said not in fitting:
         raise CorruptFileError(
-            f"{path} holds {', '.join(sorted(tensors))}, and a {said} (dict_class) has {', '.join(_CLASSES[said])}: "
-            "the two files are not of one dictionary; copy both again"
+            f"{path} holds {', '.join(sorted(tensors))}, and a {said} (dict_class) has "
+            f"{', '.join(_CLASSES[said].tensors)}: the two files are not of one dictionary; copy both again"
         )
     return str(said)
 
 
-def _places(
-    config: Mapping[str, Any], trainer: Mapping[str, Any], site_in: Where | None, site_out: Where | None
-) -> tuple[Place, Place | None]:
+def _places(config: Mapping[str, Any], trainer: Mapping[str, Any], sites: Sites) -> tuple[Place, Place | None]:
     layer, name = trainer.get("layer"), trainer.get("submodule_name")
     io = (config.get("buffer") or {}).get("io", "out")
-    if io != "out" and site_in is None:
+    if io != "out" and sites.site_in is None:
         raise refuse("buffer.io", io, "it reads what goes into a module; pass site_in=em.Site(layer, stream) of that")
-    read = placed(name if io == "out" else None, "submodule_name", site_in, "site_in")
-    if name and isinstance(layer, int) and site_in is None and read.site.layer != layer:
+    read = sites.read(name if io == "out" else None, "submodule_name")
+    if name and isinstance(layer, int) and sites.site_in is None and read.site.layer != layer:
         raise CorruptFileError(
             f"layer is {layer} and submodule_name is {name!r}: one of the two is wrong; pass site_in=em.Site(layer, "
             "stream)"
         )
-    return read, None if site_out in (None, read.site) else Place(site_out)  # pyright: ignore[reportArgumentType]
+    return read, None if sites.site_out in (None, read.site) else Place(sites.site_out)
 
 
-def _about(config: Mapping[str, Any], trainer: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    buffer = config.get("buffer") or {}
-    return {
-        "format": "dictionary_learning", "dict_class": kind, "model_name": trainer.get("lm_name"),
-        "hook_name": trainer.get("submodule_name"), "layer": trainer.get("layer"),
-        "context_size": buffer.get("ctx_len"),
-    }  # fmt: skip
-
-
-def _autoencoder(held: _Kept, read: Place, written: Place | None, about: Mapping[str, Any]) -> Dictionary:
-    """With decoder rows of length 1, as ``AutoEncoder.from_pretrained`` makes them by default."""
-    W, b_enc, D, bias = held.take(*_LINEAR, "bias")
-    norms = D.norm(dim=0) if D.ndim == 2 else torch.ones(1)
-    if not torch.allclose(norms, torch.ones_like(norms)) and W.shape == D.T.shape:
-        W, b_enc, D = W * norms[:, None], b_enc * norms, D / norms
-    held_tensors = {"W_enc": W.T, "b_enc": b_enc, "W_dec": D.T, "b_dec": bias}
-    return made(held.path, held_tensors, read=read, written=written, metadata=about, off_input=True, activation="relu")
-
-
-def _autoencoder_new(held: _Kept, read: Place, written: Place | None, about: Mapping[str, Any]) -> Dictionary:
-    W, b_enc, D, b_dec = held.take(*_LINEAR, "decoder.bias")
-    tensors = {"W_enc": W.T, "b_enc": b_enc, "W_dec": D.T, "b_dec": b_dec}
-    return made(held.path, tensors, read=read, written=written, metadata=about, activation="relu")
-
-
-def _gated(held: _Kept, read: Place, written: Place | None, about: Mapping[str, Any]) -> Dictionary:
-    W, D, bias, r_mag, gate, magnitude = held.take(*_CLASSES["GatedAutoEncoder"])
-    W_enc, b_enc, threshold = gated(W.T, gate, magnitude, r_mag)
-    # The bias is taken off before both; the threshold on the magnitude does not see it.
-    tensors = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": D.T, "b_dec": bias, "threshold": threshold}
-    return made(held.path, tensors, read=read, written=written, metadata=about, off_input=True, activation="jumprelu")
-
-
-def _topk(held: _Kept, read: Place, written: Place | None, about: Mapping[str, Any]) -> Dictionary:
-    W, b_enc, D, b_dec = held.take(*_LINEAR, "b_dec")
-    tensors = {"W_enc": W.T, "b_enc": b_enc, "W_dec": D.T, "b_dec": b_dec}
-    return made(held.path, tensors, read=read, written=written, metadata=about, off_input=True, activation="topk",
-                k=_k(held))  # fmt: skip
-
-
-def _batch_topk(held: _Kept, read: Place, written: Place | None, about: Mapping[str, Any]) -> Dictionary:
-    if held.kind == "BatchTopKSAE":
-        W, b_enc, D, b_dec = held.take(*_LINEAR, "b_dec")
-        W_enc, W_dec = W.T, D.T
-    else:
-        W_enc, b_enc, W_dec, b_dec = held.take("W_enc", "b_enc", "W_dec", "b_dec")
-    (threshold,) = held.take("threshold")
-    if threshold.numel() == 1 and float(threshold) < 0:
+def _held(name: str, tensors: reading.Tensors, path: Path) -> dict[str, Tensor]:
+    """The tensors of a class as ours: weights are stored the other way round."""
+    wanted = [each for each in _CLASSES[name].tensors if each != "group_sizes"]
+    held = {_NAMES.get(each, each): (t.T if each.endswith(".weight") else t).float()
+            for each, t in reading.taken(tensors, wanted, path).items()}  # fmt: skip
+    if name == "AutoEncoder":  # its loader, ``from_pretrained``, makes rows of length 1 by default
+        norms = held["W_dec"].norm(dim=-1)
+        return held if torch.allclose(norms, torch.ones_like(norms)) else reading.rescaled(held)
+    if name == "GatedAutoEncoder":  # the bias is taken off before both; the threshold on the magnitude does not see it
+        gates = reading.gated(held["W_enc"], *(held.pop(each) for each in ("gate_bias", "mag_bias", "r_mag")))
+        return held | dict(zip(("W_enc", "b_enc", "threshold"), gates, strict=True))
+    threshold = held.get("threshold")
+    if name == "JumpReluAutoEncoder":
+        return held | {"threshold": reading.from_zero(held["threshold"])}
+    if threshold is not None and threshold.numel() == 1 and float(threshold) < 0:
         raise refuse(
             "threshold", float(threshold), "it was never measured (training ended first), so what is on would be a "
             "ReLU's; train it further, or use its top-k twin",
         )  # fmt: skip
-    tensors = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec, "threshold": threshold.squeeze()}
-    return made(held.path, tensors, read=read, written=written, metadata=about, off_input=True, activation="jumprelu")
+    return held if threshold is None else held | {"threshold": threshold.squeeze()}
 
 
-def _jumprelu(held: _Kept, read: Place, written: Place | None, about: Mapping[str, Any]) -> Dictionary:
-    W_enc, b_enc, W_dec, b_dec, threshold = held.take(*_MATRICES)
-    tensors = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec, "threshold": from_zero(threshold)}
-    return made(held.path, tensors, read=read, written=written, metadata=about, activation="jumprelu")
-
-
-def _k(held: _Kept) -> Any:
-    stored = held.tensors.get("k")
-    said = held.trainer.get("k")
-    counted = None if stored is None else stored.item()
+def _k(tensors: reading.Tensors, trainer: Mapping[str, Any], path: Path) -> Any:
+    said, counted = trainer.get("k"), tensors["k"].item() if "k" in tensors else None
     if None not in (said, counted) and said != counted:
         raise CorruptFileError(
-            f"{held.path} has k={counted} and {CONFIG} k={said}: they are of two dictionaries; copy both again"
+            f"{path} has k={counted} and {CONFIG} k={said}: they are of two dictionaries; copy both again"
         )
     return said if counted is None else counted
-
-
-_READERS = {
-    "AutoEncoder": _autoencoder, "AutoEncoderNew": _autoencoder_new, "GatedAutoEncoder": _gated,
-    "AutoEncoderTopK": _topk, "BatchTopKSAE": _batch_topk, "MatryoshkaBatchTopKSAE": _batch_topk,
-    "JumpReluAutoEncoder": _jumprelu,
-}  # fmt: skip

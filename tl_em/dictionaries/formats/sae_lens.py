@@ -16,11 +16,10 @@ from typing import Any
 
 from torch import Tensor
 
-from tl_em.dictionaries.checks import Where
 from tl_em.dictionaries.dictionary import Dictionary
-from tl_em.dictionaries.formats.building import from_zero, gated, made
-from tl_em.dictionaries.formats.files import Tensors, check_known, read_json, read_safetensors, refuse, taken
-from tl_em.dictionaries.hook_names import placed
+from tl_em.dictionaries.formats import reading
+from tl_em.dictionaries.formats.reading import refuse
+from tl_em.dictionaries.hook_names import Sites
 from tl_em.errors import CorruptFileError, FileError, TlEmError, UsageError
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
@@ -50,21 +49,17 @@ _NORMALISED = {
 _TRAIN = "train one: em.dictionaries.train_dictionary(model, site, corpus, d_sae=512)"
 
 
-def from_directory(
-    folder: Path, name: str | None = None, *, site_in: Where | None = None, site_out: Where | None = None
-) -> Dictionary:
+def from_directory(folder: Path, sites: Sites, name: str | None = None) -> Dictionary:
     """A directory that ``sae.save_model(folder)`` wrote.
 
     Raises:
         FileError, CorruptFileError: a file is missing or damaged. UsageError: an option that is not held, or no site.
     """
-    cfg, tensors = read_json(folder / CONFIG), read_safetensors(folder / WEIGHTS)
-    return converted(cfg, tensors, folder, site_in=site_in, site_out=site_out, name=name)
+    cfg, tensors = reading.read_json(folder / CONFIG), reading.read_safetensors(folder / WEIGHTS)
+    return converted(cfg, tensors, folder, sites, name)
 
 
-def from_object(
-    sae: Any, name: str | None, *, site_in: Where | None = None, site_out: Where | None = None
-) -> Dictionary:
+def from_object(sae: Any, sites: Sites, name: str | None = None) -> Dictionary:
     """An SAE of SAELens in memory, or what has its members.
 
     Raises:
@@ -81,10 +76,10 @@ def from_object(
     said["architecture"] = str(cfg.architecture()) if callable(getattr(cfg, "architecture", None)) else None
     tensors = {p: t.detach() for p in _PARAMETERS if isinstance(t := getattr(sae, p, None), Tensor)}
     state = {p: t for p, t in sae.state_dict().items() if p not in tensors} if hasattr(sae, "state_dict") else {}
-    return converted(said, {**tensors, **state}, "this SAE", site_in=site_in, site_out=site_out, name=name)
+    return converted(said, {**tensors, **state}, "this SAE", sites, name)
 
 
-def from_registry(release: str, sae_id: str | None, **sites: Any) -> Dictionary:
+def from_registry(release: str, sites: Sites, sae_id: str | None) -> Dictionary:
     """An SAE of SAELens's registry, or of a hub repository that SAELens wrote; downloads what is not cached.
 
     Raises:
@@ -109,7 +104,7 @@ def from_registry(release: str, sae_id: str | None, **sites: Any) -> Dictionary:
         raise
     except Exception as error:  # no common base: registry, hub, network, JSON, safetensors, torch
         raise _not_had(release, sae_id, error) from error
-    return from_object(sae, sae_id, **sites)
+    return from_object(sae, sites, sae_id)
 
 
 def _not_had(release: str, sae_id: str, error: Exception) -> TlEmError:
@@ -127,27 +122,28 @@ def _not_had(release: str, sae_id: str, error: Exception) -> TlEmError:
 
 # ---- what its settings mean --------------------------------------------------------------------------------------
 def converted(
-    cfg: Mapping[str, Any], tensors: Tensors, path: Any, *, site_in: Where | None, site_out: Where | None,
-    name: str | None = None,
-) -> Dictionary:  # fmt: skip
+    cfg: Mapping[str, Any], tensors: reading.Tensors, path: Any, sites: Sites, name: str | None = None
+) -> Dictionary:
     """Settings and parameters of SAELens as a Dictionary."""
     cfg = _flat(cfg)
     kind = _kind(cfg)
     _check_options(cfg)
-    check_known(tensors, _PARAMETERS, path)
-    _check_scaling(tensors)
+    reading.check_known(tensors, _PARAMETERS, path)
     transcoder = "transcoder" in kind
     found = _tensors(kind, tensors, path)
-    _check_size(cfg, found, path)
+    reading.check_size((cfg.get("d_in"), cfg.get("d_sae")), found["W_enc"], path)
+    if transcoder and cfg.get("d_out") not in (None, len(found["W_enc"])):
+        raise refuse("d_out", cfg["d_out"], f"it writes another width than it reads ({len(found['W_enc'])}), and no "
+                     "two sites differ")  # fmt: skip
     if bool(cfg.get("rescale_acts_by_decoder_norm", False)) and kind == "topk":
-        found = _rescaled(found)
-    read = placed(*_name(cfg, "hook_name"), site_in, "site_in")
-    written = placed(*_name(cfg, "hook_name_out"), site_out, "site_out") if transcoder else None
-    if not transcoder and site_out not in (None, read.site):
+        found = reading.rescaled(found)
+    read = sites.read(*_name(cfg, "hook_name"))
+    if not transcoder and sites.site_out not in (None, read.site):
         raise UsageError(f"{path} is an SAE, which writes what it reads ({read.site}); leave site_out out")
     metadata = {key: _plain(cfg[key]) for key in _METADATA if cfg.get(key) is not None}
-    return made(
-        path, found, read=read, written=written, metadata={"format": "sae_lens", **metadata},
+    return reading.made(
+        path, found, read=read, written=sites.written(*_name(cfg, "hook_name_out")) if transcoder else None,
+        metadata={"format": "sae_lens", **metadata},
         # b_dec is where an SAE's inputs are centred; before version 6 that was the default
         off_input=not transcoder and bool(cfg.get("apply_b_dec_to_input", True)),
         activation=_KINDS[kind], k=cfg.get("k") if kind == "topk" else None,
@@ -212,51 +208,25 @@ def _every_token(given: Any) -> bool:
         return False
 
 
-def _check_scaling(tensors: Tensors) -> None:
+def _tensors(kind: str, tensors: reading.Tensors, path: Any) -> dict[str, Tensor]:
     for field in ("scaling_factor", "finetuning_scaling_factor"):
         if field in tensors and bool((tensors[field].float() - 1).abs().max() > 1e-6):
             raise refuse(
                 field, "a tensor of factors", "each latent is rescaled after encoding; multiply W_dec's rows by it, "
                 "and make the dictionary with em.Dictionary(…)",
             )  # fmt: skip
-
-
-def _tensors(kind: str, tensors: Tensors, path: Any) -> dict[str, Tensor | None]:
-    W_dec, b_dec = taken(tensors, ("W_dec", "b_dec"), path)
-    held: dict[str, Tensor | None] = {"W_dec": W_dec, "b_dec": b_dec}
+    held = reading.taken(tensors, ("W_dec", "b_dec"), path)
     if kind == "gated":
-        values = gated(*taken(tensors, ("W_enc", "b_gate", "b_mag", "r_mag"), path))
+        values = reading.gated(*reading.taken(tensors, ("W_enc", "b_gate", "b_mag", "r_mag"), path).values())
         return held | dict(zip(("W_enc", "b_enc", "threshold"), values, strict=True))
-    held |= dict(zip(("W_enc", "b_enc"), taken(tensors, ("W_enc", "b_enc"), path), strict=True))
+    held |= reading.taken(tensors, ("W_enc", "b_enc"), path)
     if _KINDS[kind] == "jumprelu":
-        (given,) = taken(tensors, ["log_threshold" if "log_threshold" in tensors else "threshold"], path)
-        held["threshold"] = given.float().exp() if "log_threshold" in tensors else from_zero(given)
+        log = "log_threshold" in tensors
+        (given,) = reading.taken(tensors, ["log_threshold" if log else "threshold"], path).values()
+        held["threshold"] = given.float().exp() if log else reading.from_zero(given)
     if "skip" in kind:
-        (skip,) = taken(tensors, ("W_skip",), path)
-        held["W_skip"] = skip.T  # stored [d_out d_in]
+        held["W_skip"] = reading.taken(tensors, ("W_skip",), path)["W_skip"].T  # stored [d_out d_in]
     return held
-
-
-def _check_size(cfg: Mapping[str, Any], held: Mapping[str, Tensor | None], path: Any) -> None:
-    W_enc = held["W_enc"]
-    assert W_enc is not None
-    said = (cfg.get("d_in"), cfg.get("d_sae"))
-    if None not in said and tuple(W_enc.shape) != said:
-        raise CorruptFileError(
-            f"the settings of {path} say {said[0]} (d_in) and {said[1]} (d_sae), and W_enc is {tuple(W_enc.shape)}: "
-            "they are of two dictionaries, or damaged; copy or download both again"
-        )
-    out = cfg.get("d_out")
-    if out is not None and out != W_enc.shape[0] and "transcoder" in str(cfg.get("architecture")):
-        raise refuse("d_out", out, f"it writes another width than it reads ({W_enc.shape[0]}), and no two sites differ")
-
-
-def _rescaled(held: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
-    """Latents times the norms of their decoder rows, by which SAELens divides again when it decodes."""
-    W_enc, b_enc, W_dec = held["W_enc"], held["b_enc"], held["W_dec"]
-    assert W_enc is not None and b_enc is not None and W_dec is not None
-    norms = W_dec.float().norm(dim=-1)
-    return {**held, "W_enc": W_enc * norms, "b_enc": b_enc * norms, "W_dec": W_dec / norms[:, None]}
 
 
 def _name(cfg: Mapping[str, Any], field: str) -> tuple[Any, str]:

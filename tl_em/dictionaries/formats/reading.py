@@ -1,12 +1,14 @@
-"""Files of published dictionaries as plain tensors and JSON values: nothing in them is executed.
+"""From the files of a source to a Dictionary, as all formats do it: nothing in them is executed.
 
-safetensors and JSON as they are, ``torch.load`` with ``weights_only=True``, numpy with ``allow_pickle=False``.
+safetensors and JSON as they are, ``torch.load`` with ``weights_only=True``, numpy with ``allow_pickle=False``. What a
+file holds is taken by name; what is not known, or has no place, is refused.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,9 @@ import torch
 from torch import Tensor
 
 from tl_em.artefacts import json_values, read_text
-from tl_em.errors import CorruptFileError, FileError, UsageError
+from tl_em.dictionaries.dictionary import Dictionary
+from tl_em.dictionaries.hook_names import Place
+from tl_em.errors import CorruptFileError, FileError, UsageError, WidthError
 
 Tensors = Mapping[str, Tensor]
 _MATRIX = re.compile(r"(?:^|\.)(?:[Ww]_\w+|weight|affine_skip_connection)$")
@@ -43,32 +47,37 @@ def read_flat_yaml(path: Path) -> dict[str, str]:
     return found
 
 
+def settings(path: Path) -> dict[str, Any]:
+    """:func:`read_json`; nothing where there is no such file."""
+    return read_json(path) if path.is_file() else {}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    from safetensors import SafetensorError, safe_open
+
+    present = _present(path)
+    try:
+        with safe_open(str(present), framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CorruptFileError(f"{path} cannot be read as safetensors ({error}); copy or download it again") from error
+
+
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """Every tensor of a safetensors file.
 
     Raises:
         FileError: there is no such file. CorruptFileError: truncated, or another format.
     """
-    from safetensors import SafetensorError, safe_open
-
-    present = _present(path)
-    try:
-        with safe_open(str(present), framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CorruptFileError(f"{path} cannot be read as safetensors ({error}); copy or download it again") from error
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
 
 
 def safetensors_names(path: Path) -> tuple[frozenset[str], Mapping[str, str]]:
     """Names of the tensors, and the header's metadata; the weights are not read."""
-    from safetensors import SafetensorError, safe_open
-
-    present = _present(path)
-    try:
-        with safe_open(str(present), framework="pt") as file:
-            return frozenset(file.keys()), dict(file.metadata() or {})
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CorruptFileError(f"{path} cannot be read as safetensors ({error}); copy or download it again") from error
+    with _opened(path) as file:
+        return frozenset(file.keys()), dict(file.metadata() or {})
 
 
 def read_torch(path: Path) -> dict[str, Tensor]:
@@ -113,8 +122,8 @@ def _present(path: Path) -> Path:
     return path
 
 
-def taken(tensors: Tensors, names: Iterable[str], path: Any) -> list[Tensor]:
-    """The tensors of these names.
+def taken(tensors: Tensors, names: Iterable[str], path: Any) -> dict[str, Tensor]:
+    """The tensors of these names, in this order.
 
     Raises:
         CorruptFileError: one is missing.
@@ -126,7 +135,7 @@ def taken(tensors: Tensors, names: Iterable[str], path: Any) -> list[Tensor]:
             f"{path} lacks {', '.join(missing)} (it holds {', '.join(sorted(tensors)) or 'nothing'}), so it is not "
             "what its settings say; copy or download it again"
         )
-    return [tensors[name] for name in wanted]
+    return {name: tensors[name] for name in wanted}
 
 
 def check_known(tensors: Tensors, known: Iterable[str], path: Any) -> None:
@@ -148,3 +157,72 @@ def check_known(tensors: Tensors, known: Iterable[str], path: Any) -> None:
 def refuse(field: str, value: Any, why: str) -> UsageError:
     """The error for an option of a source that cannot be obeyed."""
     return UsageError(f"this dictionary has {field}={value!r}: {why}")
+
+
+def check_size(said: tuple[Any, Any], W_enc: Tensor, path: Any) -> None:
+    """Raise ``CorruptFileError`` unless an encoder has the sizes of its settings: width and latents, None if unsaid."""
+    if any(each not in (None, size) for each, size in zip(said, W_enc.shape, strict=True)):
+        raise CorruptFileError(
+            f"the settings of {path} say {said[0]} (d_in) and {said[1]} (d_sae), and W_enc is {tuple(W_enc.shape)}: "
+            "they are of two dictionaries, or damaged; copy or download both again"
+        )
+
+
+# ---- from tensors to a dictionary --------------------------------------------------------------------------------
+def made(
+    path: Any, tensors: Mapping[str, Tensor], *, read: Place, written: Place | None, metadata: Mapping[str, Any],
+    off_input: bool = False, **fields: Any,
+) -> Dictionary:  # fmt: skip
+    """A dictionary of a source.
+
+    Args:
+        path: for messages.
+        tensors: W_enc [d_model d_sae], b_enc, W_dec [d_sae d_model], b_dec; threshold and W_skip where there are any.
+        read, written: where; ``written`` None for an SAE.
+        metadata: of the source, in its words.
+        off_input: whether the decoder's bias is taken off what is read.
+        fields: ``activation``, ``k`` and ``name``.
+
+    Raises:
+        CorruptFileError: shapes that do not belong together. And what ``Dictionary`` raises.
+    """
+    held = dict(tensors)
+    flags = {"before_norm_weight": read.before_weight, "module_output": (written or read).module}
+    about = {key: value for key, value in metadata.items() if value is not None}
+    about |= {key: True for key, holds in flags.items() if holds}
+    try:
+        if off_input:
+            held["b_enc"] = held["b_enc"].float() - held["b_dec"].float() @ held["W_enc"].float()
+        return Dictionary(
+            **held, site_in=read.site, site_out=None if written is None else written.site, metadata=about, **fields
+        )
+    except (WidthError, RuntimeError, IndexError) as error:  # RuntimeError: torch's, of shapes
+        shapes = {name: tuple(each.shape) for name, each in held.items()}
+        raise CorruptFileError(
+            f"the tensors of {path} do not belong together ({shapes}): {error}. Copy or download it again"
+        ) from error
+
+
+def gated(W_enc: Tensor, b_gate: Tensor, b_mag: Tensor, r_mag: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A gated encoder as a JumpReLU's: W_enc, b_enc and threshold.
+
+    With W = W_enc exp(r), the gate ``x W_enc + b_gate > 0`` is ``x W + b_mag > b_mag - exp(r) b_gate``, so one
+    threshold on the magnitude says both.
+
+    Source: Rajamanoharan et al. 2024, arXiv:2404.16014 (a gated encoder with tied weights is a JumpReLU).
+    """
+    scale = r_mag.float().exp()
+    magnitude = b_mag.float()
+    return W_enc.float() * scale, magnitude, (magnitude - scale * b_gate.float()).clamp_min(0)
+
+
+def rescaled(held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Decoder rows of length 1, and latents times their former lengths."""
+    norms = held["W_dec"].float().norm(dim=-1)
+    return {**held, "W_enc": held["W_enc"] * norms, "b_enc": held["b_enc"] * norms,
+            "W_dec": held["W_dec"] / norms[:, None]}  # fmt: skip
+
+
+def from_zero(threshold: Tensor) -> Tensor:
+    """A threshold of code that takes a ReLU too: below 0 it changes nothing, so it is 0."""
+    return threshold.float().clamp_min(0) if bool(torch.isfinite(threshold).all()) else threshold.float()

@@ -9,7 +9,7 @@ in more than half of them, if the set carries every behaviour's shift.
 **Rule.** Its constants were chosen on the shipped seed 11, before any verdict seed was read. Prompts are halved, never
 tearing apart what belongs together, in ``SPLITS`` ways. *On the first half*: a latent is a candidate where p_j <=
 ``SCREEN``, for changes of one sign. The top k of the behaviours must overlap by more than chance
-(``chance.overlap_p`` <= .05). *On the second half*: a candidate is confirmed at q of Benjamini and Hochberg's
+(``p_values.overlap_p`` <= .05). *On the second half*: a candidate is confirmed at q of Benjamini and Hochberg's
 adjustment of its p_j, one-sided. Where the prompts carried completions p_bj is the larger one of the change's and the
 attribution's, and the attribution must be ``MATTERS`` of that of the whole activation, in u behaviours. What is
 confirmed in every split is kept.
@@ -30,7 +30,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -40,8 +40,8 @@ from torch import Tensor
 from tl_em.arguments import FRACTION, NOT_NEGATIVE, SEED, checked
 from tl_em.dictionaries import Dictionary, Feature
 from tl_em.errors import UsageError
-from tl_em.features.chance import conjunction_p, density_bins, overlap_p, sign_flip_p
 from tl_em.features.decoders import decoder_clusters
+from tl_em.features.p_values import conjunction_p, density_bins, overlap_p, sign_flip_p
 from tl_em.features.table import FeatureTable
 from tl_em.stats import Estimate, benjamini_hochberg, bootstrap, control_p, mean
 
@@ -108,18 +108,26 @@ class FeatureSet:
         return f"FeatureSet({self.kind} {latents}{share}; q {self.q:.2g})"
 
 
-class _Half(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class _Half:
     """Half of a table's parts."""
 
-    rows: list[int]
     values: Float[Tensor, "behaviour part feature"]
     shift: Float[Tensor, "behaviour part d_model"]
+    share: Float[Tensor, "behaviour part"]
     attribution: Float[Tensor, "behaviour part feature"] | None
     whole: Float[Tensor, "behaviour part"] | None
+    W_dec: Float[Tensor, "feature d_model"]
 
     @property
     def total(self) -> Float[Tensor, "behaviour feature"]:
         return self.values.sum(1)
+
+    def carried(self, latents: Any) -> Float[Tensor, " behaviour"]:
+        """Share of each behaviour's shift that these latents carry."""
+        s = self.shift.sum(1)
+        left = s - self.total[:, latents] @ self.W_dec[latents].double()
+        return 1 - left.square().sum(-1) / s.square().sum(-1)
 
 
 @checked(q=FRACTION, smallest=NOT_NEGATIVE, seed=SEED)
@@ -158,13 +166,16 @@ def shared_features(
     by = by or ("delta" if "delta" in table.parts else "effect")
     _check(table, by)
     halves = [_halves(table, by, f"{seed}/{split}") for split in range(SPLITS)]
-    if not _moved(table, halves[0], float(smallest)):
+    # Every behaviour's activations must have moved; a product of two halves has no share of noise.
+    one, other = halves[0]
+    moved = (one.shift.sum(1) * other.shift.sum(1)).sum(-1) / (one.share.sum(1) * other.share.sum(1)).clamp_min(1e-12)
+    if not bool((moved >= (float(smallest) * torch.tensor(table.spread, dtype=torch.float64)) ** 2).all()):
         return ()
     bins = density_bins(table.frame.groupby("latent").density.mean().to_numpy())
     count = len(table.behaviours)
     members, overlap = _kept(table, halves, bins, q, count // 2 + 1, seed)
     alone, _ = _kept(table, halves, bins, q, count, seed)
-    joint = _greedy(halves[0][0], table.dictionary.W_dec.cpu(), sorted(members)) if members else []
+    joint = _greedy(halves[0][0], sorted(members)) if members else []
     groups = [("set", tuple(joint))]
     groups += [("cluster", each) for each in decoder_clusters(table.dictionary, sorted(alone))]
     worst = {**members, **alone}
@@ -189,12 +200,12 @@ def _kept(
     norms = table.dictionary.W_dec.cpu().double().norm(dim=-1)
     found: list[dict[int, float]] = []
     worst = 0.0
-    for split, (first, second) in enumerate(halves):
-        overlap = overlap_p(first.total * norms, bins, np.random.default_rng([seed, split]))
+    for split, both in enumerate(halves):
+        overlap = overlap_p(both[0].total * norms, bins, np.random.default_rng([seed, split]))
         worst = max(worst, overlap)
         if overlap > CHANCE:
             return {}, worst
-        found.append(_confirmed(first, second, bins, q, least, table.independent))
+        found.append(_confirmed(both, bins, q, least, table.independent))
     common = set.intersection(*(set(each) for each in found))
     return {j: max(each[j] for each in found) for j in common}, worst
 
@@ -220,26 +231,14 @@ def _check(table: FeatureTable, by: str) -> None:
 def _halves(table: FeatureTable, by: str, seed: str) -> tuple[_Half, _Half]:
     parts = (table.share > 0).any(0).nonzero()[:, 0].tolist()
     random.Random(f"halves/{seed}").shuffle(parts)
+    attribution, whole = table.parts.get("attribution"), table.parts.get("whole attribution")
 
     def of(rows: list[int]) -> _Half:
-        attribution, whole = table.parts.get("attribution"), table.parts.get("whole attribution")
-        return _Half(
-            rows,
-            table.parts[by][:, rows].double(),
-            table.shifts[by][:, rows].double(),
-            None if attribution is None else attribution[:, rows].double(),
-            None if whole is None else whole[:, rows, 0].double(),
-        )
+        values, shift, share = (each[:, rows].double() for each in (table.parts[by], table.shifts[by], table.share))
+        return _Half(values, shift, share, None if attribution is None else attribution[:, rows].double(),
+                     None if whole is None else whole[:, rows, 0].double(), table.dictionary.W_dec.cpu())  # fmt: skip
 
     return of(parts[0::2]), of(parts[1::2])
-
-
-def _moved(table: FeatureTable, halves: tuple[_Half, _Half], smallest: float) -> bool:
-    """Whether every behaviour's activations moved by enough; a product of two halves has no share of noise."""
-    shifts = [each.shift.sum(1) for each in halves]
-    shares = [table.share[:, each.rows].double().sum(1) for each in halves]
-    square = (shifts[0] * shifts[1]).sum(-1) / (shares[0] * shares[1]).clamp_min(1e-12)
-    return bool((square >= (smallest * torch.tensor(table.spread, dtype=torch.float64)) ** 2).all())
 
 
 def _one_sided(
@@ -255,9 +254,10 @@ def _majority(parts: Float[Tensor, "behaviour part feature"]) -> Float[Tensor, "
 
 
 def _confirmed(
-    first: _Half, second: _Half, bins: Int[np.ndarray, " feature"], q: float, least: int, independent: bool
+    halves: tuple[_Half, _Half], bins: Int[np.ndarray, " feature"], q: float, least: int, independent: bool
 ) -> dict[int, float]:
     """Candidates of the first half that the second confirms, with their q."""
+    first, second = halves
     sign = _majority(first.values)
     p = conjunction_p(_one_sided(first.values, sign), least, independent=independent)
     candidates = np.flatnonzero((p <= SCREEN) & (sign != 0).numpy() & (bins >= 0))
@@ -276,10 +276,10 @@ def _confirmed(
 # --- Sets -------------------------------------------------------------------------------------------------------------
 
 
-def _greedy(half: _Half, W_dec: Float[Tensor, "feature d_model"], latents: Sequence[int]) -> list[int]:
+def _greedy(half: _Half, latents: Sequence[int]) -> list[int]:
     """Latents in the order in which they add most to the mean share of the shift."""
     rest, at = half.shift.sum(1), torch.tensor(latents)
-    change, rows, size = half.total[:, at], W_dec[at].double(), rest.square().sum(-1)
+    change, rows, size = half.total[:, at], half.W_dec[at].double(), rest.square().sum(-1)
     chosen: list[int] = []
     while len(chosen) < min(MOST, len(latents)):
         gain = (2 * change * (rest @ rows.T) - change**2 * rows.square().sum(-1)) / size[:, None]
@@ -293,65 +293,42 @@ def _greedy(half: _Half, W_dec: Float[Tensor, "feature d_model"], latents: Seque
     return [latents[i] for i in chosen]
 
 
-def _share(half: _Half, W_dec: Float[Tensor, "feature d_model"], latents: Any) -> Float[Tensor, " behaviour"]:
-    s = half.shift.sum(1)
-    left = s - half.total[:, latents] @ W_dec[latents].double()
-    return 1 - left.square().sum(-1) / s.square().sum(-1)
-
-
 def _judged(
-    table: FeatureTable,
-    half: _Half,
-    latents: Sequence[int],
-    bins: Int[np.ndarray, " feature"],
-    seed: int,
+    table: FeatureTable, half: _Half, latents: Sequence[int], bins: Int[np.ndarray, " feature"], seed: int
 ) -> FeatureSet | None:
     """The set with its figures on the second half, None where it does not carry enough."""
     at = list(latents)
-    W_dec = table.dictionary.W_dec.cpu()
-    shares = [_share_estimate(half, W_dec, at, row, table.n[row], seed) for row in range(len(table.behaviours))]
+    shares = [_share(half, at, row, table.n[row], seed) for row in range(len(table.behaviours))]
     if any(each.value < CARRIES or not each.low > 0 for each in shares):
         return None
-    p = _random_p(half, W_dec, at, bins, np.random.default_rng([seed, len(at)]))
+    p = _random_p(half, at, bins, np.random.default_rng([seed, len(at)]))
     if p > CHANCE:
         return None
     signs = tuple(int(x) for x in half.total[:, at].sum(0).sign().tolist())
-    effects = tuple(_effect_estimate(half, j, sum(table.n), seed) for j in at)
+    # Mean change over behaviours; half of the parts hold half of the prompts.
+    changes = [half.values[:, :, j].mean(0).numpy() * 2 * half.values.shape[1] for j in at]
+    effects = tuple(replace(mean(x, seed=seed), n=sum(table.n) // 2) for x in changes)
     return FeatureSet(table.dictionary, tuple(at), signs, table.behaviours, tuple(shares), effects, p_random=p)
 
 
-def _random_p(
-    half: _Half,
-    W_dec: Float[Tensor, "feature d_model"],
-    latents: Sequence[int],
-    bins: Int[np.ndarray, " feature"],
-    rng: np.random.Generator,
-) -> float:
+def _random_p(half: _Half, latents: list[int], bins: Int[np.ndarray, " feature"], rng: np.random.Generator) -> float:
     """p of a random set, drawn from the same bins of density, carrying as much of every behaviour's shift."""
-    needed = np.bincount(bins[list(latents)], minlength=bins.max() + 1)
+    needed = np.bincount(bins[latents], minlength=bins.max() + 1)
     pools = [np.flatnonzero(bins == b) for b in range(len(needed))]
 
     def draw() -> float:
         some = [rng.choice(pool, size=n, replace=False) for pool, n in zip(pools, needed, strict=True) if n]
-        return float(_share(half, W_dec, np.concatenate(some)).min())
+        return float(half.carried(np.concatenate(some)).min())
 
-    return control_p(float(_share(half, W_dec, list(latents)).min()), [draw() for _ in range(199)], two_sided=False)
+    return control_p(float(half.carried(latents).min()), [draw() for _ in range(199)], two_sided=False)
 
 
-def _share_estimate(
-    half: _Half, W_dec: Float[Tensor, "feature d_model"], latents: Sequence[int], row: int, n: int, seed: int
-) -> Estimate:
+def _share(half: _Half, latents: list[int], row: int, n: int, seed: int) -> Estimate:
     whole = half.shift[row].numpy()
-    left = whole - (half.values[row][:, latents] @ W_dec[latents].double()).numpy()
+    left = whole - (half.values[row][:, latents] @ half.W_dec[latents].double()).numpy()
 
     def share(w: np.ndarray) -> np.ndarray:
         size = ((w @ whole) ** 2).sum(-1)
         return 1 - ((w @ left) ** 2).sum(-1) / np.where(size > 0, size, np.nan)
 
     return replace(bootstrap(share, [len(whole)], seed=seed).estimate, n=n // 2)
-
-
-def _effect_estimate(half: _Half, latent: int, n: int, seed: int) -> Estimate:
-    """Mean change over behaviours; half of the parts hold half of the prompts."""
-    x = half.values[:, :, latent].mean(0).numpy() * 2 * half.values.shape[1]
-    return replace(mean(x, seed=seed), n=n // 2)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tl_em.features.chance import conjunction_p, overlap_p, sign_flip_p
+from tl_em.features.p_values import conjunction_p, overlap_p, sign_flip_p
 
 pytestmark = pytest.mark.surface
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -46,10 +45,9 @@ def deal(behaviours: Sequence[ContrastSet], *, seed: int) -> tuple[list[tuple[li
     behaviours equal prompts and equal group labels. Units of one kind (the same behaviours and classes) are dealt out
     evenly.
     """
-    units = _joined([[[(b, *row) for row in block] for block in inseparable(c)] for b, c in enumerate(behaviours)],
-                    behaviours)  # fmt: skip
+    blocks = [[(b, *row) for row in block] for b, contrast in enumerate(behaviours) for block in inseparable(contrast)]
     kinds: dict[frozenset[tuple[int, int]], list[list[tuple[int, int, int]]]] = defaultdict(list)
-    for unit in units:
+    for unit in _joined(blocks, behaviours):
         kinds[frozenset((b, side) for b, side, _ in unit)].append(unit)
     found = [([0] * len(c.positive), [0] * len(c.negative)) for c in behaviours]
     rng = random.Random(f"parts/{seed}")
@@ -62,65 +60,53 @@ def deal(behaviours: Sequence[ContrastSet], *, seed: int) -> tuple[list[tuple[li
 
 
 def _joined(
-    blocks: Sequence[Sequence[list[tuple[int, int, int]]]], behaviours: Sequence[ContrastSet]
+    blocks: Sequence[list[tuple[int, int, int]]], behaviours: Sequence[ContrastSet]
 ) -> list[list[tuple[int, int, int]]]:
     """Blocks that hold an equal prompt or group label, in one."""
-    every = [block for of_one in blocks for block in of_one]
-    ties: list[list[Hashable]] = []
-    for block in every:
-        shared: list[Hashable] = []
-        for b, side, i in block:
-            contrast = behaviours[b]
-            labels = (contrast.positive_groups, contrast.negative_groups)[side]
-            shared.append(("text", repr((contrast.positive, contrast.negative)[side][i])))
-            shared += [] if labels is None else [("group", labels[i])]
-        ties.append(shared)
+
+    def ties(b: int, side: int, i: int) -> list[Hashable]:
+        contrast = behaviours[b]
+        labels = (contrast.positive_groups, contrast.negative_groups)[side]
+        text: tuple[str, Hashable] = ("text", repr((contrast.positive, contrast.negative)[side][i]))
+        return [text] if labels is None else [text, ("group", labels[i])]
+
+    shared = [[tie for row in block for tie in ties(*row)] for block in blocks]
     units: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
-    for block, unit in zip(every, tied(ties).tolist(), strict=True):
+    for block, unit in zip(blocks, tied(shared).tolist(), strict=True):
         units[unit].extend(block)
     return list(units.values())
 
 
-@dataclass(eq=False)
 class Sums:
     """Accumulators of one behaviour; class 0 is positive, 1 negative. ``delta`` and ``base`` stay 0 without a base.
 
     Args:
+        dictionary: on ``device``.
+        device: of the model.
+
+    Attributes:
+        mean: [label feature]; histogram: [label bin feature].
         effect: by part, positive minus negative; ``delta``: by part, tuned minus base on the positive prompts.
         shift: [2 part d_model], the same two of the activations themselves.
-        scaling: ``sum f (d.t)`` over the positive tokens, of the tuned and of the base model; t the target of latent
-            scaling: kind 0 what the other latents leave, kind 1 what all latents reconstruct.
+        scaling: [kind model feature] ``sum f (d.t)`` over the positive tokens, of the tuned and of the base model; t
+            the target of latent scaling: kind 0 what the other latents leave, kind 1 what all latents reconstruct.
         centre, energy: of each class the mean activation, and the mean of its square length.
     """
 
-    mean: Float[Tensor, "label feature"]
-    square: Float[Tensor, "label feature"]
-    histogram: Int[Tensor, "label bin feature"]
-    effect: Float[Tensor, "part feature"]
-    delta: Float[Tensor, "part feature"]
-    shift: Float[Tensor, "kind part d_model"]
-    scaling: Float[Tensor, "kind model feature"]
-    centre: Float[Tensor, "label d_model"]
-    energy: Float[Tensor, " label"]
-
-    @classmethod
-    def empty(cls, dictionary: Dictionary, device: torch.device) -> Sums:
-        """All zero."""
-
+    def __init__(self, dictionary: Dictionary, device: torch.device) -> None:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(*shape, device=device)
 
-        wide = dictionary.d_sae
-        histogram = torch.zeros(2, BINS, wide, dtype=torch.int32, device=device)
-        return cls(zeros(2, wide), zeros(2, wide), histogram, zeros(PARTS, wide), zeros(PARTS, wide),
-                   zeros(2, PARTS, dictionary.d_model), zeros(2, 2, wide), zeros(2, dictionary.d_model),
-                   zeros(2))  # fmt: skip
+        wide, width = dictionary.d_sae, dictionary.d_model
+        self.mean, self.scaling = zeros(2, wide), zeros(2, 2, wide)
+        self.histogram = torch.zeros(2, BINS, wide, dtype=torch.int32, device=device)
+        self.effect, self.delta, self.shift = zeros(PARTS, wide), zeros(PARTS, wide), zeros(2, PARTS, width)
+        self.centre, self.energy = zeros(2, width), zeros(2)
 
     def add(self, label: int, a: Tensor, x: Tensor, part: Tensor, weight: float) -> None:
         """Prompts of one class: latents [prompt feature] and activations [prompt d_model]."""
         sign = weight if label == 0 else -weight
         self.mean[label] += a.sum(0) * weight
-        self.square[label] += (a * a).sum(0) * weight
         self.effect.index_add_(0, part, a, alpha=sign)
         self.shift[0].index_add_(0, part, x, alpha=sign)
         self.centre[label] += x.sum(0) * weight
@@ -177,7 +163,7 @@ def add_behaviour(
     """The one pass over a behaviour's prompts (in ``against``, over the positive ones)."""
     device = torch.device(model.cfg.device)
     here = dictionary.to(device)
-    sums = Sums.empty(here, device)
+    sums = Sums(here, device)
     shifted = here.outputs if len(here.reads) > 1 else lambda x: x[:, 0]
     for label, encoded in enumerate(classes):
         weight, part = 1 / len(encoded), torch.tensor(parts[label], device=device)

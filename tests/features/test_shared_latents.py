@@ -11,7 +11,7 @@ import tl_em as em
 from tests.conftest import benchmark
 from tl_em.errors import UsageError
 from tl_em.features.scoring import FeatureTable, score_features
-from tl_em.features.shared import FeatureSet, shared_features
+from tl_em.features.shared_latents import FeatureSet, shared_features
 
 pytestmark = pytest.mark.surface
 scoring = benchmark("scoring")
