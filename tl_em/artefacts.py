@@ -14,12 +14,17 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from tl_em.errors import CorruptFileError, FileError, OutputError
+from tl_em.errors import CorruptFileError, FileError, OutputError, TlEmError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Made = TypeVar("Made")
 
 # --- Writing ----------------------------------------------------------------------------------------------------------
 
@@ -55,6 +60,50 @@ def replacing(path: str | Path) -> Iterator[Path]:
         raise OutputError(_message(target, error)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> Path:
+    """Write tensors, and as JSON in the header what they mean, to one safetensors file, whole or not at all.
+
+    Raises:
+        OutputError: the path cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    apart = {name: each.cpu().contiguous().clone() for name, each in tensors.items()}  # tied ones too
+    with replacing(path) as temporary:
+        save_file(apart, temporary, metadata={"tl_em": json.dumps(about)})
+    return Path(path)
+
+
+def load_tensors(
+    path: str | Path, schema: str, make: Callable[[dict[str, Tensor], dict[str, Any]], Made], *, damage: str
+) -> Made:
+    """What ``make`` makes of the tensors and the header that :func:`save_tensors` wrote.
+
+    Args:
+        path: of the file.
+        schema: the header's ``"schema"``; its second part says what the file holds.
+        make: may raise what Python raises for values that are not what they should be.
+        damage: what damaged values would do, and the call that mends it.
+
+    Raises:
+        CorruptFileError: missing, truncated, changed, or something else.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            about = json.loads((file.metadata() or {})["tl_em"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+        if about["schema"] != schema:
+            raise KeyError(f"schema {about['schema']!r}")
+        return make(tensors, about)
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, TlEmError) as error:
+        raise CorruptFileError(
+            f"{path} is not a {schema.split('/')[1]} that this version can read "
+            f"({type(error).__name__}: {error}); {damage}"
+        ) from error
 
 
 def check_writable(path: str | Path) -> None:

@@ -291,7 +291,7 @@ def test_a_guard_survives_its_file_and_a_damaged_file_is_refused(small_model: Le
     direction = harmfulness_direction(small_model, CONTRAST, site=em.Site(1)).save(tmp_path / "d.safetensors")
     for damaged in (whole[:-5], whole[:20], b"", direction.read_bytes()):
         path.write_bytes(damaged)
-        with pytest.raises(CorruptFileError, match="not a guard"):
+        with pytest.raises(CorruptFileError, match="not a latent-guard"):
             LatentGuard.load(path)
     with pytest.raises(CorruptFileError):
         LatentGuard.load(tmp_path / "missing.safetensors")

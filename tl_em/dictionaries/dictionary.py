@@ -15,7 +15,6 @@ A dictionary is never attached to the model: SAELens replaces the hook point, an
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -27,7 +26,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_em.arguments import whole
-from tl_em.artefacts import replacing
+from tl_em.artefacts import load_tensors, save_tensors
 from tl_em.dictionaries.checks import (
     Activation,
     Count,
@@ -42,9 +41,9 @@ from tl_em.dictionaries.checks import (
     check_sites,
 )
 from tl_em.dictionaries.norms import mlp_norm
-from tl_em.errors import CorruptFileError, FileError, TlEmError, UsageError, WidthError
+from tl_em.errors import FileError, UsageError, WidthError
 from tl_em.models.hooks import LensModel
-from tl_em.models.sites import Provenance, Site, Stream
+from tl_em.models.sites import Provenance, Site
 from tl_em.showing import showable
 
 SCHEMA = "tl-em/dictionary/1"
@@ -324,8 +323,6 @@ class Dictionary:
         Raises:
             OutputError: the path cannot be written.
         """
-        from safetensors.torch import save_file
-
         assert self.site_out is not None
         about = {
             "schema": SCHEMA, "activation": self.activation, "k": self.k, "name": self.name, "hash": self.hash,
@@ -334,10 +331,7 @@ class Dictionary:
             "provenance": None if self.provenance is None else self.provenance.to_json(),
             "metadata": dict(self.metadata),
         }  # fmt: skip
-        tensors = {name: each.cpu().contiguous().clone() for name, each in self._held.items()}  # tied ones, apart
-        with replacing(path) as temporary:
-            save_file(tensors, temporary, metadata={"tl_em": json.dumps(about)})
-        return Path(path)
+        return save_tensors(path, self._held, about)
 
     @classmethod
     def load(cls, path: str | Path) -> Dictionary:
@@ -346,31 +340,20 @@ class Dictionary:
         Raises:
             FileError: there is no such file. CorruptFileError: truncated, changed, or something else.
         """
-        from safetensors import SafetensorError, safe_open
-
         if not Path(path).is_file():
             raise FileError(f"There is no file {str(path)!r}; folders are read by em.load_dictionary(folder)")
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                about = json.loads((file.metadata() or {})["tl_em"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
-            if about["schema"] != SCHEMA:
-                raise KeyError(f"schema {about['schema']!r}")
-            sites: list[tuple[int, Stream]] = [about["site_in"], about["site_out"]]
-            found = cls(
-                **tensors, activation=about["activation"], k=about["k"], name=about["name"],
-                site_in=Site(*sites[0]), site_out=Site(*sites[1]),
-                provenance=None if about["provenance"] is None else Provenance.from_json(about["provenance"]),
-                metadata=about.get("metadata", {}),
-            )  # fmt: skip
+
+        def made(tensors: dict[str, Tensor], about: dict[str, Any]) -> Dictionary:
+            said = {name: about[name] for name in ("activation", "k", "name")}
+            said |= {name: Site(*about[name]) for name in ("site_in", "site_out")}
+            origin = None if about["provenance"] is None else Provenance.from_json(about["provenance"])
+            found = cls(**tensors, **said, provenance=origin, metadata=about.get("metadata", {}))
             if found.hash != about["hash"]:
                 raise ValueError("its weights are not those that were written")
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError, TlEmError) as error:
-            raise CorruptFileError(
-                f"{path} is not a dictionary that this version can read ({type(error).__name__}: {error}); wrong "
-                "weights would name wrong features: write it again with dictionary.save(path)"
-            ) from error
-        return found
+            return found
+
+        damage = "wrong weights would name wrong features: write it again with dictionary.save(path)"
+        return load_tensors(path, SCHEMA, made, damage=damage)
 
     def __repr__(self) -> str:
         kind = "transcoder" if self.is_transcoder else "SAE"

@@ -12,10 +12,10 @@ Source: Zhao et al. 2025, arXiv:2507.11878.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,8 +23,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_em.arguments import COUNT, NATURAL, SEED, checked, list_of, optional
-from tl_em.artefacts import replacing
-from tl_em.errors import CorruptFileError, NonFiniteError, UsageError, WidthError, ZeroDirectionError
+from tl_em.artefacts import load_tensors, save_tensors
+from tl_em.errors import NonFiniteError, UsageError, WidthError, ZeroDirectionError
 from tl_em.models.contrasts import ContrastSet, Prompt
 from tl_em.models.hooks import LensModel
 from tl_em.models.means import as_contrast, class_moments
@@ -185,14 +185,9 @@ class LatentGuard:
         Raises:
             OutputError: the path cannot be written.
         """
-        from safetensors.torch import save_file
-
         origin = None if self.provenance is None else self.provenance.to_json()
         about = {"schema": SCHEMA, "layers": list(self.layers), "provenance": origin}
-        means = {"harmful": self.harmful.contiguous(), "harmless": self.harmless.contiguous()}
-        with replacing(path) as temporary:
-            save_file(means, temporary, metadata={"tl_em": json.dumps(about)})
-        return Path(path)
+        return save_tensors(path, {"harmful": self.harmful, "harmless": self.harmless}, about)
 
     @classmethod
     def load(cls, path: str | Path) -> LatentGuard:
@@ -201,21 +196,14 @@ class LatentGuard:
         Raises:
             CorruptFileError: the file is missing or truncated, or holds something else.
         """
-        from safetensors import SafetensorError, safe_open
 
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                about = json.loads((file.metadata() or {})["tl_em"])
-                means = file.get_tensor("harmful"), file.get_tensor("harmless")
-            if about["schema"] != SCHEMA:
-                raise KeyError(f"schema {about['schema']!r}")
+        def made(means: dict[str, Tensor], about: dict[str, Any]) -> LatentGuard:
             origin = None if about["provenance"] is None else Provenance.from_json(about["provenance"])
-            return cls(*means, layers=tuple(int(layer) for layer in about["layers"]), provenance=origin)
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            raise CorruptFileError(
-                f"{path} is not a guard that this version can read ({type(error).__name__}: {error}); a damaged mean "
-                "would flag other prompts: write it again with guard.save(path)"
-            ) from error
+            layers = tuple(int(layer) for layer in about["layers"])
+            return cls(means["harmful"], means["harmless"], layers=layers, provenance=origin)
+
+        damage = "a damaged mean would flag other prompts: write it again with guard.save(path)"
+        return load_tensors(path, SCHEMA, made, damage=damage)
 
 
 def _sites(layers: Sequence[int]) -> list[Site]:
