@@ -255,7 +255,7 @@ def test_the_guard_knows_unseen_topics_and_nothing_where_there_is_nothing(assist
 def test_measures_are_what_their_names_say() -> None:
     rng = np.random.default_rng(1)
     harmful, harmless = rng.normal(0.5, 1, 23), rng.normal(-0.5, 1, 31)
-    found = latent_guard._judged(harmful, harmless, None, permutations=99, seed=0)
+    found = latent_guard._judged((harmful, harmless), None, 99, 0)
     pairs = [(a > b) + (a == b) / 2 for a in harmful for b in harmless]
     assert found.auroc.value == pytest.approx(np.mean(pairs))
     assert found.accuracy.value == pytest.approx(((harmful >= 0).sum() + (harmless < 0).sum()) / 54)

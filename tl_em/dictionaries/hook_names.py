@@ -36,25 +36,20 @@ class Place(NamedTuple):
     module: bool = False
 
 
-_LENS: Mapping[str, tuple[Stream, bool, bool]] = {
-    "hook_resid_pre": ("resid_pre", False, False), "hook_in": ("resid_pre", False, False),
-    "hook_resid_mid": ("resid_mid", False, False), "hook_mlp_in": ("resid_mid", False, False),
-    "hook_resid_post": ("resid_post", False, False), "hook_out": ("resid_post", False, False),
-    "hook_attn_out": ("attn_out", False, False), "hook_mlp_out": ("mlp_out", False, False),
-    "attn.hook_out": ("attn_out", False, True), "mlp.hook_out": ("mlp_out", False, True),
-    "mlp.hook_in": ("mlp_in", False, False), "ln2.hook_normalized": ("mlp_in", True, False),
+_LENS: Mapping[str, Stream] = {
+    "hook_resid_pre": "resid_pre", "hook_in": "resid_pre", "hook_resid_mid": "resid_mid", "hook_mlp_in": "resid_mid",
+    "hook_resid_post": "resid_post", "hook_out": "resid_post", "hook_attn_out": "attn_out", "hook_mlp_out": "mlp_out",
+    "attn.hook_out": "attn_out", "mlp.hook_out": "mlp_out", "mlp.hook_in": "mlp_in", "ln2.hook_normalized": "mlp_in",
 }  # fmt: skip
-_HUGGING_FACE: Mapping[str, tuple[Stream, bool, bool]] = {
-    "": ("resid_post", False, False), "output": ("resid_post", False, False), "input": ("resid_pre", False, False),
-    "mlp": ("mlp_out", False, True), "mlp.output": ("mlp_out", False, True), "mlp.input": ("mlp_in", False, False),
-    "self_attn": ("attn_out", False, True), "self_attn.output": ("attn_out", False, True),
-    "attention": ("attn_out", False, True), "attention.output": ("attn_out", False, True),
-    "attn": ("attn_out", False, True), "attn.output": ("attn_out", False, True),
-    "pre_feedforward_layernorm": ("mlp_in", False, False), "pre_feedforward_layernorm.output": ("mlp_in", False, False),
-    "pre_feedforward_layernorm.input": ("resid_mid", False, False),
-    "post_feedforward_layernorm": ("mlp_out", False, False),
-    "post_feedforward_layernorm.output": ("mlp_out", False, False),
+_HUGGING_FACE: Mapping[str, Stream] = {
+    "": "resid_post", "output": "resid_post", "input": "resid_pre", "mlp.input": "mlp_in",
+    "mlp": "mlp_out", "self_attn": "attn_out", "attention": "attn_out", "attn": "attn_out",
+    "pre_feedforward_layernorm": "mlp_in", "pre_feedforward_layernorm.input": "resid_mid",
+    "post_feedforward_layernorm": "mlp_out",
 }  # fmt: skip
+"""A module's name is its output's."""
+_BEFORE_WEIGHT = ("ln2.hook_normalized",)
+_MODULES = ("attn.hook_out", "mlp.hook_out", "mlp", "self_attn", "attention", "attn")
 _TRAINER: Mapping[str, Stream] = {
     "resid_pre": "resid_pre", "resid_mid": "resid_mid", "resid_post": "resid_post", "attn_out": "attn_out",
     "attention_out": "attn_out", "mlp_in": "mlp_in", "mlp_out": "mlp_out",
@@ -90,15 +85,14 @@ def place(name: str, field: str) -> Place | None:
     layer, rest = int(found[1]), found[2] or ""
     if hugging_face and rest.split(".")[0] in _OPEN:
         return None
-    table = _LENS if lens else _HUGGING_FACE
-    if rest not in table:
+    table, own = _LENS if lens else _HUGGING_FACE, rest if lens else rest.removesuffix(".output")
+    if own not in table:
         raise UsageError(
             f"{field} is {name!r}, which names no site of this package (heads, keys, neurons and what the attention "
             "reads are none): another tensor read in its place would name wrong latents. Train one where it can be "
             f"read: em.dictionaries.train_dictionary(model, em.Site({layer}, 'attn_out'), corpus, d_sae=512)"
         )
-    stream, before_weight, module = table[rest]
-    return Place(Site(layer, stream), before_weight, module)
+    return Place(Site(layer, table[own]), own in _BEFORE_WEIGHT, own in _MODULES)
 
 
 def placed(name: Any, field: str, given: Any, argument: str) -> Place:

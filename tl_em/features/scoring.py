@@ -26,20 +26,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_em.arguments import NATURAL, SEED, checked
-from tl_em.dictionaries import Dictionary
 from tl_em.dictionaries.protocol import AnyDictionary, as_dictionary
 from tl_em.dictionaries.tokens import check_models
 from tl_em.directions.direction import Direction
 from tl_em.errors import UsageError
 from tl_em.features.attribution import ablation_parts, attribution_parts, have_completions
 from tl_em.features.decoders import decoder_cosines
-from tl_em.features.scoring_pass import PARTS, Sums, add_behaviour, deal
+from tl_em.features.scoring_pass import PARTS, add_behaviour, deal
 from tl_em.features.table import FeatureTable, frame_of
 from tl_em.metrics import Metric
 from tl_em.models.contrasts import ContrastSet
 from tl_em.models.hooks import LensModel
 from tl_em.models.modes import in_plain_torch
-from tl_em.models.prompts import EncodedPrompt
 from tl_em.models.sites import Position, as_position
 from tl_em.models.stream import encoded_prompts
 from tl_em.showing import check_names
@@ -126,11 +124,16 @@ def score_features(
                  "delta_attribution": torch.stack([each.delta for each in found]),
                  "whole attribution": torch.stack([each.whole for each in found])[..., None]}  # fmt: skip
     if leaders:
-        extra["ablation"] = _ablated(model, dictionary, encoded, parts, sums, changes, leaders, metric)
+        last = changes[kinds[-1]]
+        latents, extra["ablation"] = _leading(last, leaders), torch.full_like(last, torch.nan)
+        for row, (classes, part) in enumerate(zip(encoded, parts, strict=True)):
+            base = None if against is None else (sums[row].mean[0].cpu() - last[row].sum(0))[latents]
+            done = ablation_parts(model, dictionary, latents, classes[0], part[0], metric=metric, to=base)
+            extra["ablation"][row][:, latents] = done
     return FeatureTable(
         dictionary,
         tuple(behaviours),
-        frame_of(tuple(behaviours), sums, changes, extra, cosines),
+        frame_of(tuple(behaviours), sums, changes | extra, cosines),
         changes | extra,
         {name: torch.stack([each.shift[i] for each in sums]).cpu() for i, name in enumerate(changes)},
         torch.stack([_share(part) for part in parts]),
@@ -141,25 +144,10 @@ def score_features(
     )
 
 
-def _ablated(
-    model: LensModel,
-    dictionary: Dictionary,
-    encoded: Sequence[tuple[Sequence[EncodedPrompt], Sequence[EncodedPrompt]]],
-    parts: Sequence[tuple[Sequence[int], Sequence[int]]],
-    sums: Sequence[Sums],
-    changes: Mapping[str, Tensor],
-    leaders: int,
-    metric: Metric | None,
-) -> Float[Tensor, "behaviour part feature"]:
-    """Exact ablations of the latents whose smallest change over behaviours is largest; NaN for the others."""
-    last = changes["delta" if "delta" in changes else "effect"]
-    z = (last.sum(1) / last.square().sum(1).sqrt().clamp_min(1e-30)).abs().amin(0)
-    latents = z.topk(min(leaders, len(z))).indices.tolist()
-    out = torch.full_like(last, torch.nan)
-    for row, (classes, part) in enumerate(zip(encoded, parts, strict=True)):
-        to = (sums[row].mean[0].cpu() - last[row].sum(0))[latents] if "delta" in changes else None
-        out[row][:, latents] = ablation_parts(model, dictionary, latents, classes[0], part[0], metric=metric, to=to)
-    return out
+def _leading(parts: Float[Tensor, "behaviour part feature"], count: int) -> list[int]:
+    """The latents whose smallest change over behaviours is largest."""
+    z = (parts.sum(1) / parts.square().sum(1).sqrt().clamp_min(1e-30)).abs().amin(0)
+    return z.topk(min(count, len(z))).indices.tolist()
 
 
 def _share(part: tuple[Sequence[int], Sequence[int]]) -> Float[Tensor, " part"]:

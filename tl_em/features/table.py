@@ -111,11 +111,7 @@ class FeatureTable:
 
 
 def frame_of(
-    names: Sequence[str],
-    sums: Sequence[Sums],
-    changes: Mapping[str, Tensor],
-    extra: Mapping[str, Tensor],
-    cosines: Mapping[str, Float[Tensor, " feature"]],
+    names: Sequence[str], sums: Sequence[Sums], parts: Mapping[str, Tensor], cosines: Mapping[str, Tensor]
 ) -> pd.DataFrame:
     """One row per latent and behaviour: sums as the columns that ``score_features`` lists."""
     import pandas as pd
@@ -123,62 +119,46 @@ def frame_of(
     frames = []
     for row, (name, each) in enumerate(zip(names, sums, strict=True)):
         columns: dict[str, Any] = {"latent": np.arange(each.mean.shape[1]), "behaviour": name}
-        columns |= _contrast_columns(each) | (_base_columns(each) if "delta" in changes else {})
-        if "attribution" in extra:
-            found = extra["attribution"][row]
-            columns |= {"attribution": found.double().sum(0).numpy(), "p_attribution": sign_flip_p(found)}
-            columns["delta_attribution"] = extra["delta_attribution"][row].double().sum(0).numpy()
-        if "ablation" in extra:
-            columns["ablation"] = extra["ablation"][row].double().sum(0).numpy()
+        columns |= _contrast_columns(each) | (_base_columns(each) if "delta" in parts else {})
+        for measure in ("attribution", "delta_attribution", "ablation"):
+            if measure in parts:
+                columns[measure] = parts[measure][row].double().sum(0).numpy()
+                columns |= {"p_attribution": sign_flip_p(parts[measure][row])} if measure == "attribution" else {}
         columns |= {f"cosine_{direction}": cosine.numpy() for direction, cosine in cosines.items()}
         frames.append(pd.DataFrame(columns))
     return pd.concat(frames, ignore_index=True)
 
 
 def _contrast_columns(sums: Sums) -> dict[str, np.ndarray]:
-    counts = sums.histogram.cpu()
+    counts, mean, effect = sums.histogram.cpu(), sums.mean.cpu().numpy(), sums.effect.cpu()
     on = 1 - counts[:, 0].sum(0) / counts.sum((0, 1)).clamp_min(1)
-    effect, mean = sums.effect.cpu(), sums.mean.cpu()
     stability = effect.sign().sum(0) / (effect != 0).any(1).sum().clamp_min(1)
-    total = effect.double().sum(0)
-    p = sign_flip_p(effect)
+    tested = _tested(effect, "effect", "p", "q")
     return {
-        "mean_positive": mean[0].numpy(),
-        "mean_negative": mean[1].numpy(),
-        "density": on.numpy(),
-        "auroc": auroc(counts).numpy(),
-        "effect": total.numpy(),
-        "p": p,
-        "q": _q(p, effect),
-        "stability": stability.numpy(),
-        "strength_stability": (total * stability).numpy(),
-    }
+        "mean_positive": mean[0], "mean_negative": mean[1], "density": on.numpy(), "auroc": auroc(counts).numpy(),
+        **tested, "stability": stability.numpy(), "strength_stability": tested["effect"] * stability.numpy(),
+    }  # fmt: skip
 
 
 def _base_columns(sums: Sums) -> dict[str, np.ndarray]:
-    delta, scaling = sums.delta.cpu(), sums.scaling.cpu().double()
-    total = delta.double().sum(0)
-    p = sign_flip_p(delta)
-    return {
-        "mean_base": (sums.mean[0].cpu() - total).numpy(),
-        "delta": total.numpy(),
-        "p_delta": p,
-        "q_delta": _q(p, delta),
-        **dict(zip(("nu", "nu_reconstruction"), _ratios(scaling), strict=True)),
-    }
+    """``nu`` is NaN for a latent that the tuned model never shows (of the base alone, or dead)."""
+    delta = sums.delta.cpu()
+    nu = dict(zip(("nu", "nu_reconstruction"), _ratios(sums.scaling.cpu().double()), strict=True))
+    base = {"mean_base": (sums.mean[0].cpu() - delta.double().sum(0)).numpy()}
+    return base | _tested(delta, "delta", "p_delta", "q_delta") | nu
 
 
 def _ratios(scaling: Float[Tensor, "kind model feature"]) -> np.ndarray:
-    """Base by tuned; NaN for a latent that the tuned model never shows (of the base alone, or dead)."""
+    """Base by tuned."""
     tuned, base = scaling.unbind(1)
     return torch.where(tuned != 0, base / tuned, torch.nan).numpy()
 
 
-def _q(p: np.ndarray, parts: Float[Tensor, "part feature"]) -> np.ndarray:
-    """BH over the latents that were ever on; which ones were does not depend on the labels."""
-    alive = (parts != 0).any(0).numpy()
-    q = benjamini_hochberg(np.where(alive, p, np.nan))
-    return np.where(alive, q, 1.0)
+def _tested(parts: Float[Tensor, "part feature"], *names: str) -> dict[str, np.ndarray]:
+    """Total, p, and BH's q over the latents that were ever on; which ones were does not depend on the labels."""
+    p, alive = sign_flip_p(parts), (parts != 0).any(0).numpy()
+    q = np.where(alive, benjamini_hochberg(np.where(alive, p, np.nan)), 1.0)
+    return dict(zip(names, (parts.double().sum(0).numpy(), p, q), strict=True))
 
 
 def auroc(histogram: Int[Tensor, "label bin feature"]) -> Float[Tensor, " feature"]:

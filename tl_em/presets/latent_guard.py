@@ -133,7 +133,7 @@ class LatentGuard:
         layers = tuple(range(int(model.cfg.n_layers)) if layers is None else layers)
         if not layers:
             raise UsageError("a guard without layers compares nothing; pass layers=[...], or None for all of them")
-        means = class_moments(model, contrast, sites=_sites(layers), positions=[POSITION])
+        means = class_moments(model, contrast, sites=[Site(layer) for layer in layers], positions=[POSITION])
         return cls(means.positive[0], means.negative[0], layers, Provenance.of(model, data=contrast.hash))
 
     @in_plain_torch
@@ -148,7 +148,7 @@ class LatentGuard:
             ProvenanceError, WidthError: the guard was made on another model.
         """
         check_belongs("the guard", self.harmful.shape[-1], self.provenance, model, template=True)
-        x = capture(model, prompts, _sites(self.layers), position=POSITION).double()
+        x = capture(model, prompts, [Site(layer) for layer in self.layers], position=POSITION).double()
         towards = [torch.cosine_similarity(x, means.double(), dim=-1) for means in (self.harmful, self.harmless)]
         return (towards[0] - towards[1]).mean(-1).float()
 
@@ -176,8 +176,9 @@ class LatentGuard:
                 "part of contrast.split()"
             )
         scores = [self.score(model, prompts).double().numpy() for prompts in (contrast.positive, contrast.negative)]
-        groups = _groups(contrast)
-        return _judged(scores[0], scores[1], groups, permutations=permutations, seed=seed)
+        labels = contrast.positive_groups, contrast.negative_groups
+        groups = None if labels[0] is None or labels[1] is None else (list(labels[0]), list(labels[1]))
+        return _judged(scores, groups, permutations, seed)
 
     def save(self, path: str | Path) -> Path:
         """Write means, layers and provenance to a safetensors file, whole or not at all.
@@ -206,27 +207,12 @@ class LatentGuard:
         return load_tensors(path, SCHEMA, made, damage=damage)
 
 
-def _sites(layers: Sequence[int]) -> list[Site]:
-    return [Site(layer) for layer in layers]
+Scores = Float[np.ndarray, " _"]  # classes differ in length
+Labels = tuple[list[Hashable], list[Hashable]]
 
 
-def _groups(contrast: ContrastSet) -> tuple[list[Hashable], list[Hashable]] | None:
-    if contrast.positive_groups is None or contrast.negative_groups is None:
-        return None
-    return list(contrast.positive_groups), list(contrast.negative_groups)
-
-
-Scores = Float[np.ndarray, " prompt"]
-
-
-def _judged(
-    harmful: Scores,
-    harmless: Float[np.ndarray, " other"],
-    groups: tuple[list[Hashable], list[Hashable]] | None,
-    *,
-    permutations: int,
-    seed: int,
-) -> GuardResult:
+def _judged(by_class: Sequence[Scores], groups: Labels | None, permutations: int, seed: int) -> GuardResult:
+    harmful, harmless = by_class
     right = (harmful >= 0).astype(float), (harmless < 0).astype(float)
     samples = groups if groups is not None else (len(harmful), len(harmless))
 
@@ -249,22 +235,18 @@ def _judged(
     )
 
 
-def _under_labels(
-    scores: Scores, labels: Bool[np.ndarray, "permutation prompt"]
-) -> dict[str, Float[np.ndarray, " permutation"]]:
+def _under_labels(scores: Scores, labels: Bool[np.ndarray, "permutation prompt"]) -> dict[str, np.ndarray]:
     """Accuracy and AUROC (Mann and Whitney's, from ranks) of the same scores under other labels."""
     from scipy.stats import rankdata
 
     positive = labels.sum(1)
     ranks = labels @ rankdata(scores) - positive * (positive + 1) / 2
-    return {
-        "accuracy": (labels == (scores >= 0)).mean(1),
-        "auroc": ranks / (positive * (len(scores) - positive)),
-    }
+    right = (labels == (scores >= 0)).mean(1)
+    return {"accuracy": right, "auroc": ranks / (positive * (len(scores) - positive))}
 
 
 def _shuffled_labels(
-    n: int, harmful: int, groups: tuple[list[Hashable], list[Hashable]] | None, count: int, seed: int
+    n: int, harmful: int, groups: Labels | None, count: int, seed: int
 ) -> Bool[np.ndarray, "permutation prompt"]:
     """Labels exchanged between questions that have one class each; else within every question."""
     rng, labels = np.random.default_rng(seed), np.arange(n) < harmful
