@@ -85,9 +85,9 @@ def from_sae_lens(
     source: Any,
     sae_id: str | None = None,
     *,
+    model: LensModel | None = None,
     site_in: Where | None = None,
     site_out: Where | None = None,
-    model: LensModel | None = None,
 ) -> Dictionary:
     """An SAE or transcoder of SAELens as a Dictionary: standard, JumpReLU, top-k, gated; with a skip or without.
 

@@ -185,8 +185,8 @@ def dictionary_quality(
     dictionary: AnyDictionary,
     prompts: Sequence[Prompt | EncodedPrompt],
     *,
-    against: LensModel | None = None,
     position: Position = "all",
+    against: LensModel | None = None,
     difference: bool = False,
     seed: int = 0,
 ) -> DictionaryQuality:
@@ -194,7 +194,7 @@ def dictionary_quality(
 
     Args:
         model: the model that it is to be used in.
-        dictionary: an SAE or a transcoder.
+        dictionary: an SAE, a transcoder, or a crosscoder, which has no neighbouring points.
         prompts: not those that it was trained on; chats that end with an answer, for the cross-entropy.
         against: the base model.
         position: the tokens that are judged, as in ``train_dictionary``.

@@ -50,8 +50,8 @@ def score_features(
     dictionary: AnyDictionary,
     behaviours: Mapping[str, ContrastSet],
     *,
-    against: LensModel | None = None,
     position: Position = "prompt_end",
+    against: LensModel | None = None,
     directions: Mapping[str, Direction] | None = None,
     attribution: bool = True,
     leaders: int = 0,
@@ -62,7 +62,7 @@ def score_features(
 
     Args:
         model: the (tuned) model.
-        dictionary: an SAE or transcoder of this model's width.
+        dictionary: an SAE, transcoder or crosscoder of this model's width.
         behaviours: by name; positive prompts show the behaviour, negative ones are matched and do not. Classes of
             equal length are pairs.
         against: the base model. The *same* positive prompts are then read in both.
