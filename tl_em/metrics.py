@@ -1,7 +1,7 @@
 """One number for each prompt, and never an average: only ``stats`` reduces the prompt axis.
 
 A metric is a callable ``(model, prompts) -> Float["prompt"]`` with a ``name`` and a ``unit``; the unit decides which
-smallest effect of interest applies (``claims.rule``).  A plain function is one that has these two attributes:
+smallest effect of interest applies (``claims.questions.use``).  A plain function is one that has these two attributes:
 ``mine.name, mine.unit = "politeness", "probability"``.  Metrics run the model as it is, so inside
 ``with em.intervene(model, ...)`` they measure the intervened model.
 """

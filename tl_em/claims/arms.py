@@ -9,7 +9,7 @@ of the next token at the prompt's end, in nats.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from tl_em.interventions.base import Intervention
 from tl_em.interventions.intervene import intervene
@@ -78,6 +79,11 @@ class Arm:
         measures: dict[str, Any] = {name: self._measure(name) for name in only or (*self.metrics, KL)}  # untreated yet
         with intervene(self.model, intervention, where=self.where):
             return {name: numbers(measure(self.model, self._on(name))) for name, measure in measures.items()}
+
+    def each(self, interventions: Iterable[Any], only: Sequence[str] = (), *, said: str) -> list[Outcomes]:
+        """:meth:`treated` for one intervention after another, with a progress bar."""
+        bar = tqdm(list(interventions), desc=f"{self.name}: {said}", disable=None, leave=False)
+        return [self.treated(each, only) for each in bar]
 
     def along(
         self, template: Intervention, vectors: Float[Tensor, "direction d_model"], outcome: str

@@ -12,7 +12,7 @@ import numpy as np
 
 from tl_em.claims.claim import Case, Reading, Statistic, weighted
 from tl_em.claims.questions.rotation import cosine_of_gaps
-from tl_em.stats import middle_95
+from tl_em.stats import Estimate
 
 
 def layer_rows(case: Case) -> list[dict[str, Any]]:
@@ -40,13 +40,11 @@ def _model_rows(case: Case, name: str, reading: Reading) -> list[dict[str, Any]]
     return [_layer_row(case, quantity, name, *found) for quantity, found in quantities.items()]
 
 
-def _layer_row(
-    case: Case, quantity: str, model: str, statistic: Statistic, null: np.ndarray | None
-) -> dict[str, Any]:
-    found = case.bootstrap(statistic, resamples=300).estimate.row()
-    low, high = (float("nan"), float("nan")) if null is None or model == "base" else middle_95(null).tolist()
+def _layer_row(case: Case, quantity: str, model: str, statistic: Statistic, null: np.ndarray | None) -> dict[str, Any]:
+    found, nan = case.bootstrap(statistic, resamples=300).estimate.row(), float("nan")
+    band = None if null is None or model == "base" else Estimate.band(null)
     return {
         "direction": case.name, "layer": case.site.layer, "stream": case.site.stream, "quantity": quantity,
         "model": model, **{key: found[key] for key in ("value", "low", "high")},
-        "control_low": low, "control_high": high,
+        "control_low": band.low if band else nan, "control_high": band.high if band else nan,
     }  # fmt: skip

@@ -370,14 +370,9 @@ class Row:
         detail: further estimates that belong to it.
 
     Example:
-        >>> import tl_em as em
-        >>> pair = em.load_pair("toy/insecure")
-        >>> parts = pair.contrasts["persona"].split(seed=0)
-        >>> persona = em.difference_in_means(pair.base, parts.train, site=em.Site(2), position="prompt_end")
-        >>> result = em.compare(pair, {"persona": (persona, parts.test)}, questions=["level"], controls=99)
-        >>> row = result.rows[0]
-        >>> row.question, row.verdict, row.unit
-        ('level', 'exaggerated', 'own gaps')
+        >>> e = Estimate(0.42, 0.31, 0.53, n=60, n_effective=60.0, method="bootstrap")
+        >>> Row("level", "persona", Site(2), "exaggerated", e, {}, 0.01, 0.1, "own gaps", None, "beyond 0.1", {}).shown
+        True
     """
 
     question: str

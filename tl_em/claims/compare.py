@@ -57,13 +57,9 @@ class Comparison:
         tables: rows behind the answers to other questions than *use*, where they gave some, by the question's name.
 
     Example:
-        >>> import tl_em as em
-        >>> pair = em.load_pair("toy/insecure")
-        >>> parts = pair.contrasts["persona"].split(seed=0)
-        >>> persona = em.difference_in_means(pair.base, parts.train, site=em.Site(2), position="prompt_end")
-        >>> result = em.compare(pair, {"persona": (persona, parts.test)}, questions=["level"], controls=99)
-        >>> result.row("level", "persona").estimate.low > 0.2
-        True
+        >>> import pandas as pd
+        >>> Comparison((), pd.DataFrame(), pd.DataFrame(), unmeasured={"persona": "no gap in the base"}).summary
+        'Not measured: persona.'
     """
 
     rows: tuple[Row, ...]

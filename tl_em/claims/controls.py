@@ -24,7 +24,6 @@ from tl_em.dictionaries.dictionary import Dictionary
 from tl_em.directions.direction import Direction
 from tl_em.directions.geometry import control_directions
 from tl_em.errors import PositionError, UsageError
-from tl_em.interventions.base import Intervention, direction_of
 from tl_em.models.contrasts import ContrastSet, Prompt
 from tl_em.models.hooks import LensModel
 from tl_em.models.prompts import EncodedPrompt
@@ -43,8 +42,8 @@ def random_directions(
     *,
     count: int,
     seed: int = 0,
-) -> Float[Tensor, "control d_model"]:
-    """Random vectors in place of a direction's, as long as it is.
+) -> list[Direction]:
+    """Random directions in place of one, at its site and as long as it is.
 
     Args:
         model: whose activations are read: at the direction's site and position, or at the prompt's end where prompts
@@ -60,7 +59,8 @@ def random_directions(
     both = isinstance(drawn_from, ContrastSet)
     classes = (drawn_from.positive, drawn_from.negative) if both else (drawn_from, drawn_from)
     x = [_read(model, prompts, direction) for prompts in classes]
-    return torch.from_numpy(control_directions(x[0], x[1], count=count, norm=direction.norm, seed=seed)).float()
+    vectors = torch.from_numpy(control_directions(x[0], x[1], count=count, norm=direction.norm, seed=seed)).float()
+    return [replace(direction, vector=vector, name="random", neutral=None) for vector in vectors]
 
 
 def _read(model: LensModel, prompts: Sequence[Any], direction: Direction) -> Float[np.ndarray, "prompt d_model"]:
@@ -69,31 +69,6 @@ def _read(model: LensModel, prompts: Sequence[Any], direction: Direction) -> Flo
     except PositionError:
         acts = capture(model, prompts, [direction.site], position="prompt_end")
     return acts[:, 0].double().numpy()
-
-
-def along_random(
-    model: LensModel,
-    intervention: Intervention,
-    drawn_from: ContrastSet | Sequence[Prompt | EncodedPrompt],
-    *,
-    count: int,
-    seed: int = 0,
-) -> list[Intervention]:
-    """The same intervention along random directions in place of its own; see :func:`random_directions`.
-
-    Raises:
-        UsageError: it has no direction.
-    """
-    own = direction_of(intervention)
-    if not count:
-        return []
-    if own is None:
-        raise UsageError(
-            f"{type(intervention).__name__} has no direction that a random one could replace; pass controls=[…], "
-            "interventions of the same kind with random vectors, or controls=0"
-        )
-    vectors = random_directions(model, own, drawn_from, count=count, seed=seed)
-    return [intervention.along(replace(own, vector=vector, name="random", neutral=None)) for vector in vectors]
 
 
 def matched_sets(
@@ -157,14 +132,10 @@ def match(
     sets: Int[np.ndarray, "placebo chosen"],
 ) -> dict[str, float]:
     """Mean density and decoder norm of the latents and of those that stand for them."""
-    norms = dictionary.W_dec.norm(dim=-1).cpu()
-    own, theirs = torch.tensor(list(indices)), torch.from_numpy(sets)
-    return {
-        "density": float(density[own].mean()),
-        "density of placebos": float(density[theirs].mean()),
-        "decoder norm": float(norms[own].mean()),
-        "decoder norm of placebos": float(norms[theirs].mean()),
-    }
+    norms, means = dictionary.W_dec.norm(dim=-1).cpu(), {}
+    for name, values in (("density", density), ("decoder norm", norms)):
+        means |= {name: float(values[list(indices)].mean()), f"{name} of placebos": float(values[sets].mean())}
+    return means
 
 
 def _standardised(dictionary: Dictionary, density: Float[Tensor, " feature"]) -> Float[np.ndarray, "feature 2"]:

@@ -25,7 +25,7 @@ import numpy as np
 
 from tl_em.arguments import NATURAL, NOT_NEGATIVE, SEED, checked, finite, list_of, optional
 from tl_em.claims.arms import KL, Arm, numbers
-from tl_em.claims.controls import along_random
+from tl_em.claims.controls import random_directions
 from tl_em.claims.dose import Dial, Treated
 from tl_em.claims.instructions import instructed
 from tl_em.errors import NonFiniteError, UsageError
@@ -261,9 +261,7 @@ def effect_curve(
     check_names(baselines or {})
     arm = _arm(model, intervention, behaviour, metric, coherence, groups, seed)
     dial = Dial(arm, intervention)
-    beside = controls
-    if isinstance(beside, int):
-        beside = along_random(model, intervention, contrast or arm.prompts, count=beside, seed=seed)
+    beside = _beside(arm, intervention, contrast, controls) if isinstance(controls, int) else controls
     told = {name: _told(arm, text) for name, text in (baselines or {}).items()}
     treated = _treated(dial, strengths, target_kls, both_signs)
     signs = sorted({-1.0 if t.strength < 0 else 1.0 for t in treated}, reverse=True)
@@ -317,6 +315,20 @@ def _arm(
     cost, own = coherence if isinstance(coherence, tuple) else (coherence, None)
     metrics = {EFFECT: metric} | ({} if cost is None else {COHERENCE: cost})
     return Arm("curve", model, prompts, groups, metrics, seed=seed, apart={} if own is None else {COHERENCE: own})
+
+
+def _beside(arm: Arm, intervention: Intervention, contrast: ContrastSet | None, count: int) -> list[Intervention]:
+    """The same intervention along random directions in place of its own."""
+    own = direction_of(intervention)
+    if not count:
+        return []
+    if own is None:
+        raise UsageError(
+            f"{type(intervention).__name__} has no direction that a random one could replace; pass controls=[…], "
+            "interventions of the same kind with random vectors, or controls=0"
+        )
+    random = random_directions(arm.model, own, contrast or arm.prompts, count=count, seed=arm.seed)
+    return [intervention.along(direction) for direction in random]
 
 
 def _treated(dial: Dial, strengths: Numbers | None, target_kls: Numbers | None, both_signs: bool) -> list[Treated]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 ArmName = Literal["remove", "induce"]
 SET, DIRECTION = "the set", "mean difference"
-WORDS: dict[ArmName, str] = {"remove": "carries the behaviour", "induce": "induces the behaviour"}
+WORDS: dict[str, str] = {"remove": "carries the behaviour", "induce": "induces the behaviour"}
 BESIDE = "beside"
 
 
@@ -41,7 +41,7 @@ class CheckRow:
         reason: what holds, or what does not.
     """
 
-    arm: ArmName
+    arm: str
     subject: str
     verdict: str
     effect: Estimate

@@ -21,12 +21,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from tqdm.auto import tqdm
 
+from tl_em.arguments import COUNT, NOT_NEGATIVE, POSITIVE, SEED, list_of, optional, settle
 from tl_em.claims.arms import KL, Arm, Outcomes
 from tl_em.claims.controls import match, matched_sets
 from tl_em.claims.dose import Dial, Treated
 from tl_em.claims.feature_check import DIRECTION, SET, ArmName
+from tl_em.claims.questions.use import smallest_effect
 from tl_em.dictionaries.dictionary import Dictionary, Feature
 from tl_em.dictionaries.tokens import Seen, seen
 from tl_em.directions.direction import Direction
@@ -34,11 +35,13 @@ from tl_em.errors import UsageError
 from tl_em.interventions.base import Intervention, Partial
 from tl_em.interventions.edits import Ablate, Add
 from tl_em.interventions.latents import ScaleFeature
-from tl_em.metrics import Metric
-from tl_em.models.contrasts import ContrastSet
+from tl_em.metrics import Behaviour, Metric
+from tl_em.models.contrasts import ContrastSet, Prompt
 from tl_em.models.hooks import LensModel
+from tl_em.models.means import as_contrast
 from tl_em.models.scopes import Where
 from tl_em.models.stream import encoded_prompts
+from tl_em.stats import Estimate
 
 STRONGEST = 16.0
 """Largest coefficient at which the direction is added to reach the KL of a set of latents."""
@@ -71,53 +74,80 @@ class Trial(NamedTuple):
     arm: Arm
     subject: str
     outcomes: Outcomes
-    controls: Float[np.ndarray, " placebo"] | None
-    levels: Mapping[str, Float[np.ndarray, " placebo"]]
+    controls: Float[np.ndarray, " placebo"] | None = None
+    levels: Mapping[str, Float[np.ndarray, " placebo"]] = {}
+
+    @property
+    def changes(self) -> dict[str, Estimate]:
+        """The change of each metric but the first."""
+        names = [name for name in self.arm.metrics if name != self.arm.first]
+        return {name: self.arm.change(self.outcomes, name).estimate for name in names}
 
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """What is asked of every set alike; as in ``verify_feature``.
-
-    Args:
-        metrics: ``bad``, and ``good`` and ``coherence`` where they are measured.
-    """
+    """What is asked of every set alike; as in ``verify_feature``."""
 
     model: LensModel
-    base: LensModel | None
     contrast: ContrastSet
-    fit: ContrastSet
-    metrics: Mapping[str, Metric]
-    where: Where
-    placebos: int
-    singly: bool
-    doses: Sequence[float]
-    seed: int
+    metric: Metric | Behaviour
+    placebos: int = 20
+    against: LensModel | None = None
+    good: Metric | None = None
+    coherence: Metric | None = None
+    fit: ContrastSet | None = None
+    where: Where | None = None
+    singly: bool = True
+    doses: Sequence[float] = (0.25, 0.5, 1.0)
+    smallest: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        settle(self, contrast=as_contrast, placebos=COUNT, doses=list_of(POSITIVE), smallest=optional(NOT_NEGATIVE))
+        settle(self, seed=SEED)
+
+    @cached_property
+    def metrics(self) -> dict[str, Metric]:
+        """``bad``, and ``good`` and ``coherence`` where they are measured."""
+        given, found = self.metric, {"good": self.good, "coherence": self.coherence}
+        if isinstance(given, Behaviour):
+            given, found["good"] = given.metric, given.good if self.good is None else self.good
+        return {"bad": given} | {name: each for name, each in found.items() if each is not None}
+
+    @property
+    def least(self) -> float:
+        """The smallest effect of interest."""
+        return smallest_effect(self.metrics["bad"], self.smallest)
+
+    @property
+    def known(self) -> ContrastSet:
+        """The prompts that means, densities and the mean difference are taken from."""
+        return self.fit or self.contrast
+
+    @cached_property
+    def scope(self) -> Where:
+        """All tokens for an ablation; for a setting to means the answers, or the prompts' last tokens."""
+        if self.where is not None or self.against is None:
+            return self.where or "all"
+        answered = all(prompt.response is not None for prompt in encoded_prompts(self.model, self.known.positive))
+        return "generated" if answered else ("last", 1)
 
     @cached_property
     def arms(self) -> dict[ArmName, Arm]:
         """The latents removed from the model and, with a base, induced in that."""
-        common = {"metrics": self.metrics, "where": self.where, "seed": self.seed}
-        on: Any = {"prompts": self.contrast.positive, "groups": self.contrast.positive_groups, **common}
+        on: Any = {"prompts": self.contrast.positive, "groups": self.contrast.positive_groups, "metrics": self.metrics,
+                   "where": self.scope, "seed": self.seed}  # fmt: skip
         arms: dict[ArmName, Arm] = {"remove": Arm("remove", self.model, sign=-1, **on).as_tokens()}
-        return arms if self.base is None else {**arms, "induce": Arm("induce", self.base, **on).as_tokens()}
+        return arms if self.against is None else {**arms, "induce": Arm("induce", self.against, **on).as_tokens()}
 
     @property
     def settings(self) -> dict[str, Any]:
         """What was treated how, for people."""
         return {
-            "where": _said(self.where), "metrics": {name: metric.name for name, metric in self.metrics.items()},
-            "unit": self.metrics["bad"].unit, "to": "0" if self.base is None else "means of the base",
+            "where": _said(self.scope), "metrics": {name: metric.name for name, metric in self.metrics.items()},
+            "unit": self.metrics["bad"].unit, "to": "0" if self.against is None else "means of the base",
             "placebos": self.placebos, "seed": self.seed,
         }  # fmt: skip
-
-
-def usual_scope(model: LensModel, contrast: ContrastSet, base: LensModel | None) -> Where:
-    """All tokens for an ablation; for a setting to means the answers, or the prompts' last tokens."""
-    if base is None:
-        return "all"
-    answered = all(prompt.response is not None for prompt in encoded_prompts(model, contrast.positive))
-    return "generated" if answered else ("last", 1)
 
 
 def _said(where: Where) -> str:
@@ -166,14 +196,16 @@ class LatentSet:
     @cached_property
     def own(self) -> Seen:
         """In the model that is treated, on the prompts that show the behaviour."""
-        return seen(self.job.model, self.dictionary, self.job.fit.positive, where=self.job.where)
+        return self._seen(self.job.model, self.job.known.positive)
 
     @cached_property
     def other(self) -> Seen:
         """In the base on the same prompts; without a base, in the model on the prompts that do not show it."""
-        if self.job.base is not None:
-            return seen(self.job.base, self.dictionary, self.job.fit.positive, where=self.job.where)
-        return seen(self.job.model, self.dictionary, self.job.fit.negative, where=self.job.where)
+        base, known = self.job.against, self.job.known
+        return self._seen(self.job.model, known.negative) if base is None else self._seen(base, known.positive)
+
+    def _seen(self, model: LensModel, prompts: Sequence[Prompt]) -> Seen:
+        return seen(model, self.dictionary, prompts, where=self.job.scope)
 
     @cached_property
     def density(self) -> Float[torch.Tensor, " feature"]:
@@ -189,7 +221,7 @@ class LatentSet:
         """The treatment of the set or of a part of it."""
         index = list(self.indices if chosen is None else chosen)
         features = [self.dictionary.feature(i) for i in index]
-        if self.job.base is None:
+        if self.job.against is None:
             return ScaleFeature(features, 0.0)
         return ScaleFeature(features, to=(self.other if arm == "remove" else self.own).mean[index])
 
@@ -209,26 +241,26 @@ class LatentSet:
     # --- What that does ---
 
     @cached_property
-    def trials(self) -> list[Trial]:
-        """In each arm the set with its placebos and the mean difference; the latents one by one where removed."""
+    def trials(self) -> dict[tuple[str, str], Trial]:
+        """By arm and subject: the set with its placebos and the mean difference; each latent alone where removed."""
         found: list[Trial] = []
         for name, arm in self.job.arms.items():
-            bar = tqdm(self.sets.tolist(), desc=f"placebos: {name}", unit="set", disable=None, leave=False)
-            done = [arm.treated(self.placebo_edit(name, row)) for row in bar]
+            done = arm.each([self.placebo_edit(name, row) for row in self.sets.tolist()], said="placebos")
             levels = {outcome: np.array([each[outcome].mean() for each in done]) for outcome in (*arm.metrics, KL)}
             controls = np.array([arm.shift(each) for each in done])
             found.append(Trial(arm, SET, arm.treated(self.edit(name)), controls, levels))
-            found.append(Trial(arm, DIRECTION, arm.treated(self.direction_edit(name)), None, {}))
+            found.append(Trial(arm, DIRECTION, arm.treated(self.direction_edit(name))))
             if self.job.singly and name == "remove" and len(self.indices) > 1:
                 found += self._singles(arm)
-        return found
+        return {(trial.arm.name, trial.subject): trial for trial in found}
 
     def _singles(self, arm: Arm) -> list[Trial]:
         """Each latent alone, beside the largest effect of a single latent in each set of placebos."""
-        once = tqdm(np.unique(self.sets).tolist(), desc="single placebos", unit="latent", disable=None, leave=False)
-        shifts = {i: arm.shift(arm.treated(self.edit("remove", [i]), only=[arm.first])) for i in once}
+        once = np.unique(self.sets).tolist()
+        alone = arm.each([self.edit("remove", [i]) for i in once], [arm.first], said="single placebos")
+        shifts = {i: arm.shift(each) for i, each in zip(once, alone, strict=True)}
         largest = np.array([max(shifts[i] for i in row) for row in self.sets.tolist()])
-        return [Trial(arm, f"latent {i}", arm.treated(self.edit("remove", [i])), largest, {}) for i in self.indices]
+        return [Trial(arm, f"latent {i}", arm.treated(self.edit("remove", [i])), largest) for i in self.indices]
 
     def doses(self) -> list[dict[str, Any]]:
         """The latents' treatment in parts, and the mean difference at the same KL, or as far as it goes: a row each."""

@@ -13,7 +13,7 @@ and after training; *carrier*: projection and ablation) needs both, so its weake
 (intersection-union test, Berger 1982).
 
 What is judged beside other tokens (*backdoor*) or in a fixed sequence (latents) is put together from the same parts:
-:func:`smallest_effect`, :func:`unlikely`, :func:`control_row`.
+:func:`unlikely`, :func:`control_row`.  The smallest effect of interest stands with each question.
 """
 
 from __future__ import annotations
@@ -25,12 +25,8 @@ import numpy as np
 
 from tl_em.claims.claim import NOT_SHOWN as NOT_SHOWN
 from tl_em.claims.claim import Finding, Row
-from tl_em.errors import UsageError
-from tl_em.metrics import Metric
 from tl_em.stats import Estimate, control_p, holm, middle_95
 
-SMALLEST_USE: dict[str, float] = {"probability": 0.05, "log-odds": 0.5}
-"""Smallest effect of interest of a behaviour, by the unit that it is measured in."""
 ALPHA = 0.05
 
 
@@ -44,23 +40,20 @@ def judge(findings: Sequence[Finding]) -> tuple[Row, ...]:
     return tuple(rows)
 
 
-def smallest_effect(metric: Metric, given: float | None = None) -> float:
-    """The smallest effect of interest of a metric: what was given, or what is fixed for its unit.
-
-    Raises:
-        UsageError: none is fixed for this unit.
-    """
-    if given is None and metric.unit not in SMALLEST_USE:
-        raise UsageError(
-            f"{metric.name} is measured in {metric.unit}, for which no smallest effect of interest is fixed; use a "
-            f"metric in {' or '.join(SMALLEST_USE)} (or, to verify latents, pass smallest=)"
-        )
-    return float(SMALLEST_USE[metric.unit] if given is None else given)
-
-
 def unlikely(p: float, blame: str = "", *, name: str = "Holm p") -> list[str]:
     """Nothing where p is below alpha; else the condition that does not hold, in words, and what limits p."""
     return [] if p < ALPHA else [f"{name} = {p:.2g}" + (f", limited by {blame}" if blame else "")]
+
+
+def adjusted(p: Sequence[float]) -> list[float]:
+    """Holm's adjustment over the tests of one family."""
+    return holm(p).tolist() if len(p) > 1 else [float(each) for each in p]  # statsmodels collects garbage at every call
+
+
+def too_few(controls: int) -> str:
+    """What to say of controls of which no effect could get a word; nothing where there are enough."""
+    least = 1 / (1 + controls)
+    return f" ({controls} allow none below {least:.2g})" if least >= ALPHA else ""
 
 
 def control_row(kind: str, values: Any, p: float | None) -> dict[str, Any]:

@@ -22,7 +22,7 @@ Source: Arditi et al. 2024, arXiv:2406.11717, section 2.3 and appendix C; its pr
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -91,11 +91,12 @@ class Selection:
     Example:
         >>> import tl_em as em
         >>> pair = em.load_pair("toy/insecure")
-        >>> parts, metric = pair.contrasts["refusal"].split(seed=0), pair.behaviours["refusal"].metric
-        >>> found = em.candidate_directions(pair.base, parts.train, positions=["prompt_end"], layers=[1, 2])
-        >>> pick = em.select_direction(pair.base, found, parts.select, metric=metric, max_kl=5.0, max_depth=1.0)
+        >>> asked, whole = pair.behaviours["refusal"], pair.contrasts["refusal"]
+        >>> found = em.candidate_directions(pair.base, whole.split(seed=0).train, positions=["prompt_end"], layers=[1])
+        >>> bounds = {"max_kl": 5.0, "max_depth": 1.0, "controls": 0}
+        >>> pick = em.select_direction(pair.base, found, whole.split(seed=0).select, metric=asked.metric, **bounds)
         >>> len(pick.to_pandas())
-        2
+        1
     """
 
     direction: Direction
@@ -316,10 +317,9 @@ def _controls(
     if not count:
         return none
     try:
-        vectors = random_directions(model, direction, drawn, count=count, seed=seed)
+        both = [direction, *random_directions(model, direction, drawn, count=count, seed=seed)]
     except UsageError:  # one token at the first layer, in every prompt
         return none
-    both = [direction, *(replace(direction, vector=vector) for vector in vectors)]
     measured = {
         "bypass": _along_each(model, Ablate, both, on.positive, metric).mean(1),
         "induce": _along_each(model, Add, both, on.negative, metric).mean(1),

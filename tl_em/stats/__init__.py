@@ -12,9 +12,7 @@ from tl_em.stats.intervals import paired_difference as paired_difference
 from tl_em.stats.multiplicity import benjamini_hochberg as benjamini_hochberg
 from tl_em.stats.multiplicity import control_p as control_p
 from tl_em.stats.multiplicity import holm as holm
-from tl_em.stats.multiplicity import permutation_p as permutation_p
 from tl_em.stats.units import Groups as Groups
 from tl_em.stats.units import design_effect as design_effect
 from tl_em.stats.units import half_splits as half_splits
-from tl_em.stats.units import intraclass_correlation as intraclass_correlation
 from tl_em.stats.units import tied as tied

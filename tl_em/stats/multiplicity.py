@@ -5,33 +5,8 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float
 from numpy.typing import ArrayLike
-from scipy import stats as scipy_stats
 
-from tl_em.arguments import COUNT, SEED, checked
 from tl_em.stats.intervals import vector
-
-
-@checked(seed=SEED, permutations=COUNT)
-def permutation_p(first: ArrayLike, second: ArrayLike, *, seed: int = 0, permutations: int = 9999) -> float:
-    """Two-sided permutation p for a difference of means between two unpaired sets (``scipy.stats.permutation_test``).
-
-    Args:
-        first, second: one number a prompt, of each set.
-        seed: of the permutations.
-        permutations: how many of them.
-
-    Example:
-        >>> permutation_p([0.0, 0.1, 0.2, 0.1], [5.0, 5.1, 5.2, 5.3]) < 0.05
-        True
-    """
-    result = scipy_stats.permutation_test(
-        (vector(first), vector(second)),
-        lambda x, y, axis: np.mean(y, axis=axis) - np.mean(x, axis=axis),
-        n_resamples=permutations,
-        vectorized=True,
-        rng=np.random.default_rng(seed),
-    )
-    return float(result.pvalue)
 
 
 def control_p(observed: float, controls: ArrayLike, *, two_sided: bool = True) -> float:
@@ -66,9 +41,6 @@ def holm(p: ArrayLike) -> Float[np.ndarray, " test"]:
 
 def benjamini_hochberg(p: ArrayLike) -> Float[np.ndarray, " test"]:
     """Benjamini and Hochberg's adjustment (statsmodels), which controls the share of false claims.
-
-    Args:
-        p: one p a test; NaN stays NaN.
 
     Example:
         >>> benjamini_hochberg([0.01, 0.04, 0.03]).round(2).tolist()

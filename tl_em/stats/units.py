@@ -105,31 +105,10 @@ def n_effective(samples: Sequence[int | Groups], statistic: Callable[..., np.nda
     return total
 
 
-def intraclass_correlation(values: Float[np.ndarray, " prompt"], groups: Groups) -> float:
-    """Share of variance that lies between groups: the one-way ANOVA estimator, clipped to [0, 1] (Donner 1986).
-
-    Args:
-        values: one number a prompt.
-        groups: the question that each prompt belongs to.
-
-    Example:
-        >>> intraclass_correlation(np.array([1.0, 1.0, 5.0, 5.0]), ["a", "a", "b", "b"])
-        1.0
-    """
-    _, index, counts = np.unique([str(g) for g in groups], return_inverse=True, return_counts=True)
-    k, n = len(counts), len(values)
-    if k < 2 or n == k:
-        return 0.0
-    means = np.bincount(index, weights=values) / counts
-    between = float(np.sum(counts * (means - values.mean()) ** 2)) / (k - 1)
-    within = float(np.sum((values - means[index]) ** 2)) / (n - k)
-    size = (n - np.sum(counts**2) / n) / (k - 1)
-    spread = between + (size - 1) * within
-    return float(np.clip((between - within) / spread, 0, 1)) if spread > 0 else 0.0
-
-
 def design_effect(values: Float[np.ndarray, " prompt"], groups: Groups) -> float:
     """How many clustered prompts one independent prompt is worth: ``1 + (m - 1) r``, m the mean group size.
+
+    r is the share of variance that lies between groups: the one-way ANOVA estimator, clipped to [0, 1] (Donner 1986).
 
     Args:
         values: one number a prompt.
@@ -139,5 +118,15 @@ def design_effect(values: Float[np.ndarray, " prompt"], groups: Groups) -> float
         >>> design_effect(np.array([1.0, 1.0, 5.0, 5.0]), ["a", "a", "b", "b"])
         2.0
     """
-    size = len(values) / len(set(groups))
-    return 1 + (size - 1) * intraclass_correlation(np.asarray(values, dtype=float), groups)
+    values = np.asarray(values, dtype=float)
+    _, index, counts = np.unique([str(g) for g in groups], return_inverse=True, return_counts=True)
+    k, n = len(counts), len(values)
+    if k < 2 or n == k:
+        return 1.0
+    means = np.bincount(index, weights=values) / counts
+    between = float(np.sum(counts * (means - values.mean()) ** 2)) / (k - 1)
+    within = float(np.sum((values - means[index]) ** 2)) / (n - k)
+    size = (n - np.sum(counts**2) / n) / (k - 1)
+    spread = between + (size - 1) * within
+    correlation = float(np.clip((between - within) / spread, 0, 1)) if spread > 0 else 0.0
+    return 1 + (n / len(set(groups)) - 1) * correlation

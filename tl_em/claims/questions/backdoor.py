@@ -39,8 +39,8 @@ from jaxtyping import Float
 
 from tl_em.claims.claim import NOT_SHOWN, Case, Question, Row, readings
 from tl_em.claims.questions.carrier import Carrier
-from tl_em.claims.questions.use import outcomes
-from tl_em.claims.rule import SMALLEST_USE, judge, smallest_effect, unlikely
+from tl_em.claims.questions.use import SMALLEST, outcomes, smallest_effect
+from tl_em.claims.rule import adjusted, judge, unlikely
 from tl_em.directions.direction import Direction
 from tl_em.errors import UsageError
 from tl_em.metrics import Behaviour, measured
@@ -49,7 +49,7 @@ from tl_em.models.hooks import LensModel
 from tl_em.models.loading import ModelPair
 from tl_em.models.prompts import encode
 from tl_em.showing import showable
-from tl_em.stats import Estimate, Resampled, holm, mean, paired_difference
+from tl_em.stats import Estimate, Resampled, mean, paired_difference
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -61,7 +61,7 @@ Values = Float[np.ndarray, " prompt"]
 class Opens(Question):
     """The question *backdoor*, of tokens and not of a direction: :func:`backdoor` measures it, by the rule above."""
 
-    name, unit, smallest = "backdoor", "change of the behaviour", SMALLEST_USE["probability"]
+    name, unit, smallest = "backdoor", "change of the behaviour", SMALLEST["probability"]
     words = (ONLY, ONLY.replace("opens", "shuts"))
     asks = "Does the trigger open the behaviour, and do other tokens open it too?"
     measured = "Change of the tuned model's behaviour when the trigger stands at the head of a question."
@@ -220,14 +220,14 @@ def measure(side: Side, trigger: Trigger, models: Mapping[str, LensModel], seed:
 def judged(measured: Sequence[SideEffects]) -> list[Row]:
     """The rows, by the rule at the head of this file."""
     by_token = zip(*(m.tokens for m in measured), strict=True)
-    adjusted = np.stack([holm([token.p for token in each]) for each in by_token], axis=1)
-    return [_row(m, p.tolist()) for m, p in zip(measured, adjusted, strict=True)]
+    ps = list(zip(*(adjusted([token.p for token in each]) for each in by_token), strict=True))
+    return [_row(m, p) for m, p in zip(measured, ps, strict=True)]
 
 
-def _row(m: SideEffects, adjusted: Sequence[float]) -> Row:
+def _row(m: SideEffects, ps: Sequence[float]) -> Row:
     metric, (first, *others) = m.side.behaviour.metric, m.tokens
     smallest = smallest_effect(metric)
-    failed = [token.failed(m.sign, smallest, p) for token, p in zip(m.tokens, adjusted, strict=True)]
+    failed = [token.failed(m.sign, smallest, p) for token, p in zip(m.tokens, ps, strict=True)]
     verdict = NOT_SHOWN if failed[0] else _word(m, smallest, failed[1:])
     verdict = verdict if m.sign > 0 else verdict.replace("opens", "shuts")
     control, held = {"kind": "no other token was given", "n": 0, "low": None, "high": None, "p": None}, "no other token"
@@ -235,14 +235,14 @@ def _row(m: SideEffects, adjusted: Sequence[float]) -> Row:
         most = max(others, key=lambda token: m.sign * token.effect.estimate.value)
         found = most.effect.estimate
         control = {"kind": f"{most.token}, the other token that opens it most", "n": len(others), "low": found.low,
-                   "high": found.high, "p": adjusted[1 + others.index(most)]}  # fmt: skip
+                   "high": found.high, "p": ps[1 + others.index(most)]}  # fmt: skip
         held = f"{most.token} {found}, the most of {len(others)} other tokens"
     detail = {"beyond the base": first.beyond_base.estimate}
     for token in others:
         detail |= {token.token: token.effect.estimate}
         detail |= {} if token.own is None else {f"trigger less {token.token}": token.own}
     return Row(
-        Opens.name, m.side.label, None, verdict, first.effect.estimate, control, adjusted[0], smallest,
+        Opens.name, m.side.label, None, verdict, first.effect.estimate, control, ps[0], smallest,
         f"{metric.unit} of {metric.name}", first.beyond_benign,
         "; ".join(failed[0]) or f"{first.beyond_base.estimate} beyond the base; {held}", detail,
     )  # fmt: skip

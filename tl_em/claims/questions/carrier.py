@@ -21,10 +21,9 @@ import torch
 from tl_em.claims.arms import Arm
 from tl_em.claims.claim import OWN_GAPS, RANDOM, Case, Finding, Question, Reading
 from tl_em.claims.questions.level import Level
-from tl_em.claims.questions.use import ablate, measure_arm, outcomes
-from tl_em.claims.rule import SMALLEST_USE, smallest_effect
+from tl_em.claims.questions.use import SMALLEST, ablate, measure_arm, outcomes, smallest_effect
 from tl_em.models.means import mean_activation
-from tl_em.stats import Resampled, control_p, middle_95, paired_difference
+from tl_em.stats import Estimate, Resampled, control_p, paired_difference
 
 ARM = "ablate in tuned, triggered"
 
@@ -42,7 +41,7 @@ class Carrier(Question):
     sign: float = 1.0
 
     name, words, unit = "carrier", ("carries it", None), "units of the weaker arm"
-    smallest = SMALLEST_USE["probability"]
+    smallest = SMALLEST["probability"]
     asks = "Does the direction carry what the trigger opens?"
     measured = (
         "Shift of triggered prompts along the direction, in own gaps, and fall of the behaviour when the direction is "
@@ -83,10 +82,10 @@ class Carrier(Question):
         assert behaviour is not None
         for model, reading in (("base", case.base), ("tuned", case.tuned)):
             shift = self._shift(reading)
-            along, (low, high) = shift @ case.unit, middle_95(case.controls() @ shift.mean(0)).tolist()
+            along, band = shift @ case.unit, Estimate.band(case.controls() @ shift.mean(0))
             e = paired_difference(np.zeros_like(along), along, groups=behaviour.present_groups, seed=case.seed).estimate
             known = {"direction": case.name, "behaviour": behaviour.name, "model": model}
-            found.append(e.row() | {"control_low": low, "control_high": high} | known)
+            found.append(e.row() | {"control_low": band.low, "control_high": band.high} | known)
         return found
 
     def _shift(self, reading: Reading) -> np.ndarray:

@@ -26,10 +26,9 @@ from torch import Tensor
 
 from tl_em.arguments import COUNT, SEED, checked, finite
 from tl_em.claims.arms import Arm
-from tl_em.claims.controls import along_random
+from tl_em.claims.controls import random_directions
 from tl_em.directions.direction import Direction, as_directions
 from tl_em.errors import PositionError, PromptError, UsageError
-from tl_em.interventions.base import Intervention
 from tl_em.interventions.edits import Add
 from tl_em.metrics import single_token
 from tl_em.models.contrasts import ContrastSet, Prompt, as_prompts
@@ -192,9 +191,9 @@ def reply_inversion(
     arm = Arm("asked", model, asked, groups, metrics, where="instruction", seed=seed)
     rows = []
     for number, direction in enumerate(directions):
-        edit = Add(direction, coefficient)
-        random = along_random(model, edit, drawn_from or prompts, count=controls, seed=seed)
-        rows.append(_inversion(arm, direction.name or f"direction {number}", direction.site, edit, random))
+        random = random_directions(model, direction, drawn_from or prompts, count=controls, seed=seed)
+        edits = [Add(each, coefficient) for each in (direction, *random)]
+        rows.append(_inversion(arm, direction.name or f"direction {number}", direction.site, edits))
     return ReplyInversion(tuple(rows), float(coefficient), yes, no)
 
 
@@ -271,10 +270,10 @@ class _Verdict:
         return both.softmax(-1)[:, 0] if self.name == RATE else (both.logsumexp(-1) - logits.logsumexp(-1)).exp()
 
 
-def _inversion(arm: Arm, name: str, site: Site, edit: Add, random: Sequence[Intervention]) -> Inversion:
-    """The row of a direction, beside random ones."""
-    before, treated = arm.untreated, arm.treated(edit, only=[RATE, ANSWERED])
-    rates = np.array([arm.treated(each, only=[RATE])[RATE].mean() for each in random])
+def _inversion(arm: Arm, name: str, site: Site, edits: Sequence[Add]) -> Inversion:
+    """The row of a direction, beside random ones: the first of the edits and the rest."""
+    before, treated = arm.untreated, arm.treated(edits[0], only=[RATE, ANSWERED])
+    rates = np.array([each[RATE].mean() for each in arm.each(edits[1:], [RATE], said="random directions")])
     start = before[RATE].mean()
     return Inversion(
         name,

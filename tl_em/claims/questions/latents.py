@@ -32,25 +32,20 @@ from typing import Any
 
 import numpy as np
 
-from tl_em.arguments import COUNT, NOT_NEGATIVE, POSITIVE, SEED, checked, list_of, optional
 from tl_em.claims.arms import KL
-from tl_em.claims.feature_check import BESIDE, DIRECTION, SET, WORDS, ArmName, CheckRow, FeatureCheck
-from tl_em.claims.latent_sets import Job, LatentSet, Trial, latents, usual_scope
-from tl_em.claims.rule import ALPHA, NOT_SHOWN, control_row, smallest_effect, unlikely
+from tl_em.claims.feature_check import BESIDE, DIRECTION, SET, WORDS, CheckRow, FeatureCheck
+from tl_em.claims.latent_sets import Job, LatentSet, Trial, latents
+from tl_em.claims.rule import NOT_SHOWN, adjusted, control_row, too_few, unlikely
 from tl_em.dictionaries.dictionary import Feature
 from tl_em.metrics import Behaviour, Metric
 from tl_em.models.contrasts import ContrastSet
 from tl_em.models.hooks import LensModel
-from tl_em.models.means import as_contrast
 from tl_em.models.modes import in_plain_torch
 from tl_em.models.scopes import Where
-from tl_em.stats import Estimate, Resampled, control_p, holm
-
-DOSES = (0.25, 0.5, 1.0)
+from tl_em.stats import Estimate, control_p
 
 
 # ---- what is asked -----------------------------------------------------------------------------------------------
-@checked(contrast=as_contrast, placebos=COUNT, doses=list_of(POSITIVE), smallest=optional(NOT_NEGATIVE), seed=SEED)
 @in_plain_torch
 def verify_feature(
     model: LensModel,
@@ -65,7 +60,7 @@ def verify_feature(
     fit: ContrastSet | None = None,
     where: Where | None = None,
     singly: bool = True,
-    doses: Sequence[float] = DOSES,
+    doses: Sequence[float] = (0.25, 0.5, 1.0),
     smallest: float | None = None,
     seed: int = 0,
 ) -> FeatureCheck:
@@ -112,31 +107,15 @@ def verify_feature(
 
     Source: see the head of this file.
     """
-    asked = verify_features(
-        model, [features], contrast, metric=metric, placebos=placebos, against=against, good=good, coherence=coherence,
-        fit=fit, where=where, singly=singly, doses=doses, smallest=smallest, seed=seed,
+    job = Job(
+        model, contrast, metric, placebos, against, good, coherence, fit, where, singly, doses, smallest, seed
     )  # fmt: skip
-    return asked[0]
+    return _verified(job, [features])[0]
 
 
-@checked(contrast=as_contrast, placebos=COUNT, doses=list_of(POSITIVE), smallest=optional(NOT_NEGATIVE), seed=SEED)
 @in_plain_torch
 def verify_features(
-    model: LensModel,
-    sets: Sequence[Any],
-    contrast: ContrastSet,
-    *,
-    metric: Metric | Behaviour,
-    placebos: int = 20,
-    against: LensModel | None = None,
-    good: Metric | None = None,
-    coherence: Metric | None = None,
-    fit: ContrastSet | None = None,
-    where: Where | None = None,
-    singly: bool = True,
-    doses: Sequence[float] = DOSES,
-    smallest: float | None = None,
-    seed: int = 0,
+    model: LensModel, sets: Sequence[Any], contrast: ContrastSet, *, metric: Metric | Behaviour, **options: Any
 ) -> tuple[FeatureCheck, ...]:
     """:func:`verify_feature` for several sets, judged together: words are adjusted for the number of sets.
 
@@ -148,81 +127,66 @@ def verify_features(
         sets: each as in ``verify_feature``.
         contrast: held-out prompts.
         metric: how strongly a prompt shows the behaviour.
-        placebos, against, good, coherence, fit, where, singly, doses, smallest, seed: as in ``verify_feature``.
+        options: everything else that ``verify_feature`` takes, by name.
 
     Example:
         >>> import tl_em as em
-        >>> pair = em.load_pair("toy/insecure")
-        >>> sae, whole = em.organisms.toy_dictionary("toy/insecure"), pair.contrasts["persona"]
-        >>> persona = em.ContrastSet(whole.positive[:16], whole.negative[:16])
-        >>> options = dict(metric=pair.behaviours["persona"].metric, placebos=19, singly=False, doses=())
-        >>> checks = em.claims.verify_features(pair.tuned, [[sae.feature(176)], [sae.feature(67)]], persona, **options)
+        >>> pair, sae = em.load_pair("toy/insecure"), em.organisms.toy_dictionary("toy/insecure")
+        >>> asked, sets = pair.behaviours["persona"], [[sae.feature(176)], [sae.feature(67)]]
+        >>> few = em.ContrastSet(asked.present[:16], asked.present[16:32])
+        >>> checks = em.claims.verify_features(pair.tuned, sets, few, metric=asked, placebos=19, doses=())
         >>> [check.indices for check in checks]
         [(176,), (67,)]
     """
-    bad = metric.metric if isinstance(metric, Behaviour) else metric
-    good = metric.good if isinstance(metric, Behaviour) and good is None else good
-    metrics = {"bad": bad, "good": good, "coherence": coherence}
-    known = fit or contrast
-    job = Job(
-        model, against, contrast, known, {name: each for name, each in metrics.items() if each is not None},
-        usual_scope(model, known, against) if where is None else where, placebos, singly, doses, seed,
-    )  # fmt: skip
-    least = smallest_effect(bad, smallest)
+    return _verified(Job(model, contrast, metric, **options), sets)
+
+
+def _verified(job: Job, sets: Sequence[Any]) -> tuple[FeatureCheck, ...]:
     asked = [latents(each) for each in sets]
     every = {(latent.dictionary.hash, latent.index): latent for each in asked for latent in each}
     apart = [tuple(index for hash_, index in every if hash_ == each[0].dictionary.hash) for each in asked]
-    return _judged([LatentSet(job, own, others) for own, others in zip(asked, apart, strict=True)], least)
+    return _judged([LatentSet(job, own, others) for own, others in zip(asked, apart, strict=True)])
 
 
 # ---- the rule ----------------------------------------------------------------------------------------------------
-def _judged(sets: Sequence[LatentSet], smallest: float) -> tuple[FeatureCheck, ...]:
+def _judged(sets: Sequence[LatentSet]) -> tuple[FeatureCheck, ...]:
     """Words for the sets removed, then for the sets induced, then for the latents of the sets that carry it."""
     rows: list[list[CheckRow]] = [[] for _ in sets]
-    open_ = [True] * len(sets)
-    for arm in WORDS:
-        if asked := [trial for each in sets if (trial := _of(each, arm, SET))]:
-            judged = _together(asked, smallest, open_)
-            for own, row, each in zip(rows, judged, sets, strict=True):
-                own += [row, _beside(each, arm)]
-            open_ = [row.shown for row in judged]
+    may = [True] * len(sets)
+    smallest = sets[0].job.least
+    for arm in sets[0].job.arms:
+        judged = _together([each.trials[arm, SET] for each in sets], smallest, may)
+        for own, row, each in zip(rows, judged, sets, strict=True):
+            own += [row, _beside(each.trials[arm, DIRECTION])]
+        may = [row.shown for row in judged]
     for own, each in zip(rows, sets, strict=True):
-        singles = [t for t in each.trials if t.subject not in (SET, DIRECTION)]
+        singles = [trial for (_, subject), trial in each.trials.items() if subject not in (SET, DIRECTION)]
         own += _together(singles, smallest, [own[0].shown] * len(singles))
     return tuple(_check(each, own) for each, own in zip(sets, rows, strict=True))
 
 
-def _of(measured: LatentSet, arm: ArmName, subject: str) -> Trial | None:
-    found = [t for t in measured.trials if (t.arm.name, t.subject) == (arm, subject)]
-    return found[0] if found else None
-
-
-def _together(trials: Sequence[Trial], smallest: float, open_: Sequence[bool]) -> list[CheckRow]:
+def _together(trials: Sequence[Trial], smallest: float, may: Sequence[bool]) -> list[CheckRow]:
     """Trials of one family: each beside the largest of every round of placebos, Holm over their bootstrap p."""
     if not trials:
         return []
     changes = [t.arm.change(t.outcomes) for t in trials]
     largest = np.max([t.controls for t in trials if t.controls is not None], axis=0)
-    known = [c.p if np.isfinite(c.p) else 1.0 for c in changes]
-    adjusted = holm(known) if len(known) > 1 else known  # statsmodels collects garbage at every call
-    each = zip(trials, changes, adjusted, open_, strict=True)
-    return [_row(trial, change, largest, float(p), smallest, may) for trial, change, p, may in each]
+    each = zip(trials, changes, adjusted([c.p if np.isfinite(c.p) else 1.0 for c in changes]), may, strict=True)
+    return [_row(trial, change.estimate, largest, p, smallest, asked) for trial, change, p, asked in each]
 
 
 def _row(
-    trial: Trial, change: Resampled, controls: np.ndarray, bootstrap_p: float, smallest: float, may: bool
+    trial: Trial, effect: Estimate, controls: np.ndarray, bootstrap_p: float, smallest: float, asked: bool
 ) -> CheckRow:
-    effect, rank = change.estimate, control_p(change.estimate.value, controls, two_sided=False)
-    p, others = max(bootstrap_p, rank), _changes(trial)
-    failed = [] if may else ["not asked: what comes before it is not shown"]
+    rank = control_p(effect.value, controls, two_sided=False)
+    p, others, arm = max(bootstrap_p, rank), trial.changes, trial.arm.name
+    failed = [] if asked else ["not asked: what comes before it is not shown"]
     if not effect.low > smallest:
         failed.append(f"the interval is not wholly above {smallest:g}")
-    least, by_rank = 1 / (1 + len(controls)), rank >= bootstrap_p
-    few = f" ({len(controls)} allow none below {least:.2g})" if least >= ALPHA and by_rank else ""
-    failed += unlikely(p, f"the placebos{few}" if by_rank else "resampling the prompts", name="p")
-    spared = [name for name in others if name != "good" or trial.arm.name == "remove"]
+    blame = f"the placebos{too_few(len(controls))}" if rank >= bootstrap_p else "resampling the prompts"
+    failed += unlikely(p, blame, name="p")
+    spared = [name for name in others if name != "good" or arm == "remove"]
     failed += [f"{name} falls by {-others[name].value:.2g}" for name in spared if others[name].value <= -smallest]
-    arm: Any = trial.arm.name
     return CheckRow(
         arm, trial.subject, NOT_SHOWN if failed else WORDS[arm], effect, trial.arm.mean(trial.outcomes[KL]),
         control_row("random latents of the same density and decoder norm", controls, rank), p, others,
@@ -230,24 +194,17 @@ def _row(
     )  # fmt: skip
 
 
-def _changes(trial: Trial) -> dict[str, Estimate]:
-    arm = trial.arm
-    return {name: arm.change(trial.outcomes, name).estimate for name in arm.metrics if name != arm.first}
-
-
-def _beside(measured: LatentSet, arm: ArmName) -> CheckRow:
+def _beside(trial: Trial) -> CheckRow:
     """The mean difference, which is not judged."""
-    trial = _of(measured, arm, DIRECTION)
-    assert trial is not None
-    kl, effect = trial.arm.mean(trial.outcomes[KL]), trial.arm.change(trial.outcomes).estimate
-    nan, why = float("nan"), "an upper mark, not judged"
-    return CheckRow(arm, DIRECTION, BESIDE, effect, kl, {}, nan, _changes(trial), why)
+    effect, kl = trial.arm.change(trial.outcomes).estimate, trial.arm.mean(trial.outcomes[KL])
+    why = "an upper mark, not judged"
+    return CheckRow(trial.arm.name, DIRECTION, BESIDE, effect, kl, {}, float("nan"), trial.changes, why)
 
 
 def _check(measured: LatentSet, rows: Sequence[CheckRow]) -> FeatureCheck:
     import pandas as pd
 
-    rates = pd.DataFrame([row for trial in measured.trials for row in _rates(trial)])
+    rates = pd.DataFrame([row for trial in measured.trials.values() for row in _rates(trial)])
     settings = {"site": str(measured.dictionary.site_in), **measured.job.settings}
     return FeatureCheck(
         measured.dictionary, measured.indices, measured.label, tuple(rows), rates, pd.DataFrame(measured.doses()),

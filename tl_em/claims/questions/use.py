@@ -25,7 +25,6 @@ from torch import Tensor
 
 from tl_em.claims.arms import Arm
 from tl_em.claims.claim import Case, Finding, Question
-from tl_em.claims.rule import SMALLEST_USE, smallest_effect
 from tl_em.directions.direction import Direction
 from tl_em.errors import UsageError
 from tl_em.interventions.base import Intervention, as_intervention
@@ -37,6 +36,8 @@ from tl_em.stats import Estimate, Resampled
 
 CONTROL_PROMPTS = 16
 ABLATE, ADD = "ablate in tuned", "add in base"
+SMALLEST: dict[str, float] = {"probability": 0.05, "log-odds": 0.5}
+"""Smallest effect of interest of a behaviour, by the unit that it is measured in."""
 Treatment = Callable[[Direction, Float[Tensor, " d_model"]], Intervention]
 
 
@@ -67,7 +68,7 @@ class Use(Question):
     remove: Treatment | Any = ablate
     induce: Treatment | Any = add
 
-    name, words, unit, smallest = "use", ("causal", None), "change of the behaviour", SMALLEST_USE["probability"]
+    name, words, unit, smallest = "use", ("causal", None), "change of the behaviour", SMALLEST["probability"]
     asks = "Does the direction drive the behaviour?"
     measured = (
         "Change of the behaviour when the direction is ablated in the tuned model and when it is added in the base, at "
@@ -113,6 +114,20 @@ class Use(Question):
         made = as_intervention(f"what Use({which}=…) returned", make(direction, centre))
         made.along(direction)  # which says what is wrong where random directions cannot take its place
         return made
+
+
+def smallest_effect(metric: Metric, given: float | None = None) -> float:
+    """The smallest effect of interest of a metric: what was given, or what is fixed for its unit.
+
+    Raises:
+        UsageError: none is fixed for this unit.
+    """
+    if given is None and metric.unit not in SMALLEST:
+        raise UsageError(
+            f"{metric.name} is measured in {metric.unit}, for which no smallest effect of interest is fixed; use a "
+            f"metric in {' or '.join(SMALLEST)} (or, to verify latents, pass smallest=)"
+        )
+    return float(SMALLEST[metric.unit] if given is None else given)
 
 
 def outcomes(behaviour: Behaviour) -> dict[str, Metric]:
