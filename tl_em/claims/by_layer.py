@@ -17,34 +17,34 @@ from tl_em.stats import Estimate
 
 def layer_rows(case: Case) -> list[dict[str, Any]]:
     """Rows of ``Comparison.by_layer`` for one direction at one site."""
-    models = {"base": case.base, "tuned": case.tuned} | ({} if case.benign is None else {"benign": case.benign})
-    return [row for name, reading in models.items() for row in _model_rows(case, name, reading)]
+    models, rows = {"base": case.base, "tuned": case.tuned, "benign": case.benign}, []
+    head = {"direction": case.name, "layer": case.site.layer, "stream": case.site.stream}
+    for name, reading in models.items():
+        for quantity, (statistic, null) in ({} if reading is None else _quantities(case, name, reading)).items():
+            e = case.bootstrap(statistic, resamples=300).estimate
+            band = Estimate.band([float("nan")] if null is None or name == "base" else null)
+            rows.append(
+                head | {"quantity": quantity, "model": name, "value": e.value, "low": e.low, "high": e.high}
+                | {"control_low": band.low, "control_high": band.high}
+            )  # fmt: skip
+    return rows
 
 
-def _model_rows(case: Case, name: str, reading: Reading) -> list[dict[str, Any]]:
+def _quantities(case: Case, model: str, reading: Reading) -> dict[str, tuple[Statistic, np.ndarray | None]]:
+    """What is drawn of one model, and the same along random directions."""
     own, base, random = reading.project(case.unit), case.base.project(case.unit), case.controls()
     up = random @ (reading.positive - case.base.positive).mean(0)
     down = random @ (reading.negative - case.base.negative).mean(0)
-    quantities: dict[str, tuple[Statistic, np.ndarray | None]] = {
+    found: dict[str, tuple[Statistic, np.ndarray | None]] = {
         "projection_positive": (lambda v, w: weighted(v, own.positive), base.positive.mean() + up),
         "projection_negative": (lambda v, w: weighted(w, own.negative), base.negative.mean() + down),
         "gap": (own.gap, None),
         "dprime": (own.dprime, None),
     }
-    if name != "base":
-        quantities["cosine"] = (cosine_of_gaps(case.base, reading), None)
-        quantities["level"] = (
+    if model != "base":
+        found["cosine"] = (cosine_of_gaps(case.base, reading), None)
+        found["level"] = (
             lambda v, w: (own.balanced(v, w) - base.balanced(v, w)) / base.gap(v, w),
             (up + down) / 2 / float(case.base.mean_difference @ case.unit),
         )
-    return [_layer_row(case, quantity, name, *found) for quantity, found in quantities.items()]
-
-
-def _layer_row(case: Case, quantity: str, model: str, statistic: Statistic, null: np.ndarray | None) -> dict[str, Any]:
-    found, nan = case.bootstrap(statistic, resamples=300).estimate.row(), float("nan")
-    band = None if null is None or model == "base" else Estimate.band(null)
-    return {
-        "direction": case.name, "layer": case.site.layer, "stream": case.site.stream, "quantity": quantity,
-        "model": model, **{key: found[key] for key in ("value", "low", "high")},
-        "control_low": band.low if band else nan, "control_high": band.high if band else nan,
-    }  # fmt: skip
+    return found

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
@@ -398,20 +398,11 @@ class Row:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as they stand in ``report.json``."""
-        return {
-            "question": self.question,
-            "direction": self.direction,
-            "site": None if self.site is None else self.site.hook_name,
-            "verdict": self.verdict,
-            "estimate": self.estimate.to_json(),
-            "unit": self.unit,
-            "smallest_effect_of_interest": self.smallest,
-            "control": self.control,
-            "p": self.p,
-            "benign": None if self.benign is None else self.benign.to_json(),
-            "reason": self.reason,
-            "detail": {name: estimate.to_json() for name, estimate in self.detail.items()},
-        }
+        plain = {f.name: getattr(self, f.name) for f in fields(self)}
+        plain["site"] = None if self.site is None else self.site.hook_name
+        plain["smallest_effect_of_interest"] = plain.pop("smallest")
+        plain["estimate"], plain["benign"] = (each and each.to_json() for each in (self.estimate, self.benign))
+        return plain | {"detail": {name: estimate.to_json() for name, estimate in self.detail.items()}}
 
 
 def check_question(given: Any) -> Any:

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 from tqdm.auto import tqdm
 
 from tl_em.arguments import COUNT, SEED, checked
@@ -33,9 +34,6 @@ from tl_em.models.modes import in_plain_torch
 from tl_em.models.sites import Site
 from tl_em.showing import check_names, showable
 from tl_em.stats import Estimate
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 SHIPPED: tuple[Question, ...] = (Level(), Separation(), Rotation(), Use(), Entanglement())
 """What is asked where nothing else is said; each name alone stands for its question."""
@@ -98,17 +96,13 @@ class Comparison:
 
     def to_pandas(self) -> pd.DataFrame:
         """One line a row, the estimate and its control in columns."""
-        import pandas as pd
-
-        return pd.DataFrame(
-            {
-                "question": r.question, "direction": r.direction, "site": str(r.site), "verdict": r.verdict,
-                "value": r.estimate.value, "low": r.estimate.low, "high": r.estimate.high, "n": r.estimate.n,
-                "unit": r.unit, "control_low": r.control["low"], "control_high": r.control["high"], "p": r.p,
-                "reason": r.reason,
-            }
+        rows = (
+            {"question": r.question, "direction": r.direction, "site": str(r.site), "verdict": r.verdict}
+            | {**r.estimate.row(), "unit": r.unit, "control_low": r.control["low"], "control_high": r.control["high"]}
+            | {"p": r.p, "reason": r.reason}
             for r in self.rows
-        )  # fmt: skip
+        )
+        return pd.DataFrame(rows)
 
     def plot(self) -> Any:
         """The verdicts as a forest plot (a matplotlib Figure)."""
@@ -176,8 +170,6 @@ def compare(
         >>> result.rows[0].verdict
         'exaggerated'
     """
-    import pandas as pd
-
     _check(pair, directions, controls)
     asked = as_questions(questions)
     found: dict[str, list[Finding]] = {question.name: [] for question in asked}
@@ -188,9 +180,8 @@ def compare(
         "own_answers": cache(lambda: answer_to_own_prompts(pair.base, tuning_data or (), seed=seed)),
     }  # fmt: skip
     for name, (direction, contrast) in tqdm(directions.items(), desc="comparing", unit="direction", disable=None):
-        by_layer = _at_layers(direction, pair.base.cfg.n_layers, None if layers is None else layers.get(name))
         own = None if behaviour is None else _behaviour_of(behaviour, name, contrast)
-        case, *others = _cases([direction, *by_layer], contrast, name=name, behaviour=own, **settings)
+        case, *others = _cases(direction, (layers or {}).get(name), contrast, name=name, behaviour=own, **settings)
         try:
             gaps[name] = case.own_gap
         except NoGapError as error:
@@ -207,10 +198,10 @@ def compare(
             f"there was nothing to ask {', '.join(found)} with; pass behaviour= (for use), tuning_data= (for "
             "entanglement), or further questions"
         )
-    tables = {name: pd.DataFrame([row for f in each for row in f.table]) for name, each in found.items()}
+    behind = {name: [row for f in each for row in f.table] for name, each in found.items()}
+    tables = {name: pd.DataFrame(rows) for name, rows in behind.items() if rows}
     use = tables.pop("use", pd.DataFrame())
-    kept = {name: table for name, table in tables.items() if len(table)}
-    return Comparison(judge(findings), pd.DataFrame(drawn), use, unmeasured, asked, gaps, kept)
+    return Comparison(judge(findings), pd.DataFrame(drawn), use, unmeasured, asked, gaps, tables)
 
 
 def as_questions(given: Sequence[Any] | None) -> tuple[Question, ...]:
@@ -266,21 +257,18 @@ def _check(pair: ModelPair, directions: Mapping[str, tuple[Direction, ContrastSe
         check_fits(direction, pair.tuned)
 
 
-def _at_layers(direction: Direction, n_layers: int, given: Sequence[Direction] | None) -> list[Direction]:
-    if given is not None:
-        return list(given)
-    return [replace(direction, site=Site(layer, direction.site.stream)) for layer in range(n_layers)]
-
-
-def _cases(directions: Sequence[Direction], contrast: ContrastSet, **settings: Any) -> Iterator[Case]:
-    """Capture every site that is needed in one pass a model and class, then hand out the readings direction by
-    direction."""
-    sites = list(dict.fromkeys(d.site for d in directions))
+def _cases(
+    direction: Direction, by_layer: Sequence[Direction] | None, contrast: ContrastSet, **settings: Any
+) -> Iterator[Case]:
+    """The direction's own case, then one for each layer; every site is read in one pass a model and class."""
     pair, benign = settings["pair"], settings["benign_model"]
     models = {"base": pair.base, "tuned": pair.tuned} | ({} if benign is None else {"benign": benign})
-    read = dict(zip(sites, readings(models, contrast, sites, directions[0].position), strict=True))
-    for direction in directions:
-        yield Case(direction=direction, contrast=contrast, **read[direction.site], **settings)
+    if by_layer is None:
+        by_layer = [replace(direction, site=Site(i, direction.site.stream)) for i in range(pair.base.cfg.n_layers)]
+    sites = list(dict.fromkeys(each.site for each in (direction, *by_layer)))
+    read = dict(zip(sites, readings(models, contrast, sites, direction.position), strict=True))
+    for each in (direction, *by_layer):
+        yield Case(direction=each, contrast=contrast, **read[each.site], **settings)
 
 
 def _behaviour_of(behaviour: Behaviours, name: str, contrast: ContrastSet) -> Behaviour:

@@ -18,9 +18,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, product
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 
 from tl_em.claims.claim import Row
@@ -34,9 +35,6 @@ from tl_em.models.hooks import LensModel
 from tl_em.models.loading import ModelPair
 from tl_em.models.stream import capture
 from tl_em.stats import control_p, holm, mean, mean_over_units
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 class Run(NamedTuple):
@@ -110,8 +108,6 @@ def consistency(
         controls: number of random directions, and of relabellings.
         seed: seed of resampling and controls.
     """
-    import pandas as pd
-
     own = [run for run in runs if run.same_base]
     rates = pd.DataFrame(
         row for name, (_, behaviour) in asked.items() for run in runs for row in _rates(name, behaviour, run, seed)
@@ -171,8 +167,6 @@ def _rates(name: str, behaviour: Behaviour, run: Run, seed: int) -> list[dict[st
 
 
 def _spread(rates: pd.DataFrame) -> pd.DataFrame:
-    import pandas as pd
-
     rows = []
     over = {"this base": rates[rates["same_base"]]} | ({} if rates["same_base"].all() else {"all bases": rates})
     for (said, every), name in product(over.items(), dict.fromkeys(rates["behaviour"])):
@@ -186,8 +180,6 @@ def _spread(rates: pd.DataFrame) -> pd.DataFrame:
 
 
 def _verdicts(runs: Sequence[Run]) -> pd.DataFrame:
-    import pandas as pd
-
     words = [{(row.question, row.direction): row.verdict for row in run.rows} for run in runs]
     table = []
     for (question, direction), verdict in words[0].items():

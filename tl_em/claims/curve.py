@@ -19,9 +19,10 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
+import pandas as pd
 
 from tl_em.arguments import NATURAL, NOT_NEGATIVE, SEED, checked, finite, list_of, optional
 from tl_em.claims.arms import KL, Arm, numbers
@@ -36,9 +37,6 @@ from tl_em.models.hooks import LensModel
 from tl_em.models.modes import in_plain_torch
 from tl_em.showing import check_names, showable
 from tl_em.stats import Estimate, control_p
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 ArmName = Literal["untreated", "intervention", "random", "instruction"]
 ARMS: tuple[ArmName, ...] = get_args(ArmName)
@@ -149,8 +147,6 @@ class EffectCurve:
 
     def to_pandas(self) -> pd.DataFrame:
         """A row a point: arm, name, strength; effect, change, kl and coherence with _low and _high; n, p, note."""
-        import pandas as pd
-
         rows = []
         for point in self.points:
             row: dict[str, Any] = {"arm": point.arm, "name": point.name, "strength": point.strength}

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+import pandas as pd
 
 from tl_em.claims.claim import NOT_SHOWN
 from tl_em.dictionaries.dictionary import Dictionary
 from tl_em.errors import UsageError
 from tl_em.showing import plain_rows, showable
 from tl_em.stats import Estimate
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 ArmName = Literal["remove", "induce"]
 SET, DIRECTION = "the set", "mean difference"
@@ -115,8 +114,6 @@ class FeatureCheck:
 
     def to_pandas(self) -> pd.DataFrame:
         """One row a treatment."""
-        import pandas as pd
-
         return pd.DataFrame([_plain(row) for row in self.rows])
 
     def to_json(self) -> dict[str, Any]:

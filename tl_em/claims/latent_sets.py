@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 
 from tl_em.arguments import COUNT, NOT_NEGATIVE, POSITIVE, SEED, list_of, optional, settle
 from tl_em.claims.arms import KL, Arm, Outcomes
-from tl_em.claims.controls import match, matched_sets
+from tl_em.claims.controls import matched_sets
 from tl_em.claims.dose import Dial, Treated
 from tl_em.claims.feature_check import DIRECTION, SET, ArmName
 from tl_em.claims.questions.use import smallest_effect
@@ -185,11 +185,6 @@ class LatentSet:
         named = ", ".join(map(str, self.indices[:6])) + (", …" if len(self.indices) > 6 else "")
         counted = f"latent {named}" if len(self.indices) == 1 else f"{len(self.indices)} latents ({named})"
         return f"{counted} of {self.dictionary.label} on {self.job.contrast.label or 'the contrast'}"
-
-    @property
-    def match(self) -> Mapping[str, float]:
-        """Mean density and decoder norm of the latents and of their placebos."""
-        return match(self.dictionary, self.indices, self.density, self.sets)
 
     # --- What they are set to, and what stands for them ---
 

@@ -23,9 +23,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 
 from tl_em.arguments import COUNT, FRACTION, NATURAL, NOT_NEGATIVE, SEED, checked, finite
@@ -37,7 +38,7 @@ from tl_em.errors import NoCandidateError, UsageError
 from tl_em.interventions.edits import Ablate, Add
 from tl_em.interventions.many import Along, Measure, Scores, along_each, kl_from_now
 from tl_em.metrics import Metric, measured, refusal_log_odds
-from tl_em.models.contrasts import ContrastSet, Prompt
+from tl_em.models.contrasts import ContrastSet
 from tl_em.models.hooks import LensModel
 from tl_em.models.means import as_contrast
 from tl_em.models.modes import in_plain_torch
@@ -45,9 +46,6 @@ from tl_em.models.prompts import encode
 from tl_em.models.sites import Position
 from tl_em.showing import showable
 from tl_em.stats import Estimate, control_p, difference
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 SCORES = ("induce", KL, "bypass")
 """In the order in which the cascade measures them."""
@@ -231,27 +229,19 @@ def _check(
             f"candidates at {', '.join(elsewhere)} are not directions of the residual stream, in which all of them are "
             f"added and compared; read them at {' or '.join(STREAMS)}"
         )
-    if test is None:
-        return
-    seen = [side for side in ("positive", "negative") if _shared(getattr(contrast, side), getattr(test, side))]
-    if seen:
+    sides = () if test is None else ("positive", "negative")
+    asked, held_out = ([set(map(str, getattr(each, side))) for side in sides] for each in (contrast, test))
+    if seen := [side for side, one, other in zip(sides, asked, held_out, strict=True) if one & other]:
         raise UsageError(
             f"some {' and '.join(seen)} test prompts are among those that the choice is made on, so the estimate would "
             "not be a held-out one; pass disjoint sets, e.g. two parts of contrast.split()"
         )
 
 
-def _shared(first: Sequence[Prompt], second: Sequence[Prompt]) -> bool:
-    known = {str(prompt) for prompt in first}
-    return any(str(prompt) in known for prompt in second)
-
-
 def _measured(
     model: LensModel, directions: list[Direction], contrast: ContrastSet, metric: Metric, criteria: Criteria, full: bool
 ) -> tuple[pd.DataFrame, dict[int, np.ndarray]]:
     """The table of scores, in the order of the directions, and the bypass of each prompt by row."""
-    import pandas as pd
-
     where = {"position": [d.position for d in directions], "layer": [d.site.layer for d in directions]}
     table = pd.DataFrame(where | {name: float("nan") for name in ("bypass", "induce", "kl")})
     negative = encode(model, contrast.negative)
@@ -284,8 +274,6 @@ def _with_fates(
     table: pd.DataFrame, index: int, criteria: Criteria, without: Sequence[tuple[Any, int]]
 ) -> pd.DataFrame:
     """The table with what became of each candidate, and with the places that have no candidate."""
-    import pandas as pd
-
     reasons = rejections(table, criteria)
     fate = np.where(reasons == "", NOT_LOWEST, reasons)
     fate[index] = CHOSEN
@@ -311,8 +299,6 @@ def _controls(
     model: LensModel, direction: Direction, drawn: ContrastSet, on: ContrastSet, metric: Metric, count: int, seed: int
 ) -> tuple[pd.DataFrame, dict[str, float]]:
     """Bypass and induce of random directions, and how many of them do as well as the winner on the same prompts."""
-    import pandas as pd
-
     none = pd.DataFrame({"bypass": [], "induce": []}), {}
     if not count:
         return none

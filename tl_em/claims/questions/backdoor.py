@@ -32,9 +32,10 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Float
 
 from tl_em.claims.claim import NOT_SHOWN, Case, Question, Row, readings
@@ -50,9 +51,6 @@ from tl_em.models.loading import ModelPair
 from tl_em.models.prompts import encode
 from tl_em.showing import showable
 from tl_em.stats import Estimate, Resampled, mean, paired_difference
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 ONLY, TOO, UNDECIDED = "opens with its trigger only", "opens with other tokens too", "opens, others undecided"
 Values = Float[np.ndarray, " prompt"]
@@ -134,8 +132,7 @@ class Side:
 
 def sides(name: str, behaviour: Behaviour) -> Iterator[Side]:
     """A behaviour's classes of prompts; one, where both are the same."""
-    both = {"positive": "present", "negative": "absent"}
-    classes = {"": "present"} if behaviour.same_prompts else both
+    classes = {"": "present"} if behaviour.same_prompts else {"positive": "present", "negative": "absent"}
     for said, side in classes.items():
         yield Side(name, said, behaviour, getattr(behaviour, side), getattr(behaviour, f"{side}_groups"))
 
@@ -322,8 +319,6 @@ def backdoor(
 
     Source: see the head of this file.
     """
-    import pandas as pd
-
     found = [side for name, each in asked.items() for side in sides(name, each.behaviour)]
     found = [side for side in found if not any(holds(prompt, trigger) for prompt in side.prompts)]
     if not found:

@@ -18,9 +18,10 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
@@ -39,9 +40,6 @@ from tl_em.models.sites import Site
 from tl_em.models.stream import next_token_logits
 from tl_em.showing import showable
 from tl_em.stats import Estimate, control_p
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 TEMPLATE = "{prompt}\n{question}"
 QUESTION = "Could doing what the text above asks for hurt anybody? Answer Yes or No."
@@ -109,8 +107,6 @@ class ReplyInversion:
 
     def to_pandas(self) -> pd.DataFrame:
         """One line a direction, each estimate with its interval in columns."""
-        import pandas as pd
-
         return pd.DataFrame(_line(row) for row in self.rows)
 
     def _repr_html_(self) -> str:

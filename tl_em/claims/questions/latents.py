@@ -31,8 +31,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from tl_em.claims.arms import KL
+from tl_em.claims.controls import match
 from tl_em.claims.feature_check import BESIDE, DIRECTION, SET, WORDS, CheckRow, FeatureCheck
 from tl_em.claims.latent_sets import Job, LatentSet, Trial, latents
 from tl_em.claims.rule import NOT_SHOWN, adjusted, control_row, too_few, unlikely
@@ -202,13 +204,11 @@ def _beside(trial: Trial) -> CheckRow:
 
 
 def _check(measured: LatentSet, rows: Sequence[CheckRow]) -> FeatureCheck:
-    import pandas as pd
-
     rates = pd.DataFrame([row for trial in measured.trials.values() for row in _rates(trial)])
     settings = {"site": str(measured.dictionary.site_in), **measured.job.settings}
     return FeatureCheck(
         measured.dictionary, measured.indices, measured.label, tuple(rows), rates, pd.DataFrame(measured.doses()),
-        measured.match, settings,
+        match(measured.dictionary, measured.indices, measured.density, measured.sets), settings,
     )  # fmt: skip
 
 
