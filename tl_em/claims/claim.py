@@ -167,11 +167,11 @@ class Case:
         pair: the base and the tuned model.
         base, tuned, benign: activations of both classes at the site, float64; ``benign`` is None without such a model.
         benign_model: a fine-tune of the same base on harmless data.
+        n_controls: how many controls each test has.
+        seed: of all resampling and controls.
         behaviour: what the direction may cause.
         tuning_data: rows that the model was tuned on: chats that end with the answer.
         own_answers: call it for the base's own answers to the prompts of the tuning data; made once for all directions.
-        n_controls: how many controls each test has.
-        seed: of all resampling and controls.
 
     Example:
         >>> import tl_em as em
@@ -194,11 +194,11 @@ class Case:
     tuned: Reading
     benign: Reading | None = None
     benign_model: LensModel | None = None
+    n_controls: int = 999
+    seed: int = 0
     behaviour: Behaviour | None = None
     tuning_data: Sequence[Any] | None = None
     own_answers: Callable[[], Sequence[str]] = tuple
-    n_controls: int = 999
-    seed: int = 0
 
     @property
     def site(self) -> Site:

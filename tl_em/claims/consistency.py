@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations, product
+from itertools import combinations
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -169,13 +169,12 @@ def _rates(name: str, behaviour: Behaviour, run: Run, seed: int) -> list[dict[st
 def _spread(rates: pd.DataFrame) -> pd.DataFrame:
     rows = []
     over = {"this base": rates[rates["same_base"]]} | ({} if rates["same_base"].all() else {"all bases": rates})
-    for (said, every), name in product(over.items(), dict.fromkeys(rates["behaviour"])):
-        part = every[every["behaviour"] == name]
-        x = part["value"].to_numpy(dtype=float)
-        e = mean_over_units(x, range(len(x)))
-        head = {"behaviour": name, "metric": part["metric"].iloc[0], "over": said}
-        seen = {"sd": float(x.std(ddof=1)) if len(x) > 1 else float("nan"), "least": x.min(), "most": x.max()}
-        rows.append(head | {"mean": e.value, "low": e.low, "high": e.high} | seen | {"n": len(x)})
+    for said, every in over.items():
+        for (name, metric), part in every.groupby(["behaviour", "metric"], sort=False)["value"]:
+            x = part.to_numpy(dtype=float)
+            e, sd = mean_over_units(x, range(len(x))), float(x.std(ddof=1)) if len(x) > 1 else float("nan")
+            seen = {"mean": e.value, "low": e.low, "high": e.high, "sd": sd, "least": x.min(), "most": x.max()}
+            rows.append({"behaviour": name, "metric": metric, "over": said, **seen, "n": len(x)})
     return pd.DataFrame(rows)
 
 
