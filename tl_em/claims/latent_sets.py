@@ -43,6 +43,8 @@ from tl_em.models.scopes import Where
 from tl_em.models.stream import encoded_prompts
 from tl_em.stats import Estimate
 
+CHECKS: dict[str, Any] = {"contrast": as_contrast, "placebos": COUNT, "doses": list_of(POSITIVE),
+                          "smallest": optional(NOT_NEGATIVE), "seed": SEED}  # fmt: skip
 STRONGEST = 16.0
 """Largest coefficient at which the direction is added to reach the KL of a set of latents."""
 
@@ -103,8 +105,7 @@ class Job:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        settle(self, contrast=as_contrast, placebos=COUNT, doses=list_of(POSITIVE), smallest=optional(NOT_NEGATIVE))
-        settle(self, seed=SEED)
+        settle(self, **CHECKS)
 
     @cached_property
     def metrics(self) -> dict[str, Metric]:

@@ -33,10 +33,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from tl_em.arguments import checked
 from tl_em.claims.arms import KL
 from tl_em.claims.controls import match
 from tl_em.claims.feature_check import BESIDE, DIRECTION, SET, WORDS, CheckRow, FeatureCheck
-from tl_em.claims.latent_sets import Job, LatentSet, Trial, latents
+from tl_em.claims.latent_sets import CHECKS, Job, LatentSet, Trial, latents
 from tl_em.claims.rule import NOT_SHOWN, adjusted, control_row, too_few, unlikely
 from tl_em.dictionaries.dictionary import Feature
 from tl_em.metrics import Behaviour, Metric
@@ -48,6 +49,7 @@ from tl_em.stats import Estimate, control_p
 
 
 # ---- what is asked -----------------------------------------------------------------------------------------------
+@checked(**CHECKS)
 @in_plain_torch
 def verify_feature(
     model: LensModel,
