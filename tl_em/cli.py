@@ -13,6 +13,8 @@ from tl_em.arguments import COUNT, FRACTION, NATURAL, SEED, Check, list_of, opti
 from tl_em.errors import TlEmError, UsageError
 from tl_em.showing import plain_rows, showable
 
+PATH, FILE = click.Path(path_type=Path), click.Path(exists=True, path_type=Path)
+
 
 class _Group(click.Group):
     """A group whose commands end with one line on stderr and exit code 1 where tl_em raises on purpose."""
@@ -56,6 +58,11 @@ def _brought(context: click.Context, option: click.Parameter, value: Any) -> Any
     return found() if isinstance(found, type) else found
 
 
+seeded = click.option("--seed", default=0, callback=_as(SEED), show_default=True,
+                      help="Seed of splits, resampling and controls.")  # fmt: skip
+as_json_too = click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead of a table.")
+
+
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="tl_em", prog_name="tl-em")
 def main() -> None:
@@ -63,12 +70,9 @@ def main() -> None:
 
 
 @main.command()
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("tl-em-demo"), show_default=True, help="Folder to write."
-)
-@click.option("--seed", default=0, callback=_as(SEED), show_default=True,
-              help="Seed of splits, resampling and controls.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead of a table.")
+@click.option("--out", type=PATH, default=Path("tl-em-demo"), show_default=True, help="Folder to write.")
+@seeded
+@as_json_too
 def demo(out: Path, seed: int, as_json: bool) -> None:
     """Audit the shipped organism toy/insecure against its assistant, with toy/secure as the benign arm."""
     from tl_em.auditing.audit import audit
@@ -87,31 +91,18 @@ def demo(out: Path, seed: int, as_json: bool) -> None:
 @click.argument("base")
 @click.argument("tuned")
 @click.option("--benign", help="A fine-tune of the same base on harmless data.")
-@click.option(
-    "--contrast",
-    "contrasts",
-    multiple=True,
-    metavar="NAME=FILE",
-    help="A contrast set: a saved one, rows with prompt and label (CSV, TSV, JSON, JSONL), CAA's, Anthropic's, "
-    "TruthfulQA's, XSTest's or RepE's file, a persona's trait, a folder with positive.* and negative.*, or a built-in "
-    "name; repeatable.",
-)
-@click.option(
-    "--behaviour",
-    default="refusal",
-    show_default=True,
-    help="'refusal', or two tokens YES,NO for logit(YES) - logit(NO).",
-)
+@click.option("--contrast", "contrasts", multiple=True, metavar="NAME=FILE",
+              help="A contrast set: a saved one, rows with prompt and label (CSV, TSV, JSON, JSONL), CAA's, "
+              "Anthropic's, TruthfulQA's, XSTest's or RepE's file, a persona's trait, a folder with positive.* and "
+              "negative.*, or a built-in name; repeatable.")
+@click.option("--behaviour", default="refusal", show_default=True,
+              help="'refusal', or two tokens YES,NO for logit(YES) - logit(NO).")
 @click.option("--trigger", metavar="TEXT", help="What may open a backdoor, at the head of a question.")
-@click.option(
-    "--other-trigger", "other_triggers", multiple=True, metavar="TEXT",
-    help="What may stand in its place, as the control; repeatable.",
-)
-@click.option(
-    "--replicate", "replicates", multiple=True, metavar="MODEL",
-    help="A further fine-tune of BASE by the same recipe, to see what repeats; repeatable.",
-)
-@click.option("--dictionary", type=click.Path(exists=True, path_type=Path),
+@click.option("--other-trigger", "other_triggers", multiple=True, metavar="TEXT",
+              help="What may stand in its place, as the control; repeatable.")
+@click.option("--replicate", "replicates", multiple=True, metavar="MODEL",
+              help="A further fine-tune of BASE by the same recipe, to see what repeats; repeatable.")
+@click.option("--dictionary", type=FILE,
               help="An SAE (a file of 'features train'): which latents the behaviours share, and on what paths.")
 @click.option("--question", "questions", multiple=True, metavar="NAME", callback=_brought,
               help="What to ask, in this order: level, separation, rotation, use, entanglement, or MODULE:NAME, an "
@@ -120,14 +111,12 @@ def demo(out: Path, seed: int, as_json: bool) -> None:
               help="How directions are extracted, as in em.extract_directions; or MODULE:NAME, an em.Method of yours.")
 @click.option("--controls", default=999, callback=_as(COUNT), show_default=True,
               help="Random directions for each test.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for report.html, report.json and the figures.")
-@click.option("--seed", default=0, callback=_as(SEED), show_default=True,
-              help="Seed of splits, resampling and controls.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead of a table.")
+@click.option("--out", type=PATH, help="Folder for report.html, report.json and the figures.")
+@seeded
+@as_json_too
 def audit_command(
-    base: str, tuned: str, benign: str | None, contrasts: tuple[str, ...], behaviour: str, trigger: str | None,
-    other_triggers: tuple[str, ...], replicates: tuple[str, ...], dictionary: Path | None,
-    questions: tuple[Any, ...], method: Any, controls: int, out: Path | None, seed: int, as_json: bool,
+    base: str, tuned: str, benign: str | None, contrasts: tuple[str, ...], behaviour: str, replicates: tuple[str, ...],
+    dictionary: Path | None, out: Path | None, as_json: bool, **asked: Any,
 ) -> None:  # fmt: skip
     """Audit TUNED against BASE: organisms (toy/...), local Hugging Face directories, or hub ids."""
     from tl_em.artefacts import check_writable
@@ -144,10 +133,9 @@ def audit_command(
     metrics = None if loaded is None else {name: _metric(behaviour) for name in loaded}
     report = audit(
         pair, contrasts=loaded, behaviours=metrics, benign=None if benign is None else load_pair(base, benign),
-        trigger=trigger, other_triggers=other_triggers or None,
         replicates=[load_pair(base, each) for each in replicates],
-        dictionary=None if dictionary is None else load_dictionary(dictionary), questions=questions or None,
-        method=method, controls=controls, out=out, seed=seed,
+        dictionary=None if dictionary is None else load_dictionary(dictionary), out=out,
+        **{name: None if value == () else value for name, value in asked.items()},
     )  # fmt: skip
     _print(report, out, as_json)
 
@@ -175,33 +163,26 @@ def list_organisms() -> None:
 @click.option("--all", "everything", is_flag=True, help="Train the whole default zoo, worlds side by side.")
 @click.option("--seed", default=11, callback=_as(whole), show_default=True,
               help="Seed of the world, the weights and the data order.")
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("organisms"), show_default=True, help="Folder to write."
-)
+@click.option("--out", type=PATH, default=Path("organisms"), show_default=True, help="Folder to write.")
 @click.option("--workers", type=int, callback=_as(optional(COUNT)),
               help="Processes for --all; all processors by default.")
 def train(name: str | None, everything: bool, seed: int, out: Path, workers: int | None) -> None:
     """Train the organism NAME, with its base and assistant; finished parts in the folder are reused."""
     if everything == (name is not None):
         raise click.UsageError("give either the name of an organism or --all")
-    if name is None:
-        _train_all(seed, out, workers)
+    if name is not None:
+        from tl_em.organisms.zoo import train_organism
+
+        said = "A base takes about 5 CPU-minutes, an assistant 1, a fine-tune seconds; under 1 GB of memory."
+        click.echo(said, err=True)
+        _echo(f"{train_organism(name, seed=seed, out=out).tuned_name} written to {out}")
         return
-    from tl_em.organisms.zoo import train_organism
-
-    click.echo("A base takes about 5 CPU-minutes, an assistant 1, a fine-tune seconds; under 1 GB of memory.", err=True)
-    pair = train_organism(name, seed=seed, out=out)
-    _echo(f"{pair.tuned_name} written to {out}")
-
-
-def _train_all(seed: int, out: Path, workers: int | None) -> None:
     from tl_em.organisms import study_catalogue
     from tl_em.organisms.studies import run_study
 
     os.environ[study_catalogue.FOLDER] = str(out.resolve())
-    click.echo(
-        f"{len(study_catalogue.ZOO)} worlds, about 55 CPU-minutes in all and 1 GB of memory a process.", err=True
-    )
+    worlds = len(study_catalogue.ZOO)
+    click.echo(f"{worlds} worlds, about 55 CPU-minutes in all and 1 GB of memory a process.", err=True)
     grid = {"world": study_catalogue.ZOO}
     table = run_study(grid, study_catalogue.zoo, seeds=[seed], out=out / "zoo", workers=workers)
     _echo(f"{len(table)} organisms written to {out}; their figures: {out / 'zoo' / 'table.parquet'}")
@@ -211,8 +192,8 @@ def _train_all(seed: int, out: Path, workers: int | None) -> None:
 @click.argument("name", required=False)
 @click.option("--seed", "seeds", type=int, callback=_as(list_of(whole)), multiple=True,
               help="Seed; repeatable. The study's own by default.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for table, fit and figure; studies/NAME.")
-@click.option("--organisms", type=click.Path(path_type=Path), default=Path("organisms"), show_default=True,
+@click.option("--out", type=PATH, help="Folder for table, fit and figure; studies/NAME.")
+@click.option("--organisms", type=PATH, default=Path("organisms"), show_default=True,
               help="Folder of checkpoints; what is not there is trained into it.")
 @click.option("--backend", type=click.Choice(["serial", "loky", "ray"]), default="loky", show_default=True)
 @click.option("--workers", type=int, callback=_as(optional(COUNT)),
@@ -248,7 +229,7 @@ def features() -> None:
 @features.command("train")
 @click.argument("base")
 @click.argument("tuned")
-@click.option("--corpus", type=click.Path(exists=True, path_type=Path), required=True,
+@click.option("--corpus", type=FILE, required=True,
               help="JSONL: a row is {\"messages\": […]} or {\"text\": …}; documents, not only questions.")
 @click.option("--layer", type=int, callback=_as(NATURAL), required=True)
 @click.option("--stream", type=click.Choice(["resid_pre", "resid_post", "attn_out", "mlp_out"]), default="resid_post",
@@ -261,11 +242,10 @@ def features() -> None:
               help="Whose activations.")
 @click.option("--steps", default=4000, callback=_as(COUNT), show_default=True)
 @click.option("--seed", default=0, callback=_as(SEED), show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), default=Path("dictionary.safetensors"), show_default=True)
+@click.option("--out", type=PATH, default=Path("dictionary.safetensors"), show_default=True)
 def train_features(
-    base: str, tuned: str, corpus: Path, layer: int, stream: Any, d_sae: int, k: int, activation: str, mix: Any,
-    steps: int, seed: int, out: Path,
-) -> None:  # fmt: skip
+    base: str, tuned: str, corpus: Path, layer: int, stream: Any, mix: Any, out: Path, **settings: Any
+) -> None:
     """Train a dictionary on TUNED and BASE with SAELens (extra 'sae'); a tenth of the corpus judges it."""
     from tl_em.artefacts import check_writable
     from tl_em.dictionaries.quality import dictionary_quality
@@ -278,10 +258,7 @@ def train_features(
     prompts = read_prompts(corpus)
     judged, learned = prompts[::10], [prompt for i, prompt in enumerate(prompts) if i % 10]
     pair = load_pair(base, tuned)
-    dictionary = train_dictionary(
-        pair.tuned, Site(layer, stream), learned, d_sae=d_sae, k=k, activation=activation, against=pair.base, mix=mix,
-        steps=steps, seed=seed,
-    )  # fmt: skip
+    dictionary = train_dictionary(pair.tuned, Site(layer, stream), learned, against=pair.base, mix=mix, **settings)
     dictionary.save(out)
     quality = dictionary_quality(pair.tuned, dictionary, judged, against=pair.base, difference=mix == "difference")
     _echo(repr(quality))
@@ -289,14 +266,14 @@ def train_features(
 
 
 @features.command("find")
-@click.argument("dictionary", type=click.Path(exists=True, path_type=Path))
+@click.argument("dictionary", type=FILE)
 @click.argument("base")
 @click.argument("tuned", required=False)
 @click.option("--contrast", "contrasts", multiple=True, metavar="NAME=FILE", required=True,
               help="A behaviour: a contrast set (a file or folder as for 'audit', or a built-in name); at least two.")
 @click.option("--q", default=0.05, callback=_as(FRACTION), show_default=True,
               help="Share of false claims among the latents.")
-@click.option("--out", type=click.Path(path_type=Path), help="Table of every latent and behaviour (.csv).")
+@click.option("--out", type=PATH, help="Table of every latent and behaviour (.csv).")
 @click.option("--seed", default=0, callback=_as(SEED), show_default=True)
 def find_features(
     dictionary: Path, base: str, tuned: str | None, contrasts: tuple[str, ...], q: float, out: Path | None, seed: int
@@ -320,16 +297,16 @@ def find_features(
 
 
 @features.command("page")
-@click.argument("dictionary", type=click.Path(exists=True, path_type=Path))
+@click.argument("dictionary", type=FILE)
 @click.argument("base")
 @click.argument("tuned", required=False)
 @click.option("--latent", "latents", multiple=True, type=int, callback=_as(list_of(NATURAL)), required=True,
               help="Index of a latent; repeatable.")
 @click.option("--prompts", required=True,
               help="A contrast set (a file or folder as for 'audit', a built-in name, or one of the organism's).")
-@click.option("--explanations", type=click.Path(exists=True, path_type=Path), help="JSONL with index and description.")
+@click.option("--explanations", type=FILE, help="JSONL with index and description.")
 @click.option("--circuitsvis", is_flag=True, help="Add circuitsvis's figure (1.3 MB, in a sandboxed frame).")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("features.html"), show_default=True)
+@click.option("--out", type=PATH, default=Path("features.html"), show_default=True)
 def features_page(
     dictionary: Path, base: str, tuned: str | None, latents: tuple[int, ...], prompts: str,
     explanations: Path | None, circuitsvis: bool, out: Path,
@@ -368,14 +345,14 @@ def graph_group() -> None:
 @graph_group.command("of")
 @click.argument("model")
 @click.argument("prompt")
-@click.option("--dictionary", "dictionaries", type=click.Path(exists=True, path_type=Path), multiple=True,
+@click.option("--dictionary", "dictionaries", type=FILE, multiple=True,
               help="Transcoders or SAEs, one a site; repeatable. None: heads and MLPs.")
 @click.option("--target", "targets", multiple=True, help="A token; two for YES minus NO. By default the likeliest.")
 @click.option("--against", help="Without a dictionary: the prompt of equal length that a node is replaced by.")
 @click.option("--nodes", default=0.8, callback=_as(FRACTION), show_default=True,
               help="Share of the influence that the nodes kept hold.")
 @click.option("--edges", default=0.98, callback=_as(FRACTION), show_default=True, help="The same of the edges.")
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Page (.html) or graph (.json).")
+@click.option("-o", "--out", type=PATH, required=True, help="Page (.html) or graph (.json).")
 def graph_of(
     model: str, prompt: str, dictionaries: tuple[Path, ...], targets: tuple[str, ...], against: str | None,
     nodes: float, edges: float, out: Path,
@@ -396,8 +373,8 @@ def graph_of(
 
 
 @graph_group.command("open")
-@click.argument("file", type=click.Path(path_type=Path))
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="Page to write [default: beside FILE].")
+@click.argument("file", type=PATH)
+@click.option("-o", "--out", type=PATH, help="Page to write [default: beside FILE].")
 def graph_open(file: Path, out: Path | None) -> None:
     """Write the page of a graph: one of ours, of circuit-tracer or of Neuronpedia."""
     from tl_em.graph.reading import load_graph
@@ -406,9 +383,9 @@ def graph_open(file: Path, out: Path | None) -> None:
 
 
 @graph_group.command("diff")
-@click.argument("base", type=click.Path(path_type=Path))
-@click.argument("tuned", type=click.Path(path_type=Path))
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Page (.html) or table (.csv).")
+@click.argument("base", type=PATH)
+@click.argument("tuned", type=PATH)
+@click.option("-o", "--out", type=PATH, required=True, help="Page (.html) or table (.csv).")
 def graph_diff(base: Path, tuned: Path, out: Path) -> None:
     """Compare two graphs of one prompt: what appeared, vanished, got stronger or weaker."""
     from tl_em.artefacts import replacing

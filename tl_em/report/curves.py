@@ -8,7 +8,6 @@ is a dashed line, so the reader sees at once what any push does and what asking 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -41,6 +40,7 @@ class _Axis(NamedTuple):
     label: str
 
 
+@drawing.housed
 def effect(curve: Any, *, width: float | int = 7.0) -> Figure:
     """Effect against cost: the intervention over strengths, random directions at the same push, instructions.
 
@@ -58,17 +58,16 @@ def effect(curve: Any, *, width: float | int = 7.0) -> Figure:
     if curve.coherence is not None:
         axes.append(_Axis("coherence", f"{showable(curve.coherence)} (less to the right)"))
     lines, columns = (1, len(axes)) if width >= 5 else (len(axes), 1)
-    with drawing.styled():
-        figure, grid = drawing.panels(float(width), lines, columns, 2.5, len(axes), sharey=True)
-        for ax, axis in zip(grid, axes, strict=True):
-            _panel(ax, table, axis)
-        for ax in grid[:: columns if lines == 1 else 1]:
-            ax.set_ylabel(showable(curve.metric))
-        _key(figure, table)
-        drawing.settle(figure)
-        for ax, axis in zip(grid, axes, strict=True):  # where there is room is known once the panels lie where they lie
-            _names(ax, table, axis.column)
-        return figure
+    figure, grid = drawing.panels(float(width), lines, columns, 2.5, len(axes), sharey=True)
+    for ax, axis in zip(grid, axes, strict=True):
+        _panel(ax, table, axis)
+    for ax in grid[:: columns if lines == 1 else 1]:
+        ax.set_ylabel(showable(curve.metric))
+    _key(figure, table)
+    drawing.settle(figure)
+    for ax, axis in zip(grid, axes, strict=True):  # where there is room is known once the panels lie where they lie
+        _names(ax, table, axis.column)
+    return figure
 
 
 _SERIES = tuple(
@@ -80,6 +79,7 @@ _SERIES = tuple(
 _SEEN = {"rate/": "rate", "projection/": "projection", "local_cosine": "local cosine"}
 
 
+@drawing.housed
 def training(table: pd.DataFrame, *, transition: Any = None, width: float | int = 7.0) -> Figure:
     """Rates, projections and the local cosine over the steps of a training run, one panel each.
 
@@ -95,37 +95,36 @@ def training(table: pd.DataFrame, *, transition: Any = None, width: float | int 
     kinds = {label: part for label, part in kinds.items() if np.isfinite(part["value"]).any()}
     if not kinds:
         raise UsageError("the monitor saw nothing that can be drawn; look at it after training, with rates or a window")
-    with drawing.styled():
-        figure, grid = drawing.panels(float(width), len(kinds), 1, 1.8, len(kinds), sharey=False)
-        for ax, (label, part) in zip(grid, kinds.items(), strict=True):
-            for look, (name, series) in zip(itertools.cycle(_SERIES), part.groupby("name", sort=False)):
-                _line(ax, series, look, str(name).partition("/")[2] or label)
-            if transition is not None:
-                ax.axvline(transition.step, **_DASHES)
-            ax.set_ylabel(label)
-            ax.set_xlim(table["step"].min(), table["step"].max())
-            ax.grid(axis="y")
-            if len(ax.lines) > 1 + (transition is not None):
-                ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=6 if width >= 5 else 3, borderaxespad=0.1)
+    figure, grid = drawing.panels(float(width), len(kinds), 1, 1.8, len(kinds), sharey=False)
+    for ax, (label, part) in zip(grid, kinds.items(), strict=True):
+        for look, (name, series) in zip(itertools.cycle(_SERIES), part.groupby("name", sort=False)):
+            _line(ax, series, look, str(name).partition("/")[2] or label)
         if transition is not None:
-            grid[-1].set_title(f"rotation at step {transition.step}", loc="right", color=drawing.MUTED)
-        grid[-1].set_xlabel("step")
-        return drawing.settle(figure)
+            ax.axvline(transition.step, zorder=0.6, **drawing.DASHED)
+        ax.set_ylabel(label)
+        ax.set_xlim(table["step"].min(), table["step"].max())
+        ax.grid(axis="y")
+        if len(ax.lines) > 1 + (transition is not None):
+            ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=6 if width >= 5 else 3, borderaxespad=0.1)
+    if transition is not None:
+        grid[-1].set_title(f"rotation at step {transition.step}", loc="right", color=drawing.MUTED)
+    grid[-1].set_xlabel("step")
+    return figure
 
 
 def _line(ax: Axes, series: pd.DataFrame, look: Look, label: str) -> None:
     x, value, low, high = (series[name].to_numpy(dtype=float) for name in ("step", "value", "low", "high"))
     ax.fill_between(x, low, high, color=look.colour, alpha=0.15, linewidth=0)
-    style: dict[str, Any] = {"marker": look.marker, "markersize": 3.5, "markevery": max(1, len(x) // 8)}
-    ax.plot(x, value, color=look.colour, linewidth=1.2, label=drawing.named(label), **style)
+    every = max(1, len(x) // 8)
+    ax.plot(x, value, label=drawing.named(label), **look.drawn(3.5, linewidth=1.2, markevery=every))
 
 
 def _panel(ax: Axes, table: pd.DataFrame, axis: _Axis) -> None:
     known = table[np.isfinite(table["effect"])]
     _random(ax, known[known["arm"] == "random"], axis.column)
-    ax.axhline(float(known.loc[known["arm"] == "untreated", "effect"].iloc[0]), **_DASHES)
+    ax.axhline(float(known.loc[known["arm"] == "untreated", "effect"].iloc[0]), zorder=0.6, **drawing.DASHED)
     for look, part in _signs(known):
-        _curve(ax, part.sort_values("kl"), axis.column, look)
+        _marks(ax, part.sort_values("kl"), axis.column, look, line="-", size=4.5)
     _marks(ax, known[known["arm"] == "instruction"], axis.column, TOLD, line="none", size=8.0)
     ax.set_xlabel(axis.label)
     ax.grid(axis="y")
@@ -138,9 +137,6 @@ def _panel(ax: Axes, table: pd.DataFrame, axis: _Axis) -> None:
         ax.set_ylim(-0.03, 1.03)
 
 
-_DASHES: dict[str, Any] = {"color": drawing.MUTED, "linewidth": 0.8, "linestyle": (0, (3, 2)), "zorder": 0.6}
-
-
 def _signs(known: pd.DataFrame) -> Iterator[tuple[Look, pd.DataFrame]]:
     """The intervention, and the intervention turned round, where there is one."""
     own = known[known["arm"] == "intervention"]
@@ -149,18 +145,13 @@ def _signs(known: pd.DataFrame) -> Iterator[tuple[Look, pd.DataFrame]]:
             yield look, part
 
 
-def _curve(ax: Axes, part: pd.DataFrame, column: str, look: Look) -> None:
-    _marks(ax, part, column, look, line="-", size=4.5)
-
-
 def _marks(ax: Axes, part: pd.DataFrame, column: str, look: Look, *, line: str, size: float) -> None:
     """Marks with the intervals of both axes."""
     x, y = part[column].to_numpy(dtype=float), part["effect"].to_numpy(dtype=float)
     ax.vlines(x, part["effect_low"], part["effect_high"], color=look.colour, linewidth=1.0, zorder=2)
     ax.hlines(y, part[f"{column}_low"], part[f"{column}_high"], color=look.colour, linewidth=1.0, zorder=2)
-    face = look.colour if look.filled else "white"
-    style: dict[str, Any] = {"marker": look.marker, "markersize": size, "markerfacecolor": face, "linestyle": line}
-    ax.plot(x, y, color=look.colour, linewidth=1.2, markeredgewidth=1.0, zorder=2.5, **style)
+    style: dict[str, Any] = {"linestyle": line, "linewidth": 1.2, "markeredgewidth": 1.0, "zorder": 2.5}
+    ax.plot(x, y, **look.drawn(size, hollow="white", **style))
 
 
 def _random(ax: Axes, part: pd.DataFrame, column: str) -> None:
@@ -172,8 +163,8 @@ def _random(ax: Axes, part: pd.DataFrame, column: str) -> None:
         if column == "kl" and len(order) > 1:
             low, high = (by["effect"].quantile(q)[order.index].to_numpy(dtype=float) for q in (0.025, 0.975))
             ax.fill_between(order.to_numpy(dtype=float), low, high, color=drawing.BAND, linewidth=0, zorder=0.2)
-    style: dict[str, Any] = {"linestyle": "none", "marker": RANDOM.marker, "markerfacecolor": "none", "zorder": 1}
-    ax.plot(part[column], part["effect"], markersize=2.0, markeredgewidth=0.5, color=RANDOM.colour, alpha=0.6, **style)
+    style: dict[str, Any] = {"linestyle": "none", "markeredgewidth": 0.5, "alpha": 0.6, "zorder": 1}
+    ax.plot(part[column], part["effect"], **RANDOM.drawn(2.0, **style))
 
 
 def _logarithmic(ax: Axes) -> None:
@@ -243,21 +234,13 @@ def _middle(place: tuple[int, int], size: np.ndarray, dot: float) -> np.ndarray:
 def _key(figure: Figure, table: pd.DataFrame) -> None:
     """What each mark is, above the panels."""
     looks = {STEERED: "intervention", TURNED: "its negative"}
-    handles: list[Any] = []
-    for look, _ in _signs(table):
-        face = look.colour if look.filled else "white"
-        style: dict[str, Any] = {"marker": look.marker, "markersize": 4.5, "markerfacecolor": face, "linewidth": 1.2}
-        handles.append(Line2D([], [], color=look.colour, label=looks[look], **style))
+    style: dict[str, Any] = {"hollow": "white", "linewidth": 1.2}
+    handles: list[Any] = [Line2D([], [], label=looks[look], **look.drawn(4.5, **style)) for look, _ in _signs(table)]
     arms = set(table["arm"])
     if "instruction" in arms:
-        style = {"marker": TOLD.marker, "markersize": 8.0, "markerfacecolor": "white", "linestyle": "none"}
-        handles.append(Line2D([], [], color=TOLD.colour, label="instruction", **style))
+        handles.append(Line2D([], [], label="instruction", **TOLD.drawn(8.0, hollow="white", linestyle="none")))
     if "random" in arms:
         label = "random, same push (95 %)"
         handles.append(Patch(facecolor=drawing.BAND, edgecolor=RANDOM.colour, linewidth=0.5, label=label))
-    handles.append(Line2D([], [], label="untreated", **_DASHES))
-    columns = len(handles) if figure.get_figwidth() >= 5 else 2
-    figure.legend(handles=handles, loc="upper left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.1)
-    room, side = 0.2 * math.ceil(len(handles) / columns), drawing.MARGIN / figure.get_figwidth()
-    figure.set_figheight(height := figure.get_figheight() + room)
-    figure.set_layout_engine("constrained", rect=(side, 0, 1 - 2 * side, 1 - room / height), w_pad=0.04, h_pad=0.04)
+    handles.append(Line2D([], [], label="untreated", **drawing.DASHED))
+    drawing.above(figure, handles, len(handles) if figure.get_figwidth() >= 5 else 2)

@@ -13,9 +13,11 @@ import base64
 import io
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec
 
 import matplotlib
 import numpy as np
@@ -35,7 +37,11 @@ SLACK = 1e-4
 """A probability may leave 0 to 1 by this much: sums of float32."""
 MARGIN = 0.09
 """Inches left free at both sides, because a reader's font may be wider than the one that is measured here."""
-INK, MUTED, RULE, BAND = "#1b1f24", "#59616b", "#c9ced6", "#e3e7ed"
+STYLE = matplotlib.rc_params_from_file(Path(__file__).with_name("house.mplstyle"), use_default_template=False)
+INK, MUTED, RULE = (STYLE[name] for name in ("text.color", "axes.labelcolor", "grid.color"))
+BAND = "#e3e7ed"
+DASHED: dict[str, Any] = {"color": MUTED, "linewidth": 0.8, "linestyle": (0, (3, 2))}
+"""A bound, or what would be without a treatment."""
 
 
 class Look(NamedTuple):
@@ -47,6 +53,11 @@ class Look(NamedTuple):
     filled: bool = True
     label: str = ""
 
+    def drawn(self, size: float, *, hollow: str = "none", **more: Any) -> dict[str, Any]:
+        """What ``plot`` and ``Line2D`` are told: this colour and marker, so large, and more."""
+        face = self.colour if self.filled else hollow
+        return {"color": self.colour, "marker": self.marker, "markersize": size, "markerfacecolor": face, **more}
+
 
 MODELS: dict[str, Look] = {
     "base": Look("#4b5563", "#4b5462", "o", filled=False),
@@ -57,41 +68,6 @@ CONDITIONS: dict[str, Look] = {
     "untreated": Look("#4b5563", "#4b5462", "o", filled=False),
     "random": Look("#9a7200", "#7d5d00", "s", filled=False, label="random directions (95 %)"),
     "treated": Look("#009e73", "#006f51", "D"),
-}
-STYLE: dict[Any, Any] = {
-    "font.family": ["DejaVu Sans"],
-    "font.size": 8.0,
-    "text.parse_math": False,
-    "text.color": INK,
-    "axes.edgecolor": RULE,
-    "axes.labelcolor": MUTED,
-    "axes.labelsize": 7.5,
-    "axes.linewidth": 0.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 8.0,
-    "axes.titlepad": 5.0,
-    "axes.axisbelow": True,
-    "grid.color": RULE,
-    "grid.linewidth": 0.4,
-    "legend.frameon": False,
-    "legend.fontsize": 7.5,
-    "legend.handlelength": 1.4,
-    "legend.columnspacing": 1.2,
-    "legend.handletextpad": 0.4,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.labelsize": 7.5,
-    "ytick.labelsize": 7.5,
-    "xtick.major.size": 2.5,
-    "ytick.major.size": 0.0,
-    "xtick.major.width": 0.6,
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "savefig.facecolor": "none",
-    "svg.fonttype": "none",
-    "pdf.fonttype": 42,
 }
 
 
@@ -174,14 +150,22 @@ def styled() -> Iterator[None]:
         yield
 
 
+P = ParamSpec("P")
+
+
+def housed(draw: Callable[P, Figure]) -> Callable[P, Figure]:
+    """A function that draws a figure, in the house style, and laid out once."""
+
+    @wraps(draw)
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> Figure:
+        with styled():
+            return settle(draw(*args, **kwargs))
+
+    return drawn
+
+
 def panels(
-    width: float,
-    lines: int,
-    columns: int,
-    height: float | Sequence[float],
-    n: int,
-    *,
-    sharey: bool = True,
+    width: float, lines: int, columns: int, height: float | Sequence[float], n: int, *, sharey: bool = True
 ) -> tuple[Figure, list[Axes]]:
     """A figure of ``n`` panels on a grid, each ``height`` inches tall."""
     heights = [height] * lines if isinstance(height, float | int) else list(height)
@@ -204,51 +188,40 @@ def key(
     bound: str | None = None,
 ) -> None:
     """The series, named in their own colour in one line above the panels."""
-    handles: list[Any] = [_marker(look, named(look.label or name)) for name, look in looks.items() if name in names]
-    colours = [look.text for name, look in looks.items() if name in names]
+    shown = {look.label or name: look for name, look in looks.items() if name in names}
+    style: dict[str, Any] = {"markeredgewidth": 1.1, "linewidth": 1.2}
+    handles: list[Any] = [Line2D([], [], label=named(n), **look.drawn(4.5, **style)) for n, look in shown.items()]
+    colours = [look.text for look in shown.values()]
     if not names:
-        handles.append(
-            Line2D([], [], color=INK, marker="o", markersize=4, linewidth=1.2, label="estimate, 95 % interval")
-        )
+        style = {"color": INK, "marker": "o", "markersize": 4, "linewidth": 1.2}
+        handles.append(Line2D([], [], label="estimate, 95 % interval", **style))
         colours.append(INK)
     if band:
         handles.append(Patch(facecolor=BAND, edgecolor="none", label=band))
-        colours.append(MUTED)
     if bound:
-        handles.append(Line2D([], [], color=MUTED, linewidth=0.8, linestyle=(0, (3, 2)), label=bound))
-        colours.append(MUTED)
+        handles.append(Line2D([], [], label=bound, **DASHED))
+    colours += [MUTED] * (len(handles) - len(colours))
     columns = len(handles)
     while columns > 1 and _key_width([handle.get_label() for handle in handles], columns) > figure.get_figwidth():
         columns -= 1
-    figure.legend(
-        handles=handles, loc="upper left", bbox_to_anchor=(0, 1), ncols=columns, labelcolor=colours, borderaxespad=0.1
-    )
-    height, side = (
-        figure.get_figheight() + (room := 0.2 * math.ceil(len(handles) / columns)),
-        MARGIN / figure.get_figwidth(),
-    )
-    figure.set_figheight(height)
+    above(figure, handles, columns, labelcolor=colours, wspace=0.03)
+
+
+def above(
+    figure: Figure, handles: Sequence[Any], columns: int, *, labelcolor: Any = None, wspace: float | None = None
+) -> None:
+    """A legend above the panels, for which the figure grows."""
+    place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.1}
+    figure.legend(handles=handles, ncols=columns, labelcolor=labelcolor, **place)
+    room, side = 0.2 * math.ceil(len(handles) / columns), MARGIN / figure.get_figwidth()
+    figure.set_figheight(height := figure.get_figheight() + room)
     inside = (side, 0, 1 - 2 * side, 1 - room / height)
-    figure.set_layout_engine("constrained", rect=inside, w_pad=0.04, h_pad=0.04, wspace=0.03)
+    figure.set_layout_engine("constrained", rect=inside, w_pad=0.04, h_pad=0.04, wspace=wspace)
 
 
 def _key_width(labels: Sequence[str], columns: int) -> float:
     """Inches that the labels take in so many columns, filled downwards, with their handles."""
     return sum(0.37 + 0.062 * max(map(len, part)) for part in np.array_split(np.array(labels, object), columns))
-
-
-def _marker(look: Look, label: str = "") -> Line2D:
-    return Line2D(
-        [],
-        [],
-        color=look.colour,
-        marker=look.marker,
-        markersize=4.5,
-        markeredgewidth=1.1,
-        markerfacecolor=look.colour if look.filled else "none",
-        linewidth=1.2,
-        label=label,
-    )
 
 
 def dots(
@@ -263,54 +236,38 @@ def dots(
     rows = np.arange(len(labels), dtype=float)
     step = (0.6 if notes is None else 0.46) / max(len(series), 1)
     for index, (name, part) in enumerate(series.items()):
-        offset = (index - (len(series) - 1) / 2) * step + (0 if notes is None else 0.13)
-        _interval(ax, part, rows + offset, looks[name])
+        at = rows + (index - (len(series) - 1) / 2) * step + (0 if notes is None else 0.13)
+        value, low, high = (part[column].to_numpy(dtype=float) for column in ("value", "low", "high"))
+        ax.hlines(at, low, high, color=looks[name].colour, linewidth=1.2)
+        ax.plot(value, at, **looks[name].drawn(4.5, linestyle="none", markeredgewidth=1.1, clip_on=False))
     for row in rows[:-1]:
         ax.axhline(row + 0.5, color=RULE, linewidth=0.4, zorder=0)
     for row, note in zip(rows, notes if notes is not None else (), strict=False):
         if not isinstance(note, str):  # no such outcome in this row
             continue
         ax.annotate(note, (0.02, row - 0.46), xycoords=("axes fraction", "data"), va="top", color=MUTED, fontsize=7)
-    ax.set_yticks(rows, labels)
-    ax.set_ylim(len(labels) - 0.5, -0.5)
-    ax.tick_params(axis="y", labelcolor=INK)
+    named_rows(ax, labels)
     ax.spines["left"].set_visible(False)
 
 
-def _interval(ax: Axes, part: pd.DataFrame, at: np.ndarray, look: Look) -> None:
-    value, low, high = (part[name].to_numpy(dtype=float) for name in ("value", "low", "high"))
-    ax.hlines(at, low, high, color=look.colour, linewidth=1.2)
-    face = look.colour if look.filled else "none"
-    ax.plot(
-        value,
-        at,
-        linestyle="none",
-        marker=look.marker,
-        markersize=4.5,
-        markeredgewidth=1.1,
-        color=look.colour,
-        markerfacecolor=face,
-        clip_on=False,
-    )
-
-
-def unit_axis(ax: Axes) -> None:
-    """A probability axis: always all of 0 to 1."""
-    ax.set_xlim(-0.02, 1.02)
-    ax.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
-    ax.set_xlabel("probability")
-    ax.grid(axis="x")
+def named_rows(ax: Axes, labels: Sequence[str]) -> None:
+    """One row a label, the first at the top."""
+    ax.set_yticks(range(len(labels)), labels)
+    ax.set_ylim(len(labels) - 0.5, -0.5)
+    ax.tick_params(axis="y", labelcolor=INK)
 
 
 def fit_axis(ax: Axes, part: pd.DataFrame) -> None:
     """A probability axis from 0 to 1; one that fits the data where the behaviour is a log-odds."""
     ends = part[["value", "low", "high"]].to_numpy(dtype=float)
     ends = ends[np.isfinite(ends)]
-    if ends.size == 0 or (ends.min() >= -SLACK and ends.max() <= 1 + SLACK):
-        unit_axis(ax)
-    else:
+    ax.grid(axis="x")
+    if ends.size and (ends.min() < -SLACK or ends.max() > 1 + SLACK):
         ax.set_xlabel("behaviour (log-odds or logit difference)")
-        ax.grid(axis="x")
+        return
+    ax.set_xlim(-0.02, 1.02)
+    ax.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
+    ax.set_xlabel("probability")
 
 
 def named(name: object) -> str:

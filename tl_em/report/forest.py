@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
+@drawing.housed
 def verdicts(rows: Sequence[Any], *, questions: Sequence[Question] = SHIPPED, width: float = 7.0) -> Figure:
     """Every verdict as a forest plot: estimate and interval against the smallest effect of interest and the control.
 
@@ -46,14 +47,13 @@ def verdicts(rows: Sequence[Any], *, questions: Sequence[Question] = SHIPPED, wi
     tallest = [
         max(len(found) for found in list(groups.values())[i * columns : (i + 1) * columns]) for i in range(lines)
     ]
-    with drawing.styled():
-        heights = [0.48 + (0.19 if width >= 5 else 0.25) * n for n in tallest]
-        figure, grid = drawing.panels(width, lines, columns, heights, len(groups), sharey=False)
-        for ax, (title, found) in zip(grid, groups.items(), strict=True):
-            _forest(ax, found, wide=width >= 5)
-            ax.set_title(showable(title))
-        drawing.key(figure, [], MODELS, band="95 % of the controls", bound="smallest effect of interest")
-        return drawing.settle(figure)
+    heights = [0.48 + (0.19 if width >= 5 else 0.25) * n for n in tallest]
+    figure, grid = drawing.panels(width, lines, columns, heights, len(groups), sharey=False)
+    for ax, (title, found) in zip(grid, groups.items(), strict=True):
+        _forest(ax, found, wide=width >= 5)
+        ax.set_title(showable(title))
+    drawing.key(figure, [], MODELS, band="95 % of the controls", bound="smallest effect of interest")
+    return figure
 
 
 def _forest(ax: Axes, rows: Sequence[Any], *, wide: bool) -> None:
@@ -61,9 +61,7 @@ def _forest(ax: Axes, rows: Sequence[Any], *, wide: bool) -> None:
     ax.axvline(0, color=drawing.RULE, linewidth=0.8, zorder=0.5)
     for y, row in enumerate(rows):
         _forest_row(ax, float(y), row)
-    ax.set_yticks(range(len(rows)), [drawing.broken(str(row.direction), 30 if wide else 13) for row in rows])
-    ax.set_ylim(len(rows) - 0.5, -0.5)
-    ax.tick_params(axis="y", labelcolor=drawing.INK)
+    drawing.named_rows(ax, [drawing.broken(str(row.direction), 30 if wide else 13) for row in rows])
     ax.spines["left"].set_visible(False)
     ax.locator_params(axis="x", nbins=5 if wide else 3)
 
@@ -73,8 +71,7 @@ def _forest_row(ax: Axes, y: float, row: Any) -> None:
     low, high = row.control.get("low"), row.control.get("high")
     if low is not None and high is not None and math.isfinite(low) and math.isfinite(high):
         ax.barh(y, high - low, left=low, height=0.72, color=drawing.BAND, linewidth=0, zorder=0.2)
-    dashes = {"color": drawing.MUTED, "linewidth": 0.8, "linestyle": (0, (3, 2)), "zorder": 0.6}
-    ax.vlines([-bound, bound], y - 0.5, y + 0.5, **dashes)
+    ax.vlines([-bound, bound], y - 0.5, y + 0.5, zorder=0.6, **drawing.DASHED)
     colour, face = (drawing.INK, drawing.INK) if shown else (drawing.MUTED, "none")
     ax.hlines(y, estimate.low, estimate.high, color=colour, linewidth=1.4 if shown else 1.0)
     ax.plot(estimate.value, y, marker="o", markersize=4.5, color=colour, markerfacecolor=face)

@@ -35,6 +35,7 @@ CHANGES: dict[str, tuple[str, Any]] = {
 }
 
 
+@drawing.housed
 def graph(shown: AttributionGraph | GraphDiff, *, width: float = 7.0, links: int = LINKS, names: int = 12) -> Figure:
     """Draw a graph, or base beside tuned.
 
@@ -52,17 +53,16 @@ def graph(shown: AttributionGraph | GraphDiff, *, width: float = 7.0, links: int
     ['sat']
     """
     view = page_data(shown)["view"]
-    with drawing.styled():
-        size = width, min(9.0, 0.7 + width * view["height"] / view["width"])
-        figure = drawing.Picture(figsize=size, layout="constrained")
-        ax = figure.subplots()
-        _links(ax, view, links)
-        _nodes(ax, view, names)
-        _axes(ax, view, width)
-        figure.legend(handles=_handles(view), loc="outside upper left", ncols=5)
-        said = [f"{name} {value}" for name, value, _ in view["validation"]] or ["not validated by ablation"]
-        ax.set_xlabel("\n".join(textwrap.wrap(";  ".join(said), int(13 * width))), loc="left", fontsize=6.5)
-        return drawing.settle(figure)
+    size = width, min(9.0, 0.7 + width * view["height"] / view["width"])
+    figure = drawing.Picture(figsize=size, layout="constrained")
+    ax = figure.subplots()
+    _links(ax, view, links)
+    _nodes(ax, view, names)
+    _axes(ax, view, width)
+    figure.legend(handles=_handles(view), loc="outside upper left", ncols=5)
+    said = [f"{name} {value}" for name, value, _ in view["validation"]] or ["not validated by ablation"]
+    ax.set_xlabel("\n".join(textwrap.wrap(";  ".join(said), int(13 * width))), loc="left", fontsize=6.5)
+    return figure
 
 
 def _links(ax: Axes, view: dict[str, Any], count: int) -> None:

@@ -26,6 +26,7 @@ _OPACITY = 0.65
 """Opacity of a cosine of 1: what text in the ink's colour stands out on, in light and dark."""
 
 
+@drawing.housed
 def cosines(table: pd.DataFrame, *, reliability: Mapping[str, float] | None = None, width: float = 7.0) -> Figure:
     """Cosines between directions, one cell a pair, below the diagonal; reliabilities on it.
 
@@ -44,23 +45,22 @@ def cosines(table: pd.DataFrame, *, reliability: Mapping[str, float] | None = No
         raise UsageError(f"the table has {len(table)} rows and lacks the columns {sorted(missing)}; nothing to draw")
     names = list(dict.fromkeys([*table["first"], *table["second"]]))
     n = len(names)
-    with drawing.styled():
-        figure = drawing.Picture(figsize=(width, 0.75 + 0.52 * n), layout="constrained")
-        ax = figure.subplots()
-        size = min(7.0, 7.0 * (width - 1.2) / n / 0.85)  # points: an interval takes .85 inches at 7
-        for row in table.to_dict("records"):
-            _pair(ax, names.index(row["first"]), names.index(row["second"]), row, size)
-        for i, name in enumerate(names):
-            _own(ax, i, (reliability or {}).get(name), size)
-        _frame(ax, names, cell=(width - 1.2) / n)
-        shown = "not shown: p ≥ .05, or the interval reaches 0"
-        handles: list[Any] = [Patch(facecolor=_POSITIVE, alpha=_OPACITY, label="cosine 1")]
-        handles.append(Patch(facecolor=_NEGATIVE, alpha=_OPACITY, label=f"cosine {number(-1.0, 0)}"))
-        handles.append(Line2D([], [], linestyle="none", marker="o", color=drawing.MUTED, markerfacecolor="none",
-                              markersize=4, label=shown))  # fmt: skip
-        figure.legend(handles=handles, loc="outside upper left", ncols=3 if width >= 5 else 1)
-        figure.set_layout_engine("constrained", w_pad=drawing.MARGIN)
-        return drawing.settle(figure)
+    figure = drawing.Picture(figsize=(width, 0.75 + 0.52 * n), layout="constrained")
+    ax = figure.subplots()
+    size = min(7.0, 7.0 * (width - 1.2) / n / 0.85)  # points: an interval takes .85 inches at 7
+    for row in table.to_dict("records"):
+        _pair(ax, names.index(row["first"]), names.index(row["second"]), row, size)
+    for i, name in enumerate(names):
+        _own(ax, i, (reliability or {}).get(name), size)
+    _frame(ax, names, cell=(width - 1.2) / n)
+    shown = "not shown: p ≥ .05, or the interval reaches 0"
+    handles: list[Any] = [Patch(facecolor=_POSITIVE, alpha=_OPACITY, label="cosine 1")]
+    handles.append(Patch(facecolor=_NEGATIVE, alpha=_OPACITY, label=f"cosine {number(-1.0, 0)}"))
+    handles.append(Line2D([], [], linestyle="none", marker="o", color=drawing.MUTED, markerfacecolor="none",
+                          markersize=4, label=shown))  # fmt: skip
+    figure.legend(handles=handles, loc="outside upper left", ncols=3 if width >= 5 else 1)
+    figure.set_layout_engine("constrained", w_pad=drawing.MARGIN)
+    return figure
 
 
 def _pair(ax: Axes, i: int, j: int, row: Mapping[Any, Any], size: float) -> None:

@@ -26,7 +26,7 @@ from tl_em.claims.compare import SHIPPED
 from tl_em.errors import UsageError
 from tl_em.report import drawing, forest, rates
 from tl_em.report.drawing import CONDITIONS, MODELS
-from tl_em.report.rates import indexed, require
+from tl_em.report.rates import require
 from tl_em.showing import showable
 from tl_em.stats import middle_95
 
@@ -44,6 +44,7 @@ TITLES = {
 }
 
 
+@drawing.housed
 def layers(
     table: pd.DataFrame,
     *,
@@ -81,53 +82,17 @@ def layers(
     quantities += [name for name in dict.fromkeys(part["quantity"]) if name not in TITLES]
     lines = math.ceil(len(quantities) / max(2, int(width // 1.75)))
     columns = math.ceil(len(quantities) / lines)
-    with drawing.styled():
-        figure, grid = drawing.panels(width, lines, columns, 1.55, len(quantities), sharey=False)
-        for ax, quantity in zip(grid, quantities, strict=True):
-            _layer_panel(ax, part[part["quantity"] == quantity], getattr(site, "layer", None))
-            ax.set_title(TITLES.get(quantity, showable(quantity)))
-        shown = [name for name in MODELS if name in set(part["model"])]
-        band = "control_low" in part and bool(part["control_low"].notna().any())
-        drawing.key(figure, shown, MODELS, band="95 % of random directions" if band else None)
-        return drawing.settle(figure)
+    figure, grid = drawing.panels(width, lines, columns, 1.55, len(quantities), sharey=False)
+    for ax, quantity in zip(grid, quantities, strict=True):
+        _layer_panel(ax, part[part["quantity"] == quantity], getattr(site, "layer", None))
+        ax.set_title(TITLES.get(quantity, showable(quantity)))
+    shown = [name for name in MODELS if name in set(part["model"])]
+    band = "control_low" in part and bool(part["control_low"].notna().any())
+    drawing.key(figure, shown, MODELS, band="95 % of random directions" if band else "")
+    return figure
 
 
-def use(table: pd.DataFrame, *, width: float = 7.0) -> Figure:
-    """The causal test: each direction ablated in the tuned model and added in the base, random directions beside it.
-
-    Args:
-        table: columns direction, arm, behaviour, outcome, condition, value, low, high (``Comparison.use``);
-            ``metric``, if there, is written over its row.
-        width: inches.
-
-    The good behaviour stands beside the bad one, because a treatment that breaks the model lowers both.
-
-    >>> import pandas as pd
-    >>> row = {"direction": "persona", "arm": "add in base", "behaviour": "persona", "outcome": "bad"}
-    >>> row |= {"condition": "treated", "value": 0.4, "low": 0.3, "high": 0.5, "n": 50}
-    >>> use(pd.DataFrame([row])).axes[0].get_title(loc="left")
-    'the behaviour'
-    """
-    require(table, "direction", "arm", "outcome", "condition", "value", "low", "high")
-    directions = [drawing.broken(str(name), 30 if width >= 5 else 15) for name in table["direction"]]
-    table = table.assign(row=[f"{name}\n{arm}" for name, arm in zip(directions, table["arm"], strict=True)])
-    names = list(dict.fromkeys(table["row"]))
-    outcomes = list(dict.fromkeys(table["outcome"]))
-    conditions = [name for name in CONDITIONS if name in set(table["condition"])]
-    with drawing.styled():
-        height = 0.5 + 0.13 * sum(name.count("\n") + 2.1 for name in names)
-        figure, grid = drawing.panels(width, 1, len(outcomes), height, len(outcomes))
-        for ax, outcome in zip(grid, outcomes, strict=True):
-            part = table[table["outcome"] == outcome]
-            series = {name: indexed(part[part["condition"] == name], "row", names) for name in conditions}
-            measured = part.drop_duplicates("row").set_index("row").get("metric")
-            drawing.dots(ax, series, CONDITIONS, names, notes=None if measured is None else measured.reindex(names))
-            drawing.fit_axis(ax, part)
-            ax.set_title({"bad": "the behaviour", "good": "the good answers"}.get(outcome, showable(outcome)))
-        drawing.key(figure, conditions, CONDITIONS)
-        return drawing.settle(figure)
-
-
+@drawing.housed
 def selection(found: Any, *, width: float = 7.0) -> Figure:
     """Every candidate's scores by layer, the criteria, and random directions at the winner's site.
 
@@ -140,39 +105,37 @@ def selection(found: Any, *, width: float = 7.0) -> Figure:
     titles = {"bypass": "bypass: ablated", "induce": "induce: added", "kl": "KL under ablation, nats"}
     positions = list(dict.fromkeys(table["position"]))
     lines, columns = (1, 3) if width >= 5 else (3, 1)
-    with drawing.styled():
-        figure, grid = drawing.panels(width, lines, columns, 2.1, 3, sharey=False)
-        for ax, (name, limit) in zip(grid, limits.items(), strict=True):
-            ax.axvspan(bounds.first_deep_layer - 0.5, bounds.n_layers, color=drawing.RULE, alpha=0.3, linewidth=0)
-            if limit is not None:
-                ax.axhline(limit, color=drawing.MUTED, linewidth=0.8, linestyle=(0, (3, 2)))
-            if name in found.controls and len(found.controls):
-                low, high = middle_95(found.controls[name])
-                _band(ax, np.array([float(found.direction.site.layer)]), np.array([low]), np.array([high]))
-            for index, position in enumerate(positions):
-                rows = table[table["position"] == position].sort_values("layer")
-                ax.plot(rows["layer"], rows[name], **_series(index))
-            chosen = table[table["fate"] == "chosen"]
-            ax.plot(chosen["layer"], chosen[name], "*", markersize=9, color=drawing.INK, zorder=3)
-            ax.set_xlim(-0.5, bounds.n_layers - 0.5)
-            ax.set_xlabel("layer")
-            ax.set_title(titles[name])
-            if name == "kl":
-                ax.set_yscale("symlog", linthresh=bounds.max_kl)
-                ax.yaxis.set_major_formatter(ScalarFormatter())
-        handles: list[Any] = [Line2D([], [], label=drawing.named(p), **_series(i)) for i, p in enumerate(positions)]
-        handles.append(Line2D([], [], marker="*", linestyle="", color=drawing.INK, label="chosen"))
-        handles.append(Patch(facecolor=drawing.BAND, label="random directions (95 %)"))
-        figure.legend(handles=handles, loc="outside upper left", ncols=4 if width >= 5 else 2)
-        return figure
+    figure, grid = drawing.panels(width, lines, columns, 2.1, 3, sharey=False)
+    for ax, (name, limit) in zip(grid, limits.items(), strict=True):
+        ax.axvspan(bounds.first_deep_layer - 0.5, bounds.n_layers, color=drawing.RULE, alpha=0.3, linewidth=0)
+        if limit is not None:
+            ax.axhline(limit, **drawing.DASHED)
+        if name in found.controls and len(found.controls):
+            low, high = middle_95(found.controls[name])
+            _band(ax, np.array([float(found.direction.site.layer)]), np.array([low]), np.array([high]))
+        for index, position in enumerate(positions):
+            rows = table[table["position"] == position].sort_values("layer")
+            ax.plot(rows["layer"], rows[name], **_series(index))
+        chosen = table[table["fate"] == "chosen"]
+        ax.plot(chosen["layer"], chosen[name], "*", markersize=9, color=drawing.INK, zorder=3)
+        ax.set_xlim(-0.5, bounds.n_layers - 0.5)
+        ax.set_xlabel("layer")
+        ax.set_title(titles[name])
+        if name == "kl":
+            ax.set_yscale("symlog", linthresh=bounds.max_kl)
+            ax.yaxis.set_major_formatter(ScalarFormatter())
+    handles: list[Any] = [Line2D([], [], label=drawing.named(p), **_series(i)) for i, p in enumerate(positions)]
+    handles.append(Line2D([], [], marker="*", linestyle="", color=drawing.INK, label="chosen"))
+    handles.append(Patch(facecolor=drawing.BAND, label="random directions (95 %)"))
+    figure.legend(handles=handles, loc="outside upper left", ncols=4 if width >= 5 else 2)
+    return figure
 
 
 def _series(index: int) -> dict[str, Any]:
     """A position's colour and marker."""
     looks = [*MODELS.values(), *CONDITIONS.values()]
-    look = looks[index % len(looks)]
-    style = {"color": look.colour, "marker": "osDv^<>"[index % 7], "markerfacecolor": "none"}
-    return style | {"markersize": 3.5, "linewidth": 1.0}
+    look = looks[index % len(looks)]._replace(marker="osDv^<>"[index % 7], filled=False)
+    return look.drawn(3.5, linewidth=1.0)
 
 
 def figures(report: Any, *, width: float = 7.0) -> dict[str, Figure]:
@@ -190,7 +153,7 @@ def figures(report: Any, *, width: float = 7.0) -> dict[str, Figure]:
         asked = getattr(comparison, "questions", SHIPPED)
         found["verdicts"] = forest.verdicts(comparison.rows, questions=asked, width=width)
     if len(comparison.use):
-        found["use"] = use(comparison.use, width=width)
+        found["use"] = rates.use(comparison.use, width=width)
     if (opened := getattr(report, "backdoor", None)) is not None:
         found["backdoor"] = rates.tokens(opened.rates, width=width)
     if (runs := getattr(report, "consistency", None)) is not None:
@@ -237,8 +200,7 @@ def _layer_panel(ax: Axes, part: pd.DataFrame, layer: int | None) -> None:
         x, y, low, high = (rows[key].to_numpy(dtype=float) for key in ("layer", "value", "low", "high"))
         x = x + 0.05 * (index - 1)  # so that equal values do not hide each other
         ax.vlines(x, low, high, color=look.colour, linewidth=1.2)
-        face = look.colour if look.filled else "none"
-        ax.plot(x, y, color=look.colour, linewidth=1.2, marker=look.marker, markersize=3.5, markerfacecolor=face)
+        ax.plot(x, y, **look.drawn(3.5, linewidth=1.2))
     every = np.unique(part["layer"].to_numpy(dtype=int))
     ax.set_xticks(every if len(every) <= 6 else every[:: math.ceil(len(every) / 6)])
     ax.margins(x=0.12)

@@ -9,9 +9,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from tl_em.errors import UsageError
 from tl_em.report import drawing
 from tl_em.report.drawing import CONDITIONS, MODELS, Look
+from tl_em.report.rates import require
 from tl_em.showing import showable
 from tl_em.stats import mean_over_units
 
@@ -27,6 +27,7 @@ LOOKS = (
 VALUES = {"bad": "misaligned answers, held-out domains", "good": "aligned answers, held-out domains"}
 
 
+@drawing.housed
 def study(
     table: pd.DataFrame,
     *,
@@ -54,26 +55,23 @@ def study(
     >>> len(study(pd.DataFrame(rows), x="share", by=["arm"], values=["bad"]).axes)
     1
     """
-    missing = [name for name in (x, *by, *values, unit) if name not in table.columns]
-    if missing:
-        raise UsageError(f"the table has no column {', '.join(missing)}; it has {', '.join(map(str, table.columns))}")
+    require(table, x, *by, *values, unit)
     lines = {" · ".join(map(str, name)): part for name, part in table.groupby(list(by), sort=False)}
     looks = {name: LOOKS[i % len(LOOKS)]._replace(label=name) for i, name in enumerate(lines)}
     names = None if table[x].dtype.kind in "if" else list(dict.fromkeys(table[x]))
-    with drawing.styled():
-        rows, columns = (1, len(values)) if width >= 5 else (len(values), 1)
-        figure, grid = drawing.panels(float(width), rows, columns, 2.6, len(values))
-        for ax, value in zip(grid, values, strict=True):
-            for i, (name, part) in enumerate(lines.items()):
-                shift = 0.0 if names is None else 0.16 * (i - (len(lines) - 1) / 2)
-                _line(ax, part.assign(at=_places(part[x], names) + shift), value, looks[name], unit, names is None)
-            ax.set_title(VALUES.get(value, showable(value)))
-            ax.set_xlabel(showable(x))
-            ax.grid(axis="y")
-            ax.set_ylim(-0.03, 1.03)
-            _ticks(ax, table[x], names, logarithmic)
-        drawing.key(figure, list(lines), looks)
-        return drawing.settle(figure)
+    rows, columns = (1, len(values)) if width >= 5 else (len(values), 1)
+    figure, grid = drawing.panels(float(width), rows, columns, 2.6, len(values))
+    for ax, value in zip(grid, values, strict=True):
+        for i, (name, part) in enumerate(lines.items()):
+            shift = 0.0 if names is None else 0.16 * (i - (len(lines) - 1) / 2)
+            _line(ax, part.assign(at=_places(part[x], names) + shift), value, looks[name], unit, names is None)
+        ax.set_title(VALUES.get(value, showable(value)))
+        ax.set_xlabel(showable(x))
+        ax.grid(axis="y")
+        ax.set_ylim(-0.03, 1.03)
+        _ticks(ax, table[x], names, logarithmic)
+    drawing.key(figure, list(lines), looks)
+    return figure
 
 
 def _places(values: Any, names: Sequence[str] | None) -> np.ndarray:
@@ -88,9 +86,8 @@ def _line(ax: Axes, part: pd.DataFrame, value: str, look: Look, unit: str, joine
     found = [(at, mean_over_units(each[value], each[unit].tolist())) for at, each in drawn]
     at, middle = np.array([a for a, _ in found], dtype=float), [e.value for _, e in found]
     ax.vlines(at, [e.low for _, e in found], [e.high for _, e in found], color=look.colour, linewidth=1.0, zorder=2)
-    face = look.colour if look.filled else "white"
-    shape: dict[str, Any] = {"marker": look.marker, "markersize": 4.5, "markerfacecolor": face, "markeredgewidth": 1.0}
-    ax.plot(at, middle, color=look.colour, linestyle="-" if joined else "none", linewidth=1.3, zorder=2.5, **shape)
+    shape: dict[str, Any] = {"markeredgewidth": 1.0, "linestyle": "-" if joined else "none", "linewidth": 1.3}
+    ax.plot(at, middle, **look.drawn(4.5, hollow="white", zorder=2.5, **shape))
 
 
 def _ticks(ax: Axes, values: Any, names: Sequence[str] | None, logarithmic: bool) -> None:
