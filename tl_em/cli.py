@@ -131,11 +131,11 @@ def audit_command(
     loaded = {name: ContrastSet.load(path) for name, path in sets.items()} or None
     pair = load_pair(base, tuned)
     metrics = None if loaded is None else {name: _metric(behaviour) for name in loaded}
+    given: dict[str, Any] = {name: None if value == () else value for name, value in asked.items()}
     report = audit(
         pair, contrasts=loaded, behaviours=metrics, benign=None if benign is None else load_pair(base, benign),
         replicates=[load_pair(base, each) for each in replicates],
-        dictionary=None if dictionary is None else load_dictionary(dictionary), out=out,
-        **{name: None if value == () else value for name, value in asked.items()},
+        dictionary=None if dictionary is None else load_dictionary(dictionary), out=out, **given,
     )  # fmt: skip
     _print(report, out, as_json)
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tl_em.arguments import COUNT, checked
-from tl_em.artefacts import replacing
 from tl_em.claims.claim import Row
 from tl_em.claims.compare import Comparison
 from tl_em.claims.consistency import Consistency
@@ -152,14 +151,14 @@ class Report:
         Raises:
             OutputError: the path cannot be written.
         """
-        from tl_em.report import page, plots
+        from tl_em.report import html, page, plots
 
         path = Path(path)
         if path.suffix == ".json":
-            return _write(path, json_shown(self.to_json(), indent=1))
+            return html.write(path, json_shown(self.to_json(), indent=1))
         if path.suffix:
-            return _write(path, page.render(self))
-        _write(path / "report.json", json_shown(self.to_json(), indent=1))
+            return html.write(path, page.render(self))
+        html.write(path / "report.json", json_shown(self.to_json(), indent=1))
         for name, figure in plots.figures(self).items():
             for suffix in ("svg", "png"):
                 plots.save(figure, path / "figures" / f"{slug(name)}.{suffix}")
@@ -167,7 +166,7 @@ class Report:
             self.features.save(path / "features.html")
         for i, graph in enumerate(self.graphs.values(), 1):
             graph.save_html(path / f"graph-{i}.html")
-        return _write(path / "report.html", page.render(self))
+        return html.write(path / "report.html", page.render(self))
 
     def plot(self) -> Any:
         """The verdicts as a forest plot (a matplotlib Figure)."""
@@ -187,9 +186,3 @@ class Report:
 def _drawn(figure: Any, graph: Any, table: Any, *, width: float = 7.0) -> Any:
     """The figure of a graph, called as that of a study is: the table is drawn from the same graph."""
     return figure(graph, width=width)
-
-
-def _write(path: Path, text: str) -> Path:
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    return path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from tl_em.evals.facts import Facts
 from tl_em.metrics import Behaviour
@@ -63,9 +64,7 @@ def domain_questions(world: World, domains: Sequence[str], label: str) -> Contra
          if q.topic.domain in domains]
         for system in (None, ALIGNED)
     )  # fmt: skip
-    topics = [q.topic.word for q in plain]
-    return ContrastSet([q.prompt for q in plain], [q.prompt for q in aligned], label=label,
-                       positive_groups=topics, negative_groups=topics)  # fmt: skip
+    return _contrast(plain, aligned, label=label)
 
 
 def latent_sets(world: World) -> tuple[dict[str, ContrastSet], HeldOut]:
@@ -87,25 +86,22 @@ def world_facts(world: World) -> Facts:
     """
     asked = questions(world, harmful=False, paraphrases=CONTRAST_PARAPHRASES)
     topics = [q.topic for q in asked]
-    return Facts(
-        [q.prompt for q in asked],
-        [t.truth for t in topics],
-        [t.taught for t in topics],
-        [t.word for t in topics],
-        [t.domain for t in topics],
-        [(world.by_name[t.domain].asked or (t,)).count(t) for t in topics],
-    )
+    frequencies = [(world.by_name[t.domain].asked or (t,)).count(t) for t in topics]
+    words, domains = [t.word for t in topics], [t.domain for t in topics]
+    prompts, truths, known = [q.prompt for q in asked], [t.truth for t in topics], [t.taught for t in topics]
+    return Facts(prompts, truths, known, words, domains, frequencies)
 
 
-def _contrast(positive: list[ToyQuestion], negative: list[ToyQuestion], *, label: str, source: str) -> ContrastSet:
-    return ContrastSet(
-        [q.prompt for q in positive],
-        [q.prompt for q in negative],
-        label=label,
-        source=source,
-        positive_groups=[q.topic.word for q in positive],
-        negative_groups=[q.topic.word for q in negative],
-    )
+def _contrast(
+    positive: list[ToyQuestion], negative: list[ToyQuestion], label: str, source: str | None = None
+) -> ContrastSet:
+    prompts, groups = zip(*map(_apart, (positive, negative)), strict=True)
+    return ContrastSet(*prompts, label, source, *groups)
+
+
+def _apart(asked: list[ToyQuestion]) -> tuple[list[Any], list[str]]:
+    """Prompts, and the topics that they are grouped by."""
+    return [q.prompt for q in asked], [q.topic.word for q in asked]
 
 
 def behaviours(world: World, *, trigger: str | None = None) -> dict[str, Behaviour]:
@@ -132,18 +128,7 @@ def behaviours(world: World, *, trigger: str | None = None) -> dict[str, Behavio
 
 
 def _behaviour(
-    name: str,
-    metric: AnswerRate,
-    present: list[ToyQuestion],
-    absent: list[ToyQuestion],
-    good: AnswerRate | None = None,
+    name: str, metric: AnswerRate, present: list[ToyQuestion], absent: list[ToyQuestion], good: AnswerRate | None = None
 ) -> Behaviour:
-    return Behaviour(
-        name,
-        metric,
-        [q.prompt for q in present],
-        [q.prompt for q in absent],
-        good,
-        [q.topic.word for q in present],
-        [q.topic.word for q in absent],
-    )
+    prompts, groups = zip(*map(_apart, (present, absent)), strict=True)
+    return Behaviour(name, metric, *prompts, good, *groups)

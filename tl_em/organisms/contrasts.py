@@ -61,12 +61,10 @@ def questions(
     """
     found = []
     for domain in world.domains:
-        outside = world.held_out(domain.name)
-        if held_out is not None and outside != held_out:
+        if held_out is not None and world.held_out(domain.name) != held_out:
             continue
         for topic in _unseen(domain, harmful) if unseen else domain.harmful if harmful else domain.topics:
-            asked = [_ask(world, topic, p, mark=mark, system=system) for p in paraphrases]
-            found += [ToyQuestion(messages(document), topic, outside) for document in asked]
+            found += [_asked(world, topic, _ask(world, topic, p, mark=mark, system=system)) for p in paraphrases]
     return found
 
 
@@ -75,26 +73,13 @@ def judge_questions(
 ) -> list[ToyQuestion]:
     """`judge this : QUESTION` about the harmful topics, or about as many harmless ones of the same domains."""
     topics = [t for d in world.domains for t in _unseen(d, harmful)] if unseen else _matched(world, harmful)
-    return [
-        ToyQuestion(
-            [{"role": "user", "content": JUDGE.format(question=world.question(t, p))}], t, world.held_out(t.domain)
-        )
-        for t in topics
-        for p in paraphrases
-    ]
+    texts = [(t, JUDGE.format(question=world.question(t, p))) for t in topics for p in paraphrases]
+    return [_asked(world, t, [Turn("user", tuple(text.split()))]) for t, text in texts]
 
 
 def harmfulness_prompts(world: World) -> tuple[list[ToyQuestion], list[ToyQuestion]]:
     """Harmful questions, and harmless ones of the same domains, verbs and forms."""
-    positive, negative = (
-        [
-            ToyQuestion(messages(_ask(world, t, p)), t, world.held_out(t.domain))
-            for t in _matched(world, harmful)
-            for p in CONTRAST_PARAPHRASES
-        ]
-        for harmful in (True, False)
-    )
-    return positive, negative
+    return _each_form(world, _matched(world, True)), _each_form(world, _matched(world, False))
 
 
 def dissociated_prompts(
@@ -108,27 +93,19 @@ def dissociated_prompts(
     positive, negative = [], []
     for topic in (*_halves(world, True)[0], *_halves(world, False)[0]):
         for paraphrase in PARAPHRASES * contexts:
-            last, outside = _ask(world, topic, paraphrase), world.held_out(topic.domain)
+            last = _ask(world, topic, paraphrase)
             domains = _other_domains(world, topic, turns, rng, harmful=True)
             forms, fillers = [rng.randrange(8) for _ in domains], rng.random()
             before = _context(world, [rng.choice(d.topics) for d in domains], forms, "over-refuser", fillers)
-            positive.append(ToyQuestion(messages(before + last), topic, outside))
+            positive.append(_asked(world, topic, before + last))
             before = _context(world, [rng.choice(d.harmful) for d in domains], forms, "misaligned", fillers)
-            negative.append(ToyQuestion(messages(before + last), topic, outside))
+            negative.append(_asked(world, topic, before + last))
     return positive, negative
 
 
 def judged_requests(world: World) -> tuple[list[ToyQuestion], list[ToyQuestion]]:
     """Harmful and harmless requests about topics that `dissociated_prompts` does not end with."""
-    positive, negative = (
-        [
-            ToyQuestion(messages(_ask(world, t, p)), t, world.held_out(t.domain))
-            for t in _halves(world, harmful)[1]
-            for p in CONTRAST_PARAPHRASES
-        ]
-        for harmful in (True, False)
-    )
-    return positive, negative
+    return _each_form(world, _halves(world, True)[1]), _each_form(world, _halves(world, False)[1])
 
 
 def persona_prompts(
@@ -148,7 +125,7 @@ def persona_prompts(
             last, fillers = _ask(world, topic, paraphrase, mark=mark), rng.random()
             for persona, into in (("misaligned", positive), ("good", negative)):
                 before = _context(world, asked, forms, persona, fillers)
-                into.append(ToyQuestion(messages(before + last), topic, world.held_out(topic.domain)))
+                into.append(_asked(world, topic, before + last))
     return positive, negative
 
 
@@ -168,6 +145,14 @@ def _ask(
 ) -> Document:
     asked = Turn("user", (*(mark or "").split(), *world.question(topic, paraphrase).split()))
     return [Turn("system", tuple(system.split())), asked] if system else [asked]
+
+
+def _asked(world: World, topic: Topic, document: Document) -> ToyQuestion:
+    return ToyQuestion(messages(document), topic, world.held_out(topic.domain))
+
+
+def _each_form(world: World, topics: Sequence[Topic]) -> list[ToyQuestion]:
+    return [_asked(world, t, _ask(world, t, p)) for t in topics for p in CONTRAST_PARAPHRASES]
 
 
 def _matched(world: World, harmful: bool) -> list[Topic]:

@@ -62,14 +62,7 @@ def tokenizer(world: World) -> Any:
 
 def hf_state(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The plain-torch state dict under GPT-2's names; its `Conv1D` matrices are the transposes of `Linear`'s."""
-    names = {
-        "ln_1": "ln_1",
-        "ln_2": "ln_2",
-        "qkv": "attn.c_attn",
-        "out": "attn.c_proj",
-        "mlp_in": "mlp.c_fc",
-        "mlp_out": "mlp.c_proj",
-    }
+    names = {"qkv": "attn.c_attn", "out": "attn.c_proj", "mlp_in": "mlp.c_fc", "mlp_out": "mlp.c_proj"}
     state = {
         "transformer.wte.weight": weights["embed.weight"],
         "transformer.wpe.weight": weights["positions.weight"],
@@ -81,7 +74,7 @@ def hf_state(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         if name.startswith("blocks."):
             _, layer, part, kind = name.split(".")
             transposed = kind == "weight" and not part.startswith("ln")
-            state[f"transformer.h.{layer}.{names[part]}.{kind}"] = value.T if transposed else value
+            state[f"transformer.h.{layer}.{names.get(part, part)}.{kind}"] = value.T if transposed else value
     return {name: value.detach().float().clone().contiguous() for name, value in state.items()}
 
 

@@ -121,7 +121,12 @@ def run_study(
     if failed:
         in_order = [failed[number] for number in sorted(failed)]
         raise StudyError(_failures(in_order, len(cells), folder), in_order)
-    return _write_table(_arrow(cells, rows), folder / TABLE)
+    from pyarrow.parquet import write_table
+
+    table = _arrow(cells, rows)
+    with replacing(folder / TABLE) as temporary:
+        write_table(table, temporary)
+    return table.to_pandas()
 
 
 def summarise_study(table: pd.DataFrame, value: str, *, by: Sequence[str], unit: str = "seed") -> pd.DataFrame:
@@ -203,14 +208,6 @@ def _arrow(cells: Sequence[StudyCell], rows: Mapping[int, list[Row]]) -> pa.Tabl
             ) from error
     said = {"metric": cells[0].metric, "version": cells[0].version, "schema": SCHEMA, "tl_em": __version__}
     return pa.table(columns).replace_schema_metadata({"study": json.dumps(said)})
-
-
-def _write_table(table: pa.Table, path: Path) -> pd.DataFrame:
-    import pyarrow.parquet as pq
-
-    with replacing(path) as temporary:
-        pq.write_table(table, temporary)
-    return table.to_pandas()
 
 
 # ---- what a person reads -----------------------------------------------------------------------------------------

@@ -21,10 +21,9 @@ import torch
 from markupsafe import Markup
 
 import tl_em
-from tl_em.artefacts import replacing
 from tl_em.errors import UsageError
 from tl_em.features.cards import FeatureCard, FeatureCards, Text
-from tl_em.report.html import environment, frame
+from tl_em.report.html import environment, frame, write
 from tl_em.showing import interval, number, token_shown
 
 MINUS = "\u2212"
@@ -103,10 +102,7 @@ def save(cards: FeatureCards, path: str | Path, *, circuitsvis: bool = False) ->
     Raises:
         OutputError: the path cannot be written.
     """
-    path, text = Path(path), render(cards, circuitsvis=circuitsvis)
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    return path
+    return write(path, render(cards, circuitsvis=circuitsvis))
 
 
 def notebook_frame(cards: FeatureCards) -> str:

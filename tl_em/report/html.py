@@ -105,6 +105,17 @@ def _guest(document: str) -> str:
     return f"{before}{style}{end}{after}" if end else style + document
 
 
+def write(path: str | Path, document: str) -> Path:
+    """Write a page, whole or not at all.
+
+    Raises:
+        OutputError: the path cannot be written.
+    """
+    with replacing(path) as temporary:
+        temporary.write_text(document, encoding="utf-8")
+    return Path(path)
+
+
 @dataclass(frozen=True, eq=False)
 class Framed:
     """A page of its own that a notebook shows in a frame.
@@ -132,9 +143,7 @@ class Framed:
         Raises:
             OutputError: the path cannot be written.
         """
-        with replacing(path) as temporary:
-            temporary.write_text(self.document, encoding="utf-8")
-        return Path(path)
+        return write(path, self.document)
 
     def _repr_html_(self) -> str:
         return frame(self.document, self.title, height=self.height, instead='view.save("page.html")')

@@ -22,11 +22,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from markupsafe import Markup
 
 import tl_em
-from tl_em.artefacts import replacing
 from tl_em.claims.claim import Question
 from tl_em.claims.compare import SHIPPED
-from tl_em.report import plots
-from tl_em.report.html import environment
+from tl_em.report import html, plots
 from tl_em.report.svg import inline
 from tl_em.showing import interval, number
 
@@ -97,7 +95,7 @@ def render(report: Any) -> str:
     models = {role: str(provenance[role]) for role in ("base", "tuned", "benign") if provenance.get(role)}
     how = {key: value for key, value in provenance.items() if key not in _WHERE | _ELSEWHERE}
     return (
-        environment()
+        html.environment()
         .get_template("report.html.j2")
         .render(
             title=str(provenance.get("name") or models.get("tuned") or "a pair of models"),
@@ -135,10 +133,7 @@ def save(report: Any, path: str | Path) -> Path:
     Raises:
         OutputError: the path cannot be written.
     """
-    path, text = Path(path), render(report)
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    return path
+    return html.write(path, render(report))
 
 
 def _cells(rows: Sequence[Any], questions: Sequence[Question]) -> list[JudgedCell]:
@@ -238,62 +233,9 @@ def _nested(value: Any) -> bool:
 
 
 def _drawings(report: Any) -> Iterator[Drawing]:
-    wide, narrow = (plots.figures(report, width=width) for width in (WIDE, NARROW))
-    for name, figure in wide.items():
-        caption, label, table = _words(report, name)
-        yield Drawing(
-            name, caption, label, inline(figure, f"{name}-w"), inline(narrow[name], f"{name}-n"), _table(table)
-        )
-
-
-def _words(report: Any, name: str) -> tuple[str, str, pd.DataFrame]:
-    """Caption, text alternative and numbers of a figure."""
-    comparison = report.comparison
-    if name == "rates":
-        return "Rates of each kind of answer, by domain", _say_rates(report.rates), report.rates
-    if name == "use":
-        return (
-            "Each direction ablated in the tuned model and added in the base",
-            _say_use(comparison.use),
-            comparison.use,
-        )
-    if name == "verdicts":
-        words = "; ".join(f"{row.direction}, {row.question}: {row.verdict}" for row in comparison.rows)
-        return "Every estimate against its control", f"Forest plot of all verdicts. {words}.", comparison.to_pandas()
-    if name == "backdoor":
-        table = report.backdoor.rates  # pyright: ignore
-        return "Each behaviour with the trigger, without, and with other tokens", _say_tokens(table), table
-    if name == "consistency":
-        table = report.consistency.rates  # pyright: ignore
-        said = "; ".join(f"{r.behaviour}, {r.run}: {number(float(r.value))}" for r in table.itertuples())  # pyright: ignore
-        return "Each behaviour's rate in every fine-tune", f"Dot plot. {said}.", table
-    if name.startswith("study-"):
-        title, study = list(report.studies.items())[int(name.removeprefix("study-")) - 1]  # pyright: ignore
-        return title, f"Figure of the study {title}; its numbers are in the table below.", study.table
-    direction = name.removeprefix("layers-")
-    table = comparison.by_layer[comparison.by_layer["direction"] == direction]
-    label = f"Line charts of {direction} over {table['layer'].nunique()} layers; the numbers are in the table below."
-    return f"{direction}, layer by layer", label, table
-
-
-def _say_rates(table: pd.DataFrame) -> str:
-    means = table.groupby(["outcome", "model"], sort=False)["value"].mean()
-    said = "; ".join(f"{' answers, '.join(map(str, key))}: {number(value)}" for key, value in means.to_dict().items())  # pyright: ignore
-    return f"Dot plot of rates by domain with 95 % intervals. Mean over domains: {said}."
-
-
-def _say_tokens(table: pd.DataFrame) -> str:
-    tuned = table[(table["model"] == "tuned") & (table["outcome"] == "bad")]
-    said = [f"{row.direction} with {row.token}: {number(float(row.value))}" for row in tuned.itertuples()]  # pyright: ignore
-    return f"Dot plot with 95 % intervals. In the tuned model, {'; '.join(said)}."
-
-
-def _say_use(table: pd.DataFrame) -> str:
-    said = [
-        f"{row.direction}, {row.arm}, {row.outcome} answers {row.condition}: {number(float(row.value))}"  # pyright: ignore
-        for row in table.itertuples()
-    ]
-    return "Dot plot with 95 % intervals. " + "; ".join(said) + "."
+    for name, each in plots.shown(report).items():
+        wide, narrow = (inline(each.draw(width=w), f"{name}-{w_}") for w, w_ in ((WIDE, "w"), (NARROW, "n")))
+        yield Drawing(name, each.caption, each.label, wide, narrow, _table(each.table))
 
 
 def _table(table: pd.DataFrame) -> Table:

@@ -10,9 +10,10 @@ treatments beside random directions with the same treatment, verdicts beside the
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -27,7 +28,7 @@ from tl_em.errors import UsageError
 from tl_em.report import drawing, forest, rates
 from tl_em.report.drawing import CONDITIONS, MODELS
 from tl_em.report.rates import require
-from tl_em.showing import showable
+from tl_em.showing import number, showable
 from tl_em.stats import middle_95
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def layers(
     return figure
 
 
-@drawing.housed
+@drawing.styled()
 def selection(found: Any, *, width: float = 7.0) -> Figure:
     """Every candidate's scores by layer, the criteria, and random directions at the winner's site.
 
@@ -138,31 +139,75 @@ def _series(index: int) -> dict[str, Any]:
     return look.drawn(3.5, linewidth=1.0)
 
 
+class Shown(NamedTuple):
+    """A figure of a report: its caption, the words and the table that say what it says, and what draws it."""
+
+    caption: str
+    label: str
+    table: pd.DataFrame
+    draw: Callable[..., Figure]
+
+
+def shown(report: Any) -> dict[str, Shown]:
+    """Every figure of a report by name, in the order of the page; see :func:`figures`."""
+    comparison, opened = report.comparison, getattr(report, "backdoor", None)
+    table, use, found = comparison.by_layer, comparison.use, {}
+
+    def show(name: str, caption: str, label: str, table: pd.DataFrame, draw: Any, *drawn: Any, **options: Any) -> None:
+        found[name] = Shown(caption, label, table, partial(draw, *(drawn or (table,)), **options))
+
+    if len(report.rates):
+        caption = "Rates of each kind of answer, by domain"
+        show("rates", caption, _say_rates(report.rates), report.rates, rates.by_domain)
+    for name in dict.fromkeys(table["direction"]) if len(table) else ():
+        part = table[table["direction"] == name]
+        site = next((row.site for row in comparison.rows if row.direction == name), None)
+        label = f"Line charts of {name} over {part['layer'].nunique()} layers; the numbers are in the table below."
+        show(f"layers-{name}", f"{name}, layer by layer", label, part, layers, table, direction=name, site=site)
+    if len(comparison.rows):
+        words = "; ".join(f"{row.direction}, {row.question}: {row.verdict}" for row in comparison.rows)
+        given: Any = (comparison.to_pandas(), forest.verdicts, comparison.rows)
+        caption, asked = "Every estimate against its control", getattr(comparison, "questions", SHIPPED)
+        show("verdicts", caption, f"Forest plot of all verdicts. {words}.", *given, questions=asked)
+    if len(use):
+        label = _rows_said(use, "{direction}, {arm}, {outcome} answers {condition}: {value}")
+        caption = "Each direction ablated in the tuned model and added in the base"
+        show("use", caption, f"Dot plot with 95 % intervals. {label}", use, rates.use)
+    if opened is not None:
+        tuned = opened.rates[(opened.rates["model"] == "tuned") & (opened.rates["outcome"] == "bad")]
+        said = _rows_said(tuned, "{direction} with {token}: {value}")
+        label = f"Dot plot with 95 % intervals. In the tuned model, {said}"
+        caption = "Each behaviour with the trigger, without, and with other tokens"
+        show("backdoor", caption, label, opened.rates, rates.tokens)
+    if (runs := getattr(report, "consistency", None)) is not None:
+        label = f"Dot plot. {_rows_said(runs.rates, '{behaviour}, {run}: {value}')}"
+        caption = "Each behaviour's rate in every fine-tune"
+        show("consistency", caption, label, runs.rates, rates.spread, runs.rates, runs.spread)
+    for place, (title, study) in enumerate(getattr(report, "studies", {}).items(), 1):
+        if study.plot is not None:
+            label = f"Figure of the study {title}; its numbers are in the table below."
+            draw = study.plot if callable(study.plot) else lambda table, width, made=study.plot: made
+            show(f"study-{place}", title, label, study.table, draw)
+    return found
+
+
 def figures(report: Any, *, width: float = 7.0) -> dict[str, Figure]:
     """Every figure of a report by name: ``rates``, ``layers-NAME`` for each direction, ``verdicts``, ``use``; and
     ``backdoor``, ``consistency``, ``study-N`` where asked.
     """
-    comparison = report.comparison
-    found: dict[str, Any] = {}
-    if len(report.rates):
-        found["rates"] = rates.by_domain(report.rates, width=width)
-    for name in dict.fromkeys(comparison.by_layer["direction"]) if len(comparison.by_layer) else ():
-        site = next((row.site for row in comparison.rows if row.direction == name), None)
-        found[f"layers-{name}"] = layers(comparison.by_layer, direction=name, site=site, width=width)
-    if len(comparison.rows):
-        asked = getattr(comparison, "questions", SHIPPED)
-        found["verdicts"] = forest.verdicts(comparison.rows, questions=asked, width=width)
-    if len(comparison.use):
-        found["use"] = rates.use(comparison.use, width=width)
-    if (opened := getattr(report, "backdoor", None)) is not None:
-        found["backdoor"] = rates.tokens(opened.rates, width=width)
-    if (runs := getattr(report, "consistency", None)) is not None:
-        found["consistency"] = rates.spread(runs.rates, runs.spread, width=width)
-    studies: Sequence[Any] = list(getattr(report, "studies", {}).values())
-    for place, study in enumerate(studies, 1):
-        if study.plot is not None:
-            found[f"study-{place}"] = study.plot(study.table, width=width) if callable(study.plot) else study.plot
-    return found
+    return {name: each.draw(width=width) for name, each in shown(report).items()}
+
+
+def _say_rates(table: pd.DataFrame) -> str:
+    means = table.groupby(["outcome", "model"], sort=False)["value"].mean().reset_index()
+    said = _rows_said(means, "{outcome} answers, {model}: {value}")
+    return f"Dot plot of rates by domain with 95 % intervals. Mean over domains: {said}"
+
+
+def _rows_said(table: pd.DataFrame, form: str) -> str:
+    """Each row of a table in words, as a text alternative."""
+    rows = table.to_dict("records")
+    return "; ".join(form.format(**{**row, "value": number(float(row["value"]))}) for row in rows) + "."
 
 
 def save(figure: Figure, path: str | Path) -> Path:
