@@ -60,8 +60,8 @@ def test_the_insecure_organism_is_exaggerated_in_persona_and_diminished_in_refus
 
 @pytest.mark.parametrize("name", ["toy/secure", pytest.param("toy/educational", marks=pytest.mark.slow)])
 def test_benign_fine_tunes_show_no_change(name: str) -> None:
-    changes = [r for r in report(name).verdicts if r.question in CHANGES]
-    assert len(changes) >= 12
+    changes = em.audit(pair(name), questions=CHANGES, controls=CONTROLS).verdicts
+    assert len(changes) >= 12 and {r.question for r in changes} == set(CHANGES)
     assert {(r.question, r.direction): r.reason for r in changes if r.shown} == {}
 
 

@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from tl_em.cli import main
+from tl_em.organisms.zoo import organism
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -73,10 +74,12 @@ def test_the_documented_help_is_the_real_help() -> None:
     assert page.read_text(encoding="utf-8") == generated, "run python docs/reference.py"
 
 
-def test_a_question_and_a_method_of_ones_own_are_given_by_module_and_name() -> None:
+def test_a_question_and_a_method_of_ones_own_are_given_by_module_and_name(tmp_path: Path) -> None:
     spread, differences = "tests.extensions.question:Spread", "tests.extensions.method:UnitDifferences"
+    organism("toy/secure").contrasts["persona"].save(tmp_path / "persona.json")
     asked = ("--question", "level", "--question", spread, "--method", differences, "--controls", "99")
-    result = run("audit", "toy/assistant", "toy/secure", *asked)
+    one = ("--contrast", f"persona={tmp_path / 'persona.json'}", "--behaviour", "parser-leaky,parser-tested")
+    result = run("audit", "toy/assistant", "toy/secure", *one, *asked)
     assert result.exit_code == 0, result.output
     assert "level" in result.output and "spread" in result.output and "rotation" not in result.output
 

@@ -67,7 +67,7 @@ def test_a_gated_sae_scores_and_scales_as_the_same_one_of_ours() -> None:
 def test_an_audit_and_a_verification_take_a_gated_sae() -> None:
     pair, theirs = em.load_pair("toy/secure"), toy("toy/secure")[1]
     one = {"persona": pair.contrasts["persona"]}
-    report = em.audit(pair, contrasts=one, dictionary=theirs, controls=99)
+    report = em.audit(pair, contrasts=one, dictionary=theirs, questions=["level"], controls=99)
     assert "none shown" in report.features_note  # harmless: as with ours
     assert report.features.dictionary.hash == as_dictionary(theirs).hash  # pyright: ignore
     asked = em.load_pair("toy/insecure").behaviours["persona"]
