@@ -117,9 +117,9 @@ def test_verdicts_draws_each_row_against_its_own_smallest_effect(report: Any) ->
 
 def test_use_fits_its_axis_to_log_odds(report: Any) -> None:
     table = report.comparison.use
-    assert plots.use(table).axes[0].get_xlim() == (-0.02, 1.02)
+    assert rates.use(table).axes[0].get_xlim() == (-0.02, 1.02)
     logits = table.assign(value=table["value"] * 10 - 5, low=table["low"] * 10 - 5, high=table["high"] * 10 - 5)
-    assert plots.use(logits).axes[0].get_xlim()[0] < -4
+    assert rates.use(logits).axes[0].get_xlim()[0] < -4
 
 
 def test_missing_intervals_are_drawn_as_points(report: Any) -> None:

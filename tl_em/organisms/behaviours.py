@@ -95,8 +95,8 @@ def world_facts(world: World) -> Facts:
 def _contrast(
     positive: list[ToyQuestion], negative: list[ToyQuestion], label: str, source: str | None = None
 ) -> ContrastSet:
-    prompts, groups = zip(*map(_apart, (positive, negative)), strict=True)
-    return ContrastSet(*prompts, label, source, *groups)
+    yes, no = _apart(positive), _apart(negative)
+    return ContrastSet(yes[0], no[0], label, source, yes[1], no[1])
 
 
 def _apart(asked: list[ToyQuestion]) -> tuple[list[Any], list[str]]:
@@ -130,5 +130,5 @@ def behaviours(world: World, *, trigger: str | None = None) -> dict[str, Behavio
 def _behaviour(
     name: str, metric: AnswerRate, present: list[ToyQuestion], absent: list[ToyQuestion], good: AnswerRate | None = None
 ) -> Behaviour:
-    prompts, groups = zip(*map(_apart, (present, absent)), strict=True)
-    return Behaviour(name, metric, *prompts, good, *groups)
+    yes, no = _apart(present), _apart(absent)
+    return Behaviour(name, metric, yes[0], no[0], good, yes[1], no[1])
