@@ -32,7 +32,7 @@ import tl_em as em
 from tl_em.features.scoring import score_features
 from tl_em.features.shared_latents import FeatureSet, shared_features
 from tl_em.graph.build import attribute as em_attribute
-from tl_em.graph.linear import FROZEN, STREAM, Linearised, Reader, Writer, adjacency, linearise
+from tl_em.graph.gradients import FROZEN, STREAM, Linearised, Reader, Writer, adjacency, linearise
 from tl_em.graph.rules import RULES
 from tl_em.models.hooks import hooked, read_point
 from tl_em.models.stream import next_token_logits

@@ -18,7 +18,7 @@ from tl_em.graph import plan
 from tl_em.graph.build import attribute
 from tl_em.graph.graph import AttributionGraph
 from tl_em.graph.latents import has_positions
-from tl_em.graph.linear import FROZEN, LAST, STREAM
+from tl_em.graph.gradients import FROZEN, LAST, STREAM
 from tl_em.graph.rules.frozen import norm_scales, patterns
 from tl_em.graph.targets import Completion
 from tl_em.models.hooks import LensModel, hooked, read_point

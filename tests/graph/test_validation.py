@@ -12,7 +12,7 @@ from tests.graph.test_attribution import PROMPT, dictionary, tokens_of, transcod
 from tl_em.graph.build import attribute, encoded_prompt
 from tl_em.graph.components import component_plan
 from tl_em.graph.latents import latent_plan
-from tl_em.graph.plan import drawn
+from tl_em.graph.edges import drawn
 from tl_em.graph.validation import AGREES, ablatable, ablated, agreement, faithfulness, only, validated, valued
 from tl_em.models.hooks import LensModel
 

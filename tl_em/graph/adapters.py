@@ -28,17 +28,15 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tl_em.errors import ModelError, PairMismatchError
+from tl_em.graph.edges import Written
 from tl_em.graph.nodes import Node
-from tl_em.graph.plan import Written
 from tl_em.models.hooks import LensModel, hooked, write_points
 
 _SMALL = 1e-6
 """Of a write's norm: below it a difference is rounding."""
 
 
-def adapter_writes(
-    tuned: LensModel, base: LensModel, tokens: Int[Tensor, " pos"]
-) -> list[Written]:
+def adapter_writes(tuned: LensModel, base: LensModel, tokens: Int[Tensor, " pos"]) -> list[Written]:
     """One node for each write and position that the fine-tune changes.
 
     Args:

@@ -31,9 +31,7 @@ _STYLE = (
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 
 
-def attention_pattern(
-    model: LensModel, prompt: Prompt | EncodedPrompt, layer: int
-) -> Float[Tensor, "head query key"]:
+def attention_pattern(model: LensModel, prompt: Prompt | EncodedPrompt, layer: int) -> Float[Tensor, "head query key"]:
     """Attention pattern of every head of a layer on one prompt, float32.
 
     Args:

@@ -14,19 +14,21 @@ Source: Ameisen et al. 2025; Marks et al. 2024, arXiv:2403.19647 (SAE graphs wit
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, SupportsInt
+from typing import Any
 
+from tl_em.arguments import COUNT, NATURAL, checked
 from tl_em.errors import PromptError, UsageError
 from tl_em.graph.adapters import base_of
 from tl_em.graph.components import component_plan
+from tl_em.graph.edges import CHUNK, MAX_BYTES, drawn
 from tl_em.graph.graph import AttributionGraph
-from tl_em.graph.inputs import check_model, ids_of, is_chat, is_ids, plainly, positions, room_for
+from tl_em.graph.inputs import check_model, ids_of, is_chat, is_ids, positions
 from tl_em.graph.latents import latent_plan, listed
-from tl_em.graph.plan import CHUNK, MAX_BYTES, drawn
 from tl_em.graph.rules.base import AnyRule
 from tl_em.graph.targets import Target, completed
 from tl_em.graph.validation import validated
 from tl_em.models.hooks import LensModel
+from tl_em.models.modes import in_plain_torch
 from tl_em.models.pieces import text_of_tokens
 from tl_em.models.prompts import EncodedPrompt, encode
 from tl_em.models.tokenizing import own_bos
@@ -34,7 +36,8 @@ from tl_em.models.tokenizing import own_bos
 MAX_NODES = 8000
 
 
-@plainly
+@checked(chunk=COUNT, max_nodes=COUNT, max_bytes=COUNT, seed=NATURAL)
+@in_plain_torch
 def attribute(
     model: LensModel,
     prompt: Any,
@@ -45,11 +48,11 @@ def attribute(
     against: Any = None,
     adapter: LensModel | bool | None = None,
     skip: Any = None,
-    chunk: SupportsInt = CHUNK,
-    max_nodes: SupportsInt = MAX_NODES,
-    max_bytes: SupportsInt = MAX_BYTES,
+    chunk: int = CHUNK,
+    max_nodes: int = MAX_NODES,
+    max_bytes: int = MAX_BYTES,
     validate: bool = True,
-    seed: SupportsInt = 0,
+    seed: int = 0,
 ) -> AttributionGraph:
     """How a prompt becomes a target: nodes, the direct effects between them, and how well ablation agrees.
 
@@ -100,22 +103,21 @@ def attribute(
 
     Source: see the head of this file.
     """
-    room = room_for(chunk, max_nodes, max_bytes, seed)
     check_model(model)
     encoded, skipped = prepared(model, prompt, target, skip)
     base = base_of(model, adapter)
     if dictionaries is None:
         if skip is not None and skipped:
             raise UsageError("skip= is for dictionaries: components are nodes at every token; leave it out")
-        plan = component_plan(model, encoded, target, rule=rule, against=against, adapter=base, chunk=room.chunk,
-                              max_bytes=room.max_bytes)  # fmt: skip
+        plan = component_plan(model, encoded, target, rule=rule, against=against, adapter=base, chunk=chunk,
+                              max_bytes=max_bytes)  # fmt: skip
     else:
         if against is not None:
             raise UsageError("against= is for components; with dictionaries leave it out")
         plan = latent_plan(model, encoded, listed(dictionaries), target, rule=rule, adapter=base, skip=skipped,
-                           max_nodes=room.max_nodes)  # fmt: skip
-    graph = drawn(model, plan, chunk=room.chunk, max_bytes=room.max_bytes)
-    return validated(model, graph, plan, seed=room.seed) if validate else graph
+                           max_nodes=max_nodes)  # fmt: skip
+    graph = drawn(model, plan, chunk=chunk, max_bytes=max_bytes)
+    return validated(model, graph, plan, seed=seed) if validate else graph
 
 
 def prepared(model: LensModel, prompt: Any, target: Target, skip: Any) -> tuple[EncodedPrompt, tuple[int, ...]]:

@@ -16,46 +16,25 @@ arXiv:2403.17806 (integrated gradients on the input embeddings); Jafari et al. 2
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_em.directions.direction import Direction
 from tl_em.errors import UsageError
 from tl_em.graph.adapters import adapter_writes
+from tl_em.graph.edges import CHUNK, MAX_BYTES, Pass, Plan, Written, room, timed, total_gradients, totals_of
+from tl_em.graph.gradients import MANY, STREAM, Reader, linearise
 from tl_em.graph.inputs import ids_of, is_chat, is_ids
-from tl_em.graph.linear import LAST, MANY, STREAM, Reader, linearise
 from tl_em.graph.nodes import Node
-from tl_em.graph.plan import (
-    CHUNK,
-    INSTEAD,
-    MAX_BYTES,
-    Pass,
-    Plan,
-    Written,
-    causal,
-    room,
-    timed,
-    total_gradients,
-)
 from tl_em.graph.rules import as_rule
 from tl_em.graph.rules.base import AnyRule, Rule, points_of
 from tl_em.graph.rules.plain import Plain
-from tl_em.graph.targets import Goal, Target, goal_of, text_of
-from tl_em.models.hooks import LensModel, hooked, read_point
+from tl_em.graph.targets import Goal, Target, goal_of, point_of, text_of
+from tl_em.models.hooks import LensModel
 from tl_em.models.prompts import EncodedPrompt, encode
-
-
-class _Points(NamedTuple):
-    heads: list[str]
-    mlps: list[str]
-
-    @property
-    def all(self) -> list[str]:
-        return [STREAM, *self.heads, *self.mlps]
 
 
 def component_plan(
@@ -75,24 +54,23 @@ def component_plan(
         UsageError: a reference of another length, or one that is none; no rule. GraphTooLargeError: no room.
     """
     rule = as_rule(rule, "components")
-    tokens, layers = torch.tensor(encoded.ids), range(int(model.cfg.n_layers))
-    points = _Points([f"blocks.{i}.attn.hook_z" for i in layers], [f"blocks.{i}.hook_mlp_out" for i in layers])
-    goal_point = LAST if not isinstance(target, Direction) else read_point(model, target.site).name
+    tokens, layers, goal_point = torch.tensor(encoded.ids), range(int(model.cfg.n_layers)), point_of(model, target)
+    heads, mlps = [f"blocks.{i}.attn.hook_z" for i in layers], [f"blocks.{i}.hook_mlp_out" for i in layers]
+    points = [STREAM, *heads, *mlps]
     parts = [] if adapter is None else adapter_writes(model, adapter, tokens)
-    clean = values(model, encoded, points.all)
+    extra = sorted({part.point for part in parts} - set(points))
+    clean = values(model, encoded, points)
     reference = references(model, encoded, clean, "mean" if against is None else against)
-    extra = sorted({part.point for part in parts} - set(points.all))
     starts = points_of(rule, reference[STREAM].expand_as(clean[STREAM]), clean[STREAM])
-    goal = _goal(model, encoded, target, tokens, goal_point)
-    seconds = _told(model, tokens, points, clean, goal, rule, starts, chunk, max_bytes)
-    written = _written(model, encoded, points, clean, reference, parts)
+    goal = goal_of(model, encoded, target, linearise(model, tokens, reads=[goal_point], rule=Plain()).logits)
+    seconds = _told(model, tokens, clean, goal, rule, starts, chunk=chunk, max_bytes=max_bytes)
+    written = _written(model, encoded, clean, reference, parts)
     passes, totals = [], torch.zeros(len(written) + len(goal.nodes), dtype=goal.vectors.dtype)
     for start in starts:
-        grads = total_gradients(model, tokens, [*points.all, *extra], goal, rule, start)
-        cut = linearise(model, tokens, cuts=points.all, taps=extra, reads=[goal_point], rule=rule, start=start)
+        grads = total_gradients(model, tokens, [*points, *extra], goal, rule, start)
+        cut = linearise(model, tokens, cuts=points, taps=extra, reads=[goal_point], rule=rule, start=start)
         passes.append(Pass(cut, tuple(_readers(written, grads, int(model.cfg.n_heads)))))
-        here = [float(grads[each.point][each.node.pos] @ each.vector) for each in written if each.point in grads]
-        totals[: len(written)] += torch.tensor(here, dtype=totals.dtype) / len(starts)
+        totals += totals_of(written, grads, goal) / len(starts)
     settings = {
         "kind": "components", "rule": rule.name, "against": _named(against), "adapter": adapter is not None,
         "approximation": f"first order ({rule.name} gradients) of replacing each node by its reference",
@@ -103,32 +81,25 @@ def component_plan(
 
 
 def _told(
-    model: LensModel, tokens: Tensor, points: _Points, clean: Mapping[str, Tensor], goal: Goal, rule: Rule,
-    starts: Sequence[Tensor | None], chunk: int, max_bytes: int,
+    model: LensModel, tokens: Tensor, clean: Mapping[str, Tensor], goal: Goal, rule: Rule,
+    starts: Sequence[Tensor | None], *, chunk: int, max_bytes: int,
 ) -> float | None:  # fmt: skip
     """What the edges should take, from shapes and one chunk at the middle layer: before anything that grows with them.
 
     Raises:
         GraphTooLargeError: no room for the edges.
     """
-    heads, number = int(model.cfg.n_heads), clean[points.mlps[0]].element_size()
-    nodes = len(tokens) * (1 + len(points.mlps) * (1 + heads)) + len(goal.nodes)
-    sizes = sum(x.numel() * x.element_size() for x in clean.values())
-    chunk, size = room(nodes, sizes, number, len(tokens), chunk, max_bytes, INSTEAD["components"])
-    parts = len(starts) * len(points.mlps) * sum(math.ceil(len(tokens) * n / chunk) for n in (heads, 1))
+    heads, layers, length = int(model.cfg.n_heads), int(model.cfg.n_layers), len(tokens)
+    nodes = length * (1 + layers * (1 + heads)) + len(goal.nodes)
+    chunk, size = room(nodes, clean.values(), length, "components", chunk=chunk, max_bytes=max_bytes)
+    parts = len(starts) * layers * sum(math.ceil(length * n / chunk) for n in (heads, 1))
     if parts < MANY:
         return None
-    middle = points.mlps[len(points.mlps) // 2]
-    linear = linearise(model, tokens, cuts=points.all, reads=[goal.point], rule=rule, start=starts[0])
-    at = torch.arange(min(chunk, len(tokens) * heads))
-    vectors = torch.ones(len(at), clean[middle].shape[-1], dtype=clean[middle].dtype, device=clean[middle].device)
-    return timed(linear, Reader(middle, at, vectors, at % len(tokens)), parts, size)
-
-
-def _goal(model: LensModel, encoded: EncodedPrompt, target: Target, tokens: Tensor, point: str) -> Goal:
-    logits = linearise(model, tokens, reads=[point], rule=Plain()).logits
-    assert logits is not None
-    return goal_of(model, encoded, target, logits)
+    middle = f"blocks.{layers // 2}.hook_mlp_out"
+    linear = linearise(model, tokens, cuts=list(clean), reads=[goal.point], rule=rule, start=starts[0])
+    at = torch.arange(min(chunk, length * heads))
+    return timed(linear, Reader(middle, at, torch.ones_like(clean[middle])[:1].expand(len(at), -1), at % length), parts,
+                 size)  # fmt: skip
 
 
 def _named(against: Any) -> str:
@@ -148,17 +119,8 @@ def _several(against: Any) -> bool:
 
 def values(model: LensModel, encoded: EncodedPrompt, points: Sequence[str]) -> dict[str, Float[Tensor, "pos width"]]:
     """What runs through some points, one vector a position."""
-    seen: dict[str, Tensor] = {}
-
-    def noting(name: str) -> Callable[[Tensor, Any], None]:
-        def note(x: Tensor, hook: Any) -> None:
-            seen[name] = x.detach()[0].flatten(1)
-
-        return note
-
-    with torch.no_grad(), hooked(model, [(name, noting(name)) for name in points]):
-        model(torch.tensor(encoded.ids)[None].to(model.cfg.device))
-    return seen
+    run = linearise(model, torch.tensor(encoded.ids), reads=points, rule=Plain())
+    return {name: run.value(name) for name in points}
 
 
 def references(
@@ -199,7 +161,6 @@ def _encoded(model: LensModel, prompt: Any) -> EncodedPrompt:
 def _written(
     model: LensModel,
     encoded: EncodedPrompt,
-    points: _Points,
     clean: Mapping[str, Tensor],
     reference: Mapping[str, Tensor],
     parts: Sequence[Written],
@@ -212,14 +173,14 @@ def _written(
         away = {name: x[pos] - reference[name].expand_as(x)[pos] for name, x in clean.items()}
         node = Node("token", -1, pos, feature=int(token), label=text_of(model, token))
         found.append(Written(node, STREAM, away[STREAM]))
-        for layer, (z, mlp) in enumerate(zip(points.heads, points.mlps, strict=True)):
-            by_head = torch.block_diag(*away[z].view(heads, -1))
-            for head in range(heads):
-                node = Node("head", layer, pos, feature=head, activation=float(by_head[head].norm()))
-                found.append(Written(node, z, by_head[head]))
+        for layer in range(int(model.cfg.n_layers)):
+            z, mlp = f"blocks.{layer}.attn.hook_z", f"blocks.{layer}.hook_mlp_out"
+            for head, vector in enumerate(torch.block_diag(*away[z].view(heads, -1))):
+                node = Node("head", layer, pos, feature=head, activation=float(vector.norm()))
+                found.append(Written(node, z, vector))
             vector = away[mlp] - own.get((mlp, pos), torch.zeros_like(away[mlp]))
             found.append(Written(Node("mlp", layer, pos, activation=float(vector.norm())), mlp, vector))
-    return sorted(found, key=causal)
+    return sorted(found, key=lambda each: each.node.place)
 
 
 def _readers(written: Sequence[Written], grads: Mapping[str, Tensor], heads: int) -> list[Reader]:

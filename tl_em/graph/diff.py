@@ -80,7 +80,7 @@ class Compared:
         """Nodes of either graph, the tuned one's where both have it, in causal order."""
         mine = self.tuned.index
         gone = [node for node in self.base.nodes if node.id not in mine]
-        return tuple(sorted((*gone, *self.tuned.nodes), key=lambda node: (node.kind == "logit", node.layer)))
+        return tuple(sorted((*gone, *self.tuned.nodes), key=lambda node: node.place[:2]))
 
     def count(self, what: str = "node") -> dict[str, int]:
         """How many nodes (or links) have each status."""

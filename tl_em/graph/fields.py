@@ -1,6 +1,6 @@
 """Fields of the exchange format: numbers of latents, captions, estimates, and what is none of these by name.
 
-    feature number = (l + i)(l + i + 1) / 2 + i          (Cantor's pairing of layer l and index i: ``schema_version`` 1)
+feature number = (l + i)(l + i + 1) / 2 + i          (Cantor's pairing of layer l and index i: ``schema_version`` 1)
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ _EMBEDDING = re.compile(r'^Emb: "(.*)"$', re.DOTALL)
 _CAPTIONS = {"logit": _LOGIT, "token": _EMBEDDING}
 _ESTIMATED = ("value", "low", "high", "n_effective")
 """Figures that are not counts: JSON that went through a browser has 1 for 1.0."""
-
 
 
 def an_object(value: Any, name: str) -> Mapping[str, Any]:

@@ -19,21 +19,22 @@ from torch import Tensor
 
 from tl_em.errors import UsageError
 from tl_em.graph.build import MAX_NODES, prepared
-from tl_em.graph.inputs import check_model, plainly
+from tl_em.graph.edges import Plan
+from tl_em.graph.gradients import Reader, gradients, linearise
+from tl_em.graph.inputs import check_model
 from tl_em.graph.latents import is_exact, keeping, latent_plan, listed
-from tl_em.graph.linear import Reader, gradients, linearise
 from tl_em.graph.nodes import Node
-from tl_em.graph.plan import Plan
 from tl_em.graph.rules import as_rule
 from tl_em.graph.rules.base import AnyRule
 from tl_em.graph.targets import Target
 from tl_em.models.hooks import LensModel
+from tl_em.models.modes import in_plain_torch
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-@plainly
+@in_plain_torch
 def head_loadings(
     model: LensModel,
     prompt: Any,

@@ -7,40 +7,19 @@ of any library are numbers, and what is none is named.
 
 from __future__ import annotations
 
-import functools
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import nn
 
 from tl_em.arguments import whole
 from tl_em.errors import ModelError, PositionError, PromptError, UnknownTokenError, UsageError
 from tl_em.models.hooks import LensModel
-from tl_em.models.modes import plain_torch
 from tl_em.models.prompts import EncodedPrompt
 
-P = ParamSpec("P")
-R = TypeVar("R")
 _FEW = 5
 """Of what is wrong in a list, so many are named."""
-
-
-def plainly(function: Callable[P, R]) -> Callable[P, R]:
-    """The function, run in torch's plain state with every model among its arguments in evaluation mode.
-
-    Also what a Bridge wraps: its own modules are not all of the Hugging Face model's, whose dropout acts by itself.
-    """
-
-    @functools.wraps(function)
-    def plain(*args: P.args, **kwargs: P.kwargs) -> R:
-        given = (*args, *kwargs.values())
-        wrapped = (getattr(each, "original_model", None) for each in given if isinstance(each, nn.Module))
-        with plain_torch(*given, *wrapped):
-            return function(*args, **kwargs)
-
-    return plain
 
 
 def is_ids(value: Any) -> bool:
@@ -139,25 +118,6 @@ def positions(skip: Any, length: int) -> tuple[int, ...]:
             f"{length - 1}. Give positions that it has."
         )
     return tuple(dict.fromkeys(range(length)[each] for each in found))
-
-
-class Room(NamedTuple):
-    """What a graph may take, and the seed of its validation."""
-
-    chunk: int
-    max_nodes: int
-    max_bytes: int
-    seed: int
-
-
-def room_for(chunk: Any, max_nodes: Any, max_bytes: Any, seed: Any) -> Room:
-    """The numbers of a graph's cost, as numbers.
-
-    Raises:
-        UsageError: one is no whole number, or too small.
-    """
-    given = {"chunk": chunk, "max_nodes": max_nodes, "max_bytes": max_bytes}
-    return Room(**{name: whole(name, value, low=1) for name, value in given.items()}, seed=whole("seed", seed, low=0))
 
 
 def check_model(model: LensModel) -> None:

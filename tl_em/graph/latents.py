@@ -21,16 +21,15 @@ from torch import Tensor, nn
 
 from tl_em.dictionaries import Dictionary
 from tl_em.dictionaries.protocol import as_dictionary
-from tl_em.directions.direction import Direction
 from tl_em.errors import UsageError
 from tl_em.graph.adapters import adapter_writes
-from tl_em.graph.linear import LAST, STREAM, Linearised, Reader, linearise
+from tl_em.graph.edges import Pass, Plan, Written, total_gradients, totals_of
+from tl_em.graph.gradients import STREAM, Linearised, Reader, linearise
 from tl_em.graph.nodes import STAGES, Node
-from tl_em.graph.plan import Pass, Plan, Written, causal, total_gradients
 from tl_em.graph.rules import as_rule
 from tl_em.graph.rules.base import AnyRule, Rule
 from tl_em.graph.rules.relp import RelP
-from tl_em.graph.targets import Goal, Target, goal_of, text_of
+from tl_em.graph.targets import Goal, Target, goal_of, point_of, text_of
 from tl_em.models.hooks import LensModel, ReadPoint, hook_name, hook_points, read_point
 from tl_em.models.prompts import EncodedPrompt
 from tl_em.models.sites import Site
@@ -109,14 +108,14 @@ def filled(sheet: Sheet, linear: Linearised, skip: Sequence[int]) -> Sheet:
     kept = torch.ones(len(written), 1, dtype=written.dtype, device=written.device)
     kept[list(skip)] = 0
     if sheet.dictionary is None or sheet.source is None:
-        return Sheet(None, sheet.site, sheet.out, error=written * kept)
+        return replace(sheet, error=written * kept)
     one = sheet.dictionary
     x = sheet.source(linear.read[sheet.source.name]).detach()[0]
     a = one.encode_as(x)
     error = written - a @ one.W_dec.to(a) - one.b_dec.to(a)
     if (skipped := one.W_skip) is not None:
         error = error - x @ skipped.to(x)
-    return Sheet(one, sheet.site, sheet.out, sheet.source, a * kept, error * kept, x)
+    return replace(sheet, a=a * kept, error=error * kept, x=x)
 
 
 def without(sheet: Sheet, parts: Sequence[Written]) -> Sheet:
@@ -216,14 +215,12 @@ def latent_plan(
     rule = as_rule(rule, kind)
     sheets = sheets_of(model, dictionaries)
     tokens = torch.tensor(encoded.ids)
-    goal_point = LAST if not isinstance(target, Direction) else read_point(model, target.site).name
     sources = [sheet.source.name for sheet in sheets if sheet.source is not None]
-    reads = [*sources, goal_point, *(["hook_pos_embed"] if has_positions(model) else [])]
+    reads = [*sources, point_of(model, target), *(["hook_pos_embed"] if has_positions(model) else [])]
     cuts = list(dict.fromkeys([STREAM, *(sheet.out for sheet in sheets)]))
     parts = [] if adapter is None else adapter_writes(model, adapter, tokens)
     taps = sorted({part.point for part in parts} - set(cuts))
     linear = linearise(model, tokens, cuts=cuts, taps=taps, reads=reads, rule=rule, keep=keeping(sheets))
-    assert linear.logits is not None
     goal = goal_of(model, encoded, target, linear.logits)
     sheets = [filled(sheet, linear, skip) for sheet in sheets]
     masks, dropped = _capped(model, tokens, sheets, goal, max_nodes)
@@ -234,25 +231,18 @@ def latent_plan(
     sheets = [without(sheet, parts) for sheet in sheets]
     for sheet, mask in zip(sheets, masks, strict=True):
         written += latent_writes(sheet, mask)
-    written.sort(key=causal)
+    written.sort(key=lambda each: each.node.place)
     settings = {
         "kind": kind, "rule": rule.name, "skip": list(skip), "dropped_latents": dropped,
         "approximation": _approximation(exact, goal, rule),
         "dictionaries": [_about(each) for each in dictionaries],
     }  # fmt: skip
     passes = (Pass(linear, tuple(readers_of(written))),)
-    totals = None if exact else through_errors(model, tokens, written, goal, rule)
+    totals = None
+    if not exact:  # edges stop at each error node, gradients pass every dictionary, its error included
+        taps = list(dict.fromkeys(each.point for each in written))
+        totals = totals_of(written, total_gradients(model, tokens, taps, goal, rule), goal)
     return Plan(encoded, passes, tuple(written), goal, settings, totals=totals, sheets=tuple(sheets))
-
-
-def through_errors(
-    model: LensModel, tokens: Tensor, written: Sequence[Written], goal: Goal, rule: Rule
-) -> Float[Tensor, " node"]:
-    """Total effects by gradients that pass every dictionary, its error included: edges stop at each error node."""
-    taps = list(dict.fromkeys(each.point for each in written))
-    found = total_gradients(model, tokens, taps, goal, rule)
-    own = [float(found[each.point][each.node.pos] @ each.vector) for each in written]
-    return torch.tensor([*own, *[0.0] * len(goal.nodes)], dtype=goal.vectors.dtype)
 
 
 def _approximation(exact: bool, goal: Goal, rule: Rule) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
@@ -78,6 +78,11 @@ class Node:
             raise UsageError(f"kind={self.kind!r}; there are {', '.join(get_args(Kind))}")
 
     @property
+    def place(self) -> tuple[bool, int, int]:
+        """Place in causal order: targets last, else layer, then stream."""
+        return self.kind == "logit", self.layer, STAGES.get(self.stream or self.kind, -1)
+
+    @property
     def id(self) -> str:
         """Unique in its graph, the same in the graph of another model on the same prompt; as in the exchange format."""
         number = "x" if self.feature is None else str(self.feature)
@@ -140,9 +145,8 @@ class Graph:
         """One row a node."""
         import pandas as pd
 
-        columns = ("id", "kind", "layer", "pos", "feature", "stream", "activation", "weight", "label", "attribution",
-                   "effect", "influence")  # fmt: skip
-        return pd.DataFrame([[getattr(node, name) for name in columns] for node in self.nodes], columns=list(columns))
+        columns = ["id", *(each.name for each in fields(Node) if each.name != "extra")]
+        return pd.DataFrame([[getattr(node, name) for name in columns] for node in self.nodes], columns=columns)
 
     def __repr__(self) -> str:
         kinds = {kind: len(self.row(kind)) for kind in get_args(Kind)}

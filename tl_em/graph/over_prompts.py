@@ -10,29 +10,33 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, SupportsInt
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
 
-from tl_em.arguments import whole
+from tl_em.arguments import NATURAL, checked
 from tl_em.errors import PromptError, UsageError
 from tl_em.graph.build import attribute
 from tl_em.graph.graph import AttributionGraph
-from tl_em.graph.inputs import is_chat, plainly
-from tl_em.graph.nodes import STAGES, Node
+from tl_em.graph.inputs import is_chat
+from tl_em.graph.nodes import Node
 from tl_em.graph.pruning import weights_of
 from tl_em.graph.targets import Target
 from tl_em.models.hooks import LensModel
+from tl_em.models.modes import in_plain_torch
 from tl_em.models.prompts import EncodedPrompt
 from tl_em.stats import Estimate, mean
+from tl_em.stats.estimate import middle_95
+from tl_em.stats.units import units_of
 
 TOP = 20
 DRAWS = 500
 
 
-@plainly
+@checked(seed=NATURAL)
+@in_plain_torch
 def attribute_over(
     model: LensModel,
     prompts: Any,
@@ -42,7 +46,7 @@ def attribute_over(
     against: Any = None,
     targets: Sequence[Target] | None = None,
     groups: Sequence[Hashable] | None = None,
-    seed: SupportsInt = 0,
+    seed: int = 0,
     **options: Any,
 ) -> AttributionGraph:
     """The mean graph of several prompts.
@@ -73,11 +77,14 @@ def attribute_over(
         >>> len(graph.nodes) > 0
         True
     """
-    if isinstance(prompts, str | EncodedPrompt | Mapping) or is_chat(prompts) or not isinstance(prompts, Iterable) or (
-        getattr(prompts, "ndim", 2) < 2
+    if (
+        isinstance(prompts, str | EncodedPrompt | Mapping)
+        or is_chat(prompts)
+        or not isinstance(prompts, Iterable)
+        or (getattr(prompts, "ndim", 2) < 2)
     ):
         raise PromptError("One prompt was given where several are needed. Write [prompt, …], or use em.attribute.")
-    prompts, seed = list(prompts), whole("seed", seed, low=0)
+    prompts = list(prompts)
     if len(prompts) < 2:
         raise UsageError(f"{len(prompts)} prompts have no mean worth an interval; use attribute, or give several")
     given = list(targets) if targets is not None else [target] * len(prompts)
@@ -99,11 +106,10 @@ def averaged(
     """The mean of graphs of one model, over the union of their nodes."""
     aligned = len({len(graph.tokens) for graph in graphs}) == 1
     keyed = [[_as_kept(node, aligned) for node in graph.nodes] for graph in graphs]
-    nodes = _ordered({node.id: node for kept in keyed for node in kept}.values())
+    nodes = sorted({node.id: node for kept in keyed for node in kept}.values(), key=lambda node: node.place)
     rows = {node.id: row for row, node in enumerate(nodes)}
-    n = len(nodes)
-    edges = torch.zeros(n, n, dtype=graphs[0].edges.dtype)
-    totals, activations, weights = (np.zeros((len(graphs), n)) for _ in range(3))
+    edges = torch.zeros(len(nodes), len(nodes), dtype=graphs[0].edges.dtype)
+    totals, activations = np.zeros((2, len(graphs), len(nodes)))
     for which, (graph, kept) in enumerate(zip(graphs, keyed, strict=True)):
         at = torch.tensor([rows[node.id] for node in kept])
         place = (at[:, None].expand_as(graph.edges), at[None].expand_as(graph.edges))
@@ -111,8 +117,14 @@ def averaged(
         for node, row in zip(kept, at.tolist(), strict=True):
             totals[which, row] += node.attribution or 0.0
             activations[which, row] += node.activation or 0.0
-            weights[which, row] += node.weight or 0.0
-    named = _named(nodes, totals, activations, weights, groups, seed)
+    top = set(np.argsort(-np.abs(totals.mean(0)))[:TOP].tolist())
+    named = []
+    for row, node in enumerate(nodes):
+        target, shown = node.kind == "logit", None if node.activation is None else float(activations[:, row].mean())
+        spread = {"interval": mean(totals[:, row], groups=groups, seed=seed)} if row in top and not target else {}
+        total = None if target else float(totals[:, row].mean())
+        named.append(replace(node, effect=None, attribution=total, activation=shown, weight=1.0 if target else None,
+                             extra={**node.extra, **spread}))  # fmt: skip
     tokens = graphs[0].tokens if aligned else ("all positions",)
     settings = {**graphs[0].settings, "prompts": len(graphs), "positions": "kept" if aligned else "summed over"}
     validation = _together(graphs, groups, seed) | {"stability": stability(totals, groups=groups, seed=seed)}
@@ -138,41 +150,7 @@ def _as_kept(node: Node, aligned: bool) -> Node:
     return replace(node, pos=pos)
 
 
-def _ordered(nodes: Iterable[Node]) -> list[Node]:
-    def place(node: Node) -> tuple[int, int, int]:
-        return (int(node.kind == "logit"), node.layer, STAGES.get(node.stream or node.kind, -1))
-
-    return sorted(nodes, key=place)
-
-
-def _named(
-    nodes: Sequence[Node],
-    totals: Float[np.ndarray, "prompt node"],
-    activations: Float[np.ndarray, "prompt node"],
-    weights: Float[np.ndarray, "prompt node"],
-    groups: Sequence[Hashable] | None,
-    seed: int,
-) -> list[Node]:
-    top = set(np.argsort(-np.abs(totals.mean(0)))[:TOP].tolist())
-    found = []
-    for row, node in enumerate(nodes):
-        extra: Mapping[str, Any] = node.extra
-        if row in top and node.kind != "logit":
-            extra = {**extra, "interval": mean(totals[:, row], groups=groups, seed=seed)}
-        is_target = node.kind == "logit"
-        found.append(
-            replace(
-                node, effect=None, attribution=None if is_target else float(totals[:, row].mean()), extra=extra,
-                activation=None if node.activation is None else float(activations[:, row].mean()),
-                weight=1.0 if is_target else None,
-            )
-        )  # fmt: skip
-    return found
-
-
-def _together(
-    graphs: Sequence[AttributionGraph], groups: Sequence[Hashable] | None, seed: int
-) -> dict[str, Any]:
+def _together(graphs: Sequence[AttributionGraph], groups: Sequence[Hashable] | None, seed: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in ("pearson", "spearman", "pearson_sample"):
         given = [graph.validation.get(name) for graph in graphs]
@@ -194,17 +172,17 @@ def stability(
         >>> stability(same).value
         1.0
     """
-    labels = list(range(len(totals))) if groups is None else list(groups)
-    units = list(dict.fromkeys(labels))
-    members = [np.array([i for i, label in enumerate(labels) if label == unit]) for unit in units]
+    (count,), ((_, unit),) = units_of([len(totals) if groups is None else groups])
     rng = np.random.default_rng(seed)
     top = min(top, totals.shape[1])
-    first = set(np.argsort(-np.abs(totals.mean(0)), kind="stable")[:top].tolist())
-    shares = []
+
+    def largest(some: Float[np.ndarray, "prompt node"]) -> set[int]:
+        return set(np.argsort(-np.abs(some.mean(0)), kind="stable")[:top].tolist())
+
+    first, shares = largest(totals), []
     for _ in range(DRAWS):
-        drawn = np.concatenate([members[i] for i in rng.integers(len(units), size=len(units))])
-        again = np.argsort(-np.abs(totals[drawn].mean(0)), kind="stable")[:top].tolist()
-        shares.append(len(first & set(again)) / top)
-    low, high = np.quantile(shares, [0.025, 0.975])
-    value, n = float(np.mean(shares)), len(totals)
-    return Estimate(value, float(low), float(high), n, float(len(units)), f"{DRAWS} bootstrap draws of prompts", seed)
+        drawn = np.concatenate([np.flatnonzero(unit == i) for i in rng.integers(count, size=count)])
+        shares.append(len(first & largest(totals[drawn])) / top)
+    low, high = middle_95(shares).tolist()
+    said = f"{DRAWS} bootstrap draws of prompts"
+    return Estimate(float(np.mean(shares)), low, high, len(totals), float(count), said, seed)

@@ -188,7 +188,9 @@ def strongest_paths(graph: Graph, k: SupportsInt = 10) -> pd.DataFrame:
 
     if (count := whole("k", k)) < 1:
         raise UsageError(f"k={count} paths were asked for; give a positive number")
-    best = _best_paths(_causal(graph), count)
+    shares = normalised(graph.edges)
+    _check_order(shares)
+    best = _best_paths(shares.double().cpu().numpy(), count)
     weights = weights_of(graph).double().tolist()
     ends = [(float(w) * weights[row], row, at) for row in graph.row("logit") for at, w in enumerate(best.weights[row])]
     rows = []
@@ -243,13 +245,6 @@ def _largest(values: Float[np.ndarray, " value"], k: int) -> Int[np.ndarray, " c
         some = np.flatnonzero(values >= least)
         return some[np.argsort(-values[some], kind="stable")][:k]
     return np.argsort(-values, kind="stable")
-
-
-def _causal(graph: Graph) -> Float[np.ndarray, "node node"]:
-    """The shares, where every edge leads from an earlier row to a later one."""
-    shares = normalised(graph.edges)
-    _check_order(shares)
-    return shares.double().cpu().numpy()
 
 
 def _said(graph: Graph, row: int) -> str:

@@ -144,9 +144,7 @@ def _named_apart(nodes: Sequence[Mapping[str, Any]], fresh: Sequence[Mapping[str
     return found
 
 
-def _metadata(
-    graph: Graph, origin: Origin, fresh: Mapping[str, Any], order: Sequence[int]
-) -> Mapping[str, Any]:
+def _metadata(graph: Graph, origin: Origin, fresh: Mapping[str, Any], order: Sequence[int]) -> Mapping[str, Any]:
     raw, before = origin.rest["metadata"], origin.about
     told = {"model": "scan", "prompt": "prompt", "tokens": "prompt_tokens"}
     changed = [key for name, key in told.items() if getattr(graph, name) != before[name]]

@@ -28,9 +28,7 @@ GROUPED = ("feature", "head", "mlp")
 
 
 @in_plain_torch
-def clustered(
-    graph: G, *, distance: SupportsFloat = 0.5, least: SupportsInt = 2
-) -> G:
+def clustered(graph: G, *, distance: SupportsFloat = 0.5, least: SupportsInt = 2) -> G:
     """The graph with supernodes by clustering, in place of those that it has.
 
     Args:

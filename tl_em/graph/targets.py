@@ -20,8 +20,8 @@ from torch import Tensor
 
 from tl_em.directions.direction import Direction, check_fits
 from tl_em.errors import PromptTooLongError, UsageError
+from tl_em.graph.gradients import LAST
 from tl_em.graph.inputs import token_list
-from tl_em.graph.linear import LAST
 from tl_em.graph.nodes import Node
 from tl_em.metrics import single_token, token_ids
 from tl_em.models.hooks import LensModel, read_point
@@ -99,9 +99,12 @@ def _completion_ids(model: LensModel, text: Any) -> list[int]:
     return [int(each) for each in found]
 
 
-def goal_of(
-    model: LensModel, encoded: EncodedPrompt, target: Target, logits: Float[Tensor, "pos d_vocab"]
-) -> Goal:
+def point_of(model: LensModel, target: Target) -> str:
+    """The hook point at which a target is read."""
+    return read_point(model, target.site).name if isinstance(target, Direction) else LAST
+
+
+def goal_of(model: LensModel, encoded: EncodedPrompt, target: Target, logits: Float[Tensor, "pos d_vocab"]) -> Goal:
     """Where and how a target is read.
 
     Raises:
@@ -169,9 +172,7 @@ def _logits(model: LensModel, encoded: EncodedPrompt, tokens: Sequence[int], log
     p = logits[-1].float().softmax(-1)
     full = _at_end(weight[:, list(tokens)].T - weight.mean(-1), len(encoded))
     layer, last = int(model.cfg.n_layers), len(encoded) - 1
-    nodes = tuple(
-        Node("logit", layer, last, feature=t, weight=float(p[t]), label=text_of(model, t)) for t in tokens
-    )
+    nodes = tuple(Node("logit", layer, last, feature=t, weight=float(p[t]), label=text_of(model, t)) for t in tokens)
     return Goal(LAST, full, nodes, _linear(full, bias[list(tokens)] - bias.mean()))
 
 

@@ -28,9 +28,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_em.graph.edges import Plan
 from tl_em.graph.latents import Sheet
 from tl_em.graph.nodes import G, Graph
-from tl_em.graph.plan import Plan
 from tl_em.graph.pruning import scores
 from tl_em.models.hooks import LensModel, hooked
 from tl_em.stats import Estimate, bootstrap
@@ -94,9 +94,7 @@ def chosen(graph: Graph, *, seed: int) -> tuple[list[int], list[int]]:
     return top, turns[:SAMPLE]
 
 
-def agreement(
-    graph: Graph, effects: Mapping[int, float], sample: Sequence[int], *, seed: int
-) -> dict[str, Any]:
+def agreement(graph: Graph, effects: Mapping[int, float], sample: Sequence[int], *, seed: int) -> dict[str, Any]:
     """Correlations of the attributions with exact effects, and a warning where they do not agree."""
     rows = list(effects)
     x = np.array([graph.nodes[row].attribution or 0.0 for row in rows])

@@ -47,12 +47,12 @@ class Linearised:
     Args:
         leaves: of cuts and taps, by hook point.
         read: what ran into each point, in the graph of the pass.
-        logits: [pos d_vocab] of the pass, detached.
+        logits: of the pass, detached.
     """
 
     leaves: dict[str, Tensor] = field(default_factory=dict)
     read: dict[str, Tensor] = field(default_factory=dict)
-    logits: Tensor | None = None
+    logits: Float[Tensor, "pos d_vocab"] = field(init=False)
 
     def value(self, name: str) -> Float[Tensor, "pos width"]:
         """What was read at a point, as one vector a position."""
@@ -86,22 +86,11 @@ def linearise(
     Raises:
         UsageError: a rule that changes values. UnknownHookError, HookNotFiredError: the model lacks a point.
     """
-    made = Linearised()
-    at = partial(_at, made, set(cuts), set(taps), keep or {}, start)
-    names = list(dict.fromkeys((*cuts, *taps, *reads)))
-    hooks = [*hooks_of(rule, model), *((name, at(name)) for name in names)]
-    with torch.enable_grad(), warnings.catch_warnings(), hooked(model, hooks):
-        # A Bridge says that a norm whose scale a hook gives back is computed step by step, which is what is wanted.
-        warnings.filterwarnings("ignore", message="A forward hook edited hook_scale")
-        made.logits = model(tokens[None].to(model.cfg.device)).detach()[0]
-    return made
+    made, keep = Linearised(), keep or {}
 
-
-def _at(
-    made: Linearised, cuts: set[str], taps: set[str], keep: Keep, start: Tensor | None, name: str
-) -> Callable[[Tensor, Any], Tensor | None]:
-    def hook(x: Tensor, hook: Any) -> Tensor | None:
-        if name == STREAM and start is not None:
+    def at(name: str, x: Tensor, hook: Any) -> Tensor | None:
+        started = name == STREAM and start is not None
+        if started:
             x = start[None].to(x)
         made.read[name] = x
         if name in cuts:
@@ -113,9 +102,14 @@ def _at(
         if name in taps:
             made.leaves[name] = leaf = torch.zeros_like(x, requires_grad=True)
             return x + leaf
-        return x if start is not None and name == STREAM else None
+        return x if started else None
 
-    return hook
+    hooks = [*hooks_of(rule, model), *((name, partial(at, name)) for name in dict.fromkeys((*cuts, *taps, *reads)))]
+    with torch.enable_grad(), warnings.catch_warnings(), hooked(model, hooks):
+        # A Bridge says that a norm whose scale a hook gives back is computed step by step, which is what is wanted.
+        warnings.filterwarnings("ignore", message="A forward hook edited hook_scale")
+        made.logits = model(tokens[None].to(model.cfg.device)).detach()[0]
+    return made
 
 
 # --- Rows of edges ----------------------------------------------------------------------------------------------------
@@ -163,9 +157,7 @@ def gradients(linear: Linearised, reader: Reader) -> dict[str, Float[Tensor, "no
         read, list(linear.leaves.values()), reader.dense(read.detach()),
         retain_graph=True, allow_unused=True, is_grads_batched=True,
     )  # fmt: skip
-    return {
-        name: grad[:, 0].flatten(2) for name, grad in zip(linear.leaves, found, strict=True) if grad is not None
-    }
+    return {name: grad[:, 0].flatten(2) for name, grad in zip(linear.leaves, found, strict=True) if grad is not None}
 
 
 def adjacency(

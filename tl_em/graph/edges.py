@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -18,9 +18,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_em.errors import GraphTooLargeError, NonFiniteError
+from tl_em.graph.gradients import MANY, Linearised, Reader, Writer, adjacency, gradients, linearise
 from tl_em.graph.graph import AttributionGraph
-from tl_em.graph.linear import MANY, Linearised, Reader, Writer, adjacency, gradients, linearise
-from tl_em.graph.nodes import MAX_BYTES, STAGES, Node
+from tl_em.graph.nodes import MAX_BYTES, Node
 from tl_em.graph.rules.base import Rule
 from tl_em.graph.targets import Goal, text_of
 from tl_em.models.hooks import LensModel
@@ -38,7 +38,6 @@ class Written(NamedTuple):
     point: str
     vector: Float[Tensor, " width"]
     sheet: Any = None
-
 
 
 class Pass(NamedTuple):
@@ -74,12 +73,6 @@ class Plan:
     seconds: float | None = None
 
 
-def causal(written: Written) -> tuple[int, int]:
-    """Place of a node in causal order: layer, then stream."""
-    node = written.node
-    return node.layer, STAGES.get(node.stream or node.kind, -1)
-
-
 def drawn(model: LensModel, plan: Plan, *, chunk: int = CHUNK, max_bytes: int = MAX_BYTES) -> AttributionGraph:
     """The graph of a plan, not validated.
 
@@ -88,12 +81,12 @@ def drawn(model: LensModel, plan: Plan, *, chunk: int = CHUNK, max_bytes: int = 
     """
     started = time.perf_counter()
     nodes = (*(each.node for each in plan.written), *plan.goal.nodes)
-    chunk, cost = planned_cost(plan, len(nodes), chunk, max_bytes)
-    ends = torch.arange(len(plan.written), len(nodes))
-    writers = writers_of(plan.written)
-    edges = torch.zeros(len(nodes), len(nodes), dtype=plan.goal.vectors.dtype)
-    goal = Reader(plan.goal.point, ends, plan.goal.vectors)
-    cost["seconds_expected"] = told_seconds(plan, goal, chunk, cost["bytes_expected"])
+    leaves, kind = list(plan.passes[0].linear.leaves.values()), str(plan.settings["kind"])
+    chunk, size = room(len(nodes), leaves, len(plan.encoded), kind, chunk=chunk, max_bytes=max_bytes)
+    rows = sum(len(reader.rows) for each in plan.passes for reader in each.readers) + len(plan.goal.nodes)
+    goal = Reader(plan.goal.point, torch.arange(len(plan.written), len(nodes)), plan.goal.vectors)
+    cost = {"rows": rows, "bytes_expected": size, "seconds_expected": told_seconds(plan, goal, chunk, size)}
+    edges, writers = torch.zeros(len(nodes), len(nodes), dtype=plan.goal.vectors.dtype), writers_of(plan.written)
     for linear, readers in plan.passes:
         edges += adjacency(linear, [*readers, goal], writers, nodes=len(nodes), chunk=chunk) / len(plan.passes)
     if not bool(edges.isfinite().all()):
@@ -137,26 +130,18 @@ def total_gradients(
     return zeros | {name: grad[0] for name, grad in found.items()}
 
 
-def planned_cost(plan: Plan, nodes: int, chunk: int, max_bytes: int) -> tuple[int, dict[str, Any]]:
-    """A chunk that fits, and what the run is expected to take."""
-    leaves = list(plan.passes[0].linear.leaves.values())
-    sizes = sum(leaf.numel() * leaf.element_size() for leaf in leaves)
-    instead = INSTEAD.get(str(plan.settings.get("kind")), INSTEAD["transcoders"])
-    chunk, size = room(nodes, sizes, leaves[0].element_size(), len(plan.encoded), chunk, max_bytes, instead)
-    rows = sum(len(reader.rows) for each in plan.passes for reader in each.readers) + len(plan.goal.nodes)
-    return chunk, {"rows": rows, "bytes_expected": size}
+# --- The cost ---------------------------------------------------------------------------------------------------------
 
-
-INSTEAD = {
-    "transcoders": "pass a smaller max_nodes= (the rest goes into error nodes), or max_bytes=",
-    "components": "pass a shorter prompt (every head and MLP is a node at every token), dictionaries=, which have "
-                  "max_nodes=, or a larger max_bytes=",
-}  # fmt: skip
-"""What to do about a graph that is too large, by its kind."""
+LESS = "pass a smaller max_nodes= (the rest goes into error nodes), or max_bytes="
+SHORTER = (
+    "pass a shorter prompt (every head and MLP is a node at every token), dictionaries=, which have max_nodes=, or a "
+    "larger max_bytes="
+)
+"""What to do about a graph that is too large: one with dictionaries, and one of components."""
 
 
 def room(
-    nodes: int, leaves: int, number: int, tokens: int, chunk: int, max_bytes: int, instead: str
+    nodes: int, leaves: Collection[Tensor], tokens: int, kind: str, *, chunk: int, max_bytes: int
 ) -> tuple[int, int]:
     """A chunk that fits, and the bytes that it takes.
 
@@ -164,17 +149,18 @@ def room(
     are pruned.
 
     Args:
-        leaves: bytes at all cuts of one pass; number: of one number.
+        leaves: what is cut in one pass, or tensors of those shapes.
 
     Raises:
         GraphTooLargeError: none fits.
     """
-    row, edges = 3 * leaves, 2 * nodes * nodes * number
+    number = next(iter(leaves)).element_size()
+    row, edges = 3 * sum(leaf.numel() for leaf in leaves) * number, 2 * nodes * nodes * number
     left = max_bytes - edges
     if left < row:
         raise GraphTooLargeError(
             f"{nodes} nodes on {tokens} tokens need {(edges + row) / 2**30:.1f} GiB, more than "
-            f"{max_bytes / 2**30:.1f}; {instead}"
+            f"{max_bytes / 2**30:.1f}; {SHORTER if kind == 'components' else LESS}"
         )
     chunk = max(1, min(chunk, left // row, nodes))
     return chunk, edges + chunk * row
@@ -201,6 +187,14 @@ def timed(linear: Linearised, part: Reader, parts: int, size: int) -> float:
         said = f"attribution graph: {parts} chunks, about {expected:.0f} s and {size / 2**20:.0f} MiB"
         print(said, file=sys.stderr)
     return round(expected, 1)
+
+
+def totals_of(
+    written: Sequence[Written], gradients: Mapping[str, Float[Tensor, "pos width"]], goal: Goal
+) -> Float[Tensor, " node"]:
+    """Total effect of each node by gradients that pass through everything; the targets have none."""
+    own = [float(gradients[each.point][each.node.pos] @ each.vector) for each in written]
+    return torch.tensor([*own, *[0.0] * len(goal.nodes)], dtype=goal.vectors.dtype)
 
 
 def writers_of(written: Sequence[Written]) -> list[Writer]:
