@@ -16,9 +16,9 @@ from tests.graph.test_attribution import as_frozen, frozen_at, logits_read, toke
 from tl_em.errors import ModelError
 from tl_em.graph.adapters import adapter_writes, switched_off, unmerged
 from tl_em.graph.build import attribute, encoded_prompt
-from tl_em.graph.latents import latent_plan
-from tl_em.graph.gradients import LAST
 from tl_em.graph.edges import Written
+from tl_em.graph.gradients import LAST
+from tl_em.graph.latents import latent_plan
 from tl_em.models.hooks import LensModel
 from tl_em.models.loading import load_model
 from tl_em.models.quiet import quiet

@@ -14,11 +14,11 @@ from torch import Tensor
 import tl_em as em
 from tests.conftest import make_hf_model, make_tokenizer
 from tl_em.errors import UsageError
-from tl_em.graph import plan
+from tl_em.graph import edges
 from tl_em.graph.build import attribute
+from tl_em.graph.gradients import FROZEN, LAST, STREAM
 from tl_em.graph.graph import AttributionGraph
 from tl_em.graph.latents import has_positions
-from tl_em.graph.gradients import FROZEN, LAST, STREAM
 from tl_em.graph.rules.frozen import norm_scales, patterns
 from tl_em.graph.targets import Completion
 from tl_em.models.hooks import LensModel, hooked, read_point
@@ -237,7 +237,7 @@ def test_the_chunk_changes_nothing(surface: str) -> None:
 def test_a_long_run_says_what_it_will_cost_and_a_short_one_nothing(
     small_model: LensModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(plan, "LONG", 0.0)
+    monkeypatch.setattr(edges, "LONG", 0.0)
     tokens = tokens_of(small_model)
     graphs = [attribute(small_model, tokens, transcoders(), target=9, chunk=c, validate=False) for c in (256, 1)]
     costs = [graph.settings["cost"] for graph in graphs]

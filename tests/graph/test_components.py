@@ -12,8 +12,8 @@ import torch
 from tests.conftest import make_hf_model, make_tokenizer
 from tests.graph.test_attribution import PROMPT, dictionary, tokens_of, transcoders
 from tl_em.errors import PairMismatchError, UsageError
+from tl_em.graph.attention import head_loadings
 from tl_em.graph.build import attribute
-from tl_em.graph.heads import head_loadings
 from tl_em.graph.over_prompts import attribute_over, stability
 from tl_em.graph.rules import RULES
 from tl_em.models.hooks import LensModel

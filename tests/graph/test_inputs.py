@@ -14,9 +14,9 @@ import tl_em as em
 from tests.conftest import make_hf_model, make_tokenizer
 from tests.graph.test_attribution import PROMPT, transcoders
 from tl_em.errors import PositionError, PromptError, PromptTooLongError, TlEmError, UnknownTokenError, UsageError
+from tl_em.graph.attention import head_loadings
 from tl_em.graph.build import attribute
 from tl_em.graph.graph import AttributionGraph
-from tl_em.graph.heads import head_loadings
 from tl_em.graph.over_prompts import attribute_over
 from tl_em.models.hooks import LensModel
 from tl_em.models.loading import load_model

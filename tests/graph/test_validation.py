@@ -11,8 +11,8 @@ import tl_em as em
 from tests.graph.test_attribution import PROMPT, dictionary, tokens_of, transcoders
 from tl_em.graph.build import attribute, encoded_prompt
 from tl_em.graph.components import component_plan
-from tl_em.graph.latents import latent_plan
 from tl_em.graph.edges import drawn
+from tl_em.graph.latents import latent_plan
 from tl_em.graph.validation import AGREES, ablatable, ablated, agreement, faithfulness, only, validated, valued
 from tl_em.models.hooks import LensModel
 

@@ -1,10 +1,10 @@
 """Attribution graphs: made, pruned, compared, shown, exchanged."""
 
 from .attention import attention_view as attention_view
+from .attention import head_loadings as head_loadings
 from .build import attribute as attribute
 from .graph import AttributionGraph as AttributionGraph
 from .graph import GraphDiff as GraphDiff
-from .heads import head_loadings as head_loadings
 from .over_prompts import attribute_over as attribute_over
 from .reading import load_graph as load_graph
 from .rules.base import Rule as Rule

@@ -17,7 +17,7 @@ The control: a model that has no adapters, against itself, or one whose adapters
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
@@ -53,12 +53,22 @@ def adapter_writes(tuned: LensModel, base: LensModel, tokens: Int[Tensor, " pos"
         raise PairMismatchError("adapter= has another shape than the model, so no difference is defined; pass its base")
     writes = write_points(tuned)[1:]
     streams = [f"blocks.{layer}.hook_resid_pre" for layer in range(int(tuned.cfg.n_layers))]
-    theirs, ours = {}, {}
+    theirs: dict[str, Tensor] = {}
+    ours: dict[str, Tensor] = {}
+
+    def note(name: str, x: Tensor, hook: Any) -> None:
+        theirs[name] = x.detach().clone()
+
+    def put(name: str, x: Tensor, hook: Any) -> Tensor:
+        """Note what the base writes, and let the tuned model's write stand."""
+        ours[name] = x.detach().clone()
+        return theirs[name].to(x)
+
+    points = (*streams, *writes)
     with torch.no_grad():
-        with _running(own), hooked(tuned, [(name, _noting(theirs, name)) for name in (*streams, *writes)]):
+        with _running(own), hooked(tuned, [(name, partial(note, name)) for name in points]):
             tuned(tokens[None].to(tuned.cfg.device))
-        putting = [(name, _putting(ours, name, theirs[name])) for name in (*streams, *writes)]
-        with switched_off(own), hooked(base, putting):
+        with switched_off(own), hooked(base, [(name, partial(put, name)) for name in points]):
             base(tokens[None].to(base.cfg.device))
     label = " + ".join(dict.fromkeys(name for layer in own.values() for name in layer.active_adapters))
     return [each for point in writes for each in _parts(point, theirs[point], ours[point], label or "adapter")]
@@ -74,23 +84,6 @@ def _parts(point: str, theirs: Tensor, ours: Tensor, label: str) -> list[Written
             node = Node("adapter", int(layer), pos, stream=stream, activation=float(part[pos].norm()), label=label)
             found.append(Written(node, point, part[pos]))
     return found
-
-
-def _noting(seen: dict[str, Tensor], name: str) -> Callable[[Tensor, Any], None]:
-    def note(x: Tensor, hook: Any) -> None:
-        seen[name] = x.detach().clone()
-
-    return note
-
-
-def _putting(seen: dict[str, Tensor], name: str, value: Tensor) -> Callable[[Tensor, Any], Tensor]:
-    """Note what the base writes, and let the tuned model's write stand."""
-
-    def put(x: Tensor, hook: Any) -> Tensor:
-        seen[name] = x.detach().clone()
-        return value.to(x)
-
-    return put
 
 
 # --- Adapters that were not merged ------------------------------------------------------------------------------------

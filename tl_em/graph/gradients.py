@@ -89,8 +89,7 @@ def linearise(
     made, keep = Linearised(), keep or {}
 
     def at(name: str, x: Tensor, hook: Any) -> Tensor | None:
-        started = name == STREAM and start is not None
-        if started:
+        if name == STREAM and start is not None:
             x = start[None].to(x)
         made.read[name] = x
         if name in cuts:
@@ -102,7 +101,7 @@ def linearise(
         if name in taps:
             made.leaves[name] = leaf = torch.zeros_like(x, requires_grad=True)
             return x + leaf
-        return x if started else None
+        return None if start is None else x
 
     hooks = [*hooks_of(rule, model), *((name, partial(at, name)) for name in dict.fromkeys((*cuts, *taps, *reads)))]
     with torch.enable_grad(), warnings.catch_warnings(), hooked(model, hooks):

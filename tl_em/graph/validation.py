@@ -18,10 +18,10 @@ Source: faithfulness and its areas: Mueller et al. 2025 (Mechanistic Interpretab
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from tl_em.graph.edges import Plan
 from tl_em.graph.latents import Sheet
-from tl_em.graph.nodes import G, Graph
+from tl_em.graph.nodes import G, Graph, Kind
 from tl_em.graph.pruning import scores
 from tl_em.models.hooks import LensModel, hooked
 from tl_em.stats import Estimate, bootstrap
@@ -96,12 +96,14 @@ def chosen(graph: Graph, *, seed: int) -> tuple[list[int], list[int]]:
 
 def agreement(graph: Graph, effects: Mapping[int, float], sample: Sequence[int], *, seed: int) -> dict[str, Any]:
     """Correlations of the attributions with exact effects, and a warning where they do not agree."""
+    from scipy.stats import rankdata
+
     rows = list(effects)
     x = np.array([graph.nodes[row].attribution or 0.0 for row in rows])
     y = np.array([effects[row] for row in rows])
     found: dict[str, Any] = {"ablated": len(rows)}
     found["pearson"] = correlation(x, y, seed=seed)
-    found["spearman"] = correlation(_ranks(x), _ranks(y), seed=seed)
+    found["spearman"] = correlation(rankdata(x), rankdata(y), seed=seed)
     if len(sample) > 2:
         at = [rows.index(row) for row in sample]
         found["pearson_sample"] = correlation(x[at], y[at], seed=seed)
@@ -137,12 +139,6 @@ def correlation(x: np.ndarray, y: np.ndarray, *, seed: int = 0) -> Estimate | No
         return bootstrap(statistic, [len(x)], seed=seed).estimate
 
 
-def _ranks(x: np.ndarray) -> np.ndarray:
-    from scipy.stats import rankdata
-
-    return rankdata(x)
-
-
 # --- Exact ablation ---------------------------------------------------------------------------------------------------
 
 
@@ -155,27 +151,25 @@ def ablated(model: LensModel, plan: Plan, rows: Sequence[int]) -> Float[Tensor, 
     Returns:
         One number a node, in the target's units, float32 or float64 as the model.
     """
-    parts = []
-    for batch in _batches(rows):
-        grouped: dict[str, list[int]] = {}
-        for copy, row in enumerate(batch):
-            grouped.setdefault(plan.written[row].point, []).append(copy)
-        hooks = [(point, _subtracting(plan, batch, copies)) for point, copies in grouped.items()]
-        parts.append(valued(model, plan, len(batch), hooks))
-    clean = valued(model, plan, 1, [])
+    clean, parts = valued(model, plan, 1, []), []
+    for at in range(0, len(rows), _ROWS):
+        out = torch.zeros(len(rows[at : at + _ROWS]), len(plan.written), dtype=torch.bool)
+        out[range(len(out)), rows[at : at + _ROWS]] = True
+        points = sorted({plan.written[row].point for row in rows[at : at + _ROWS]})
+        parts.append(valued(model, plan, len(out), [(point, _subtracting(plan, point, out)) for point in points]))
     return clean - torch.cat(parts) if parts else clean[:0]
 
 
-def _batches(rows: Sequence[int]) -> Iterator[Sequence[int]]:
-    for at in range(0, len(rows), _ROWS):
-        yield rows[at : at + _ROWS]
+def _subtracting(
+    plan: Plan, point: str, out: Bool[Tensor, "prompt node"], kinds: Sequence[str] = get_args(Kind)
+) -> Edit:
+    """Take away, in each copy, what its nodes of these kinds wrote at a point."""
+    rows = [row for row, each in enumerate(plan.written) if each.point == point and each.node.kind in kinds]
 
-
-def _subtracting(plan: Plan, batch: Sequence[int], copies: Sequence[int]) -> Edit:
     def edit(x: Tensor, hook: Any) -> Tensor:
         flat = x.flatten(2).clone()
-        for copy in copies:
-            each = plan.written[batch[copy]]
+        for copy, at in out[:, rows].nonzero().tolist():
+            each = plan.written[rows[at]]
             flat[copy, each.node.pos] -= each.vector.to(flat)
         return flat.view_as(x)
 
@@ -216,7 +210,7 @@ def faithfulness(model: LensModel, graph: Graph, plan: Plan, *, seed: int) -> di
     orders = {"graph": [order], "magnitude": [size], "random": [rng.permutation(open_).tolist() for _ in range(RANDOM)]}
     wanted = [(name, each, share) for name, some in orders.items() for each in some for share in SHARES]
     kept = [each[: round(share * len(open_))] for _, each, share in wanted]
-    found = torch.cat([only(model, plan, part, open_) for part in _circuits(kept)])
+    found = torch.cat([only(model, plan, kept[at : at + _ROWS], open_) for at in range(0, len(kept), _ROWS)])
     curves: dict[str, list[np.ndarray]] = {}
     for at in range(0, len(wanted), len(SHARES)):
         curves.setdefault(wanted[at][0], []).append(found[at : at + len(SHARES)].double().numpy())
@@ -230,11 +224,6 @@ def faithfulness(model: LensModel, graph: Graph, plan: Plan, *, seed: int) -> di
         "cpr": {name: float(np.trapezoid(curve, SHARES)) for name, curve in f.items()},
         "cmd": {name: float(np.trapezoid(abs(1 - curve), SHARES)) for name, curve in f.items()},
     }
-
-
-def _circuits(kept: Sequence[Sequence[int]]) -> Iterator[Sequence[Sequence[int]]]:
-    for at in range(0, len(kept), _ROWS):
-        yield kept[at : at + _ROWS]
 
 
 def only(
@@ -251,54 +240,40 @@ def only(
     if plan.references:
         hooks += [(point, _put_to_reference(plan, point, out)) for point in plan.references]
     extra = {e.point for e in plan.written if e.node.kind == "adapter"}
-    hooks += [(point, _without_adapter(plan, point, out)) for point in sorted(extra)]
+    hooks += [(point, _subtracting(plan, point, out, ["adapter"])) for point in sorted(extra)]
     return valued(model, plan, len(circuits), hooks)
 
 
-class _Masks(NamedTuple):
-    """Of one dictionary's site: which latents are nodes, and which nodes are taken out."""
-
-    nodes: Bool[Tensor, "pos d_sae"]
-    latents: Bool[Tensor, "prompt pos d_sae"]
-    errors: Bool[Tensor, "prompt pos"]
-
-
-def _masks(plan: Plan, sheet: Sheet, out: Bool[Tensor, "prompt node"]) -> _Masks:
-    length, width = len(plan.encoded), 1 if sheet.dictionary is None else sheet.dictionary.d_sae
-    nodes = torch.zeros(length, width, dtype=torch.bool)
-    latents = torch.zeros(len(out), length, width, dtype=torch.bool)
-    errors = torch.zeros(len(out), length, dtype=torch.bool)
-    for row, each in enumerate(plan.written):
-        if each.point == sheet.out and each.node.kind == "feature" and each.node.feature is not None:
-            nodes[each.node.pos, each.node.feature] = True
-            latents[:, each.node.pos, each.node.feature] = out[:, row]
-        elif each.point == sheet.out and each.node.kind == "error":
-            errors[:, each.node.pos] = out[:, row]
-    return _Masks(nodes, latents, errors)
-
-
 def _without_latents(plan: Plan, sheet: Sheet, out: Bool[Tensor, "prompt node"]) -> list[tuple[str, Edit]]:
-    """Hooks that take a circuit's complement out, at the activations of the run itself."""
-    masks, one, source = _masks(plan, sheet, out), sheet.dictionary, sheet.source
+    """Hooks that take a circuit's complement out of one write, at the activations of the run itself."""
+    one, source, length = sheet.dictionary, sheet.source, len(plan.encoded)
+    own = [(row, each.node) for row, each in enumerate(plan.written) if each.point == sheet.out]
+    errors = torch.zeros(len(out), length, 1, dtype=torch.bool)
+    for row, node in own:
+        if node.kind == "error":
+            errors[:, node.pos, 0] = out[:, row]
+    if one is None or source is None:
+        return [(sheet.out, lambda x, hook: torch.where(errors.to(x.device), 0.0, x))]
+    shown = torch.zeros(length, one.d_sae, dtype=torch.bool)
+    latents = torch.zeros(len(out), length, one.d_sae, dtype=torch.bool)
+    for row, node in own:
+        if node.kind == "feature":
+            shown[node.pos, node.feature] = True
+            latents[:, node.pos, node.feature] = out[:, row]
     read: dict[str, Tensor] = {}
 
     def note(x: Tensor, hook: Any) -> None:
-        assert source is not None
         read["x"] = source(x)
 
     def edit(x: Tensor, hook: Any) -> Tensor:
-        if one is None:
-            return torch.where(masks.errors[..., None].to(x.device), 0.0, x)
-        inside = x if source is not None and source.name == sheet.out else read["x"]
+        inside = x if source.name == sheet.out else read["x"]
         a, rows = one.encode_as(inside), one.W_dec.to(x)
-        named = (a * masks.nodes.to(x.device)) @ rows
-        rest = x - named - one.b_dec.to(x)
+        rest = x - (a * shown.to(x.device)) @ rows - one.b_dec.to(x)
         if (skipped := one.W_skip) is not None:
             rest = rest - inside @ skipped.to(x)
-        gone = (a * masks.latents.to(x.device)) @ rows
-        return x - gone - torch.where(masks.errors[..., None].to(x.device), rest, 0.0)
+        return x - (a * latents.to(x.device)) @ rows - torch.where(errors.to(x.device), rest, 0.0)
 
-    first = [] if source is None or source.name == sheet.out else [(source.name, note)]
+    first = [] if source.name == sheet.out else [(source.name, note)]
     return [*first, (sheet.out, edit)]
 
 
@@ -315,18 +290,5 @@ def _put_to_reference(plan: Plan, point: str, out: Bool[Tensor, "prompt node"]) 
             mask[:, node.pos, node.feature or 0 if node.kind == "head" else 0] = out[:, row]
         wide = mask.repeat_interleave(flat.shape[2] // heads, dim=2).to(x.device)
         return torch.where(wide, reference.to(flat).expand_as(flat[0]), flat).view_as(x)
-
-    return edit
-
-
-def _without_adapter(plan: Plan, point: str, out: Bool[Tensor, "prompt node"]) -> Edit:
-    rows = [row for row, e in enumerate(plan.written) if e.point == point and e.node.kind == "adapter"]
-
-    def edit(x: Tensor, hook: Any) -> Tensor:
-        flat = x.flatten(2).clone()
-        for row in rows:
-            each = plan.written[row]
-            flat[:, each.node.pos] -= torch.outer(out[:, row].to(flat), each.vector.to(flat))
-        return flat.view_as(x)
 
     return edit
