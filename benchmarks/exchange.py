@@ -25,9 +25,9 @@ import torch
 from tl_em.errors import GraphTooLargeError
 from tl_em.graph.build import attribute
 from tl_em.graph.exchange import save_graph
-from tl_em.graph.fields import cantor
+from tl_em.graph.exchange_format import cantor
+from tl_em.graph.exchange_reading import load_graph
 from tl_em.graph.graph import AttributionGraph, Node
-from tl_em.graph.reading import load_graph
 
 BUDGET, PATHS, TOKENS = 2.0, 5.0, 193
 

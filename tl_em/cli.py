@@ -377,7 +377,7 @@ def graph_of(
 @click.option("-o", "--out", type=PATH, help="Page to write [default: beside FILE].")
 def graph_open(file: Path, out: Path | None) -> None:
     """Write the page of a graph: one of ours, of circuit-tracer or of Neuronpedia."""
-    from tl_em.graph.reading import load_graph
+    from tl_em.graph.exchange_reading import load_graph
 
     _echo(load_graph(file).save_html(out or file.with_suffix(".html")))
 
@@ -389,7 +389,7 @@ def graph_open(file: Path, out: Path | None) -> None:
 def graph_diff(base: Path, tuned: Path, out: Path) -> None:
     """Compare two graphs of one prompt: what appeared, vanished, got stronger or weaker."""
     from tl_em.artefacts import replacing
-    from tl_em.graph.reading import load_graph
+    from tl_em.graph.exchange_reading import load_graph
 
     found = load_graph(base).diff(load_graph(tuned))
     if out.suffix == ".csv":

@@ -6,4 +6,4 @@ from tl_em.directions.interchange import import_mean_diffs as import_mean_diffs
 from tl_em.directions.interchange import import_persona_vectors as import_persona_vectors
 from tl_em.directions.interchange import import_refusal_direction as import_refusal_direction
 from tl_em.directions.interchange import import_steering_vector as import_steering_vector
-from tl_em.graph.reading import load_graph as load_graph
+from tl_em.graph.exchange_reading import load_graph as load_graph

@@ -15,9 +15,9 @@ import torch
 from tests.graph.examples import large, small
 from tl_em.errors import CorruptFileError, OutputError, UsageError
 from tl_em.graph.exchange import save_graph, to_exchange
-from tl_em.graph.fields import cantor, uncantor
+from tl_em.graph.exchange_format import cantor, uncantor
+from tl_em.graph.exchange_reading import load_graph
 from tl_em.graph.graph import AttributionGraph, Node
-from tl_em.graph.reading import load_graph
 
 TYPES = {"cross layer transcoder", "mlp reconstruction error", "embedding", "logit"}
 IDS = {"cross layer transcoder": r"(\d+)_(\d+)_(\d+)", "mlp reconstruction error": r"(\d+)_(-1)_(\d+)",

@@ -15,11 +15,11 @@ import torch
 
 from tests.graph.examples import large, small
 from tl_em.errors import CorruptFileError, GraphTooLargeError
-from tl_em.graph import reading
+from tl_em.graph import exchange_reading
 from tl_em.graph.exchange import save_graph
-from tl_em.graph.fields import cantor
+from tl_em.graph.exchange_format import cantor
+from tl_em.graph.exchange_reading import load_graph
 from tl_em.graph.graph import AttributionGraph, Node
-from tl_em.graph.reading import load_graph
 
 PUBLISHED = Path(os.environ.get("TL_EM_GRAPH_FILES", Path(__file__).parents[3] / "shared" / "data" / "graphs"))
 """A folder of graph files as Neuronpedia serves them, where there is one."""
@@ -356,7 +356,7 @@ def test_the_same_link_twice_counts_once_and_two_weights_are_refused(tmp_path: P
 
 
 def test_more_nodes_than_memory_are_refused_before_it_is_taken(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(reading, "MAX_BYTES", 100)
+    monkeypatch.setattr(exchange_reading, "MAX_BYTES", 100)
     with pytest.raises(GraphTooLargeError, match="8 nodes"):
         read(published(), tmp_path)
 

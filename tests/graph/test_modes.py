@@ -19,9 +19,9 @@ from tests.graph.test_attribution import transcoders
 from tl_em.errors import ModelError, NonFiniteError, UsageError
 from tl_em.graph.attention import head_loadings
 from tl_em.graph.build import attribute
+from tl_em.graph.exchange_reading import load_graph
 from tl_em.graph.graph import AttributionGraph
 from tl_em.graph.over_prompts import attribute_over
-from tl_em.graph.reading import load_graph
 from tl_em.models.hooks import LensModel
 from tl_em.models.loading import load_model
 

@@ -41,7 +41,7 @@ def test_unlike_nodes_stay_alone() -> None:
 
 
 def test_groups_are_drawn_and_written(tmp_path) -> None:
-    from tl_em.graph.reading import load_graph
+    from tl_em.graph.exchange_reading import load_graph
 
     found = clustered(planted())
     assert load_graph(found.save_json(tmp_path / "g.json")).supernodes == found.supernodes

@@ -19,7 +19,7 @@ from tests.graph.test_view import HOSTILE, hostile
 from tests.visits import SCREENS
 from tl_em.graph.attention import attention_view
 from tl_em.graph.exchange import to_exchange
-from tl_em.graph.reading import load_graph
+from tl_em.graph.exchange_reading import load_graph
 from tl_em.graph.view import notebook_frame, save_page
 
 pytestmark = pytest.mark.browser

@@ -3,9 +3,9 @@
 from .attention import attention_view as attention_view
 from .attention import head_loadings as head_loadings
 from .build import attribute as attribute
+from .exchange_reading import load_graph as load_graph
 from .graph import AttributionGraph as AttributionGraph
 from .graph import GraphDiff as GraphDiff
 from .over_prompts import attribute_over as attribute_over
-from .reading import load_graph as load_graph
 from .rules.base import Rule as Rule
 from .targets import Completion as Completion

@@ -9,27 +9,32 @@ heads, MLPs), those after the first have their indices moved up by a round block
 published shape; the index itself is kept under ``tl_em``.
 
 A graph that was read is written as its file was (``origin``): every key that this package does not know, the order of
-nodes and links, and what does not apply any more left out. Reading: :mod:`tl_em.graph.reading`.
+nodes and links, and what does not apply any more left out. Reading: :mod:`tl_em.graph.exchange_reading`.
 
 Source: the schema of Neuronpedia's graph files; Ameisen et al. 2025, *Circuit Tracing*, for what they mean.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from itertools import chain
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from tl_em import __version__
 from tl_em.artefacts import replacing
 from tl_em.errors import UsageError
-from tl_em.graph.fields import SCHEMA, cantor, plain
+from tl_em.graph.exchange_edits import as_read
+from tl_em.graph.exchange_format import SCHEMA, cantor, plain
+from tl_em.graph.exchange_links import LinkRows, link_rows, links_as_read
 from tl_em.graph.nodes import Graph, Node
-from tl_em.graph.rewriting import as_read, as_text, link_rows, links_as_read
 from tl_em.models.modes import in_plain_torch
 
 TYPES = {"feature": "cross layer transcoder", "error": "mlp reconstruction error", "token": "embedding",
@@ -59,11 +64,10 @@ def to_exchange(graph: Graph, *, slug: str = "", created: int = 0) -> dict[str, 
 
 
 def _without_links(graph: Graph, *, slug: str, created: int) -> dict[str, Any]:
-    ids = _file_ids(graph)
+    nodes = [_node_to_json(node, number) for node, number in zip(graph.nodes, _numbers(graph), strict=True)]
+    ids = {node.id: written["node_id"] for node, written in zip(graph.nodes, nodes, strict=True)}
     groups = [[label, *(ids[each] for each in members if each in ids)] for label, members in graph.supernodes]
     pinned = [each for group in groups for each in group[1:]]
-    nodes = [_node_to_json(node, ids[node.id], number) for node, number in zip(graph.nodes, _numbers(graph),
-                                                                              strict=True)]  # fmt: skip
     return {
         "metadata": _metadata(graph, slug, created),
         "qParams": {"pinnedIds": pinned, "supernodes": groups, "linkType": "both"} if groups else {},
@@ -88,7 +92,7 @@ def save_graph(graph: Graph, path: str | Path) -> Path:
 
     Example:
         >>> import tempfile, torch
-        >>> from tl_em.graph.reading import load_graph
+        >>> from tl_em.graph.exchange_reading import load_graph
         >>> nodes = (Node("token", -1, 0, 7, label="cat"), Node("logit", 2, 0, 9, label="sat", weight=0.8))
         >>> graph = Graph(nodes, torch.tensor([[0.0, 0.0], [0.25, 0.0]]), ("cat",))
         >>> file = save_graph(graph, Path(tempfile.mkdtemp()) / "cat.json")
@@ -138,33 +142,17 @@ def _first(variety: tuple[str, str]) -> tuple[bool, tuple[str, str]]:
     return variety[0] != "feature", variety
 
 
-def _file_ids(graph: Graph) -> dict[str, str]:
-    """The file's id of each node's own id."""
-    return {node.id: _file_id(node, number) for node, number in zip(graph.nodes, _numbers(graph), strict=True)}
-
-
-def _file_id(node: Node, number: int) -> str:
-    if node.kind == "token":
-        return f"E_{number}_{node.pos}"
-    return f"{node.layer + (node.kind == 'logit')}_{number}_{node.pos}"
-
-
 # -- nodes -------------------------------------------------------------------------------------------------------------
-def _node_to_json(node: Node, name: str, number: int) -> dict[str, Any]:
-    target = node.kind == "logit"
-    layer: str = "E" if node.kind == "token" else str(node.layer + target)
-    kind = node.kind if node.kind in TYPES else "feature"
-    feature = {"feature": lambda: cantor(node.layer, number), "error": lambda: -1, "token": lambda: node.pos,
-               "logit": lambda: number}[kind]()  # fmt: skip
-    js = {"feature": f"{layer}_{number}-0", "error": f"{layer}_{number}-{node.pos}", "token": f"E_{number}-{node.pos}",
-          "logit": f"L_{number}-{node.pos}"}[kind]  # fmt: skip
+def _node_to_json(node: Node, number: int) -> dict[str, Any]:
+    target, kind = node.kind == "logit", node.kind if node.kind in TYPES else "feature"
+    layer = "E" if node.kind == "token" else str(node.layer + target)
     return {
-        "node_id": name,
-        "feature": feature,
+        "node_id": f"{layer}_{number}_{node.pos}",
+        "feature": {"feature": cantor(node.layer, number), "error": -1, "token": node.pos, "logit": number}[kind],
         "layer": layer,
         "ctx_idx": node.pos,
         "feature_type": TYPES[kind],
-        "jsNodeId": js,
+        "jsNodeId": f"{'L' if target else layer}_{number}-{0 if kind == 'feature' else node.pos}",
         "clerp": _clerp(node),
         "influence": node.influence,
         "activation": node.activation,
@@ -192,6 +180,7 @@ def _own_fields(node: Node) -> dict[str, Any]:
 # -- the rest of the file ----------------------------------------------------------------------------------------------
 def _metadata(graph: Graph, slug: str, created: int) -> dict[str, Any]:
     kept = graph.settings.get("pruned") or {}
+    made = {"validation": plain(graph.validation), "settings": plain(graph.settings)}
     about = {
         "slug": slug or _slug(graph.prompt) or "graph",
         "scan": graph.model or "local model",
@@ -204,15 +193,15 @@ def _metadata(graph: Graph, slug: str, created: int) -> dict[str, Any]:
             "generator": {"name": "tl_em", "version": __version__},
             "create_time_ms": created,
         },
-        "generation_settings": {"validation": plain(graph.validation), "settings": plain(graph.settings)},
+        "generation_settings": made,
         "pruning_settings": plain(kept) if isinstance(kept, Mapping) else {},
         "tl_em": {
             "schema": SCHEMA,
             "model": graph.model,
             "prompt": graph.prompt,
             "dtype": str(graph.edges.dtype).removeprefix("torch."),
-            "settings": plain(graph.settings),
-            "validation": plain(graph.validation),
+            "settings": made["settings"],
+            "validation": made["validation"],
         },
     }
     if isinstance(kept, Mapping) and "nodes" in kept:
@@ -232,3 +221,29 @@ def _check_finite(graph: Graph) -> None:
 
 def _slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60]
+
+
+# -- text --------------------------------------------------------------------------------------------------------------
+def as_text(written: Mapping[str, Any], ids: Sequence[Any], links: LinkRows) -> bytes:
+    """The file, its links by rows of ``ids``: as JSON in utf-8, with escapes where a token is half of a pair."""
+    try:
+        return _json(written, ids, links, ascii_only=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return _json(written, ids, links, ascii_only=True).encode("ascii")
+
+
+def _json(written: Mapping[str, Any], ids: Sequence[Any], links: LinkRows, *, ascii_only: bool) -> str:
+    def dumped(value: Any) -> str:
+        return json.dumps(value, ensure_ascii=ascii_only)
+
+    # Three pieces a link, put together once: a million f-strings would be half of the time.
+    heads = np.array([f'}}, {{"source": {dumped(each)}, "target": ' for each in ids], dtype=object)
+    tails = np.array([f'{dumped(each)}, "weight": ' for each in ids], dtype=object)
+    first, second, third = heads[links.sources].tolist(), tails[links.targets].tolist(), list(links.text)
+    for at, each in links.whole.items():
+        own = {"source": ids[links.sources[at]], "target": ids[links.targets[at]], "weight": float(links.text[at])}
+        first[at], second[at], third[at] = "}, " + dumped({**each, **own})[:-1], "", ""
+    joined = "".join(chain.from_iterable(zip(first, second, third, strict=True)))
+    listed = f"[{joined[3:]}}}]" if first else "[]"
+    parts = {name: listed if name == "links" else dumped(value) for name, value in written.items()}
+    return "{" + ", ".join(f"{dumped(name)}: {text}" for name, text in parts.items()) + "}"

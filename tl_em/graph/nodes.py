@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_em.errors import UsageError
-from tl_em.graph.origin import Origin
+from tl_em.graph.exchange_format import Origin
 from tl_em.models.modes import in_plain_torch
 
 if TYPE_CHECKING:

@@ -8,88 +8,19 @@ that tells their links apart may be gone, so the later one gets an id of its own
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import chain
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
-from torch import Tensor
 
-from tl_em.graph.fields import plain, said_of
+from tl_em.graph.exchange_format import Origin, plain, said_of
 from tl_em.graph.nodes import Graph, Node
-from tl_em.graph.origin import Origin
 
 _SAID = {"label": "clerp", "influence": "influence", "activation": "activation", "weight": "token_prob"}
 """A node's fields that the format has a key for."""
 
 
-@dataclass(frozen=True, eq=False)
-class LinkRows:
-    """Links as they are written: rows of the graph's nodes, the weight as text, and whole objects where they hold more.
-
-    Args:
-        edited: whether they are others than the file's.
-    """
-
-    sources: Int[np.ndarray, " link"]
-    targets: Int[np.ndarray, " link"]
-    text: Sequence[str]
-    whole: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
-    edited: bool = True
-
-
-def link_rows(edges: Float[Tensor, "node node"]) -> LinkRows:
-    """Every edge that is not zero."""
-    matrix = _matrix(edges)
-    targets, sources = matrix.nonzero()
-    return LinkRows(sources, targets, _decimals(matrix[targets, sources]))
-
-
-def links_as_read(graph: Graph, origin: Origin) -> LinkRows:
-    """The file's links that the graph still has, in the file's order and numbers, and then those that it has beside."""
-    matrix, links = _matrix(graph.edges), origin.links
-    row = np.array([graph.index.get(name, -1) for name in origin.order], dtype=np.int64)
-    sources, targets = row[links.sources], row[links.targets]
-    there = (sources >= 0) & (targets >= 0)
-    sources, targets, weights = sources[there], targets[there], links.weights[there]
-    now = matrix[targets, sources]
-    with np.errstate(over="ignore"):
-        same = now == weights.astype(matrix.dtype)
-    kept = same | (now != 0)
-    text = list(map(repr, weights.tolist()))
-    for at, said in zip(np.flatnonzero(~same).tolist(), _decimals(now[~same]), strict=True):
-        text[at] = said
-    if not kept.all():
-        text = [text[at] for at in np.flatnonzero(kept).tolist()]
-    left = matrix != 0
-    left[targets, sources] = False
-    new_targets, new_sources = left.nonzero()
-    whole = {}
-    if links.whole:
-        place = np.full(len(there), -1)
-        place[np.flatnonzero(there)[kept]] = np.arange(int(kept.sum()))
-        whole = {int(place[at]): each for at, each in links.whole.items() if place[at] >= 0}
-    return LinkRows(
-        np.concatenate([sources[kept], new_sources]), np.concatenate([targets[kept], new_targets]),
-        text + _decimals(matrix[new_targets, new_sources]),
-        whole, edited=not (there.all() and same.all()) or len(new_sources) > 0,
-    )  # fmt: skip
-
-
-def _matrix(edges: Float[Tensor, "node node"]) -> Float[np.ndarray, "node node"]:
-    held = edges.detach().cpu()
-    return (held if held.element_size() >= 4 else held.float()).numpy()
-
-
-def _decimals(values: Float[np.ndarray, " link"]) -> list[str]:
-    """The shortest decimals that read back as the same numbers."""
-    return values.astype(str).tolist() if values.dtype == np.float32 else list(map(repr, values.tolist()))
-
-
-# -- the file ----------------------------------------------------------------------------------------------------------
 def as_read(
     graph: Graph, origin: Origin, fresh: Mapping[str, Any], *, edited: bool
 ) -> tuple[dict[str, Any], list[Any]]:
@@ -98,12 +29,12 @@ def as_read(
     Args:
         fresh: the graph as it is written without a file; edited: whether its links are others than the file's.
     """
-    edited = edited or set(origin.order) != set(graph.index)
+    edited = edited or set(origin.nodes) != set(graph.index)
     nodes = [_node(n, origin, new) for n, new in zip(graph.nodes, fresh["nodes"], strict=True)]
     if edited:
         nodes = _named_apart(nodes, fresh["nodes"])
     ids = [each["node_id"] for each in nodes]
-    place = {name: at for at, name in enumerate(origin.order)}
+    place = {name: at for at, name in enumerate(origin.nodes)}
     order = sorted(range(len(nodes)), key=lambda row: place.get(graph.nodes[row].id, len(place)))
     parts = {
         "metadata": _metadata(graph, origin, fresh["metadata"], order),
@@ -194,29 +125,3 @@ def _view(graph: Graph, origin: Origin, fresh: Mapping[str, Any], ids: Sequence[
         members = [each for group in written["supernodes"] for each in group[1:]]
         written["pinnedIds"] = list(dict.fromkeys([*pinned, *members]))
     return written
-
-
-# -- text --------------------------------------------------------------------------------------------------------------
-def as_text(written: Mapping[str, Any], ids: Sequence[Any], links: LinkRows) -> bytes:
-    """The file, its links by rows of ``ids``: as JSON in utf-8, with escapes where a token is half of a pair."""
-    try:
-        return _json(written, ids, links, ascii_only=False).encode("utf-8")
-    except UnicodeEncodeError:
-        return _json(written, ids, links, ascii_only=True).encode("ascii")
-
-
-def _json(written: Mapping[str, Any], ids: Sequence[Any], links: LinkRows, *, ascii_only: bool) -> str:
-    def dumped(value: Any) -> str:
-        return json.dumps(value, ensure_ascii=ascii_only)
-
-    # Three pieces a link, put together once: a million f-strings would be half of the time.
-    heads = np.array([f'}}, {{"source": {dumped(each)}, "target": ' for each in ids], dtype=object)
-    tails = np.array([f'{dumped(each)}, "weight": ' for each in ids], dtype=object)
-    first, second, third = heads[links.sources].tolist(), tails[links.targets].tolist(), list(links.text)
-    for at, each in links.whole.items():
-        own = {"source": ids[links.sources[at]], "target": ids[links.targets[at]], "weight": float(links.text[at])}
-        first[at], second[at], third[at] = "}, " + dumped({**each, **own})[:-1], "", ""
-    joined = "".join(chain.from_iterable(zip(first, second, third, strict=True)))
-    listed = f"[{joined[3:]}}}]" if first else "[]"
-    parts = {name: listed if name == "links" else dumped(value) for name, value in written.items()}
-    return "{" + ", ".join(f"{dumped(name)}: {text}" for name, text in parts.items()) + "}"

@@ -1,6 +1,10 @@
-"""Fields of the exchange format: numbers of latents, captions, estimates, and what is none of these by name.
+"""The exchange format's fields, and what a file held that a graph has no place for.
 
-feature number = (l + i)(l + i + 1) / 2 + i          (Cantor's pairing of layer l and index i: ``schema_version`` 1)
+    feature number = (l + i)(l + i + 1) / 2 + i          (Cantor's pairing of layer l and index i: ``schema_version`` 1)
+
+A file of another program names its transcoders, its generator, the saved view of its reader, and keys that nobody here
+knows. A graph that was read carries them along as its :class:`Origin`, pruned or edited or not, so that saving it again
+loses nothing; what the graph does hold is written from the graph.
 """
 
 from __future__ import annotations
@@ -8,9 +12,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_em.stats import Estimate
@@ -24,6 +30,42 @@ _ESTIMATED = ("value", "low", "high", "n_effective")
 """Figures that are not counts: JSON that went through a browser has 1 for 1.0."""
 
 
+@dataclass(frozen=True, eq=False)
+class FileLinks:
+    """A file's links in its order, between its nodes by their place in it.
+
+    Args:
+        sources, targets: places of nodes.
+        weights: as the file has them, in double precision.
+        whole: the file's own object of each link that has more than the three keys.
+    """
+
+    sources: Int[np.ndarray, " link"]
+    targets: Int[np.ndarray, " link"]
+    weights: Float[np.ndarray, " link"]
+    whole: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Origin:
+    """The file that a graph was read from.
+
+    Args:
+        rest: the file's object without what stands under ``nodes`` and ``links``.
+        nodes: the file's object of each node, by the graph's id, in the file's order.
+        read: each node as it was read, by its id.
+        links: its links.
+        about: model, prompt, tokens, settings, validation and supernodes, as they were read.
+    """
+
+    rest: Mapping[str, Any]
+    nodes: Mapping[str, Mapping[str, Any]]
+    read: Mapping[str, Any]
+    links: FileLinks
+    about: Mapping[str, Any]
+
+
+# -- a file's values, named where they are not what the format says ----------------------------------------------------
 def an_object(value: Any, name: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise ValueError(f"{name} is {said(value)} where an object belongs")

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from tl_em.errors import CorruptFileError, GraphTooLargeError, TlEmError
-from tl_em.graph.fields import (
+from tl_em.graph.exchange_format import (
     SCHEMA,
+    Origin,
     a_list,
     a_number,
     a_whole_number,
@@ -27,10 +28,9 @@ from tl_em.graph.fields import (
     said_of,
     uncantor,
 )
+from tl_em.graph.exchange_links import edges_of, links_of, order_of
 from tl_em.graph.graph import AttributionGraph
-from tl_em.graph.linking import edges_of, links_of, order_of
 from tl_em.graph.nodes import MAX_BYTES, Kind, Node
-from tl_em.graph.origin import Origin
 from tl_em.models.modes import in_plain_torch
 
 KINDS: dict[str, tuple[Kind, str | None]] = {
@@ -109,7 +109,6 @@ def graph_of(values: Any) -> AttributionGraph:
     }
     origin = Origin(
         rest={name: None if name in ("nodes", "links") else value for name, value in top.items()},
-        order=tuple(node.id for node in listed),
         nodes={node.id: each for node, each in zip(listed, raw, strict=True)},
         read={node.id: node for node in listed},
         links=links,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -21,9 +22,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_em.graph.fields import a_list, a_number, an_object, said
-from tl_em.graph.nodes import STAGES, Node
-from tl_em.graph.origin import FileLinks
+from tl_em.graph.exchange_format import FileLinks, Origin, a_list, a_number, an_object, said
+from tl_em.graph.nodes import STAGES, Graph, Node
 
 
 # -- links -------------------------------------------------------------------------------------------------------------
@@ -200,3 +200,67 @@ def _sorted_by_links(
         at, (s, t) = next((at, pair) for at, pair in enumerate(ends) if into[pair[0]] and into[pair[1]])
         raise ValueError(f"links[{at}], {ids[s]} -> {ids[t]}, is part of a circle, and no effect causes its cause")
     return found
+
+
+# -- links as they are written -----------------------------------------------------------------------------------------
+@dataclass(frozen=True, eq=False)
+class LinkRows:
+    """Links as they are written: rows of the graph's nodes, the weight as text, and whole objects where they hold more.
+
+    Args:
+        edited: whether they are others than the file's.
+    """
+
+    sources: Int[np.ndarray, " link"]
+    targets: Int[np.ndarray, " link"]
+    text: Sequence[str]
+    whole: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    edited: bool = True
+
+
+def link_rows(edges: Float[Tensor, "node node"]) -> LinkRows:
+    """Every edge that is not zero."""
+    matrix = _matrix(edges)
+    targets, sources = matrix.nonzero()
+    return LinkRows(sources, targets, _decimals(matrix[targets, sources]))
+
+
+def links_as_read(graph: Graph, origin: Origin) -> LinkRows:
+    """The file's links that the graph still has, in the file's order and numbers, and then those that it has beside."""
+    matrix, links = _matrix(graph.edges), origin.links
+    row = np.array([graph.index.get(name, -1) for name in origin.nodes], dtype=np.int64)
+    sources, targets = row[links.sources], row[links.targets]
+    there = (sources >= 0) & (targets >= 0)
+    sources, targets, weights = sources[there], targets[there], links.weights[there]
+    now = matrix[targets, sources]
+    with np.errstate(over="ignore"):
+        same = now == weights.astype(matrix.dtype)
+    kept = same | (now != 0)
+    text = list(map(repr, weights.tolist()))
+    for at, decimals in zip(np.flatnonzero(~same).tolist(), _decimals(now[~same]), strict=True):
+        text[at] = decimals
+    if not kept.all():
+        text = [text[at] for at in np.flatnonzero(kept).tolist()]
+    left = matrix != 0
+    left[targets, sources] = False
+    new_targets, new_sources = left.nonzero()
+    whole = {}
+    if links.whole:
+        place = np.full(len(there), -1)
+        place[np.flatnonzero(there)[kept]] = np.arange(int(kept.sum()))
+        whole = {int(place[at]): each for at, each in links.whole.items() if place[at] >= 0}
+    return LinkRows(
+        np.concatenate([sources[kept], new_sources]), np.concatenate([targets[kept], new_targets]),
+        text + _decimals(matrix[new_targets, new_sources]),
+        whole, edited=not (there.all() and same.all()) or len(new_sources) > 0,
+    )  # fmt: skip
+
+
+def _matrix(edges: Float[Tensor, "node node"]) -> Float[np.ndarray, "node node"]:
+    held = edges.detach().cpu()
+    return (held if held.element_size() >= 4 else held.float()).numpy()
+
+
+def _decimals(values: Float[np.ndarray, " link"]) -> list[str]:
+    """The shortest decimals that read back as the same numbers."""
+    return values.astype(str).tolist() if values.dtype == np.float32 else list(map(repr, values.tolist()))
