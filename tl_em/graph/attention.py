@@ -199,15 +199,11 @@ def attention_view(model: LensModel, prompt: Prompt | EncodedPrompt, layer: int,
     except ImportError as error:
         raise UsageError("circuitsvis draws attention patterns and is not here: pip install 'tl_em[viz]'") from error
     pattern = attention_pattern(model, prompt, layer)
-    tokens = [_inert(text_of(model, token)) for token in encode(model, [prompt])[0].ids]
+    look_alikes = str.maketrans("<>&", "‹›＆")  # a token stands inside a script
+    tokens = [token_shown(text_of(model, token)).translate(look_alikes) for token in encode(model, [prompt])[0].ids]
     source = attention_heads(attention=pattern, tokens=tokens).local_src
     policy = f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
     head = f"<meta charset=utf-8>{policy}<title>Attention</title><style>{_STYLE}</style>"
     document = f"<!doctype html><html lang=en><head>{head}</head><body>{source}</body></html>"
     said = f"{len(pattern)} heads on {len(tokens)} tokens"
     return Framed(document, f"Attention patterns of layer {layer}", height, said)
-
-
-def _inert(token: str) -> str:
-    """A token that can stand inside a script: brackets as look-alikes, what would not show as a sign."""
-    return token_shown(token).replace("<", "‹").replace(">", "›").replace("&", "＆")

@@ -55,14 +55,11 @@ def warning(shown: Graph | Compared) -> str:
         words = words[0].upper() + words[1:]
     elif "pearson" not in shown.validation:
         words = UNVALIDATED
-    return f"{words} {_doubtful(shown)}".strip()
-
-
-def _doubtful(graph: Graph) -> str:
-    """What a file does not say: between which nodes some of its links are."""
-    if not (count := graph.settings.get("ambiguous_links")):
-        return ""
-    return f"In its file nodes share an id, and {count} of the links could be either node's: drawn as the error's."
+    if count := shown.settings.get("ambiguous_links"):
+        words += (
+            f" In its file nodes share an id, and {count} of the links could be either node's: drawn as the error's."
+        )
+    return words.strip()
 
 
 def details(graph: Graph) -> list[tuple[str, str]]:

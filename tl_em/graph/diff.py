@@ -124,7 +124,10 @@ def changes(base: Graph, tuned: Graph, *, least: float = LEAST) -> tuple[Change,
         'stronger'
     """
     _check(base, tuned)
-    sizes = [{node.id: _size(node) for node in graph.nodes} for graph in (base, tuned)]
+    sizes = [
+        {n.id: float((n.activation if n.attribution is None else n.attribution) or 0.0) for n in graph.nodes}
+        for graph in (base, tuned)
+    ]
     floor = _floor(*sizes)
     nodes = [Change("node", name, _status(b, t, least, floor), b, t) for name, b, t in _matched(*sizes)]
     weights = [{(s, t): w for s, t, w in strongest_links(graph).itertuples(index=False)} for graph in (base, tuned)]
@@ -147,11 +150,6 @@ def _check(base: Graph, tuned: Graph) -> None:
         raise UsageError(
             "the two graphs share no target, so they explain different things; pass one target=… to both attribute(…)"
         )
-
-
-def _size(node: Node) -> float:
-    value = node.attribution if node.attribution is not None else node.activation
-    return float(value or 0.0)
 
 
 def _matched(base: Mapping, tuned: Mapping) -> list[tuple]:

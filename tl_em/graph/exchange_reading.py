@@ -93,7 +93,7 @@ def graph_of(values: Any) -> AttributionGraph:
     own = _own(about)
     tokens = tuple(str(token) for token in a_list(about.get("prompt_tokens"), "metadata.prompt_tokens"))
     raw = [an_object(each, f"nodes[{at}]") for at, each in enumerate(a_list(top.get("nodes"), "nodes"))]
-    listed = nodes_of(raw, len(tokens))
+    listed = _distinct(_lowered([_node(each, at, len(tokens)) for at, each in enumerate(raw)], raw), raw)
     _check_size(len(listed))
     by_id = _places(raw, listed)
     links, doubtful = links_of(top.get("links"), listed, by_id)
@@ -134,11 +134,6 @@ def _check_size(nodes: int) -> None:
 
 
 # -- nodes -------------------------------------------------------------------------------------------------------------
-def nodes_of(raw: Sequence[Mapping[str, Any]], tokens: int) -> list[Node]:
-    """The file's nodes in its order, each with an id of its own."""
-    return _distinct(_lowered([_node(each, at, tokens) for at, each in enumerate(raw)], raw), raw)
-
-
 def _node(each: Mapping[str, Any], at: int, tokens: int) -> Node:
     """One node from the file's object, the ``at``-th of a file whose prompt has so many tokens."""
     where = f"nodes[{at}]"

@@ -51,14 +51,6 @@ class _Scored(NamedTuple):
         return {node.id: value for node, value in zip(graph.nodes, self.reached.tolist(), strict=True)}
 
 
-class _Links(NamedTuple):
-    """What the script reads of links, the pairs of ids that they are, and how many there are in all."""
-
-    rows: list[list[Any]]
-    pairs: set[tuple[str, str]]
-    total: int
-
-
 def page(shown: Graph | Compared, *, max_nodes: int = MAX_NODES, max_links: int = MAX_LINKS) -> str:
     """The page of a graph, or of two graphs and what differs between them, as HTML.
 
@@ -131,9 +123,11 @@ def page_data(shown: Graph | Compared, *, max_nodes: int = MAX_NODES,
     ids = {node.id: at for at, node in enumerate(kept)}
     tables = [_table(graph, part, ids) for graph, part in zip(graphs, scored, strict=True)]
     links = _link_rows(shown, tables, ids, max_links)
-    parts = [_drawn(graph, ids, links.pairs) for graph in graphs]
-    note = _left_out(graphs[0], (len(kept), len(everything)), (len(links.rows), links.total))
-    data: dict[str, Any] = {"view": _showable(_view(shown, kept, reach, links.rows, note))}
+    pairs = {(kept[link[0]].id, kept[link[1]].id) for link in links}
+    parts = [_drawn(graph, ids, pairs) for graph in graphs]
+    total = len(shown.links) if two else int((shown.edges != 0).sum())
+    note = _left_out(graphs[0], (len(kept), len(everything)), (len(links), total))
+    data: dict[str, Any] = {"view": _showable(_view(shown, kept, reach, links, note))}
     return data | dict(zip(("graph", "base"), (to_exchange(part) for part in parts), strict=False))
 
 
@@ -163,7 +157,7 @@ def _most_influential(nodes: Sequence[Node], reach: Mapping[str, float], count: 
 
 
 def _link_rows(shown: Graph | Compared, tables: Sequence[Mapping[tuple[str, str], list[float]]],
-               ids: Mapping[str, int], count: int) -> _Links:  # fmt: skip
+               ids: Mapping[str, int], count: int) -> list[list[Any]]:  # fmt: skip
     """The links with the largest scores: source, target, then weight, share and score in each graph, and status."""
     score = {pair: max(table[pair][2] for table in tables if pair in table) for each in tables for pair in each}
     kept = sorted(score, key=lambda pair: (-score[pair], pair))[:count]
@@ -172,7 +166,7 @@ def _link_rows(shown: Graph | Compared, tables: Sequence[Mapping[tuple[str, str]
     for pair in kept:
         figures = [_short(value) for table in tables for value in table.get(pair, (None, None, None))]
         rows.append([ids[pair[0]], ids[pair[1]], *figures, *([STATUSES.index(said[pair])] if said else [])])
-    return _Links(rows, set(kept), len(said) if isinstance(shown, Compared) else int((shown.edges != 0).sum()))
+    return rows
 
 
 def _drawn(graph: Graph, ids: Mapping[str, int], links: set[tuple[str, str]]) -> Graph:

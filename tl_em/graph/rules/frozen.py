@@ -7,10 +7,6 @@ Source: Ameisen et al. 2025, "Circuit Tracing" (transformer-circuits.pub/2025/at
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import Tensor
-
 from tl_em.graph.rules.base import Rule
 from tl_em.models.hooks import HookFunction, LensModel, hook_points
 
@@ -26,11 +22,7 @@ class Frozen(Rule):
 
     def hooks(self, model: LensModel) -> list[tuple[str, HookFunction]]:
         """Detach what norms divide by, and the patterns."""
-        return [(name, _detached) for name in (*norm_scales(model), *patterns(model))]
-
-
-def _detached(x: Tensor, hook: Any) -> Tensor:
-    return x.detach()
+        return [(name, lambda x, hook: x.detach()) for name in (*norm_scales(model), *patterns(model))]
 
 
 def norm_scales(model: LensModel) -> list[str]:
