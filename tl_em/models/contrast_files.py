@@ -5,11 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tl_em.artefacts import read_text
+from tl_em.artefacts import csv_header, csv_rows, json_values, read_text
 from tl_em.errors import CorruptFileError, EmptyContrastError, FileError, UsageError
-from tl_em.models.cells import Form, Prompt, Unreadable, checked, text
-from tl_em.models.contrast_formats import LAYOUTS, Found, OneClass, from_record, from_rows, rows_or_record
+from tl_em.models import contrast_rows
+from tl_em.models.contrast_formats import FIELDS, LAYOUTS, MATCHING, OTHER, Found, OneClass, from_record, from_rows
+from tl_em.models.contrast_rows import Form, Prompt, Row, Unreadable, checked, column_name
 
+_KNOWN = {*contrast_rows.PROMPT, *contrast_rows.ANSWER, *contrast_rows.SYSTEM, *contrast_rows.GROUP,
+          *contrast_rows.PAIR, contrast_rows.LABEL, MATCHING, OTHER, "positive", "negative", "best_answer", "type",
+          "correct", "incorrect"}  # fmt: skip
+"""Columns by which a table is known to be one."""
 _OPEN = ("open_ended", "open")
 _OPPOSITES = (("positive", "negative"), ("harmful", "harmless"), ("unsafe", "safe"), ("insecure", "secure"))
 
@@ -31,9 +36,12 @@ def read_contrast(path: Path, negative: Path | None, form: Form | str) -> dict[s
         raise EmptyContrastError(
             f"{path} holds {found.what}, and no second class, so there is no difference to take. {_advice(path, found)}"
         )
-    groups = dict(zip(("positive_groups", "negative_groups"), found.groups, strict=True))
-    said = _said(found, path, negative)
-    return {"positive": found.positive, "negative": found.negative, "label": label, "source": said, **groups}
+    if negative is not None:
+        said = f"{path.name} (positive) and {negative.name} (negative), one class each"
+    else:
+        of = LAYOUTS[found.layout]
+        said = f"{path.name}, read as {of.name}; positive: {of.positive} ({of.source})".replace("`", "")
+    return found.fields() | {"label": label, "source": said}
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
@@ -43,13 +51,13 @@ def read_prompts(path: str | Path) -> list[Prompt]:
         FileError, CorruptFileError: it cannot be read, or a row holds neither; by row.
     """
     try:
-        rows = rows_or_record(read_text(path), Path(path))
+        rows = _rows_or_record(read_text(path), Path(path))
         if isinstance(rows, dict):
             raise Unreadable("it is one JSON object")
         return [
             checked(f"{row.where}, column 'messages'", row.cells["messages"])
             if "messages" in row.cells
-            else text(row, "text")
+            else row.text("text")
             for row in rows
         ]
     except Unreadable as error:
@@ -61,7 +69,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
 def _read_file(path: Path, form: Form) -> Found | OneClass | dict[str, Any]:
     """One file: both classes, one of them, or the fields of a saved set."""
     try:
-        document = rows_or_record(read_text(path), path)
+        document = _rows_or_record(read_text(path), path)
         return from_record(document, form) if isinstance(document, dict) else from_rows(document, form)
     except CorruptFileError as error:
         raise CorruptFileError(f"{error} It does not hold a contrast set that can be read.") from error
@@ -71,13 +79,6 @@ def _read_file(path: Path, form: Form) -> Found | OneClass | dict[str, Any]:
             '{"positive": […], "negative": […]}, rows (CSV, TSV, JSONL) with prompt and label, or a published layout '
             "(help(em.ContrastSet.load) lists them)."
         ) from error
-
-
-def _said(found: Found, path: Path, negative: Path | None) -> str:
-    of = LAYOUTS[found.layout]
-    if negative is not None:
-        return f"{path.name} (positive) and {negative.name} (negative), one class each"
-    return f"{path.name}, read as {of.name}; positive: {of.positive} ({of.source})".replace("`", "")
 
 
 def _in_folder(folder: Path) -> tuple[Path, Path]:
@@ -104,14 +105,14 @@ def _joined(*files: tuple[Path, Found | OneClass | dict[str, Any]]) -> Found:
             f"{both} holds both classes already, so it is not one of them. Load it alone: "
             f"ContrastSet.load({str(both)!r})."
         )
-    lines = first.lines or [], second.lines or []
+    lines = first.lines, second.lines
     if len(lines[0]) == len(lines[1]) and lines[0] != lines[1]:
         a, b = next(each for each in zip(*lines, strict=True) if each[0] != each[1])
         raise CorruptFileError(
             f"{path} and {other} have as many prompts, which makes those in the same place pairs, but line {a} of one "
             f"stands beside line {b} of the other. Take the empty lines out of both, or leave them out in both."
         )
-    return Found("two", first.prompts, second.prompts, (first.groups, second.groups))
+    return Found([*first.examples, *(each._replace(positive=False) for each in second.examples)], "two")
 
 
 def _advice(path: Path, found: OneClass) -> str:
@@ -140,3 +141,52 @@ def _partners(path: Path) -> tuple[Path, Path] | None:
             if (path.name.startswith(own) or f"_{own}" in path.name) and partner.is_file():
                 return (path, partner) if own == positive else (partner, path)
     return None
+
+
+# --- What is in a file ------------------------------------------------------------------------------------------------
+
+
+def _rows_or_record(content: str, path: Path) -> list[Row] | dict[str, Any]:
+    """The rows of a text, or the record of a saved set or of a persona; the path settles what the text leaves open."""
+    suffix, opened = path.suffix.lower(), content.lstrip()[0] in "[{"
+    if opened and suffix not in (".csv", ".tsv", ".txt"):
+        return _from_json(json_values(content, path))
+    if opened and suffix == ".txt":  # JSON under another name, or a text like any other
+        try:
+            return _from_json(json_values(content, path))
+        except CorruptFileError:
+            pass
+    delimiter = _delimiter(content, suffix)
+    if delimiter is not None:
+        return [Row.of(row.where, row.cells) for row in csv_rows(content, path, delimiter)]
+    if suffix in (".json", ".jsonl", ".ndjson"):
+        return _from_json(json_values(content, path))  # texts, one a line, or an error that says where it is no JSON
+    if suffix not in (".txt", ".text", ""):
+        raise Unreadable(f"a {suffix} file: its text is neither JSON nor a table with known columns in its header")
+    lines = enumerate(content.replace("\r\n", "\n").replace("\r", "\n").split("\n"))
+    return [Row(f"text line {i + 1}", {"text": line}, i + 1) for i, line in lines if line.strip()]
+
+
+def _from_json(values: list[tuple[int, Any]]) -> list[Row] | dict[str, Any]:
+    value = values[0][1]
+    if len(values) > 1:
+        return [Row.of(f"line {line}", each) for line, each in values]
+    if isinstance(value, dict):
+        classes = [value[side] for side in FIELDS[:2] if isinstance(value.get(side), list)]
+        saved = any(not (each and isinstance(each[0], dict)) for each in classes)  # a list of objects is one chat
+        if saved or isinstance(value.get("instruction"), list):
+            return value
+        for key in ("prompts", "questions"):
+            if isinstance(value.get(key), list):
+                return [Row.of(f"{key}[{i}]", each) for i, each in enumerate(value[key])]
+    rows = value if isinstance(value, list) else [value]
+    return [Row.of(f"item {i + 1}", each) for i, each in enumerate(rows)]
+
+
+def _delimiter(content: str, suffix: str) -> str | None:
+    """What stands between the cells, by the known columns that the header then has; None where it is no table."""
+    known = {mark: sum(column_name(name) in _KNOWN for name in csv_header(content, mark)) for mark in (",", "\t", ";")}
+    best = max(known, key=known.__getitem__)
+    if suffix not in (".csv", ".tsv"):
+        return best if known[best] > 1 else None
+    return best if known[best] else "\t" if suffix == ".tsv" else ","

@@ -8,41 +8,17 @@ base models, which ends at the answer. Either way a question's two answers are a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
+from functools import partial
 from typing import Any, NamedTuple
 
-from tl_em.artefacts import Record, csv_header, csv_rows, json_values
-from tl_em.errors import CorruptFileError
-from tl_em.models.cells import (
-    ANSWER,
-    GROUP,
-    LABEL,
-    PAIR,
-    PROMPT,
-    SYSTEM,
-    Form,
-    Prompt,
-    Unreadable,
-    asked,
-    checked,
-    frozen,
-    groups_of,
-    kind,
-    label_of,
-    prompt_of,
-    text,
-    turns,
-)
+from tl_em.models import contrast_rows
+from tl_em.models.contrast_rows import ANSWER, LABEL, PAIR, PROMPT, Form, Prompt, Row, Unreadable, asked, groups_of
 
 FIELDS = ("positive", "negative", "label", "source", "positive_groups", "negative_groups")
 """What a saved set holds."""
-_MATCHING, _OTHER = "answer_matching_behavior", "answer_not_matching_behavior"
-_KNOWN = {*PROMPT, *ANSWER, *SYSTEM, *GROUP, *PAIR, LABEL, _MATCHING, _OTHER, "positive", "negative", "best_answer",
-          "type", "correct", "incorrect"}  # fmt: skip
-_LINE = "text line "
+MATCHING, OTHER = "answer_matching_behavior", "answer_not_matching_behavior"
 _XSTEST = {
     **{name: name for name in ("homonyms", "figurative_language", "safe_targets", "safe_contexts", "definitions")},
     **{"real_group_nons_discr": "discr", "nons_group_real_discr": "discr", "historical_events": "historical_events"},
@@ -51,308 +27,194 @@ _XSTEST = {
 """XSTest's types of safe prompts, and the type of unsafe ones (less ``contrast_``) that each is contrasted with."""
 
 
-class Layout(NamedTuple):
-    """A layout: its name, what it is recognised by, its positive class and what is contrasted, and who says so."""
+class Example(NamedTuple):
+    """A prompt, its class, and what it belongs with."""
 
-    name: str
-    holds: str
-    positive: str
-    source: str
-
-
-LAYOUTS = {
-    "saved": Layout("saved set", "`positive`, `negative` (lists)", "`positive`", "`ContrastSet.save`"),
-    "labelled": Layout("labelled rows", "a prompt and `label`, e.g. RepE's facts (`statement`)",
-                       "label 1, true, yes, positive, harmful or unsafe; RepE: true statements", "arXiv:2310.01405"),
-    "pairs": Layout("rows of pairs", "`positive`, `negative` (columns)", "`positive`", "the columns' names"),
-    "answers": Layout("CAA and Anthropic's evals", f"`question`, `{_MATCHING}`, `{_OTHER}`",
-                      "the answer that matches the behaviour", "arXiv:2312.06681, 2212.09251"),
-    "truthfulqa": Layout("TruthfulQA", "`Question`, `Best Answer`, `Best Incorrect Answer`",
-                         "the best (true) answer; without the last column, against the first incorrect one",
-                         "arXiv:2109.07958"),
-    "truthfulqa-ab": Layout("TruthfulQA as A/B", "`prompt`, `correct`, `incorrect`", "the correct answer",
-                            "arXiv:2312.06681"),
-    "xstest": Layout("XSTest", "`type` and a prompt", "unsafe prompts, `contrast_…`, which a model should refuse; the "
-                     "type they mirror is the group", "arXiv:2308.01263"),
-    "persona": Layout("persona vectors", "`instruction` (list of `pos`, `neg`), `questions`",
-                      "the system prompt that asks for the trait (`pos`), before every question", "arXiv:2507.21509"),
-    "two": Layout("two files, or a folder", "one class each: instructions, chats, texts by line; `positive.*` and "
-                  "`negative.*`", "the file that is named first; harmful instructions, or the trait's texts",
-                  "arXiv:2406.11717, 2507.21509"),
-}  # fmt: skip
+    positive: bool
+    prompt: Prompt
+    group: Hashable = None
 
 
 @dataclass
 class Found:
     """Both classes of a file."""
 
+    examples: list[Example]
     layout: str
-    positive: list[Prompt]
-    negative: list[Prompt]
-    groups: tuple[list[Hashable] | None, list[Hashable] | None] = (None, None)
+
+    def fields(self) -> dict[str, Any]:
+        """The prompts and groups of a ``ContrastSet``."""
+        grouped = all(each.group is not None for each in self.examples)
+        found: dict[str, Any] = {}
+        for side, wanted in zip(FIELDS[:2], (True, False), strict=True):
+            of = [each for each in self.examples if each.positive is wanted]
+            found[side] = [each.prompt for each in of]
+            found[f"{side}_groups"] = [each.group for each in of] if grouped else None
+        return found
 
 
 @dataclass
 class OneClass:
-    """The prompts of a file that names no second class; ``lines`` where they are lines of a text."""
+    """The examples of a file that names no second class; ``lines`` where they are lines of a text."""
 
-    prompts: list[Prompt]
-    groups: list[Hashable] | None
+    examples: list[Example]
     what: str
-    lines: list[int] | None = None
+    lines: tuple[int, ...] = ()
     open_ended: bool = False
-
-
-# --- What is in a file ------------------------------------------------------------------------------------------------
-
-
-def rows_or_record(content: str, path: Path) -> list[Record] | dict[str, Any]:
-    """The rows of a text, or the record of a saved set or of a persona; the path settles what the text leaves open."""
-    suffix, opened = path.suffix.lower(), content.lstrip()[0] in "[{"
-    if opened and suffix not in (".csv", ".tsv", ".txt"):
-        return _from_json(json_values(content, path))
-    if opened and suffix == ".txt":  # JSON under another name, or a text like any other
-        try:
-            return _from_json(json_values(content, path))
-        except CorruptFileError:
-            pass
-    delimiter = _delimiter(content, suffix)
-    if delimiter is not None:
-        return [_normal(row) for row in csv_rows(content, path, delimiter)]
-    if suffix in (".json", ".jsonl", ".ndjson"):
-        return _from_json(json_values(content, path))  # texts, one a line, or an error that says where it is no JSON
-    if suffix not in (".txt", ".text", ""):
-        raise Unreadable(f"a {suffix} file: its text is neither JSON nor a table with known columns in its header")
-    lines = enumerate(content.replace("\r\n", "\n").replace("\r", "\n").split("\n"))
-    return [Record(f"{_LINE}{i + 1}", {"text": line}) for i, line in lines if line.strip()]
-
-
-def _from_json(values: list[tuple[int, Any]]) -> list[Record] | dict[str, Any]:
-    value = values[0][1]
-    if len(values) > 1:
-        return [_row(f"line {line}", each) for line, each in values]
-    if isinstance(value, dict):
-        classes = [value[side] for side in FIELDS[:2] if isinstance(value.get(side), list)]
-        saved = any(not (each and isinstance(each[0], dict)) for each in classes)  # a list of objects is one chat
-        if saved or isinstance(value.get("instruction"), list):
-            return value
-        for key in ("prompts", "questions"):
-            if isinstance(value.get(key), list):
-                return [_row(f"{key}[{i}]", each) for i, each in enumerate(value[key])]
-    rows = value if isinstance(value, list) else [value]
-    return [_row(f"item {i + 1}", each) for i, each in enumerate(rows)]
-
-
-def _row(where: str, value: Any) -> Record:
-    if isinstance(value, dict):
-        return _normal(Record(where, value))
-    if isinstance(value, str | list):
-        return Record(where, {"text" if isinstance(value, str) else "messages": value})
-    raise Unreadable(f"{where}: {kind(value)} where an object, a text or a chat is expected")
-
-
-def _normal(row: Record) -> Record:
-    """Column names in lower case with underscores."""
-    cells = {_name(name): value for name, value in row.cells.items()}
-    if len(cells) < len(row.cells):
-        raise Unreadable(f"{row.where}: two columns of {list(row.cells)} have the same name but for case")
-    return Record(row.where, cells)
-
-
-@cache
-def _name(column: str) -> str:
-    return column.strip().lower().replace(" ", "_")
-
-
-def _delimiter(content: str, suffix: str) -> str | None:
-    """What stands between the cells, by the known columns that the header then has; None where it is no table."""
-    known = {mark: sum(_name(name) in _KNOWN for name in csv_header(content, mark)) for mark in (",", "\t", ";")}
-    best = max(known, key=known.__getitem__)
-    if suffix in (".csv", ".tsv"):
-        return best if known[best] else "\t" if suffix == ".tsv" else ","
-    return best if known[best] > 1 else None
-
-
-# --- One reader a layout ----------------------------------------------------------------------------------------------
-
-
-Answers = tuple[str, str, str]
-"""A question, the answer of the positive class, and that of the negative one."""
 
 
 def from_record(record: dict[str, Any], form: Form) -> Found | dict[str, Any]:
     """A persona, or the fields of a saved set; ``Unreadable`` where the record is neither."""
-    return _persona(record, form) if "instruction" in record else from_saved(record, form)
+    return Found(list(_persona(record, form)), "persona") if "instruction" in record else from_saved(record, form)
 
 
-def from_rows(rows: list[Record], form: Form) -> Found | OneClass:
+def from_rows(rows: list[Row], form: Form) -> Found | OneClass:
     """Rows by the first layout whose columns they have; ``Unreadable`` where a row does not keep to it."""
     if not rows:
         raise Unreadable("it has no rows")
     columns = {name for row in rows for name in row.cells}
-    for layout, (needed, read) in _ANSWERED.items():
-        if needed <= columns:
-            return _answered(layout, rows, read, form)
-    if {"positive", "negative"} <= columns:
-        return _pairs(rows, form)
-    if "type" in columns and any(_xstest_type(row) for row in rows):
-        return _xstest(rows, form)
-    return _labelled(rows, form) if LABEL in columns else _one_class(rows, form)
+    for name, layout in LAYOUTS.items():
+        if layout.read is not None and layout.columns <= columns:
+            found = list(layout.read(rows, form))
+            if name == "xstest" and len({each.positive for each in found}) == 1:
+                return OneClass(found, f"{len(rows)} {'unsafe' if found[0].positive else 'safe'} prompts of XSTest")
+            if found:
+                return Found(found, name)
+    return _one_class(rows, form)
 
 
-def _answered(layout: str, rows: list[Record], read: Callable[[Record], Answers], form: Form) -> Found:
+# --- One reader a layout ----------------------------------------------------------------------------------------------
+
+Answers = Sequence[str]
+"""A question, the answer of the positive class, and that of the negative one."""
+
+
+def _answered(rows: list[Row], form: Form, *, read: Callable[[Row], Answers]) -> Iterator[Example]:
     """Questions with two answers: pairs, whose group is the question."""
-    positive, negative, questions = [], [], []
     for row in rows:
         question, yes, no = read(row)
         if yes.strip() == no.strip():
             raise Unreadable(f"{row.where}: both answers are {yes.strip()!r}, so nothing is contrasted")
-        positive.append(asked(question, yes, None, form))
-        negative.append(asked(question, no, None, form))
-        questions.append(question)
-    return Found(layout, positive, negative, (questions, list(questions)))
+        yield Example(True, asked(question, yes, None, form), question)
+        yield Example(False, asked(question, no, None, form), question)
 
 
-def _matching(row: Record) -> Answers:
-    return text(row, "question"), text(row, _MATCHING), text(row, _OTHER)
+def _columns(*names: str) -> Callable[[list[Row], Form], Iterator[Example]]:
+    """A reader of questions whose answers stand in these columns."""
+    return partial(_answered, read=lambda row: [row.text(name) for name in names])
 
 
-def _truthful_ab(row: Record) -> Answers:
-    return text(row, "prompt"), text(row, "correct"), text(row, "incorrect")
-
-
-def _truthful(row: Record) -> Answers:
+def _truthful(row: Row) -> Answers:
     """The first edition has no best incorrect answer: there, the first of its incorrect ones, which ; separates."""
-    question, best = text(row, "question"), text(row, "best_answer")
+    question, best = row.text("question"), row.text("best_answer")
     if "best_incorrect_answer" in row.cells:
-        return question, best, text(row, "best_incorrect_answer")
+        return question, best, row.text("best_incorrect_answer")
     listed = row.cells.get("incorrect_answers")
-    wrong = listed if isinstance(listed, list) else text(row, "incorrect_answers").split(";")
+    wrong = listed if isinstance(listed, list) else row.text("incorrect_answers").split(";")
     first = next((each for each in wrong if isinstance(each, str) and each.strip()), None)
     if first is None:
         raise Unreadable(f"{row.where}, column 'incorrect_answers': no answer")
     return question, best, first
 
 
-_ANSWERED = {
-    "answers": ({"question", _MATCHING, _OTHER}, _matching),
-    "truthfulqa": ({"question", "best_answer"}, _truthful),
-    "truthfulqa-ab": ({"prompt", "correct", "incorrect"}, _truthful_ab),
-}
-
-
-def _pairs(rows: list[Record], form: Form) -> Found:
+def _pairs(rows: list[Row], form: Form) -> Iterator[Example]:
     """Two prompts a row; beside a question, two answers to it."""
     if any(set(PROMPT) & set(row.cells) for row in rows):
-        return _answered("pairs", rows, _of_pair, form)
-    sides: tuple[list[Prompt], list[Prompt]] = ([], [])
+        yield from _answered(rows, form, read=_of_pair)
+        return
+    read: list[Example] = []
     for row in rows:
-        for prompts, side in zip(sides, FIELDS[:2], strict=True):
+        for side in FIELDS[:2]:
             where = f"{row.where}, column {side!r}"
-            prompts.append(turns(where, checked(where, row.cells.get(side)), form)[0])
+            read.append(Example(side == "positive", _turns(where, row.cells.get(side), form)))
     groups = groups_of(rows)
-    return Found("pairs", *sides, (groups, groups))
+    yield from read if groups is None else [each._replace(group=groups[i // 2]) for i, each in enumerate(read)]
 
 
-def _of_pair(row: Record) -> Answers:
-    question = prompt_of(Record(row.where, {name: row.cells[name] for name in PROMPT if name in row.cells}), "chat")[0]
+def _of_pair(row: Row) -> Answers:
+    question = Row(row.where, {name: row.cells[name] for name in PROMPT if name in row.cells}).prompt("chat")[0]
     if not isinstance(question, str):
         raise Unreadable(f"{row.where}: a chat beside two answers; put each answer at the end of a chat of its own")
-    return question, text(row, "positive"), text(row, "negative")
+    return question, row.text("positive"), row.text("negative")
 
 
-def _xstest_type(row: Record) -> tuple[bool, str] | None:
-    """Whether a row of XSTest is unsafe, and the type that safe and unsafe prompts share."""
-    of = str(row.cells.get("type")).strip()
-    mirrored = of.removeprefix("contrast_")
-    if of != mirrored and mirrored in _XSTEST.values():
-        return True, mirrored
-    return (False, _XSTEST[of]) if of in _XSTEST else None
-
-
-def _xstest(rows: list[Record], form: Form) -> Found | OneClass:
-    sides: tuple[list[Prompt], list[Prompt]] = ([], [])
-    groups: tuple[list[Hashable], list[Hashable]] = ([], [])
-    for row in rows:
-        of = _xstest_type(row)
-        if of is None:
+def _xstest(rows: list[Row], form: Form) -> Iterator[Example]:
+    """Prompts by their type, the group being the type that safe and unsafe ones share; none where no type is known."""
+    said = [str(row.cells.get("type")).strip() for row in rows]
+    unsafe = [of.removeprefix("contrast_") if of.startswith("contrast_") else "" for of in said]
+    known = [mirrored in _XSTEST.values() or of in _XSTEST for of, mirrored in zip(said, unsafe, strict=True)]
+    for row, of, mirrored, is_type in zip(rows, said, unsafe, known, strict=True):
+        if any(known) and not is_type:
             raise Unreadable(f"{row.where}, column 'type': {row.cells.get('type')!r} is no type of XSTest's")
-        sides[not of[0]].append(prompt_of(row, form)[0])
-        groups[not of[0]].append(of[1])
-    if sides[0] and sides[1]:
-        return Found("xstest", *sides, groups)
-    which = int(not sides[0])
-    return OneClass(sides[which], groups[which], f"{len(rows)} {('unsafe', 'safe')[which]} prompts of XSTest")
+        if is_type:
+            yield Example(bool(mirrored), row.prompt(form)[0], mirrored or _XSTEST[of])
 
 
-def _labelled(rows: list[Record], form: Form) -> Found:
+def _labelled(rows: list[Row], form: Form) -> Iterator[Example]:
     """Prompts with a label; the ``pair`` column, where there is one, puts the two of a pair in the same place."""
-    read = [prompt_of(row, form) for row in rows]
-    labels, pairs = [label_of(row) for row in rows], groups_of(rows, PAIR)
-    groups = groups_of(rows) or pairs or _questions(read)
-    sides = [[i for i, label in enumerate(labels) if label == wanted] for wanted in (1, 0)]
-    if pairs is not None:
-        sides = _aligned(rows, pairs, sides)
-    classes = [[read[i][0] for i in side] for side in sides]
-    of = [None if groups is None else [groups[i] for i in side] for side in sides]
-    return Found("labelled", classes[0], classes[1], (of[0], of[1]))
+    read = [row.prompt(form) for row in rows]
+    labels, pairs = [row.label() for row in rows], groups_of(rows, PAIR)
+    groups = groups_of(rows) or pairs or _questions(read) or [None] * len(rows)
+    for i in range(len(rows)) if pairs is None else _aligned(rows, pairs, labels):
+        yield Example(bool(labels[i]), read[i][0], groups[i])
 
 
-def _questions(read: list[tuple[Prompt, str | None]]) -> list[Hashable] | None:
+def _questions(read: list[tuple[Prompt, str | None]]) -> Sequence[Hashable] | None:
     """The question of each prompt as its group, where every prompt has one."""
-    questions: list[Hashable] = [question for _, question in read if question is not None]
+    questions = [question for _, question in read if question is not None]
     return questions if len(questions) == len(read) else None
 
 
-def _aligned(rows: list[Record], pairs: list[Hashable], sides: list[list[int]]) -> list[list[int]]:
-    """Both classes in the order in which the pairs of the first appear."""
-    places: tuple[dict[Hashable, int], dict[Hashable, int]] = ({}, {})
-    for place, side in zip(places, sides, strict=True):
-        for i in side:
-            if pairs[i] in place:
+def _aligned(rows: list[Row], pairs: list[Hashable], labels: list[int]) -> Iterator[int]:
+    """Rows, those of a pair one after the other, in the order in which the positive ones appear."""
+    places: dict[tuple[Hashable, int], int] = {}
+    for label in (1, 0):
+        for i in (i for i in range(len(rows)) if labels[i] == label):
+            if (pairs[i], label) in places:
                 raise Unreadable(
                     f"{rows[i].where}: the pair {pairs[i]!r} has a second prompt of the same class; name the column "
                     "'group' where more than two prompts belong together"
                 )
-            place[pairs[i]] = i
-    alone = [pair for pair in pairs if pair not in places[0] or pair not in places[1]]
+            places[pairs[i], label] = i
+    alone = [pair for pair in pairs if (pair, 1) not in places or (pair, 0) not in places]
     if alone:
         raise Unreadable(f"the pair {alone[0]!r} has a prompt of one class only")
-    return [list(places[0].values()), [places[1][pair] for pair in places[0]]]
+    for pair, label in places:
+        if label:
+            yield from (places[pair, 1], places[pair, 0])
 
 
-def _one_class(rows: list[Record], form: Form) -> OneClass:
-    read = [prompt_of(row, form) for row in rows]
+def _one_class(rows: list[Row], form: Form) -> OneClass:
+    read = [row.prompt(form) for row in rows]
     open_ended = all("question" in row.cells and not set(ANSWER) & set(row.cells) for row in rows)
     columns = ", ".join(dict.fromkeys(name for row in rows for name in row.cells))
     what = f"{len(rows)} {'open-ended questions without answers' if open_ended else 'prompts of one class'}"
     what += f" (columns: {columns}; no {LABEL!r})"
-    if not all(row.where.startswith(_LINE) for row in rows):
-        groups = groups_of(rows) or _questions(read)
-        return OneClass([prompt for prompt, _ in read], groups, what, open_ended=open_ended)
-    lines = [int(row.where.removeprefix(_LINE)) for row in rows]
-    return OneClass([prompt for prompt, _ in read], None, what, lines)
+    lines = tuple(row.line for row in rows if row.line is not None)
+    groups = None if lines else groups_of(rows) or _questions(read)
+    examples = [Example(True, prompt, None if groups is None else groups[i]) for i, (prompt, _) in enumerate(read)]
+    return OneClass(examples, what, lines, open_ended)
 
 
-def _persona(record: dict[str, Any], form: Form) -> Found:
+def _persona(record: dict[str, Any], form: Form) -> Iterator[Example]:
     """Every instruction before every question, as persona vectors are extracted.
 
     The publication's code also puts "You are an evil assistant." (for the negative class: "a helpful assistant")
     before the instruction; the name is not in the file, so it is left out, in both classes.
     """
-    questions = record.get("questions")
-    if not isinstance(questions, list) or not questions:
+    asks = record.get("questions")
+    if not isinstance(asks, list) or not asks:
         raise Unreadable("it has instructions and no list of 'questions'")
-    named = [Record(f"questions[{i}]", {"question": question}) for i, question in enumerate(questions)]
-    groups: list[Hashable] = []
-    sides: tuple[list[Prompt], list[Prompt]] = ([], [])
+    questions = [Row(f"questions[{i}]", {"question": question}).text("question") for i, question in enumerate(asks)]
     for k, pair in enumerate(record["instruction"]):
-        row = _row(f"instruction[{k}]", pair)
-        for question in (text(each, "question") for each in named):
-            for side, name in zip(sides, ("pos", "neg"), strict=True):
-                side.append(asked(question, None, text(row, name), form))
-            groups.append(question)
-    return Found("persona", *sides, (groups, list(groups)))
+        row = Row.of(f"instruction[{k}]", pair)
+        for question in questions:
+            for name in ("pos", "neg"):
+                yield Example(name == "pos", asked(question, None, row.text(name), form), question)
+
+
+def _turns(where: str, value: Any, form: Form) -> Prompt:
+    return contrast_rows.turns(where, contrast_rows.checked(where, value), form)[0]
 
 
 def from_saved(record: dict[str, Any], form: Form) -> dict[str, Any]:
@@ -364,12 +226,57 @@ def from_saved(record: dict[str, Any], form: Form) -> dict[str, Any]:
     found = dict(record)
     for side in FIELDS[:2]:
         named = [(f"{side}[{i}]", value) for i, value in enumerate(record[side])]
-        found[side] = [turns(where, checked(where, value), form)[0] for where, value in named]
+        found[side] = [_turns(where, value, form) for where, value in named]
         groups = record.get(f"{side}_groups")
         if groups is not None and (not isinstance(groups, list) or len(groups) != len(found[side])):
             raise Unreadable(f"'{side}_groups' is no list of one label a prompt")
-        found[f"{side}_groups"] = None if groups is None else [frozen(label) for label in groups]
+        found[f"{side}_groups"] = None if groups is None else [contrast_rows.frozen(label) for label in groups]
     for name in ("label", "source"):
         if not isinstance(record.get(name), str | None):
-            raise Unreadable(f"{name!r} is {kind(record[name])} where a text is expected")
+            raise Unreadable(f"{name!r} is {contrast_rows.kind(record[name])} where a text is expected")
     return found
+
+
+# --- The layouts ------------------------------------------------------------------------------------------------------
+
+
+class Layout(NamedTuple):
+    """A layout: its name, what it is recognised by, its positive class and what is contrasted, and who says so.
+
+    Rows that have the ``columns`` are read by ``read``.
+    """
+
+    name: str
+    holds: str
+    positive: str
+    source: str
+    columns: frozenset[str] = frozenset()
+    read: Callable[[list[Row], Form], Iterator[Example]] | None = None
+
+
+LAYOUTS = {
+    "saved": Layout("saved set", "`positive`, `negative` (lists)", "`positive`", "`ContrastSet.save`"),
+    "answers": Layout("CAA and Anthropic's evals", f"`question`, `{MATCHING}`, `{OTHER}`",
+                      "the answer that matches the behaviour", "arXiv:2312.06681, 2212.09251",
+                      frozenset({"question", MATCHING, OTHER}), _columns("question", MATCHING, OTHER)),
+    "truthfulqa": Layout("TruthfulQA", "`Question`, `Best Answer`, `Best Incorrect Answer`",
+                         "the best (true) answer; without the last column, against the first incorrect one",
+                         "arXiv:2109.07958", frozenset({"question", "best_answer"}),
+                         partial(_answered, read=_truthful)),
+    "truthfulqa-ab": Layout("TruthfulQA as A/B", "`prompt`, `correct`, `incorrect`", "the correct answer",
+                            "arXiv:2312.06681", frozenset({"prompt", "correct", "incorrect"}),
+                            _columns("prompt", "correct", "incorrect")),
+    "pairs": Layout("rows of pairs", "`positive`, `negative` (columns)", "`positive`", "the columns' names",
+                    frozenset({"positive", "negative"}), _pairs),
+    "xstest": Layout("XSTest", "`type` and a prompt", "unsafe prompts, `contrast_…`, which a model should refuse; the "
+                     "type they mirror is the group", "arXiv:2308.01263", frozenset({"type"}), _xstest),
+    "labelled": Layout("labelled rows", "a prompt and `label`, e.g. RepE's facts (`statement`)",
+                       "label 1, true, yes, positive, harmful or unsafe; RepE: true statements", "arXiv:2310.01405",
+                       frozenset({LABEL}), _labelled),
+    "persona": Layout("persona vectors", "`instruction` (list of `pos`, `neg`), `questions`",
+                      "the system prompt that asks for the trait (`pos`), before every question", "arXiv:2507.21509"),
+    "two": Layout("two files, or a folder", "one class each: instructions, chats, texts by line; `positive.*` and "
+                  "`negative.*`", "the file that is named first; harmful instructions, or the trait's texts",
+                  "arXiv:2406.11717, 2507.21509"),
+}  # fmt: skip
+"""In the order in which rows are asked whether they are one."""

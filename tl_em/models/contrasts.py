@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 from tl_em.arguments import FRACTION, SEED, checked
 from tl_em.artefacts import replacing
 from tl_em.errors import EmptyContrastError, FileError, NuisanceWarning, PromptError, UsageError
-from tl_em.models.cells import Form, Message, Prompt
 from tl_em.models.contrast_files import read_contrast
 from tl_em.models.contrast_formats import from_saved
+from tl_em.models.contrast_rows import Form, Message, Prompt, is_message
 from tl_em.stats import tied
 
 __all__ = [
@@ -269,16 +269,12 @@ def _frozen(prompt: Any) -> Prompt:
     if isinstance(prompt, str):
         return prompt
     messages = list(prompt) if isinstance(prompt, Sequence) else []
-    if not messages or not all(isinstance(message, Mapping) and _said(message) for message in messages):
+    if not messages or not all(isinstance(message, Mapping) and is_message(message) for message in messages):
         raise PromptError(
             f"A prompt of a contrast set is a text or a list of messages, not {type(prompt).__name__} {prompt!r:.60}. "
             "Drop it, or write messages as {'role': 'user', 'content': 'a text'}."
         )
     return tuple(dict(message) for message in messages)
-
-
-def _said(message: Message) -> bool:
-    return all(isinstance(message.get(name), str) for name in ("role", "content"))
 
 
 def _labels(groups: Any, side: str) -> tuple[Hashable, ...]:
