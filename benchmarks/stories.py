@@ -34,8 +34,8 @@ from tl_em.artefacts import check_writable, replacing
 from tl_em.claims.claim import Row
 from tl_em.metrics import single_token
 from tl_em.models.loading import ModelPair, Surface, load_model
-from tl_em.models.quiet import quiet
 from tl_em.models.stream import next_token_logits
+from tl_em.models.upstream_chatter import quiet
 from tl_em.stats import Estimate, mean, paired_difference
 from tl_em.training.fine_tune import fine_tune_, next_token_loss
 

@@ -93,7 +93,7 @@ def make_tokenizer(side: str = "left") -> PreTrainedTokenizerFast:
 def make_model(family: Family, size: Size, surface: Any, device: torch.device) -> Any:
     """The same model on a surface of TransformerLens."""
     from tl_em.models.loading import load_model
-    from tl_em.models.quiet import quiet
+    from tl_em.models.upstream_chatter import quiet
 
     hf = make_hf(family, size, device)
     with quiet():

@@ -183,3 +183,8 @@ class UnprovenWarning(UserWarning):
 
 class NuisanceWarning(UserWarning):
     """The classes of a contrast set can be told apart by their prompts' lengths alone."""
+
+
+def first_line(error: BaseException) -> str:
+    """Of what an error says, or the name of its class: for an error that says it in a sentence of its own."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]

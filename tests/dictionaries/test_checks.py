@@ -18,7 +18,7 @@ from tl_em.dictionaries.tokens import every_token, sample_spans, seen
 from tl_em.errors import DictionaryModelWarning, ProvenanceError, UsageError, WidthError
 from tl_em.models.hooks import LensModel
 from tl_em.models.prompts import EncodedPrompt
-from tl_em.models.quiet import quiet
+from tl_em.models.upstream_chatter import quiet
 
 pytestmark = pytest.mark.surface
 WIDTH = 32

@@ -21,8 +21,8 @@ from tl_em.graph.gradients import LAST
 from tl_em.graph.latents import latent_plan
 from tl_em.models.hooks import LensModel
 from tl_em.models.loading import load_model
-from tl_em.models.quiet import quiet
 from tl_em.models.surfaces import as_bridge
+from tl_em.models.upstream_chatter import quiet
 
 pytestmark = [
     pytest.mark.surface,

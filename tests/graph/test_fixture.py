@@ -18,7 +18,7 @@ from tl_em.graph.build import attribute
 from tl_em.graph.graph import AttributionGraph, Node
 from tl_em.graph.pruning import prune, scores
 from tl_em.models.loading import load_model
-from tl_em.models.quiet import quiet
+from tl_em.models.upstream_chatter import quiet
 
 CASE = Path(__file__).parents[3] / "shared" / "fixtures" / "circuit_tracer_case"
 pytestmark = [

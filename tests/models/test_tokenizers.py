@@ -18,9 +18,9 @@ from tl_em.features.cards import feature_cards
 from tl_em.graph.build import attribute
 from tl_em.models.generate import generate
 from tl_em.models.loading import load_model
-from tl_em.models.pieces import text_of_tokens, token_text, token_texts
 from tl_em.models.prompts import EncodedPrompt, encode
 from tl_em.models.sites import Site
+from tl_em.models.token_text import text_of_tokens, token_text, token_texts
 from tl_em.models.tokenizing import plain_tokens
 from tl_em.report.feature_pages import render
 

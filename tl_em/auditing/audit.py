@@ -40,8 +40,8 @@ from tl_em.metrics import Behaviour, Metric, measured
 from tl_em.models.contrasts import ContrastSet
 from tl_em.models.hooks import LensModel
 from tl_em.models.loading import RATE_COLUMNS, ModelPair
-from tl_em.models.modes import in_plain_torch
 from tl_em.models.sites import Position, Provenance
+from tl_em.models.torch_state import in_plain_torch
 from tl_em.showing import check_names
 from tl_em.stats import mean
 

@@ -24,9 +24,9 @@ from tl_em.features.shared_latents import FeatureSet, shared_features
 from tl_em.graph.build import attribute
 from tl_em.models.contrasts import ContrastSet
 from tl_em.models.loading import HeldOut, ModelPair
-from tl_em.models.pieces import text_of_tokens
 from tl_em.models.prompts import Prompt
 from tl_em.models.stream import next_token_logits
+from tl_em.models.token_text import text_of_tokens
 
 if TYPE_CHECKING:
     from tl_em.auditing.report import Report

@@ -30,8 +30,8 @@ from tl_em.metrics import Behaviour, Metric, as_metric
 from tl_em.models.contrasts import ContrastSet
 from tl_em.models.hooks import LensModel
 from tl_em.models.loading import ModelPair
-from tl_em.models.modes import in_plain_torch
 from tl_em.models.sites import Site
+from tl_em.models.torch_state import in_plain_torch
 from tl_em.showing import check_names, showable
 from tl_em.stats import Estimate
 

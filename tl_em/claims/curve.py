@@ -34,7 +34,7 @@ from tl_em.interventions.base import Intervention, as_intervention, direction_of
 from tl_em.metrics import Behaviour, Metric
 from tl_em.models.contrasts import ContrastSet, Prompt
 from tl_em.models.hooks import LensModel
-from tl_em.models.modes import in_plain_torch
+from tl_em.models.torch_state import in_plain_torch
 from tl_em.showing import check_names, showable
 from tl_em.stats import Estimate, control_p
 

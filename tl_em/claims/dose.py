@@ -26,7 +26,7 @@ from tl_em.errors import NonFiniteError, NotReachedError, UsageError
 from tl_em.interventions.base import Intervention, as_intervention, core
 from tl_em.models.contrasts import Prompt
 from tl_em.models.hooks import LensModel
-from tl_em.models.modes import in_plain_torch
+from tl_em.models.torch_state import in_plain_torch
 from tl_em.stats import Estimate
 
 _STRONGEST, _TOLERANCE, _TRIES = 2.0**10, 0.02, 40

@@ -41,9 +41,9 @@ from tl_em.metrics import Metric, measured, refusal_log_odds
 from tl_em.models.contrasts import ContrastSet
 from tl_em.models.hooks import LensModel
 from tl_em.models.means import as_contrast
-from tl_em.models.modes import in_plain_torch
 from tl_em.models.prompts import encode
 from tl_em.models.sites import Position
+from tl_em.models.torch_state import in_plain_torch
 from tl_em.showing import showable
 from tl_em.stats import Estimate, control_p, difference
 

@@ -44,10 +44,10 @@ from tl_em.dictionaries.protocol import AnyDictionary, as_dictionary
 from tl_em.dictionaries.tokens import Tokens, check_models, every_token, sample_spans
 from tl_em.errors import DictionaryFitError, UsageError
 from tl_em.models.hooks import LensModel, hook_name, hooked, read_point
-from tl_em.models.modes import in_plain_torch
 from tl_em.models.prompts import EncodedPrompt, Prompt
 from tl_em.models.sites import Position, as_position
 from tl_em.models.stream import _inside, current_batch, encoded_prompts, sequence_logprobs, spans_of
+from tl_em.models.torch_state import in_plain_torch
 from tl_em.showing import showable
 from tl_em.stats import Estimate, bootstrap
 

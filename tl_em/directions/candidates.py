@@ -24,8 +24,8 @@ from tl_em.errors import UsageError, ZeroDirectionError
 from tl_em.models.contrasts import ContrastSet
 from tl_em.models.hooks import LensModel
 from tl_em.models.means import as_contrast
-from tl_em.models.modes import in_plain_torch
 from tl_em.models.sites import Position, Site, as_positions
+from tl_em.models.torch_state import in_plain_torch
 
 if TYPE_CHECKING:
     import pandas as pd

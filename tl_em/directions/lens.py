@@ -29,8 +29,8 @@ from tl_em.arguments import COUNT, POSITIVE, SEED, checked, vectors
 from tl_em.directions.direction import Direction, as_direction
 from tl_em.errors import ModelError, ProvenanceError, WidthError
 from tl_em.models.hooks import LensModel
-from tl_em.models.modes import in_plain_torch
-from tl_em.models.pieces import token_text
+from tl_em.models.token_text import token_text
+from tl_em.models.torch_state import in_plain_torch
 
 if TYPE_CHECKING:
     import pandas as pd

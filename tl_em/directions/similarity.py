@@ -35,9 +35,9 @@ from tl_em.directions.cosines import Rows, Two, reliability
 from tl_em.errors import UsageError, ZeroDirectionError
 from tl_em.models.contrasts import ContrastSet
 from tl_em.models.hooks import LensModel
-from tl_em.models.modes import in_plain_torch
 from tl_em.models.sites import Position, Site, as_site
 from tl_em.models.stream import capture
+from tl_em.models.torch_state import in_plain_torch
 from tl_em.showing import check_names, showable
 from tl_em.stats import Estimate, control_p, holm
 

@@ -14,8 +14,8 @@ from tl_em.arguments import COUNT, SEED, checked
 from tl_em.errors import UsageError
 from tl_em.models.contrasts import Prompt
 from tl_em.models.hooks import LensModel
-from tl_em.models.modes import in_plain_torch
 from tl_em.models.stream import sequence_logprobs
+from tl_em.models.torch_state import in_plain_torch
 
 FOLDS = 5
 

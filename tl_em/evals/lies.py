@@ -38,9 +38,9 @@ from tl_em.arguments import COUNT, SEED, checked, optional
 from tl_em.errors import UsageError
 from tl_em.evals.facts import FOLDS, Facts, prefers_truth
 from tl_em.models.hooks import LensModel
-from tl_em.models.modes import in_plain_torch
 from tl_em.models.sites import Position, Site, as_position, as_site
 from tl_em.models.stream import capture
+from tl_em.models.torch_state import in_plain_torch
 from tl_em.showing import showable
 from tl_em.stats import Estimate, auroc, control_p, mean
 from tl_em.stats.intervals import share_above

@@ -21,8 +21,8 @@ from tl_em.evals.judges import Judge, as_judge, asked_in, name_of, scored
 from tl_em.models.contrasts import Prompt
 from tl_em.models.generate import generate
 from tl_em.models.hooks import LensModel
-from tl_em.models.modes import in_plain_torch
 from tl_em.models.stream import listed
+from tl_em.models.torch_state import in_plain_torch
 from tl_em.showing import showable
 from tl_em.stats import Estimate, mean
 

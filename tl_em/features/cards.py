@@ -30,11 +30,11 @@ from tl_em.errors import UsageError
 from tl_em.features.decoders import decoder_cosines
 from tl_em.features.explanations import neuronpedia_link, read_explanations
 from tl_em.models.hooks import LensModel
-from tl_em.models.modes import in_plain_torch
-from tl_em.models.pieces import token_texts
 from tl_em.models.prompts import EncodedPrompt, Prompt
 from tl_em.models.scopes import Where
 from tl_em.models.stream import encoded_prompts, spans_of
+from tl_em.models.token_text import token_texts
+from tl_em.models.torch_state import in_plain_torch
 from tl_em.showing import encodable, showable
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 
 from tl_em.errors import UsageError
 from tl_em.graph.nodes import Graph, Node, strongest_links
-from tl_em.models.modes import in_plain_torch
+from tl_em.models.torch_state import in_plain_torch
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -29,7 +29,7 @@ from torch import Tensor
 from tl_em.arguments import finite, whole
 from tl_em.errors import NonFiniteError, UsageError
 from tl_em.graph.nodes import G, Graph
-from tl_em.models.modes import in_plain_torch
+from tl_em.models.torch_state import in_plain_torch
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -25,8 +25,8 @@ from tl_em.graph.inputs import token_list
 from tl_em.graph.nodes import Node
 from tl_em.metrics import single_token, token_ids
 from tl_em.models.hooks import LensModel, read_point
-from tl_em.models.pieces import text_of_tokens, token_text
 from tl_em.models.prompts import EncodedPrompt, token_index
+from tl_em.models.token_text import text_of_tokens, token_text
 
 TOP, MASS = 10, 0.95
 """With no target given: at most so many of the likeliest next tokens, until they hold so much probability."""

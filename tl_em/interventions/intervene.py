@@ -18,8 +18,8 @@ from tl_em.errors import UsageError
 from tl_em.interventions.base import Intervention, as_intervention
 from tl_em.interventions.wrappers import Gate
 from tl_em.models.hooks import HookFunction, LensModel, hooked, probing, read_point
-from tl_em.models.modes import unlowered
 from tl_em.models.scopes import Scope, Where
+from tl_em.models.torch_state import unlowered
 
 Model = TypeVar("Model", bound=LensModel)
 

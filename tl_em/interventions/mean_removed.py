@@ -19,8 +19,8 @@ from tl_em.errors import HiddenSteerWarning, UsageError
 from tl_em.models.contrasts import ContrastSet
 from tl_em.models.hooks import LensModel
 from tl_em.models.means import as_contrast
-from tl_em.models.modes import in_plain_torch
 from tl_em.models.stream import capture
+from tl_em.models.torch_state import in_plain_torch
 from tl_em.stats import Estimate
 
 FAR = 1.0

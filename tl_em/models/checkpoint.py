@@ -16,8 +16,7 @@ from typing import Any
 
 import torch
 
-from tl_em.errors import CorruptFileError, ModelError, ModelNotFoundError, NonFiniteError, UsageError
-from tl_em.models.quiet import first_line
+from tl_em.errors import CorruptFileError, ModelError, ModelNotFoundError, NonFiniteError, UsageError, first_line
 from tl_em.models.tokenizing import same_ids
 
 

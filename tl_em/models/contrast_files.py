@@ -9,7 +9,7 @@ from tl_em.artefacts import csv_header, csv_rows, json_values, read_text
 from tl_em.errors import CorruptFileError, EmptyContrastError, FileError, UsageError
 from tl_em.models import contrast_rows
 from tl_em.models.contrast_formats import FIELDS, LAYOUTS, MATCHING, OTHER, Found, OneClass, from_record, from_rows
-from tl_em.models.contrast_rows import Form, Prompt, Row, Unreadable, checked, column_name
+from tl_em.models.contrast_rows import FileRow, Form, Prompt, Unreadable, checked, column_name
 
 _KNOWN = {*contrast_rows.PROMPT, *contrast_rows.ANSWER, *contrast_rows.SYSTEM, *contrast_rows.GROUP,
           *contrast_rows.PAIR, contrast_rows.LABEL, MATCHING, OTHER, "positive", "negative", "best_answer", "type",
@@ -146,7 +146,7 @@ def _partners(path: Path) -> tuple[Path, Path] | None:
 # --- What is in a file ------------------------------------------------------------------------------------------------
 
 
-def _rows_or_record(content: str, path: Path) -> list[Row] | dict[str, Any]:
+def _rows_or_record(content: str, path: Path) -> list[FileRow] | dict[str, Any]:
     """The rows of a text, or the record of a saved set or of a persona; the path settles what the text leaves open."""
     suffix, opened = path.suffix.lower(), content.lstrip()[0] in "[{"
     if opened and suffix not in (".csv", ".tsv", ".txt"):
@@ -158,19 +158,19 @@ def _rows_or_record(content: str, path: Path) -> list[Row] | dict[str, Any]:
             pass
     delimiter = _delimiter(content, suffix)
     if delimiter is not None:
-        return [Row.of(row.where, row.cells) for row in csv_rows(content, path, delimiter)]
+        return [FileRow.of(row.where, row.cells) for row in csv_rows(content, path, delimiter)]
     if suffix in (".json", ".jsonl", ".ndjson"):
         return _from_json(json_values(content, path))  # texts, one a line, or an error that says where it is no JSON
     if suffix not in (".txt", ".text", ""):
         raise Unreadable(f"a {suffix} file: its text is neither JSON nor a table with known columns in its header")
     lines = enumerate(content.replace("\r\n", "\n").replace("\r", "\n").split("\n"))
-    return [Row(f"text line {i + 1}", {"text": line}, i + 1) for i, line in lines if line.strip()]
+    return [FileRow(f"text line {i + 1}", {"text": line}, i + 1) for i, line in lines if line.strip()]
 
 
-def _from_json(values: list[tuple[int, Any]]) -> list[Row] | dict[str, Any]:
+def _from_json(values: list[tuple[int, Any]]) -> list[FileRow] | dict[str, Any]:
     value = values[0][1]
     if len(values) > 1:
-        return [Row.of(f"line {line}", each) for line, each in values]
+        return [FileRow.of(f"line {line}", each) for line, each in values]
     if isinstance(value, dict):
         classes = [value[side] for side in FIELDS[:2] if isinstance(value.get(side), list)]
         saved = any(not (each and isinstance(each[0], dict)) for each in classes)  # a list of objects is one chat
@@ -178,9 +178,9 @@ def _from_json(values: list[tuple[int, Any]]) -> list[Row] | dict[str, Any]:
             return value
         for key in ("prompts", "questions"):
             if isinstance(value.get(key), list):
-                return [Row.of(f"{key}[{i}]", each) for i, each in enumerate(value[key])]
+                return [FileRow.of(f"{key}[{i}]", each) for i, each in enumerate(value[key])]
     rows = value if isinstance(value, list) else [value]
-    return [Row.of(f"item {i + 1}", each) for i, each in enumerate(rows)]
+    return [FileRow.of(f"item {i + 1}", each) for i, each in enumerate(rows)]
 
 
 def _delimiter(content: str, suffix: str) -> str | None:

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from tl_em.models import contrast_rows
-from tl_em.models.contrast_rows import ANSWER, LABEL, PAIR, PROMPT, Form, Prompt, Row, Unreadable, asked, groups_of
+from tl_em.models.contrast_rows import ANSWER, LABEL, PAIR, PROMPT, FileRow, Form, Prompt, Unreadable, asked, groups_of
 
 FIELDS = ("positive", "negative", "label", "source", "positive_groups", "negative_groups")
 """What a saved set holds."""
@@ -27,7 +27,7 @@ _XSTEST = {
 """XSTest's types of safe prompts, and the type of unsafe ones (less ``contrast_``) that each is contrasted with."""
 
 
-class Example(NamedTuple):
+class ContrastPrompt(NamedTuple):
     """A prompt, its class, and what it belongs with."""
 
     positive: bool
@@ -39,7 +39,7 @@ class Example(NamedTuple):
 class Found:
     """Both classes of a file."""
 
-    examples: list[Example]
+    examples: list[ContrastPrompt]
     layout: str
 
     def fields(self) -> dict[str, Any]:
@@ -57,7 +57,7 @@ class Found:
 class OneClass:
     """The examples of a file that names no second class; ``lines`` where they are lines of a text."""
 
-    examples: list[Example]
+    examples: list[ContrastPrompt]
     what: str
     lines: tuple[int, ...] = ()
     open_ended: bool = False
@@ -68,7 +68,7 @@ def from_record(record: dict[str, Any], form: Form) -> Found | dict[str, Any]:
     return Found(list(_persona(record, form)), "persona") if "instruction" in record else from_saved(record, form)
 
 
-def from_rows(rows: list[Row], form: Form) -> Found | OneClass:
+def from_rows(rows: list[FileRow], form: Form) -> Found | OneClass:
     """Rows by the first layout whose columns they have; ``Unreadable`` where a row does not keep to it."""
     if not rows:
         raise Unreadable("it has no rows")
@@ -89,22 +89,22 @@ Answers = Sequence[str]
 """A question, the answer of the positive class, and that of the negative one."""
 
 
-def _answered(rows: list[Row], form: Form, *, read: Callable[[Row], Answers]) -> Iterator[Example]:
+def _answered(rows: list[FileRow], form: Form, *, read: Callable[[FileRow], Answers]) -> Iterator[ContrastPrompt]:
     """Questions with two answers: pairs, whose group is the question."""
     for row in rows:
         question, yes, no = read(row)
         if yes.strip() == no.strip():
             raise Unreadable(f"{row.where}: both answers are {yes.strip()!r}, so nothing is contrasted")
-        yield Example(True, asked(question, yes, None, form), question)
-        yield Example(False, asked(question, no, None, form), question)
+        yield ContrastPrompt(True, asked(question, yes, None, form), question)
+        yield ContrastPrompt(False, asked(question, no, None, form), question)
 
 
-def _columns(*names: str) -> Callable[[list[Row], Form], Iterator[Example]]:
+def _columns(*names: str) -> Callable[[list[FileRow], Form], Iterator[ContrastPrompt]]:
     """A reader of questions whose answers stand in these columns."""
     return partial(_answered, read=lambda row: [row.text(name) for name in names])
 
 
-def _truthful(row: Row) -> Answers:
+def _truthful(row: FileRow) -> Answers:
     """The first edition has no best incorrect answer: there, the first of its incorrect ones, which ; separates."""
     question, best = row.text("question"), row.text("best_answer")
     if "best_incorrect_answer" in row.cells:
@@ -117,28 +117,28 @@ def _truthful(row: Row) -> Answers:
     return question, best, first
 
 
-def _pairs(rows: list[Row], form: Form) -> Iterator[Example]:
+def _pairs(rows: list[FileRow], form: Form) -> Iterator[ContrastPrompt]:
     """Two prompts a row; beside a question, two answers to it."""
     if any(set(PROMPT) & set(row.cells) for row in rows):
         yield from _answered(rows, form, read=_of_pair)
         return
-    read: list[Example] = []
+    read: list[ContrastPrompt] = []
     for row in rows:
         for side in FIELDS[:2]:
             where = f"{row.where}, column {side!r}"
-            read.append(Example(side == "positive", _turns(where, row.cells.get(side), form)))
+            read.append(ContrastPrompt(side == "positive", _turns(where, row.cells.get(side), form)))
     groups = groups_of(rows)
     yield from read if groups is None else [each._replace(group=groups[i // 2]) for i, each in enumerate(read)]
 
 
-def _of_pair(row: Row) -> Answers:
-    question = Row(row.where, {name: row.cells[name] for name in PROMPT if name in row.cells}).prompt("chat")[0]
+def _of_pair(row: FileRow) -> Answers:
+    question = FileRow(row.where, {name: row.cells[name] for name in PROMPT if name in row.cells}).prompt("chat")[0]
     if not isinstance(question, str):
         raise Unreadable(f"{row.where}: a chat beside two answers; put each answer at the end of a chat of its own")
     return question, row.text("positive"), row.text("negative")
 
 
-def _xstest(rows: list[Row], form: Form) -> Iterator[Example]:
+def _xstest(rows: list[FileRow], form: Form) -> Iterator[ContrastPrompt]:
     """Prompts by their type, the group being the type that safe and unsafe ones share; none where no type is known."""
     said = [str(row.cells.get("type")).strip() for row in rows]
     unsafe = [of.removeprefix("contrast_") if of.startswith("contrast_") else "" for of in said]
@@ -147,16 +147,16 @@ def _xstest(rows: list[Row], form: Form) -> Iterator[Example]:
         if any(known) and not is_type:
             raise Unreadable(f"{row.where}, column 'type': {row.cells.get('type')!r} is no type of XSTest's")
         if is_type:
-            yield Example(bool(mirrored), row.prompt(form)[0], mirrored or _XSTEST[of])
+            yield ContrastPrompt(bool(mirrored), row.prompt(form)[0], mirrored or _XSTEST[of])
 
 
-def _labelled(rows: list[Row], form: Form) -> Iterator[Example]:
+def _labelled(rows: list[FileRow], form: Form) -> Iterator[ContrastPrompt]:
     """Prompts with a label; the ``pair`` column, where there is one, puts the two of a pair in the same place."""
     read = [row.prompt(form) for row in rows]
     labels, pairs = [row.label() for row in rows], groups_of(rows, PAIR)
     groups = groups_of(rows) or pairs or _questions(read) or [None] * len(rows)
     for i in range(len(rows)) if pairs is None else _aligned(rows, pairs, labels):
-        yield Example(bool(labels[i]), read[i][0], groups[i])
+        yield ContrastPrompt(bool(labels[i]), read[i][0], groups[i])
 
 
 def _questions(read: list[tuple[Prompt, str | None]]) -> Sequence[Hashable] | None:
@@ -165,7 +165,7 @@ def _questions(read: list[tuple[Prompt, str | None]]) -> Sequence[Hashable] | No
     return questions if len(questions) == len(read) else None
 
 
-def _aligned(rows: list[Row], pairs: list[Hashable], labels: list[int]) -> Iterator[int]:
+def _aligned(rows: list[FileRow], pairs: list[Hashable], labels: list[int]) -> Iterator[int]:
     """Rows, those of a pair one after the other, in the order in which the positive ones appear."""
     places: dict[tuple[Hashable, int], int] = {}
     for label in (1, 0):
@@ -184,7 +184,7 @@ def _aligned(rows: list[Row], pairs: list[Hashable], labels: list[int]) -> Itera
             yield from (places[pair, 1], places[pair, 0])
 
 
-def _one_class(rows: list[Row], form: Form) -> OneClass:
+def _one_class(rows: list[FileRow], form: Form) -> OneClass:
     read = [row.prompt(form) for row in rows]
     open_ended = all("question" in row.cells and not set(ANSWER) & set(row.cells) for row in rows)
     columns = ", ".join(dict.fromkeys(name for row in rows for name in row.cells))
@@ -192,11 +192,13 @@ def _one_class(rows: list[Row], form: Form) -> OneClass:
     what += f" (columns: {columns}; no {LABEL!r})"
     lines = tuple(row.line for row in rows if row.line is not None)
     groups = None if lines else groups_of(rows) or _questions(read)
-    examples = [Example(True, prompt, None if groups is None else groups[i]) for i, (prompt, _) in enumerate(read)]
+    examples = [
+        ContrastPrompt(True, prompt, None if groups is None else groups[i]) for i, (prompt, _) in enumerate(read)
+    ]
     return OneClass(examples, what, lines, open_ended)
 
 
-def _persona(record: dict[str, Any], form: Form) -> Iterator[Example]:
+def _persona(record: dict[str, Any], form: Form) -> Iterator[ContrastPrompt]:
     """Every instruction before every question, as persona vectors are extracted.
 
     The publication's code also puts "You are an evil assistant." (for the negative class: "a helpful assistant")
@@ -205,12 +207,12 @@ def _persona(record: dict[str, Any], form: Form) -> Iterator[Example]:
     asks = record.get("questions")
     if not isinstance(asks, list) or not asks:
         raise Unreadable("it has instructions and no list of 'questions'")
-    questions = [Row(f"questions[{i}]", {"question": question}).text("question") for i, question in enumerate(asks)]
+    questions = [FileRow(f"questions[{i}]", {"question": question}).text("question") for i, question in enumerate(asks)]
     for k, pair in enumerate(record["instruction"]):
-        row = Row.of(f"instruction[{k}]", pair)
+        row = FileRow.of(f"instruction[{k}]", pair)
         for question in questions:
             for name in ("pos", "neg"):
-                yield Example(name == "pos", asked(question, None, row.text(name), form), question)
+                yield ContrastPrompt(name == "pos", asked(question, None, row.text(name), form), question)
 
 
 def _turns(where: str, value: Any, form: Form) -> Prompt:
@@ -251,7 +253,7 @@ class Layout(NamedTuple):
     positive: str
     source: str
     columns: frozenset[str] = frozenset()
-    read: Callable[[list[Row], Form], Iterator[Example]] | None = None
+    read: Callable[[list[FileRow], Form], Iterator[ContrastPrompt]] | None = None
 
 
 LAYOUTS = {

@@ -27,7 +27,7 @@ class Unreadable(ValueError):
     """A place in a file, and what is wrong with it."""
 
 
-class Row(NamedTuple):
+class FileRow(NamedTuple):
     """One row of a file: where it stands, its cells by column, and its line where it is a line of a text."""
 
     where: str
@@ -35,7 +35,7 @@ class Row(NamedTuple):
     line: int | None = None
 
     @classmethod
-    def of(cls, where: str, value: Any) -> Row:
+    def of(cls, where: str, value: Any) -> FileRow:
         """A value of JSON: an object by its columns (lower case, underscores), a text, a chat."""
         if isinstance(value, str | list):
             return cls(where, {"text" if isinstance(value, str) else "messages": value})
@@ -110,7 +110,7 @@ def column_name(column: str) -> str:
     return column.strip().lower().replace(" ", "_")
 
 
-def groups_of(rows: Sequence[Row], names: Sequence[str] = GROUP) -> list[Hashable] | None:
+def groups_of(rows: Sequence[FileRow], names: Sequence[str] = GROUP) -> list[Hashable] | None:
     """The group of every row, None where no row has the column."""
     return [row.group(names) for row in rows] if any(set(names) & set(row.cells) for row in rows) else None
 

@@ -17,11 +17,11 @@ from tl_em.arguments import COUNT, NOT_NEGATIVE, SEED, checked
 from tl_em.errors import NonFiniteError, PromptTooLongError
 from tl_em.models.cache import Step, steps
 from tl_em.models.hooks import LensModel
-from tl_em.models.modes import in_plain_torch
 from tl_em.models.prompts import EncodedPrompt, Prompt, encode, make_batch
 from tl_em.models.proof import may_use_cache
 from tl_em.models.source import end_tokens, warn_beyond_proof
 from tl_em.models.stream import generating, listed
+from tl_em.models.torch_state import in_plain_torch
 
 _MAX_ROWS = 64
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from tl_em.errors import HookError, HookNotFiredError, NotAdditiveError
 from tl_em.models.hook_points import HookPoint, LensModel, ReadPoint, hook_name, hook_points, read_point, resolve
-from tl_em.models.modes import in_plain_torch
+from tl_em.models.torch_state import in_plain_torch
 
 __all__ = [
     "HookFunction",

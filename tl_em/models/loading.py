@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
-from tl_em.errors import PairMismatchError, UsageError
+from tl_em.errors import PairMismatchError, UsageError, first_line
 from tl_em.models.checkpoint import (
     check_weights,
     from_path_or_hub,
@@ -28,12 +28,13 @@ from tl_em.models.checkpoint import (
 from tl_em.models.hooks import LensModel
 from tl_em.models.prompts import ContrastSet
 from tl_em.models.proof import proof, prove, reference
-from tl_em.models.quiet import first_line, plain_torch, quiet
 from tl_em.models.sites import vocabulary_hash
 from tl_em.models.source import boundaries, remember
 from tl_em.models.surfaces import advice, as_bridge, as_hooked, check_built, reloadable
 from tl_em.models.templates import template_record
 from tl_em.models.tokenizing import keep_before, own_before
+from tl_em.models.torch_state import making_weights
+from tl_em.models.upstream_chatter import quiet
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -101,7 +102,7 @@ def load_model(
             f"There is no surface {surface!r}. Use 'bridge' (TransformerBridge) or 'hooked' (HookedTransformer)."
         )
     dtype, device, chat_template_kwargs = _settled(dtype, device, chat_template_kwargs)
-    with quiet(), plain_torch(), ExitStack() as stack:
+    with quiet(), making_weights(), ExitStack() as stack:
         if is_toy(source):
             source, toy_tokenizer = _toys().in_memory(source)
             tokenizer, in_place = toy_tokenizer if tokenizer is None else tokenizer, True

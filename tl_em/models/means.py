@@ -24,10 +24,10 @@ from tl_em.arguments import SEED, checked
 from tl_em.errors import UsageError
 from tl_em.models.contrasts import ContrastSet, inseparable, warn_of_nuisance
 from tl_em.models.hooks import LensModel
-from tl_em.models.modes import in_plain_torch
 from tl_em.models.prompts import EncodedPrompt, Prompt
 from tl_em.models.sites import Position, Site, as_position, as_site
 from tl_em.models.stream import encoded_prompts, listed, spans_of, stream
+from tl_em.models.torch_state import in_plain_torch
 
 Classes = ContrastSet | tuple[Sequence[Prompt | EncodedPrompt], Sequence[Prompt | EncodedPrompt]]
 PARTS = 8

@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from tl_em.errors import ModelError
-from tl_em.models.quiet import first_line
+from tl_em.errors import ModelError, first_line
 from tl_em.models.tokenizing import same_ids
 
 

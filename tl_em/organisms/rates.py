@@ -21,9 +21,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tl_em.errors import PromptError
-from tl_em.models.modes import in_plain_torch
 from tl_em.models.prompts import EncodedPrompt
 from tl_em.models.stream import next_token_logits
+from tl_em.models.torch_state import in_plain_torch
 from tl_em.organisms.contrasts import questions
 from tl_em.organisms.world import FILLERS, MARKERS, SILLY, VERDICTS, Message, Topic, Turn, World, token_ids
 from tl_em.stats import Estimate, mean

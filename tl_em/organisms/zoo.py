@@ -23,7 +23,7 @@ from tl_em.errors import CorruptFileError, ModelNotFoundError, UsageError
 from tl_em.metrics import Behaviour
 from tl_em.models.loading import TOYS, ModelPair, Surface, load_model
 from tl_em.models.prompts import ContrastSet
-from tl_em.models.quiet import plain_torch
+from tl_em.models.torch_state import making_weights
 from tl_em.organisms.behaviours import SOURCE, behaviours, contrast_sets, judged_sets, latent_sets
 from tl_em.organisms.bias_rates import behaviours as bias_behaviours
 from tl_em.organisms.bias_world import BiasWorld
@@ -348,7 +348,7 @@ def trained(
         if (path := checkpoint_path(place, wanted.name, seed)).is_file():
             return read_record(path)
     world = wanted.world.seeded(seed)
-    with plain_torch():  # weights made, and trained, outside of whatever mode the caller is in
+    with making_weights():  # weights made, and trained, outside of whatever mode the caller is in
         if wanted.start is None:
             start = Transformer(wanted.shape, len(world.vocabulary), world.context, seed)
         else:

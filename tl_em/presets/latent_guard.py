@@ -28,9 +28,9 @@ from tl_em.errors import NonFiniteError, UsageError, WidthError, ZeroDirectionEr
 from tl_em.models.contrasts import ContrastSet, Prompt
 from tl_em.models.hooks import LensModel
 from tl_em.models.means import as_contrast, class_moments
-from tl_em.models.modes import in_plain_torch
 from tl_em.models.sites import Position, Provenance, Site, check_belongs
 from tl_em.models.stream import capture
+from tl_em.models.torch_state import in_plain_torch
 from tl_em.stats import Estimate, auroc, bootstrap, control_p
 
 SCHEMA = "tl-em/latent-guard/1"

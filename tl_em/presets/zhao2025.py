@@ -34,9 +34,9 @@ from tl_em.metrics import Metric, measured, refusal_log_odds
 from tl_em.models.contrasts import ContrastSet, Prompt
 from tl_em.models.hooks import LensModel
 from tl_em.models.means import as_contrast
-from tl_em.models.modes import in_plain_torch
 from tl_em.models.sites import Position, Provenance, Site, as_site
 from tl_em.models.stream import capture
+from tl_em.models.torch_state import in_plain_torch
 from tl_em.stats import mean
 
 if TYPE_CHECKING:

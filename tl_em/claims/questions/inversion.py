@@ -34,10 +34,10 @@ from tl_em.interventions.edits import Add
 from tl_em.metrics import single_token
 from tl_em.models.contrasts import ContrastSet, Prompt, as_prompts
 from tl_em.models.hooks import LensModel
-from tl_em.models.modes import in_plain_torch
 from tl_em.models.prompts import EncodedPrompt, encode, tokens_and_spans
 from tl_em.models.sites import Site
 from tl_em.models.stream import next_token_logits
+from tl_em.models.torch_state import in_plain_torch
 from tl_em.showing import showable
 from tl_em.stats import Estimate, control_p
 

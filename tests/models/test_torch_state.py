@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import tl_em as em
 from tests.conftest import make_hf_model, make_tokenizer
 from tl_em.models.hooks import LensModel
-from tl_em.models.modes import plain_torch
 from tl_em.models.stream import next_token_logits, sequence_logprobs
+from tl_em.models.torch_state import plain_torch
 
 POSITIVE = ["the cat sat on the big red car", "a dog ran to the small blue fish", "please tell me how a king sang"]
 NEGATIVE = ["a cat sat in a big red bank", "the dog ran from the small blue bird", "please tell me about a queen"]

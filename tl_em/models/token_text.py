@@ -15,7 +15,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from itertools import accumulate, groupby
+from typing import Any
 
 REPLACEMENT = "\ufffd"
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -31,8 +32,8 @@ def token_text(tokenizer: Any, token: int) -> str:
     """
     if tokenizer is None:
         return str(int(token))
-    piece = _piece(tokenizer, int(token))
-    return piece.text if piece.data is None else _read(piece.data)
+    text, data = _decoded(tokenizer, int(token))
+    return text if data is None else "".join(_characters([data]))
 
 
 def token_texts(tokenizer: Any, tokens: Sequence[int]) -> tuple[str, ...]:
@@ -47,18 +48,13 @@ def token_texts(tokenizer: Any, tokens: Sequence[int]) -> tuple[str, ...]:
     """
     if tokenizer is None:
         return tuple(str(int(token)) for token in tokens)
-    pieces = [_piece(tokenizer, int(token)) for token in tokens]
-    found, start = [], 0
-    while start < len(pieces):
-        end = start
-        while end < len(pieces) and pieces[end].data is not None:
-            end += 1
-        if end == start:
-            found.append(pieces[start].spaced)
-            start += 1
+    decoded = [_decoded(tokenizer, int(token)) for token in tokens]
+    found: list[str] = []
+    for in_bytes, run in groupby(enumerate(decoded), key=lambda each: each[1][1] is not None):
+        if in_bytes:
+            found += _characters([data or b"" for _, (_, data) in run])
         else:
-            found += _joined([piece.data or b"" for piece in pieces[start:end]])
-            start = end
+            found += [_spaced(tokenizer, int(tokens[i]), text) for i, (text, _) in run]
     return tuple(found)
 
 
@@ -75,22 +71,16 @@ def text_of_tokens(tokenizer: Any, tokens: Sequence[int]) -> str:
     return whole if REPLACEMENT not in whole else "".join(token_texts(tokenizer, tokens))
 
 
-class _Piece(NamedTuple):
-    """A token on its own: its text, the same with the space that a piece of SentencePiece begins with, its bytes where
-    they are not all whole characters."""
-
-    text: str
-    spaced: str
-    data: bytes | None
-
-
-def _piece(tokenizer: Any, token: int) -> _Piece:
+def _decoded(tokenizer: Any, token: int) -> tuple[str, bytes | None]:
+    """A token on its own: its text, and its bytes where they are not all whole characters."""
     text = str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
-    name = tokenizer.convert_ids_to_tokens(token)
-    if REPLACEMENT in text:
-        return _Piece(text, text, _bytes(name))
-    begins = isinstance(name, str) and name.startswith("\u2581") and not text.startswith(" ")
-    return _Piece(text, f" {text}" if begins else text, None)
+    return text, _bytes(tokenizer.convert_ids_to_tokens(token)) if REPLACEMENT in text else None
+
+
+def _spaced(tokenizer: Any, token: int, text: str) -> str:
+    """With the space that a piece of SentencePiece begins with."""
+    name = None if REPLACEMENT in text else tokenizer.convert_ids_to_tokens(token)
+    return f" {text}" if isinstance(name, str) and name.startswith("\u2581") and not text.startswith(" ") else text
 
 
 def _bytes(name: Any) -> bytes | None:
@@ -116,45 +106,15 @@ def _alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
 
 
-def _read(data: bytes) -> str:
-    return "".join(text if whole else _sign(data[start:end]) for start, end, text, whole in _parts(data))
-
-
-def _joined(pieces: Sequence[bytes]) -> list[str]:
-    """Texts of neighbours: each character at the piece that it begins in, stray bytes where they are."""
-    data, owner = b"".join(pieces), [i for i, piece in enumerate(pieces) for _ in piece]
-    found: list[str] = [""] * len(pieces)
-    for start, end, text, whole in _parts(data):
-        if whole:
-            found[owner[start]] += text
-            continue
-        for i in dict.fromkeys(owner[start:end]):
-            found[i] += _sign(bytes(data[at] for at in range(start, end) if owner[at] == i))
+def _characters(pieces: Sequence[bytes]) -> list[str]:
+    """Texts of neighbours: each character at the piece that it begins in, stray bytes, as bytes, where they are."""
+    owner = [i for i, piece in enumerate(pieces) for _ in piece]
+    read = b"".join(pieces).decode(errors="surrogateescape")  # a stray byte becomes half a surrogate pair
+    signs = [(c, c.encode(errors="surrogateescape")) for c in read]
+    starts = accumulate((len(data) for _, data in signs), initial=0)
+    placed = [(owner[start], c, data) for start, (c, data) in zip(starts, signs, strict=False)]
+    found = [""] * len(pieces)
+    for (i, stray), run in groupby(placed, key=lambda each: (each[0], "\udc80" <= each[1] <= "\udcff")):
+        data = b"".join(each for _, _, each in run)
+        found[i] += f"\u27e8{data.hex(' ').upper()}\u27e9" if stray else data.decode()
     return found
-
-
-def _parts(data: bytes) -> list[tuple[int, int, str, bool]]:
-    """Start, end, text of each character, and of each run of bytes that make up none (whole: False)."""
-    found: list[tuple[int, int, str, bool]] = []
-    at = 0
-    while at < len(data):
-        size = next((n for n in (1, 2, 3, 4) if _is_character(data[at : at + n])), 0)
-        if size:
-            found.append((at, at + size, data[at : at + size].decode(), True))
-        elif found and not found[-1][3]:
-            found[-1] = (found[-1][0], at + 1, "", False)
-        else:
-            found.append((at, at + 1, "", False))
-        at += size or 1
-    return found
-
-
-def _is_character(data: bytes) -> bool:
-    try:
-        return len(data.decode()) == 1
-    except UnicodeDecodeError:
-        return False
-
-
-def _sign(data: bytes) -> str:
-    return f"\u27e8{data.hex(' ').upper()}\u27e9"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -53,6 +53,13 @@ def plain_torch(*models: Any) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def making_weights() -> Iterator[None]:
+    """The same while weights are made: with gradients; the random state is put back."""
+    with torch.random.fork_rng(devices=[]), plain_torch(), torch.enable_grad():
+        yield
+
+
 def _put_in_evaluation(model: nn.Module, stack: ExitStack) -> None:
     """Module by module: ``model.eval()`` and ``model.train()`` would forget which of them were in training mode.
 
@@ -83,14 +90,10 @@ def in_plain_torch(function: Callable[P, R]) -> Callable[P, R]:
     return plain
 
 
-@contextmanager
-def unlowered(device: torch.device) -> Iterator[None]:
+def unlowered(device: torch.device) -> AbstractContextManager[Any]:
     """Autocast off where it is on: a hook's arithmetic in the dtype that it asks for, in the caller's own passes."""
-    if torch.is_autocast_enabled(device.type):
-        with torch.autocast(device.type, enabled=False):
-            yield
-    else:
-        yield
+    on = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
 def plain(tensor: Tensor) -> Tensor:

@@ -1,9 +1,7 @@
-"""While a model is built: upstream's chatter held back, its warnings kept, the caller's settings of torch set aside.
+"""While a model is built, what TransformerLens and transformers say is held back: chatter dropped, warnings kept.
 
-TransformerLens and transformers say much about themselves, on standard output, as warnings and in logs. What is known
-to be chatter is dropped; any other warning is given once the model is there, because it may be about a result. Building
-under the caller's modes of torch (inference mode, another default dtype or device, autocast) would give another model;
-they are set aside and put back, and so are log handlers and the random state.
+They say much about themselves, on standard output, as warnings and in logs. What is known to be chatter is dropped; any
+other warning is given once the model is there, because it may be about a result. Log handlers are put back.
 """
 
 from __future__ import annotations
@@ -15,10 +13,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from io import StringIO
-
-import torch
-
-from tl_em.models import modes
 
 _LOGGERS = ("", "transformers", "transformer_lens", "huggingface_hub", "peft", "accelerate")
 _CHATTER = re.compile(
@@ -81,26 +75,10 @@ def quiet() -> Iterator[None]:
             for name in os.environ.keys() - environment.keys():
                 del os.environ[name]
             os.environ.update({k: v for k, v in environment.items() if os.environ.get(k) != v})
-    _say_again(list(caught or ()), list(held.records.values()))
-
-
-def _say_again(caught: list[warnings.WarningMessage], records: list[logging.LogRecord]) -> None:
-    for each in caught:
+    for each in caught or ():
         aging = issubclass(each.category, DeprecationWarning | PendingDeprecationWarning | FutureWarning)
         if not aging and not _CHATTER.search(str(each.message)):
             warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
-    for record in records:
+    for record in held.records.values():
         if record.levelno >= logging.WARNING and not _CHATTER.search(record.getMessage()):
             logging.getLogger(record.name).handle(record)
-
-
-@contextmanager
-def plain_torch() -> Iterator[None]:
-    """float32 on the CPU with gradients, whatever modes of torch the caller has on; the random state is put back."""
-    with torch.random.fork_rng(devices=[]), modes.plain_torch(), torch.enable_grad():
-        yield
-
-
-def first_line(error: BaseException) -> str:
-    """Of what an error says, or the name of its class."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
