@@ -32,8 +32,9 @@ from tl_em.claims.selection import (
 from tl_em.errors import NoCandidateError, NotReachedError, ProvenanceError, UsageError, ZeroDirectionError
 from tl_em.interventions import many
 from tl_em.interventions.base import Partial
-from tl_em.models.hooks import LensModel, hooked, write_points
+from tl_em.models.hooks import LensModel, hooked
 from tl_em.models.loading import load_model
+from tl_em.models.residual_writes import write_points
 from tl_em.models.stream import next_token_logits
 from tl_em.report import plots
 

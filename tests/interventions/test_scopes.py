@@ -15,8 +15,9 @@ from tl_em.interventions.edits import Ablate, Add
 from tl_em.interventions.intervene import intervene
 from tl_em.models.contrasts import ContrastSet
 from tl_em.models.generate import generate
-from tl_em.models.hooks import LensModel, hooked, write_points
+from tl_em.models.hooks import LensModel, hooked
 from tl_em.models.prompts import EncodedPrompt, encode
+from tl_em.models.residual_writes import write_points
 from tl_em.models.scopes import Where
 from tl_em.models.sites import Site
 from tl_em.models.stream import capture, next_token_logits, sequence_logprobs

@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from tl_em.errors import HookError, HookNotFiredError, NotAdditiveError, UnknownHookError
-from tl_em.models import hook_points as points_module
 from tl_em.models import hooks as hooks_module
-from tl_em.models.hooks import LensModel, hook_name, hook_points, hooked, read_point, write_points
+from tl_em.models import hooks as points_module
+from tl_em.models.hooks import LensModel, hook_name, hook_points, hooked, read_point
 from tl_em.models.loading import load_model
+from tl_em.models.residual_writes import write_points
 from tl_em.models.sites import Site
 
 from ..conftest import SURFACES, make_hf_model, make_tokenizer

@@ -25,8 +25,7 @@ from torch import Tensor
 
 from tl_em.arguments import whole
 from tl_em.errors import DictionaryModelWarning, NonFiniteError, ProvenanceError, UsageError, WidthError
-from tl_em.models.hook_points import find
-from tl_em.models.hooks import LensModel
+from tl_em.models.hooks import LensModel, find
 from tl_em.models.sites import Provenance, Site, Stream, check_belongs
 
 Activation = Literal["relu", "jumprelu", "topk"]

@@ -16,8 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_em.errors import ModelError, UsageError
-from tl_em.models.hook_points import find
-from tl_em.models.hooks import LensModel, read_point, tiny_forward
+from tl_em.models.hooks import LensModel, find, read_point
+from tl_em.models.residual_writes import tiny_forward
 from tl_em.models.sites import Site
 
 TOLERANCE = 1e-4

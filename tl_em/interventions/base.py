@@ -26,7 +26,8 @@ from torch import Tensor
 from tl_em.arguments import FRACTION, checked, finite, settle
 from tl_em.directions.direction import Direction, check_fits
 from tl_em.errors import UsageError
-from tl_em.models.hooks import LensModel, hook_name, write_points
+from tl_em.models.hooks import LensModel, hook_name
+from tl_em.models.residual_writes import write_points
 from tl_em.models.sites import Site, as_site
 from tl_em.models.torch_state import unlowered
 

@@ -30,7 +30,8 @@ from tl_em.directions.direction import Direction, as_direction
 from tl_em.errors import NotAdditiveError, UsageError, WeightEditError
 from tl_em.interventions.base import EVERY_WRITE, Intervention, sites_of
 from tl_em.interventions.edits import Ablate
-from tl_em.models.hooks import LensModel, hook_points, hooked, tiny_forward, write_points
+from tl_em.models.hooks import LensModel, hook_points, hooked
+from tl_em.models.residual_writes import tiny_forward, write_points
 from tl_em.models.torch_state import plain, plain_torch
 
 Model = TypeVar("Model", bound=LensModel)

@@ -23,8 +23,9 @@ from tl_em.directions.direction import Direction, as_direction, check_fits
 from tl_em.errors import UsageError
 from tl_em.interventions.base import Intervention, as_intervention
 from tl_em.interventions.edits import component
-from tl_em.models.hooks import LensModel, ReadPoint, probing
+from tl_em.models.hooks import LensModel, ReadPoint
 from tl_em.models.prompts import Batch
+from tl_em.models.residual_writes import probing
 from tl_em.models.scopes import running_batch
 from tl_em.models.torch_state import unlowered
 

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tl_em.models.hook_points import LensModel
+from tl_em.models.hooks import LensModel
 
 Step = Callable[[Int[Tensor, "prompt pos"]], Float[Tensor, "prompt d_vocab"]]
 """Read more tokens of every prompt; logits after the last of them."""

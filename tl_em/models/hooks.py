@@ -1,41 +1,206 @@
-"""Hooks that must exist, must fire, and leave nothing behind; and where a model writes to its residual stream.
+"""Hooks that must exist, must fire, and leave nothing behind; and which point a name or a site means.
 
 TransformerLens lets a wrong hook name pass in silence (``bridge.hooks()``), and a gated hook never fires. A result from
 such a hook equals the untouched model and looks like a null finding. So: unknown names raise before anything is
 attached, and a hook that did not fire in a completed forward pass raises at the end of the context.
+
+``hook_dict`` is read once per model, because on TL 3.9's Bridge it is a property that rebuilds every alias: one no-op
+hook per layer then costs 4 to 18 forwards. HookPoints that somebody replaces (SAELens does) are noticed and read again.
 """
 
 from __future__ import annotations
 
+import difflib
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
-from itertools import product
-from typing import Any
-from weakref import WeakKeyDictionary
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
-import torch
 from torch import Tensor, nn
 
-from tl_em.errors import HookError, HookNotFiredError, NotAdditiveError
-from tl_em.models.hook_points import HookPoint, LensModel, ReadPoint, hook_name, hook_points, read_point, resolve
-from tl_em.models.torch_state import in_plain_torch
-
-__all__ = [
-    "HookFunction",
-    "HookPoint",
-    "LensModel",
-    "ReadPoint",
-    "hook_name",
-    "hook_points",
-    "hooked",
-    "read_point",
-    "write_points",
-]
+from tl_em.errors import HookError, HookNotFiredError, UnknownHookError
+from tl_em.models.sites import Site
 
 HookFunction = Callable[..., Tensor | None]
+
+
+# --- Models and their hook points -------------------------------------------------------------------------------------
+
+
+class _StaticMembers(type(Protocol)):
+    """isinstance() that calls no properties: a Bridge's ``hook_dict`` is an expensive one."""
+
+    _MEMBERS = ("cfg", "hook_dict", "hooks", "to_tokens", "generate", "__call__")
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return all(_has_static(instance, name) for name in cls._MEMBERS)
+
+
+def _has_static(instance: Any, name: str) -> bool:
+    try:
+        inspect.getattr_static(instance, name)
+    except AttributeError:
+        return False
+    return True
+
+
+@runtime_checkable
+class LensModel(Protocol, metaclass=_StaticMembers):
+    """What tl_em needs of a model: any HookedTransformer or TransformerBridge has it, and nothing is subclassed.
+
+    Example:
+        >>> isinstance("gpt2", LensModel)
+        False
+    """
+
+    cfg: Any
+    """Configuration with ``n_layers``, ``d_model``, ``d_vocab``, ``n_ctx`` and ``device``."""
+
+    @property
+    def hook_dict(self) -> Mapping[str, Any]:
+        """Hook points by name."""
+        ...
+
+    def hooks(self, *args: Any, **kwargs: Any) -> Any:
+        """TransformerLens's own context manager (tl_em uses HookPoint.add_hook instead)."""
+        ...
+
+    def to_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        """Text to token ids."""
+        ...
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Continue a prompt."""
+        ...
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """A forward pass."""
+        ...
+
+
+_POINTS: WeakKeyDictionary[Any, WeakValueDictionary[str, Any]] = WeakKeyDictionary()
+
+
+def hook_points(model: LensModel) -> Mapping[str, Any]:
+    """All hook points of ``model`` by name, aliases included; read once per model, kept weakly.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge.
+
+    Returns:
+        A mapping from names to HookPoints. Use ``hooked`` to attach to one: it notices points replaced since.
+    """
+    points = _POINTS.get(model)
+    return _read_points(model) if points is None else points
+
+
+def _read_points(model: LensModel) -> Mapping[str, Any]:
+    points = WeakValueDictionary({name: point for name, point in model.hook_dict.items() if hasattr(point, "add_hook")})
+    _POINTS[model] = points
+    return points
+
+
+def at_path(model: Any, path: str) -> Any:
+    """The object at a dotted attribute path, None where there is none."""
+    found = model
+    for part in path.split("."):
+        found = getattr(found, part, None)
+        if found is None:
+            return None
+    return found
+
+
+def _is_current(model: LensModel, point: Any) -> bool:
+    """Whether the model still runs through this very HookPoint (a path that leads nowhere cannot be checked)."""
+    found = at_path(model, point.name) if point.name else None
+    return found is None or found is point
+
+
+def find(model: LensModel, name: str) -> Any:
+    """The HookPoint that ``model`` runs through under this name now, or None."""
+    for points in (hook_points, _read_points):
+        point = points(model).get(name)
+        if point is not None and _is_current(model, point):
+            return point
+    return None
+
+
+def resolve(model: LensModel, names: Sequence[str]) -> list[Any]:
+    found = [(name, find(model, name)) for name in names]
+    unknown = [name for name, point in found if point is None]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], list(hook_points(model)), n=4, cutoff=0.5)
+        replaced = at_path(model, unknown[0])
+        if replaced is not None:
+            detail = f"a {type(replaced).__name__} stands in its place (detach it first, e.g. with model.reset_saes())."
+        else:
+            detail = f"near names: {', '.join(near) or 'none'}. See tl_em.models.hooks.hook_points(model) for all."
+        raise UnknownHookError(
+            f"The model has no hook point {', '.join(map(repr, unknown))}, so the hook would never fire and the result "
+            f"would look like no effect; nothing was attached. For {unknown[0]!r}: {detail}"
+        )
+    return [point for _, point in found]
+
+
+class ReadPoint(NamedTuple):
+    """A hook point, and the norm weight and bias to apply where the point lies before them."""
+
+    name: str
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The stream's value, given the tensor at the hook point."""
+        if self.weight is not None:
+            x = x * self.weight
+        return x if self.bias is None else x + self.bias
+
+
+def read_point(model: LensModel, site: Site) -> ReadPoint:
+    """Where and how to read ``site``.
+
+    ``mlp_in``, what the MLP reads after the norm's weight, is ``mlp.hook_in`` on a Bridge. A HookedTransformer has no
+    hook point there: its ``ln2.hook_normalized`` lies before the weight, which is therefore applied to what is read
+    (nothing is left to apply where the weight was folded).
+
+    Raises:
+        UnknownHookError: the model has no such site.
+    """
+    if site.stream == "mlp_in" and find(model, site.hook_name) is None:
+        name = f"blocks.{site.layer}.ln2.hook_normalized"
+        resolve(model, [name])
+        norm = at_path(model, f"blocks.{site.layer}.ln2")
+        return ReadPoint(name, getattr(norm, "w", None), getattr(norm, "b", None))
+    resolve(model, [site.hook_name])
+    return ReadPoint(site.hook_name)
+
+
+def hook_name(model: LensModel, site: Site) -> str:
+    """The name of the hook point at which ``site`` can be read as it is, and written if it is writable.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge.
+        site: layer and stream.
+
+    Returns:
+        A name in ``hook_points(model)``.
+
+    Raises:
+        UnknownHookError: the model has no such hook point.
+    """
+    point = read_point(model, site)
+    if point.weight is not None or point.bias is not None:
+        raise UnknownHookError(
+            f"This model has no hook point at {site}: {point.name!r} lies before the norm's weight, so a hook there "
+            f"would see something else than the MLP reads. Read it with capture(model, prompts, [site], position=…), "
+            f"which applies the weight, or load the model with surface='bridge'."
+        )
+    return point.name
+
+
+# --- Hooks ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(eq=False, repr=False)
@@ -90,19 +255,15 @@ def hooked(model: LensModel, hooks: Sequence[tuple[str, HookFunction]], *, check
     """
     points = resolve(model, [name for name, _ in hooks])
     attached = [_Attached(name, point, function) for (name, function), point in zip(hooks, points, strict=True)]
-    passes = _FullPasses(model)
-    try:
+    with ExitStack() as stack:
         for hook in attached:
+            stack.callback(hook.detach)
             hook.attach()
-        passes.watch()
+        completed = stack.enter_context(_full_passes(model))
         yield model
         removed = [hook.name for hook in attached if not hook.in_place]
-    finally:
-        passes.stop()
-        for hook in reversed(attached):
-            hook.detach()
     if check:
-        _check_fired(attached, removed, passes.completed)
+        _check_fired(attached, removed, len(completed))
 
 
 def _check_fired(attached: Sequence[_Attached], removed: Sequence[str], completed: int) -> None:
@@ -120,147 +281,31 @@ def _check_fired(attached: Sequence[_Attached], removed: Sequence[str], complete
         )
 
 
-class _FullPasses:
-    """Counts the forward passes that ran from the first block's input to the logits.
+@contextmanager
+def _full_passes(model: LensModel) -> Iterator[list[bool]]:
+    """A list that grows with every forward pass that ran from the first block's input to the logits.
 
     Seen from inside, at the first block and at the unembedding, because ``generate`` and ``run_with_hooks`` of a
     HookedTransformer call ``forward`` directly, where a hook on the model itself would not fire. A pass that stops
     early, or starts late, does not do both.
     """
+    points, last = hook_points(model), getattr(model, "unembed", None)
+    first: nn.Module | None = points.get("blocks.0.hook_resid_pre")
+    if not isinstance(last, nn.Module):
+        last = points.get(f"blocks.{int(model.cfg.n_layers) - 1}.hook_resid_post")
+    began, completed = False, []
 
-    def __init__(self, model: LensModel) -> None:
-        points = hook_points(model)
-        self.first: nn.Module | None = points.get("blocks.0.hook_resid_pre")
-        last = getattr(model, "unembed", None)
-        end = points.get(f"blocks.{int(model.cfg.n_layers) - 1}.hook_resid_post")
-        self.last: nn.Module | None = last if isinstance(last, nn.Module) else end
-        self.completed = 0
-        self._began = False
-        self._handles: list[Any] = []
+    def begin(*_: Any) -> None:
+        nonlocal began
+        began = True
 
-    def watch(self) -> None:
-        if self.first is not None and self.last is not None:
-            self._handles = [self.first.register_forward_hook(self._begin), self.last.register_forward_hook(self._end)]
+    def end(*_: Any) -> None:
+        nonlocal began
+        completed.extend([True] * began)
+        began = False
 
-    def stop(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _begin(self, *_: Any) -> None:
-        self._began = True
-
-    def _end(self, *_: Any) -> None:
-        self.completed += self._began
-        self._began = False
-
-
-_WRITES: WeakKeyDictionary[Any, tuple[str, ...]] = WeakKeyDictionary()
-_ATTENTION_WRITES = ("hook_attn_out", "ln1_post.hook_out", "ln1.hook_out")
-_MIXER_WRITES = ("mixer.hook_out", "linear_attn.hook_out", "conv.hook_out", "mamba.hook_out", "time_mix.hook_out")
-"""Of what stands in attention's place, or beside it: state spaces, convolutions, linear attention."""
-_MLP_WRITES = ("hook_mlp_out", "ln2_post.hook_out", "ln2.hook_out", "channel_mix.hook_out")
-
-
-def write_points(model: LensModel) -> tuple[str, ...]:
-    """The hook points at which something is written to the residual stream: embedding, and each block's parts.
-
-    Checked once per model on a few random tokens: ``resid_pre + attention + mlp == resid_post`` in every block. Where
-    ``hook_attn_out`` is taken before a post-norm (Gemma 2, OLMo 2 on a Bridge), the norm's output is the write. A
-    state space, a convolution or linear attention may stand in attention's place (Mamba, LFM2, Qwen3-Next) or beside
-    it (Falcon-H1).
-
-    Returns:
-        ``blocks.0.hook_resid_pre``, then each block's writes in order: 2L + 1 names in a usual transformer.
-
-    Raises:
-        NotAdditiveError: no hook points add up (scaled or otherwise unusual blocks), or those around a block never
-            fire, so "every write" is undefined.
-    """
-    known = _WRITES.get(model)
-    if known is None:
-        known = _WRITES[model] = _find_writes(model)
-    return known
-
-
-def _find_writes(model: LensModel) -> tuple[str, ...]:
-    points, layers = hook_points(model), range(int(model.cfg.n_layers))
-    tails = (*_ATTENTION_WRITES, *_MIXER_WRITES, *_MLP_WRITES)
-    inside = [name for i in layers for tail in tails if (name := f"blocks.{i}.{tail}") in points]
-    seen = tiny_forward(model, inside + [f"blocks.{i}.hook_resid_{end}" for i in layers for end in ("pre", "post")])
-    return ("blocks.0.hook_resid_pre", *(name for i in layers for name in _additive(i, seen)))
-
-
-def _additive(layer: int, seen: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """The writes whose sum is the block's change of the stream."""
-    before, after = (seen.get(f"blocks.{layer}.hook_resid_{end}") for end in ("pre", "post"))
-    if before is None or after is None:
-        raise NotAdditiveError(
-            f"The hook points around block {layer} never fire in this architecture, so what is written to the residual "
-            f"stream cannot be told, and ablating at every write is undefined here. Edit at a site that em.capture "
-            f"can read."
-        )
-    change = after - before
-    # The change is a difference of two stored streams: it carries their rounding, whatever its own size.
-    tolerance = 1e-3 * change.abs().max() + 16 * torch.finfo(after.dtype).eps * after.abs().max()
-    tried = []
-    for names in _candidates(layer, seen, change):
-        gap = (sum((seen[name] for name in names), torch.zeros_like(change)) - change).abs().max()
-        if gap <= tolerance:
-            return names
-        tried.append(f"{' + '.join(names)}: off by {float(gap):.1e} of {float(change.abs().max()):.1e}")
-    raise NotAdditiveError(
-        f"In block {layer} no outputs of its parts add up to its change of the residual stream "
-        f"({'; '.join(tried[:4]) or 'no candidates'}), so ablating at every write is undefined here. Edit at "
-        f"resid_post sites instead: they exist in every architecture."
-    )
-
-
-def _candidates(layer: int, seen: Mapping[str, Tensor], change: Tensor) -> Iterator[tuple[str, ...]]:
-    """Sets of writes that a block may consist of, the most usual first."""
-
-    def fired(tails: Sequence[str]) -> list[str]:
-        names = [f"blocks.{layer}.{tail}" for tail in tails]
-        return [name for name in names if name in seen and seen[name].shape == change.shape]
-
-    attention, mixers, mlp = fired(_ATTENTION_WRITES), fired(_MIXER_WRITES), fired(_MLP_WRITES)
-    yield from product(attention, mlp) if mlp else product(attention)
-    yield from product(mixers, mlp)
-    yield from product(mixers)
-    yield from product(mixers, attention, mlp)
-
-
-probing: ContextVar[bool] = ContextVar("probing", default=False)
-"""Whether the pass that runs only looks at how the model is built, so that no prompt or answer can be told in it."""
-
-
-@in_plain_torch
-def tiny_forward(model: LensModel, names: Sequence[str]) -> dict[str, Tensor]:
-    """Values at the points for a few random tokens; resid_post as it is before a hook of the user's edits it.
-
-    A point that did not fire, as some never do in some architectures, is left out.
-    """
-    seen: dict[str, Tensor] = {}
-
-    def keep_output(name: str, x: Any, hook: Any) -> None:
-        if isinstance(x, Tensor):  # some points of a Bridge pass on a tuple
-            seen[name] = x.detach().clone()
-
-    def keep_input(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        seen[name] = args[0].detach().clone()
-
-    ends = [name for name in names if name.endswith("hook_resid_post")]
-    reads = [(name, partial(keep_output, name)) for name in names if name not in ends]
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(int(model.cfg.d_vocab), (1, min(6, int(model.cfg.n_ctx))), generator=generator)
-    handles = []
-    looking = probing.set(True)
-    try:
-        for name, point in zip(ends, resolve(model, ends), strict=True):
-            handles.append(point.register_forward_pre_hook(partial(keep_input, name)))
-        with torch.no_grad(), hooked(model, reads, check=False):
-            model(tokens.to(model.cfg.device))
-    finally:
-        probing.reset(looking)
-        for handle in handles:
-            handle.remove()
-    return seen
+    with ExitStack() as stack:
+        if first is not None and last is not None:
+            stack.callback(first.register_forward_hook(begin).remove)
+            stack.callback(last.register_forward_hook(end).remove)
+        yield completed

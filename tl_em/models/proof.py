@@ -33,8 +33,9 @@ from torch import Tensor
 
 from tl_em.errors import CacheWarning, ModelError, TlEmError, first_line
 from tl_em.models.cache import has_cache, steps
-from tl_em.models.hooks import LensModel, hook_points, probing
+from tl_em.models.hooks import LensModel, hook_points
 from tl_em.models.prompts import EncodedPrompt, make_batch
+from tl_em.models.residual_writes import probing
 from tl_em.models.source import Boundaries, boundaries_of
 from tl_em.models.stream import batch_logits
 

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from tl_em.arguments import are_numbers, checked, token_ids
 from tl_em.errors import NonFiniteError, PositionError, PromptError, UsageError
-from tl_em.models.hook_points import resolve
-from tl_em.models.hooks import LensModel, hook_name, hooked, read_point
+from tl_em.models.hooks import LensModel, hook_name, hooked, read_point, resolve
 from tl_em.models.prompts import Batch, EncodedPrompt, Prompt, batches, encode, token_index
 from tl_em.models.sites import Position, Site, as_position, as_sites
 from tl_em.models.source import boundaries_of
