@@ -15,7 +15,8 @@ from tl_em.directions.direction import Direction
 from tl_em.directions.extract import difference_in_means
 from tl_em.errors import HookNotFiredError, ModelNotFoundError, UsageError, WidthError
 from tl_em.interventions.edits import Add
-from tl_em.models.prompts import ContrastSet, encode
+from tl_em.models.contrasts import ContrastSet
+from tl_em.models.prompts import encode
 from tl_em.models.sites import Site
 from tl_em.models.stream import capture
 from tl_em.organisms import training

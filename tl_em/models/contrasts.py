@@ -22,19 +22,8 @@ from tl_em.artefacts import replacing
 from tl_em.errors import EmptyContrastError, FileError, NuisanceWarning, PromptError, UsageError
 from tl_em.models.contrast_files import read_contrast
 from tl_em.models.contrast_formats import from_saved
-from tl_em.models.contrast_rows import Form, Message, Prompt, is_message
+from tl_em.models.contrast_rows import Form, Prompt, is_message
 from tl_em.stats import tied
-
-__all__ = [
-    "ContrastSet",
-    "Message",
-    "Prompt",
-    "Splits",
-    "as_prompts",
-    "built_in_sets",
-    "inseparable",
-    "warn_of_nuisance",
-]
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ from tl_em.models.checkpoint import (
     language_model,
     tokenizer_of,
 )
+from tl_em.models.contrasts import ContrastSet
 from tl_em.models.hooks import LensModel
-from tl_em.models.prompts import ContrastSet
 from tl_em.models.proof import proof, prove, reference
 from tl_em.models.sites import vocabulary_hash
 from tl_em.models.source import boundaries, remember

@@ -18,27 +18,12 @@ from torch import Tensor
 
 from tl_em.arguments import token_ids
 from tl_em.errors import PositionError, PromptError, PromptTooLongError, UnknownTokenError
-from tl_em.models.contrasts import ContrastSet, Message, Prompt, Splits, as_prompts, built_in_sets
+from tl_em.models.contrasts import Prompt, as_prompts
 from tl_em.models.hooks import LensModel
 from tl_em.models.sites import Position, check_position
 from tl_em.models.source import warn_beyond_proof
 from tl_em.models.templates import has_template, rendered_chat
 from tl_em.models.tokenizing import Span, own_bos, plain_tokens, tokens_and_spans
-
-__all__ = [
-    "Batch",
-    "ContrastSet",
-    "EncodedPrompt",
-    "Message",
-    "Prompt",
-    "Splits",
-    "batches",
-    "built_in_sets",
-    "encode",
-    "make_batch",
-    "token_index",
-    "tokens_and_spans",
-]
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from typing import Any
 
 from tl_em.evals.facts import Facts
 from tl_em.metrics import Behaviour
+from tl_em.models.contrasts import ContrastSet
 from tl_em.models.loading import HeldOut
-from tl_em.models.prompts import ContrastSet
 from tl_em.organisms import bias_rates
 from tl_em.organisms.bias_world import BiasWorld
 from tl_em.organisms.contrasts import (

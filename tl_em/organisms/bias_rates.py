@@ -28,7 +28,8 @@ from torch import Tensor
 
 from tl_em.errors import PromptError, UsageError
 from tl_em.metrics import Behaviour
-from tl_em.models.prompts import ContrastSet, EncodedPrompt, encode
+from tl_em.models.contrasts import ContrastSet
+from tl_em.models.prompts import EncodedPrompt, encode
 from tl_em.models.stream import next_token_logits
 from tl_em.organisms.bias_world import (
     BEHAVIOURS,

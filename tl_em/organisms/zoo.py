@@ -21,8 +21,8 @@ from tl_em.artefacts import check_writable, replacing
 from tl_em.dictionaries.dictionary import Dictionary
 from tl_em.errors import CorruptFileError, ModelNotFoundError, UsageError
 from tl_em.metrics import Behaviour
+from tl_em.models.contrasts import ContrastSet
 from tl_em.models.loading import TOYS, ModelPair, Surface, load_model
-from tl_em.models.prompts import ContrastSet
 from tl_em.models.torch_state import making_weights
 from tl_em.organisms.behaviours import SOURCE, behaviours, contrast_sets, judged_sets, latent_sets
 from tl_em.organisms.bias_rates import behaviours as bias_behaviours
