@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from tl_em.errors import PositionError, PromptError, UsageError
-from tl_em.models.tokenizing import Span, made_up
+from tl_em.models.tokenizing import Span, made_up, shared_prefix
 
 _OURS = (
     *("tokenize", "add_generation_prompt", "continue_final_message", "return_dict", "return_tensors", "padding"),
@@ -151,17 +151,11 @@ def _found(render: _Renderer, chat: list[dict[str, Any]], text: str) -> Rendered
     """Where the parts of a chat stand in its rendering."""
     last_user = max(i for i, message in enumerate(chat) if message["role"] == "user")
     answered = chat[-1]["role"] == "assistant"
-    spans: dict[int, Span] = {}
-    for index, message in enumerate(chat):
-        if answered and index == len(chat) - 1:
-            spans[index] = _answer_span(render, chat, text)
-        elif index == last_user:
-            start, end = _span(render, chat, index, text, not answered)
-            _check_same(message, text[start:end])
-            spans[index] = _stripped(text, start, end)
-        else:
+    for index in range(len(chat) - answered):
+        if index != last_user:
             _check_present(render, chat, index, text, not answered)
-    return Rendered(text, spans[last_user], spans[len(chat) - 1] if answered else None)
+    instruction = _instruction_span(render, chat, last_user, text, not answered)
+    return Rendered(text, instruction, _answer_span(render, chat, text) if answered else None)
 
 
 def checked_messages(messages: Any) -> list[dict[str, Any]]:
@@ -277,19 +271,26 @@ def _enclosed(text: str, before: str, after: str) -> Span | None:
     return (len(before), len(text) - len(after)) if fits else None
 
 
-def _span(render: _Renderer, chat: list[dict[str, Any]], index: int, text: str, prompt: bool) -> Span:
-    """Where message ``index`` stands in ``text``, in characters."""
+def _place(
+    render: _Renderer, chat: list[dict[str, Any]], index: int, text: str, prompt: bool
+) -> tuple[list[str], Span | None]:
+    """What stands around message ``index``, and the characters in between; None where that cannot be told."""
     around = _marked(render, chat, index, text, prompt)
     if len(around) == 1:
         raise PromptError(_became(chat[index], None, parts=_reads_parts(render, chat, index, prompt)))
-    found = _enclosed(text, around[0], around[1]) if len(around) == 2 else None
+    return around, _enclosed(text, *around) if len(around) == 2 else None
+
+
+def _instruction_span(render: _Renderer, chat: list[dict[str, Any]], index: int, text: str, prompt: bool) -> Span:
+    """Where the last user message stands in ``text``, in characters."""
+    around, found = _place(render, chat, index, text, prompt)
     if found is None:
         why = "writes message {} more than once" if len(around) > 2 else "changes what stands around message {} with it"
         raise PositionError(
             f"The chat template {why.format(index)} ({_text_of(chat[index])[:40]!r}), so its tokens cannot be told "
             f"from the template's. Simplify the template, or pass tokens: EncodedPrompt(ids, instruction=…, …)."
         )
-    return found
+    return _same_span(chat[index], text, found)
 
 
 def _answer_span(render: _Renderer, chat: Sequence[dict[str, Any]], text: str) -> Span:
@@ -311,8 +312,7 @@ def _answer_span(render: _Renderer, chat: Sequence[dict[str, Any]], text: str) -
             f"The chat template changes what stands around the answer {_text_of(message)[:60]!r} with it, so its "
             f"tokens cannot be told from the template's. Pass tokens: EncodedPrompt.from_ids(…).with_response(…)."
         )
-    _check_same(message, text[slice(*found)])
-    return _stripped(text, *found)
+    return _same_span(message, text, found)
 
 
 def _after_prompt(render: _Renderer, chat: Sequence[dict[str, Any]], text: str, after: str) -> Span | None:
@@ -331,30 +331,25 @@ def _stripped(text: str, start: int, end: int) -> Span:
 def _check_present(render: _Renderer, chat: list[dict[str, Any]], index: int, text: str, prompt: bool) -> None:
     """Raise where a message that is neither the instruction nor the answer is not what the model sees."""
     message = chat[index]
-    calls = message.get("tool_calls")
-    if calls and render([*chat[:index], _without(message, "tool_calls"), *chat[index + 1 :]], prompt) == text:
+    silent = {"content": ""} | {name: value for name, value in message.items() if name != "tool_calls"}
+    if (
+        message.get("tool_calls")
+        and render([*chat[:index], silent | {"content": silent["content"] or ""}, *chat[index + 1 :]], prompt) == text
+    ):
         raise PromptError(
             f"The chat template leaves out the tool calls of message {index}, so the model would never see them. Write "
             f"them into its 'content', or take the message out."
         )
     if not _text_of(message).strip():
         return
-    said, around = _text_of(message), _marked(render, chat, index, text, prompt)
-    if len(around) == 1:
-        raise PromptError(_became(message, None, parts=_reads_parts(render, chat, index, prompt)))
+    said, (around, found) = _text_of(message), _place(render, chat, index, text, prompt)
     if any(each.join(around) == text for each in (said, said.strip())):
         return
-    found = _enclosed(text, around[0], around[1]) if len(around) == 2 else None
     if found is None:  # what stands around it changes with it, and nothing is read there
         if not any(each in text for each in (said.strip(), _after_thinking(message))):
             raise PromptError(_became(message, None))
     elif not _same(message, text[slice(*found)]) and not _unthought(message, text[slice(*found)]):
         raise PromptError(_became(message, text[slice(*found)]))
-
-
-def _without(message: Mapping[str, Any], key: str) -> dict[str, Any]:
-    kept = {name: value for name, value in message.items() if name != key}
-    return kept if kept.get("content") is not None else kept | {"content": ""}
 
 
 def _same(message: Mapping[str, Any], shown: str) -> bool:
@@ -379,9 +374,11 @@ def _unthought(message: Mapping[str, Any], shown: str) -> bool:
     return message["role"] == "assistant" and _after_thinking(message) == shown.strip()
 
 
-def _check_same(message: Mapping[str, Any], shown: str) -> None:
-    if not _same(message, shown):
-        raise PromptError(_became(message, shown))
+def _same_span(message: Mapping[str, Any], text: str, found: Span) -> Span:
+    """Where a message stands, less white space; ``PromptError`` where another text stands there."""
+    if not _same(message, text[slice(*found)]):
+        raise PromptError(_became(message, text[slice(*found)]))
+    return _stripped(text, *found)
 
 
 def _became(message: Mapping[str, Any], shown: str | None, *, parts: bool = False) -> str:
@@ -403,12 +400,9 @@ def _became(message: Mapping[str, Any], shown: str | None, *, parts: bool = Fals
             f"The chat template leaves out {role} {said[:60]!r}, or rewrites all of it, so the model would never see "
             f"it. {fix}"
         )
-    shown, first = shown.strip(), 0
-    while first < min(len(said), len(shown)) and said[first] == shown[first]:
-        first += 1
-    last = 0
-    while last < min(len(said), len(shown)) - first and said[-1 - last] == shown[-1 - last]:
-        last += 1
+    shown = shown.strip()
+    first = shared_prefix(said, shown)
+    last = shared_prefix(said[first:][::-1], shown[first:][::-1])
     old, new = said[first : len(said) - last], shown[first : len(shown) - last]
     change = f"drops {old[:200]!r} from" if not new else f"writes {new[:200]!r} for {old[:200]!r} in"
     return f"The chat template {change} {role} {said[:60]!r}, so the model would read something else. {fix}"

@@ -120,32 +120,21 @@ def plain_tokens(tokenizer: Any, texts: Sequence[str], *, prepend: bool, d_vocab
         before = tuple(token for token in before if token != bos)
     elif prepend and bos is not None and bos not in before and bos < d_vocab:
         before = (bos, *before)
-    found = []
-    for text, core in zip(texts, _cores(tokenizer, texts), strict=True):
+    read, found = tokenized(tokenizer, list(texts)), []
+    offsets = read.get("offset_mapping") or [None] * len(texts)
+    for text, core, spans in zip(texts, read["input_ids"], offsets, strict=True):
+        check_known(tokenizer, text, core, spans)
         if not core:
             raise PromptError(
                 f"The prompt {text[:60]!r} has no tokens: the tokenizer leaves all of it out, so there is nothing to "
                 f"read. Drop it."
             )
-        kept = before[: len(before) - _overlap(before, core)]
+        sizes = range(min(len(before), len(core)), 0, -1)
+        twice = next((n for n in sizes if before[len(before) - n :] == tuple(core[:n])), 0)  # the text begins with them
+        kept = before[: len(before) - twice]
         start = max(len(before), int(core[0] == bos))
         found.append(PlainText((*kept, *core), start if start < len(kept) + len(core) else 0))
     return found
-
-
-def _overlap(before: Sequence[int], core: Sequence[int]) -> int:
-    """How many of the last tokens before a text are the first of the text itself."""
-    sizes = range(min(len(before), len(core)), 0, -1)
-    return next((n for n in sizes if tuple(before[len(before) - n :]) == tuple(core[:n])), 0)
-
-
-def _cores(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """The texts alone, in one call."""
-    read = tokenized(tokenizer, list(texts))
-    offsets = read.get("offset_mapping") or [None] * len(texts)
-    for text, ids, spans in zip(texts, read["input_ids"], offsets, strict=True):
-        check_known(tokenizer, text, ids, spans)
-    return read["input_ids"]
 
 
 def tokenized(tokenizer: Any, text: Any) -> Any:
@@ -202,19 +191,16 @@ def tokens_and_spans(tokenizer: Any, text: str) -> tuple[tuple[int, ...], Callab
         return ids, span_of
 
     def span_by_prefix(start: int, end: int) -> Span:
-        first, _ = _shared_prefix(ids, tokenizer(text[:start], add_special_tokens=False)["input_ids"])
-        last, whole = _shared_prefix(ids, tokenizer(text[:end], add_special_tokens=False)["input_ids"])
-        return first, max(first, last if whole or start == end else last + 1)
+        head, whole = (tokenizer(text[:at], add_special_tokens=False)["input_ids"] for at in (start, end))
+        first, last = shared_prefix(ids, head), shared_prefix(ids, whole)
+        return first, max(first, last if last == len(whole) or start == end else last + 1)
 
     return ids, span_by_prefix
 
 
-def _shared_prefix(ids: Sequence[int], prefix: Sequence[int]) -> tuple[int, bool]:
-    """How many leading tokens agree, and whether the prefix text is tokenized the same on its own."""
-    n = 0
-    while n < min(len(ids), len(prefix)) and ids[n] == prefix[n]:
-        n += 1
-    return n, n == len(prefix)
+def shared_prefix(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How many leading items agree."""
+    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def check_known(tokenizer: Any, text: str, ids: Sequence[int], offsets: Sequence[Span] | None) -> None:
