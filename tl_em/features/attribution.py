@@ -144,7 +144,7 @@ def _gradients(
     name = hook_name(model, dictionary.site_out)
     with torch.no_grad(), hooked(model, [(name, cut)]), _unembed_only(model, rows, at) as narrowed:
         logits = _forward(model, batch)
-        logprobs = (logits[0] if narrowed() else logits[rows, at]).float().log_softmax(-1)
+        logprobs = (logits[0] if narrowed else logits[rows, at]).float().log_softmax(-1)
         wanted = batch.tokens[rows, at + 1].to(logprobs.device)
         total = logprobs.gather(-1, wanted[:, None]).sum()
         (gradient,) = torch.autograd.grad(total, leaf[-1])

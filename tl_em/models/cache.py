@@ -49,7 +49,7 @@ def has_cache(model: LensModel) -> bool:
     """Whether the model takes a cache that this module knows how to hand over."""
     if hasattr(model, "original_model"):
         return _cache_name(model) is not None
-    return "past_kv_cache" in inspect.signature(_forward_of(model)).parameters
+    return "past_kv_cache" in inspect.signature(getattr(model, "forward", model)).parameters
 
 
 def _reading_again(model: LensModel) -> Step:
@@ -104,10 +104,6 @@ def _bridge_steps(model: Any, stack: ExitStack) -> Step:
 def _cache_name(model: Any) -> str | None:
     takes = inspect.signature(model.original_model.forward).parameters
     return next((name for name in _NAMES if name in takes), None)
-
-
-def _forward_of(model: Any) -> Any:
-    return getattr(model, "forward", model)
 
 
 _ATTENTIONS: WeakKeyDictionary[Any, tuple[nn.Module, ...]] = WeakKeyDictionary()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +30,11 @@ def from_path_or_hub(source: str, tokenizer: Any, dtype: torch.dtype) -> tuple[s
             f"The directory {source!r} has neither config.json nor adapter_config.json, so it holds no Hugging Face "
             f"model. Save one there with hf_model.save_pretrained({source!r})."
         )
-    if not path.is_dir() and _looks_like_path(source):
+    if not path.is_dir() and (source.startswith(("/", ".", "~")) or source.count("/") > 1 or not source):
         raise ModelNotFoundError(f"There is no directory {source!r}. Check the path, or give a hub id such as 'gpt2'.")
     if not path.is_dir():
         _check_hub(source)
     return source, _hf_model(source, dtype), tokenizer if tokenizer is not None else hf_tokenizer(source)
-
-
-def _looks_like_path(source: str) -> bool:
-    return source.startswith(("/", ".", "~")) or source.count("/") > 1 or not source
 
 
 def _check_hub(source: str) -> None:
@@ -130,34 +126,36 @@ def _check_complete(source: str, hf_model: Any, found: dict[str, Any]) -> None:
             for each in found["mismatched_keys"]
         ],
     }
-    said = [f"{_named(names)} {what}" for what, names in trouble.items() if names]
+    said = _told(trouble)
     if said or found.get("error_msgs"):
         raise CorruptFileError(
-            f"The weights in {source!r} are not those of its config: {'; '.join(said) or found['error_msgs'][0]}. What "
+            f"The weights in {source!r} are not those of its config: {said or found['error_msgs'][0]}. What "
             f"was measured on it would be noise. Save the whole model again with hf_model.save_pretrained(…), from the "
             f"model itself, not from a wrapper (torch.compile's is model._orig_mod)."
         )
 
 
-def _named(keys: Iterable[str]) -> str:
-    """The first keys by name, and how many there are."""
-    names = sorted(map(str, keys))
-    rest = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return f"{len(names)} tensor{'s' * (len(names) > 1)} ({', '.join(names[:4])}{rest})"
+def _told(trouble: Mapping[str, Iterable[str]]) -> str:
+    """What is wrong with which tensors: the first by name, and how many there are."""
+    said = []
+    for what, keys in trouble.items():
+        names = sorted(map(str, keys))
+        rest = f" and {len(names) - 4} more" if len(names) > 4 else ""
+        if names:
+            said.append(f"{len(names)} tensor{'s' * (len(names) > 1)} ({', '.join(names[:4])}{rest}) {what}")
+    return "; ".join(said)
 
 
 def _not_found(source: str, error: Exception) -> ModelError | CorruptFileError:
-    path = Path(source)
-    if path.is_dir() and any(path.glob("*.safetensors")):
-        return CorruptFileError(
-            f"The weights in {source!r} cannot be read ({first_line(error)}). Copy or download them again."
-        )
-    if path.is_dir():
+    said = first_line(error)
+    if any(Path(source).glob("*.safetensors")):
+        return CorruptFileError(f"The weights in {source!r} cannot be read ({said}). Copy or download them again.")
+    if Path(source).is_dir():
         return ModelNotFoundError(
-            f"The directory {source!r} holds no readable weights ({first_line(error)}). Save the model there again."
+            f"The directory {source!r} holds no readable weights ({said}). Save the model there again."
         )
     return ModelNotFoundError(
-        f"There is no directory {source!r}, and the hub gives no model of that name ({first_line(error)}). Check the "
+        f"There is no directory {source!r}, and the hub gives no model of that name ({said}). Check the "
         f"spelling and the network; offline, download it elsewhere (hf download {source}) and pass the directory."
     )
 
@@ -321,22 +319,18 @@ def _check_adapter(path: Path, with_adapter: Any) -> None:
 
     stored = load_peft_weights(str(path), device="cpu")
     taken = get_peft_model_state_dict(with_adapter, save_embedding_layers=False)
-    everything = with_adapter.state_dict()
-    unused = [key for key in stored if key not in taken and key not in everything]
-    changed = [
-        key
-        for key in stored.keys() & taken.keys()
-        if not torch.equal(stored[key].to(taken[key].dtype), taken[key].to("cpu"))
-    ]
+    unused = stored.keys() - taken.keys() - with_adapter.state_dict().keys()
+    both = stored.keys() & taken.keys()
+    changed = [key for key in both if not torch.equal(stored[key].to(taken[key].dtype), taken[key].to("cpu"))]
     trouble = {
-        "asked for by its config, but not in its file": [key for key in taken if key not in stored],
+        "asked for by its config, but not in its file": taken.keys() - stored.keys(),
         "in its file, but fit nothing in the base": unused,
         "in its file, but not what was loaded": changed,
     }
-    said = [f"{_named(names)} {what}" for what, names in trouble.items() if names]
+    said = _told(trouble)
     if said or not taken:
         raise CorruptFileError(
-            f"The adapter in {str(path)!r} is not whole on its base: {'; '.join(said) or 'it changes no module'}. peft "
+            f"The adapter in {str(path)!r} is not whole on its base: {said or 'it changes no module'}. peft "
             f"would go on without those parts, and the fine-tune would look like no change. Save the adapter again "
             f"with peft_model.save_pretrained(…), and check base_model_name_or_path in adapter_config.json."
         )

@@ -260,9 +260,7 @@ _A_PASS = 8
 """What a pass costs beside its tokens: as much as this part of ``max_tokens``."""
 
 
-def batches(
-    encoded: Sequence[EncodedPrompt], *, max_tokens: int = 8192, turns: Sequence[int] = ()
-) -> Iterator[Batch]:
+def batches(encoded: Sequence[EncodedPrompt], *, max_tokens: int = 8192, turns: Sequence[int] = ()) -> Iterator[Batch]:
     """Batches of prompts of similar length, right-padded, at most ``max_tokens`` tokens each, padding included.
 
     Cut where padding and passes together cost least. Right padding is exact on every surface, left padding without a

@@ -21,8 +21,8 @@ from __future__ import annotations
 import inspect
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -36,7 +36,7 @@ from tl_em.models.cache import has_cache, steps
 from tl_em.models.hooks import LensModel, hook_points
 from tl_em.models.prompts import EncodedPrompt, make_batch
 from tl_em.models.residual_writes import probing
-from tl_em.models.source import Boundaries, boundaries_of
+from tl_em.models.source import Boundaries, boundaries_of, text_config
 from tl_em.models.stream import batch_logits
 
 BOUNDS = {torch.float32: 2e-4, torch.float64: 2e-4}
@@ -137,7 +137,7 @@ def _length(hf_model: Any, boundaries: Boundaries) -> tuple[int, tuple[int, ...]
 
 def context_length(config: Any) -> int:
     """The longest prompt that a Hugging Face config admits; a large number where it names none."""
-    text = getattr(config, "text_config", None) or config
+    text = text_config(config)
     names = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length", "max_sequence_length")
     found = [getattr(text, name, None) for name in names]
     return next((int(each) for each in found if isinstance(each, int) and each > 0), 2**20)
@@ -146,7 +146,7 @@ def context_length(config: Any) -> int:
 def _affordable(hf_model: Any, length: int) -> bool:
     weight = next(hf_model.parameters())
     operations, memory = _CPU if weight.device.type == "cpu" else _DEVICE
-    text = getattr(hf_model.config, "text_config", None) or hf_model.config
+    text = text_config(hf_model.config)
     heads = int(getattr(text, "num_attention_heads", None) or getattr(text, "n_head", None) or 16)
     size = sum(parameter.numel() for parameter in hf_model.parameters())
     return 2 * size * length <= operations and 8 * heads * length**2 <= memory
@@ -201,10 +201,9 @@ def prove(model: LensModel, expected: Reference, explain: str) -> Proof:
     start = time.perf_counter()
     dtype = next(iter(model.parameters())).dtype  # pyright: ignore[reportAttributeAccessIssue]
     with _alone(model):
-        forward = _running(model, explain, lambda: _forward_gap(model, expected, dtype))
-        _refuse_beyond(_bound(dtype), forward, model, f"over {len(expected.tokens)} tokens", explain)
-        batch = _running(model, explain, lambda: _batch_gap(model, expected, dtype))
-        _refuse_beyond(_bound(dtype), batch, model, "in a padded batch", explain)
+        over = f"over {len(expected.tokens)} tokens"
+        forward = _within_bound(over, _forward_gap, model, expected, dtype, explain)
+        batch = _within_bound("in a padded batch", _batch_gap, model, expected, dtype, explain)
         proof = Proof(len(expected.tokens), forward, batch, None, None, expected.beyond, str(dtype).split(".")[-1])
         proof = _with_cache(model, proof, expected.tokens, expected.middle_length, dtype)
     proof = replace(proof, seconds=time.perf_counter() - start)
@@ -212,10 +211,12 @@ def prove(model: LensModel, expected: Reference, explain: str) -> Proof:
     return proof
 
 
-def _running(model: LensModel, explain: str, gap: Callable[[], float]) -> float:
-    """A gap, or ``ModelError`` where a surface that could be built cannot be run."""
+def _within_bound(
+    where: str, gap: Callable[..., float], model: LensModel, expected: Reference, dtype: torch.dtype, explain: str
+) -> float:
+    """A gap, or ``ModelError`` where it is more than rounding, or a surface that could be built cannot be run."""
     try:
-        return gap()
+        found = gap(model, expected, dtype)
     except TlEmError:
         raise
     except Exception as error:  # no common base: it meets whatever its adapter of the architecture assumes
@@ -223,6 +224,13 @@ def _running(model: LensModel, explain: str, gap: Callable[[], float]) -> float:
             f"The {type(model).__name__} built from {model.cfg.model_name!r} does not run where the Hugging Face model "
             f"does ({type(error).__name__}: {first_line(error)}). {explain}"
         ) from error
+    if not found <= _bound(dtype):
+        raise ModelError(
+            f"The {type(model).__name__} built from {model.cfg.model_name!r} is not the same function as the Hugging "
+            f"Face model: {where}, log-probabilities differ by {found:.2g} spreads of its logits (rounding gives at "
+            f"most {_bound(dtype):g}). {explain}"
+        )
+    return found
 
 
 def _forward_gap(model: LensModel, expected: Reference, dtype: torch.dtype) -> float:
@@ -244,9 +252,7 @@ def _logits(model: LensModel, prompts: list[Tensor], rows: Tensor, columns: Tens
     return batch_logits(model, make_batch(encoded, range(len(encoded))), rows, columns).float().cpu()
 
 
-def _gap(
-    expected: Float[Tensor, "token d_vocab"], found: Float[Tensor, "token d_vocab"], dtype: torch.dtype
-) -> float:
+def _gap(expected: Float[Tensor, "token d_vocab"], found: Float[Tensor, "token d_vocab"], dtype: torch.dtype) -> float:
     """Difference of log-probabilities, in spreads of the expected logits; infinite where the widths differ."""
     if expected.shape[-1] != found.shape[-1]:
         return float("inf")
@@ -260,16 +266,6 @@ def _gap(
 
 def _bound(dtype: torch.dtype) -> float:
     return BOUNDS.get(dtype, HALF)
-
-
-def _refuse_beyond(bound: float, gap: float, model: LensModel, where: str, explain: str) -> None:
-    if gap <= bound:
-        return
-    raise ModelError(
-        f"The {type(model).__name__} built from {model.cfg.model_name!r} is not the same function as the Hugging Face "
-        f"model: {where}, log-probabilities differ by {gap:.2g} spreads of its logits (rounding gives at most "
-        f"{bound:g}). {explain}"
-    )
 
 
 # --- The cache --------------------------------------------------------------------------------------------------------
@@ -353,26 +349,20 @@ def may_use_cache(model: LensModel, length: int) -> bool:
 
 def _own_proof(model: LensModel) -> Proof:
     """Of a model that came ready-made: its cached generation against its own uncached generation."""
-    weight = next(iter(model.parameters()))  # pyright: ignore[reportAttributeAccessIssue]
-    room = int(model.cfg.n_ctx)
+    dtype, room = next(iter(model.parameters())).dtype, int(model.cfg.n_ctx)  # pyright: ignore[reportAttributeAccessIssue]
     tokens = torch.randint(int(model.cfg.d_vocab), (min(room, 2048),), generator=torch.Generator().manual_seed(0))
-    begun = Proof(0, None, None, None, None, (), str(weight.dtype).split(".")[-1])
+    begun = Proof(0, None, None, None, None, (), str(dtype).split(".")[-1])
     with _alone(model):
-        return _with_cache(model, begun, tokens, min(_MIDDLE, room), weight.dtype)
+        return _with_cache(model, begun, tokens, min(_MIDDLE, room), dtype)
 
 
 @contextmanager
 def _alone(model: LensModel) -> Iterator[None]:
     """Without the hooks at hook points, so that no intervention or recorder of the user's takes part in a proof."""
-    held: list[tuple[Any, Mapping[int, Any]]] = []
-    looking = probing.set(True)
-    try:
+    with ExitStack() as stack:
         for point in dict.fromkeys(hook_points(model).values()):
             if point._forward_hooks:
-                held.append((point, dict(point._forward_hooks)))
+                stack.callback(point._forward_hooks.update, dict(point._forward_hooks))
                 point._forward_hooks.clear()
+        stack.callback(probing.reset, probing.set(True))
         yield
-    finally:
-        probing.reset(looking)
-        for point, hooks in held:
-            point._forward_hooks.update(hooks)

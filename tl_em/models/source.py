@@ -107,10 +107,9 @@ def _ends(hf_model: Any) -> Iterator[int]:
 
 def boundaries_of(model: Any) -> Boundaries:
     """Of a model with hook points; none where its config is not known."""
-    known = _source(model)
+    known, config = _source(model), getattr(getattr(model, "original_model", None), "config", None)
     if known is not None:
         return known.boundaries
-    config = getattr(getattr(model, "original_model", None), "config", None)
     return Boundaries() if config is None else boundaries(config)
 
 
@@ -127,11 +126,10 @@ def boundaries(config: Any) -> Boundaries:
         >>> boundaries(Config())
         Boundaries(windows=(512,), turns=(1024,), scaled=())
     """
-    text = getattr(config, "text_config", None) or config
+    text = text_config(config)
     windows = {width for name in _WINDOWS for width in _lengths(getattr(text, name, None))}
-    ropes = list(_ropes(getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None)))
     turns, scaled = set(), set()
-    for rope in ropes:
+    for rope in _ropes(getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None)):
         kind = rope.get("rope_type", rope.get("type"))
         at = rope.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None)
         if kind == "dynamic":
@@ -139,6 +137,11 @@ def boundaries(config: Any) -> Boundaries:
         if kind not in (None, "default"):
             (turns if kind in ("longrope", "dynamic") else scaled).update(_lengths(at))
     return Boundaries(*(tuple(sorted(each)) for each in (windows, turns, scaled)))
+
+
+def text_config(config: Any) -> Any:
+    """The part of a Hugging Face config that is about text."""
+    return getattr(config, "text_config", None) or config
 
 
 def _lengths(value: Any) -> Iterable[int]:

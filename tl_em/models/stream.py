@@ -188,14 +188,13 @@ def encoded_prompts(model: LensModel, prompts: Sequence[Prompt | EncodedPrompt])
 def spans_of(encoded: Sequence[EncodedPrompt], positions: Sequence[Position]) -> Int[Tensor, "prompt position 2"]:
     """Token spans (end exclusive) of the positions; a single token is a span of one."""
     found = [[token_index(prompt, position) for position in positions] for prompt in encoded]
-    return torch.tensor(
-        [[at if isinstance(at, tuple) else (at, at + 1) for at in row] for row in found], dtype=torch.long
-    )
+    spans = [[at if isinstance(at, tuple) else (at, at + 1) for at in row] for row in found]
+    return torch.tensor(spans, dtype=torch.long)
 
 
-def _inside(spans: Int[Tensor, "prompt 2"], width: int) -> Bool[Tensor, "prompt pos"]:
+def _inside(spans: Int[Tensor, "*prompt 2"], width: int) -> Bool[Tensor, "*prompt pos"]:
     columns = torch.arange(width)
-    return (columns >= spans[:, :1]) & (columns < spans[:, 1:])
+    return (columns >= spans[..., :1]) & (columns < spans[..., 1:])
 
 
 class _EverythingRead(Exception):
@@ -204,10 +203,6 @@ class _EverythingRead(Exception):
 
 def _batches(model: LensModel, encoded: Sequence[EncodedPrompt], max_tokens: int) -> Iterator[Batch]:
     return batches(encoded, max_tokens=max_tokens, turns=boundaries_of(model).turns)
-
-
-def _read_tokens(model: LensModel) -> int:
-    return _READ_TOKENS if torch.device(model.cfg.device).type == "cpu" else 8 * _READ_TOKENS
 
 
 Keep = Callable[[int, Tensor, Tensor], None]
@@ -243,8 +238,9 @@ def stream(
             raise _EverythingRead
 
     reads = [(point.name, partial(read, site)) for site, point in enumerate(points)]
+    max_tokens = _READ_TOKENS if torch.device(model.cfg.device).type == "cpu" else 8 * _READ_TOKENS
     with torch.no_grad(), hooked(model, reads, check=False):
-        for batch in _batches(model, encoded, _read_tokens(model)):
+        for batch in _batches(model, encoded, max_tokens):
             waiting.update(range(len(sites)))
             pool = _pooling(spans[list(batch.rows)], batch.tokens.shape[1])
             current.update(rows=torch.tensor(batch.rows), pool=pool, finite={})
@@ -342,8 +338,7 @@ def _pooling(
             return x.flatten(0, 1).index_select(0, at.to(x.device)).view(*spans.shape[:2], -1)
 
         return gather
-    columns = torch.arange(width)
-    inside = ((columns >= spans[..., :1]) & (columns < spans[..., 1:])).to(torch.float32)
+    inside = _inside(spans, width).to(torch.float32)
 
     def average(x: Tensor) -> Tensor:
         within = inside.to(x.device)
@@ -389,12 +384,12 @@ def batch_logits(
     """Logits at some tokens of a batch; only these are unembedded where the unembedding is a module of the model."""
     with torch.no_grad(), _unembed_only(model, rows, columns) as narrowed:
         logits = _forward(model, batch)
-    return logits[0] if narrowed() else logits[rows, columns]
+    return logits[0] if narrowed else logits[rows, columns]
 
 
 @contextmanager
-def _unembed_only(model: LensModel, rows: Tensor, columns: Tensor) -> Iterator[Callable[[], bool]]:
-    """Hand the unembedding the wanted tokens only, as one row; yields whether that happened."""
+def _unembed_only(model: LensModel, rows: Tensor, columns: Tensor) -> Iterator[list[bool]]:
+    """Hand the unembedding the wanted tokens only, as one row; yields a list that is filled where that happened."""
     happened: list[bool] = []
 
     def narrow(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -405,11 +400,9 @@ def _unembed_only(model: LensModel, rows: Tensor, columns: Tensor) -> Iterator[C
         return (x[rows.to(x.device), columns.to(x.device)][None], *args[1:])
 
     unembed = _unembedding(model)
-    if unembed is None:
-        yield lambda: False
-        return
-    handle = unembed.register_forward_pre_hook(narrow)
+    handle = None if unembed is None else unembed.register_forward_pre_hook(narrow)
     try:
-        yield lambda: bool(happened)
+        yield happened
     finally:
-        handle.remove()
+        if handle is not None:
+            handle.remove()
