@@ -40,8 +40,8 @@ from timing import (
 from torch import Tensor
 
 import tl_em as em
+from tl_em.models.class_means import class_moments
 from tl_em.models.hooks import hook_points, hooked
-from tl_em.models.means import class_moments
 from tl_em.models.residual_writes import write_points
 
 NEW, PROMPT, ROWS, WIDTH, MANY = 24, 24, 16, 48, 64

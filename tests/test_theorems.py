@@ -22,10 +22,10 @@ from tl_em.errors import (
 from tl_em.interventions.base import Intervention
 from tl_em.interventions.edits import Ablate, Add, Clamp
 from tl_em.interventions.intervene import intervene
+from tl_em.models.class_means import mean_activation
 from tl_em.models.contrasts import ContrastSet
 from tl_em.models.generate import generate
 from tl_em.models.hooks import LensModel, hook_points, hooked
-from tl_em.models.means import mean_activation
 from tl_em.models.sites import Site
 from tl_em.models.stream import capture, next_token_logits
 

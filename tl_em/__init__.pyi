@@ -61,13 +61,13 @@ from .metrics import Behaviour as Behaviour
 from .metrics import Metric as Metric
 from .metrics import logit_difference as logit_difference
 from .metrics import refusal_log_odds as refusal_log_odds
+from .models.class_means import mean_activation as mean_activation
 from .models.contrasts import ContrastSet as ContrastSet
 from .models.generate import generate as generate
 from .models.hooks import LensModel as LensModel
 from .models.loading import ModelPair as ModelPair
 from .models.loading import load_model as load_model
 from .models.loading import load_pair as load_pair
-from .models.means import mean_activation as mean_activation
 from .models.proof import proof as proof
 from .models.sites import Site as Site
 from .models.stream import capture as capture

@@ -12,7 +12,7 @@ from tl_em.dictionaries.tokens import Tokens, every_token, sample_spans, scope_s
 from tl_em.errors import NonFiniteError, UsageError
 from tl_em.models.hooks import LensModel, hooked
 from tl_em.models.prompts import EncodedPrompt, encode
-from tl_em.models.scopes import Where
+from tl_em.models.token_scopes import Where
 
 pytestmark = pytest.mark.surface
 SITE = em.Site(1)

@@ -18,9 +18,9 @@ from tl_em.models.generate import generate
 from tl_em.models.hooks import LensModel, hooked
 from tl_em.models.prompts import EncodedPrompt, encode
 from tl_em.models.residual_writes import write_points
-from tl_em.models.scopes import Where
 from tl_em.models.sites import Site
 from tl_em.models.stream import capture, next_token_logits, sequence_logprobs
+from tl_em.models.token_scopes import Where
 
 pytestmark = pytest.mark.surface
 

@@ -16,9 +16,9 @@ from tl_em.interventions.base import Intervention
 from tl_em.interventions.edits import Ablate
 from tl_em.interventions.intervene import intervene
 from tl_em.interventions.subspaces import Erase, leace
+from tl_em.models.class_means import mean_activation
 from tl_em.models.contrasts import ContrastSet
 from tl_em.models.hooks import LensModel
-from tl_em.models.means import mean_activation
 from tl_em.models.sites import Provenance, Site
 from tl_em.models.stream import capture, next_token_logits
 

@@ -10,8 +10,8 @@ import torch
 
 from tl_em.errors import NonFiniteError, PositionError, PromptError, UsageError
 from tl_em.models import stream as capture_module
+from tl_em.models.class_means import mean_activation
 from tl_em.models.hooks import LensModel, hook_points, hooked, read_point
-from tl_em.models.means import mean_activation
 from tl_em.models.prompts import Prompt, encode
 from tl_em.models.sites import Site
 from tl_em.models.stream import capture, next_token_logits, sequence_logprobs

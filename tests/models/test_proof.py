@@ -25,7 +25,7 @@ from tl_em.models.hooks import LensModel
 from tl_em.models.loading import load_model
 from tl_em.models.prompts import EncodedPrompt
 from tl_em.models.sites import Provenance, Site
-from tl_em.models.source import Boundaries, boundaries, end_tokens
+from tl_em.models.source_record import Boundaries, boundaries, end_tokens
 from tl_em.models.stream import capture, next_token_logits
 
 from ..conftest import SURFACES, make_hf_model, make_tokenizer

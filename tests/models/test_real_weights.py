@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from tl_em.models.class_means import class_moments
 from tl_em.models.contrasts import ContrastSet
 from tl_em.models.generate import generate
 from tl_em.models.loading import load_model
-from tl_em.models.means import class_moments
 from tl_em.models.prompts import EncodedPrompt
 from tl_em.models.sites import Site
 from tl_em.models.stream import capture, next_token_logits

@@ -16,8 +16,8 @@ from tl_em.claims.questions.use import ablate, add, arms
 from tl_em.directions.direction import Direction
 from tl_em.directions.geometry import separation
 from tl_em.metrics import Behaviour
+from tl_em.models.class_means import class_moments
 from tl_em.models.hooks import LensModel
-from tl_em.models.means import class_moments
 from tl_em.models.sites import Position
 from tl_em.models.stream import capture
 

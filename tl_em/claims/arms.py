@@ -25,8 +25,8 @@ from tl_em.interventions.many import Along, Measure, along_each, kl_from_now
 from tl_em.metrics import Metric, measured
 from tl_em.models.hooks import LensModel
 from tl_em.models.prompts import EncodedPrompt, encode
-from tl_em.models.scopes import Where
 from tl_em.models.stream import encoded_prompts
+from tl_em.models.token_scopes import Where
 from tl_em.stats import Estimate, Resampled, mean, paired_difference
 
 Values = Float[np.ndarray, " prompt"]

@@ -20,9 +20,9 @@ from tl_em.errors import UsageError
 from tl_em.models.hooks import LensModel
 from tl_em.models.loading import ModelPair
 from tl_em.models.prompts import EncodedPrompt, Prompt, make_batch
-from tl_em.models.scopes import Where, scope_mask
 from tl_em.models.sites import Position, Site
 from tl_em.models.stream import encoded_prompts, spans_of, stream
+from tl_em.models.token_scopes import Where, scope_mask
 
 CHUNK = 2**24
 """Bytes of activations read at a time."""

@@ -21,9 +21,9 @@ from tl_em.directions.extract import extracted
 from tl_em.directions.methods import as_method
 from tl_em.directions.methods.base import Method
 from tl_em.errors import UsageError, ZeroDirectionError
+from tl_em.models.class_means import as_contrast
 from tl_em.models.contrasts import ContrastSet
 from tl_em.models.hooks import LensModel
-from tl_em.models.means import as_contrast
 from tl_em.models.sites import Position, Site, as_positions
 from tl_em.models.torch_state import in_plain_torch
 

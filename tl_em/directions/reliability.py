@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_em.models.means import PARTS, ClassMoments, halves
+from tl_em.models.class_means import PARTS, ClassMoments, halves
 from tl_em.stats import Estimate
 
 # --- Two halves -------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from tl_em.interventions.intervene import intervene
 from tl_em.interventions.latents import ScaleFeature
 from tl_em.models.hooks import LensModel, hook_name, hooked
 from tl_em.models.prompts import Batch, EncodedPrompt, batches
-from tl_em.models.source import boundaries_of
+from tl_em.models.source_record import boundaries_of
 from tl_em.models.stream import _forward, _inside, _unembed_only, sequence_logprobs
 
 _READ_TOKENS = 2048

@@ -31,8 +31,8 @@ from tl_em.features.decoders import decoder_cosines
 from tl_em.features.explanations import neuronpedia_link, read_explanations
 from tl_em.models.hooks import LensModel
 from tl_em.models.prompts import EncodedPrompt, Prompt
-from tl_em.models.scopes import Where
 from tl_em.models.stream import encoded_prompts, spans_of
+from tl_em.models.token_scopes import Where
 from tl_em.models.token_text import token_texts
 from tl_em.models.torch_state import in_plain_torch
 from tl_em.showing import encodable, showable

@@ -19,7 +19,7 @@ from tl_em.interventions.base import Intervention, as_intervention
 from tl_em.interventions.wrappers import Gate
 from tl_em.models.hooks import HookFunction, LensModel, hooked, read_point
 from tl_em.models.residual_writes import probing
-from tl_em.models.scopes import Scope, Where
+from tl_em.models.token_scopes import Scope, Where
 from tl_em.models.torch_state import unlowered
 
 Model = TypeVar("Model", bound=LensModel)

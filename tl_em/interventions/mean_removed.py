@@ -16,9 +16,9 @@ from tl_em.arguments import checked
 from tl_em.directions.direction import Direction, as_direction
 from tl_em.directions.reliability import neutral_z
 from tl_em.errors import HiddenSteerWarning, UsageError
+from tl_em.models.class_means import as_contrast
 from tl_em.models.contrasts import ContrastSet
 from tl_em.models.hooks import LensModel
-from tl_em.models.means import as_contrast
 from tl_em.models.stream import capture
 from tl_em.models.torch_state import in_plain_torch
 from tl_em.stats import Estimate

@@ -29,9 +29,9 @@ from tl_em.directions.direction import Direction, check_fits
 from tl_em.errors import UsageError, WidthError, ZeroDirectionError
 from tl_em.interventions.base import Intervention
 from tl_em.interventions.edits import Removal
+from tl_em.models.class_means import as_contrast
 from tl_em.models.contrasts import ContrastSet
 from tl_em.models.hooks import LensModel
-from tl_em.models.means import as_contrast
 from tl_em.models.sites import Position, Provenance, Site, as_position, as_site, check_belongs
 from tl_em.models.stream import capture
 from tl_em.models.torch_state import in_plain_torch

@@ -26,7 +26,7 @@ from tl_em.interventions.edits import component
 from tl_em.models.hooks import LensModel, ReadPoint
 from tl_em.models.prompts import Batch
 from tl_em.models.residual_writes import probing
-from tl_em.models.scopes import running_batch
+from tl_em.models.token_scopes import running_batch
 from tl_em.models.torch_state import unlowered
 
 

@@ -19,7 +19,7 @@ from tl_em.models.cache import Step, steps
 from tl_em.models.hooks import LensModel
 from tl_em.models.prompts import EncodedPrompt, Prompt, encode, make_batch
 from tl_em.models.proof import may_use_cache
-from tl_em.models.source import end_tokens, warn_beyond_proof
+from tl_em.models.source_record import end_tokens, warn_beyond_proof
 from tl_em.models.stream import generating, listed
 from tl_em.models.torch_state import in_plain_torch
 

@@ -21,7 +21,7 @@ from tl_em.errors import PositionError, PromptError, PromptTooLongError, Unknown
 from tl_em.models.contrasts import Prompt, as_prompts
 from tl_em.models.hooks import LensModel
 from tl_em.models.sites import Position, check_position
-from tl_em.models.source import warn_beyond_proof
+from tl_em.models.source_record import warn_beyond_proof
 from tl_em.models.templates import has_template, rendered_chat
 from tl_em.models.tokenizing import Span, own_bos, plain_tokens, tokens_and_spans
 

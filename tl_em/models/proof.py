@@ -36,7 +36,7 @@ from tl_em.models.cache import has_cache, steps
 from tl_em.models.hooks import LensModel, hook_points
 from tl_em.models.prompts import EncodedPrompt, make_batch
 from tl_em.models.residual_writes import probing
-from tl_em.models.source import Boundaries, boundaries_of, text_config
+from tl_em.models.source_record import Boundaries, boundaries_of, text_config
 from tl_em.models.stream import batch_logits
 
 BOUNDS = {torch.float32: 2e-4, torch.float64: 2e-4}

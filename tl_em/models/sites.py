@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 
 from tl_em.arguments import SEED, list_of, optional, settle, whole
 from tl_em.errors import CorruptFileError, PositionError, ProvenanceError, UnknownHookError, UsageError, WidthError
-from tl_em.models.source import was_proven
+from tl_em.models.source_record import was_proven
 from tl_em.models.templates import template_record
 
 Stream = Literal["resid_pre", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post"]

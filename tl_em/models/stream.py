@@ -22,7 +22,7 @@ from tl_em.errors import NonFiniteError, PositionError, PromptError, UsageError
 from tl_em.models.hooks import LensModel, hook_name, hooked, read_point, resolve
 from tl_em.models.prompts import Batch, EncodedPrompt, Prompt, batches, encode, token_index
 from tl_em.models.sites import Position, Site, as_position, as_sites
-from tl_em.models.source import boundaries_of
+from tl_em.models.source_record import boundaries_of
 from tl_em.models.torch_state import in_plain_torch
 
 _MAX_TOKENS = 8192

@@ -31,9 +31,9 @@ from tl_em.directions.extract import difference_in_means, extract_directions, ne
 from tl_em.directions.geometry import cosine
 from tl_em.errors import EmptyContrastError, UsageError
 from tl_em.metrics import Metric, measured, refusal_log_odds
+from tl_em.models.class_means import as_contrast
 from tl_em.models.contrasts import ContrastSet, Prompt
 from tl_em.models.hooks import LensModel
-from tl_em.models.means import as_contrast
 from tl_em.models.sites import Position, Provenance, Site, as_site
 from tl_em.models.stream import capture
 from tl_em.models.torch_state import in_plain_torch

@@ -30,8 +30,8 @@ from tl_em.errors import UsageError
 from tl_em.interventions.base import Intervention, as_intervention
 from tl_em.interventions.edits import Ablate, Add
 from tl_em.metrics import Behaviour, Metric
+from tl_em.models.class_means import mean_activation
 from tl_em.models.hooks import LensModel
-from tl_em.models.means import mean_activation
 from tl_em.stats import Estimate, Resampled
 
 CONTROL_PROMPTS = 16

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from tl_em.models import means as moments_module
+from tl_em.models import class_means as moments_module
 from tl_em.models import stream as capture_module
+from tl_em.models.class_means import PARTS, SAMPLE, class_moments, halves, mean_activation
 from tl_em.models.contrasts import ContrastSet
 from tl_em.models.hooks import LensModel, hook_points
-from tl_em.models.means import PARTS, SAMPLE, class_moments, halves, mean_activation
 from tl_em.models.prompts import Prompt, batches, encode
 from tl_em.models.sites import Position, Site
 from tl_em.models.stream import capture, captured
