@@ -186,6 +186,24 @@ def optional(check: Check) -> Check:
     return lambda name, value: None if value is None else check(name, value)
 
 
+def instance_of(kind: type, noun: str, why: str, call: str) -> Check:
+    """The check that something is of a class: ``why`` it must be, and the ``call`` that makes one, for the message.
+
+    Example:
+        >>> instance_of(dict, "dict", "it names nothing", "{'a': 1}")("options", 3)
+        Traceback (most recent call last):
+        ...
+        tl_em.errors.UsageError: options=3 is no dict, so it names nothing. Give options {'a': 1}.
+    """
+
+    def of_kind(name: str, value: Any) -> Any:
+        if not isinstance(value, kind):
+            raise UsageError(f"{name}={_shown(value)} is no {noun}, so {why}. Give {name} {call}.")
+        return value
+
+    return of_kind
+
+
 def list_of(check: Check) -> Check:
     """The check, of every item of a list.
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from tl_em.errors import HookError, HookNotFiredError, NotAdditiveError, UnknownHookError
-from tl_em.models import hooks as hooks_module
 from tl_em.models import hooks as points_module
+from tl_em.models import residual_writes
 from tl_em.models.hooks import LensModel, hook_name, hook_points, hooked, read_point
 from tl_em.models.loading import load_model
 from tl_em.models.residual_writes import write_points
@@ -299,10 +299,10 @@ def test_where_the_sublayers_output_is_taken_before_a_post_norm_the_norms_output
     seen = {f"blocks.0.{tail}": torch.randn(1, 4, 8) for tail in tails}
     written = seen["blocks.0.ln1_post.hook_out"] + seen["blocks.0.ln2_post.hook_out"]
     seen["blocks.0.hook_resid_post"] = seen["blocks.0.hook_resid_pre"] + written
-    assert hooks_module._additive(0, seen) == ("blocks.0.ln1_post.hook_out", "blocks.0.ln2_post.hook_out")
+    assert residual_writes._additive(0, seen) == ("blocks.0.ln1_post.hook_out", "blocks.0.ln2_post.hook_out")
     seen["blocks.0.hook_resid_post"] = seen["blocks.0.hook_resid_pre"] + 2 * written
     with pytest.raises(NotAdditiveError, match="block 0"):
-        hooks_module._additive(0, seen)
+        residual_writes._additive(0, seen)
 
 
 def test_a_state_space_may_stand_in_attentions_place_or_beside_it() -> None:
@@ -311,17 +311,17 @@ def test_a_state_space_may_stand_in_attentions_place_or_beside_it() -> None:
     for parts in (("mixer.hook_out",), ("mixer.hook_out", "hook_mlp_out"), ("mamba.hook_out", *tails[2:4])):
         names = tuple(f"blocks.0.{tail}" for tail in parts)
         seen["blocks.0.hook_resid_post"] = sum((seen[n] for n in names), seen["blocks.0.hook_resid_pre"])
-        assert hooks_module._additive(0, seen) == names
+        assert residual_writes._additive(0, seen) == names
     seen["blocks.0.mixer.hook_out"] = torch.randn(4, 8)  # tokens flattened: not the stream's shape
     with pytest.raises(NotAdditiveError, match=r"mamba.hook_out \+ blocks.0.hook_mlp_out: off by"):
         seen["blocks.0.hook_resid_post"] = torch.randn(1, 4, 8)
-        hooks_module._additive(0, seen)
+        residual_writes._additive(0, seen)
 
 
 def test_points_that_never_fire_are_no_writes() -> None:
     tails = ("hook_attn_out", "hook_mlp_out", "hook_resid_pre")
     with pytest.raises(NotAdditiveError, match="around block 0 never fire"):
-        hooks_module._additive(0, {f"blocks.0.{tail}": torch.randn(1, 4, 8) for tail in tails})
+        residual_writes._additive(0, {f"blocks.0.{tail}": torch.randn(1, 4, 8) for tail in tails})
 
 
 def test_write_points_are_found_under_an_intervention(surface: str) -> None:

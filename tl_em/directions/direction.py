@@ -17,9 +17,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_em.arguments import list_of, settle, vectors
+from tl_em.arguments import instance_of, list_of, settle, vectors
 from tl_em.artefacts import replacing
-from tl_em.errors import CorruptFileError, UsageError, WidthError, ZeroDirectionError
+from tl_em.errors import CorruptFileError, WidthError, ZeroDirectionError
 from tl_em.models.contrasts import Prompt
 from tl_em.models.hooks import LensModel
 from tl_em.models.sites import Position, Provenance, Site, as_position, as_site, check_belongs
@@ -182,23 +182,13 @@ class Direction:
         )
 
 
-def as_direction(name: str, value: Any) -> Direction:
-    """``value``, if it is a Direction.
-
-    Raises:
-        UsageError: anything else.
-    """
-    if not isinstance(value, Direction):
-        raise UsageError(
-            f"{name} is a {type(value).__name__} and no Direction, so it is unknown where it acts. Give "
-            "em.Direction(vector, em.Site(layer)), or one that em.difference_in_means found."
-        )
-    return value
-
-
-def as_directions(name: str, value: Any) -> tuple[Direction, ...]:
-    """``value``, if it is a list of Directions."""
-    return list_of(as_direction)(name, value)
+as_direction = instance_of(
+    Direction,
+    "Direction",
+    "it is unknown where it acts",
+    "em.Direction(vector, em.Site(layer)), or one that em.difference_in_means found",
+)
+as_directions = list_of(as_direction)
 
 
 def check_fits(direction: Direction, model: LensModel) -> None:

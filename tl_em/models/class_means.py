@@ -20,8 +20,7 @@ import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
-from tl_em.arguments import SEED, checked
-from tl_em.errors import UsageError
+from tl_em.arguments import SEED, checked, instance_of
 from tl_em.models.contrasts import ContrastSet, inseparable, warn_of_nuisance
 from tl_em.models.hooks import LensModel
 from tl_em.models.prompts import EncodedPrompt, Prompt
@@ -36,18 +35,12 @@ SAMPLE = 16
 """Prompts of each class whose activations are kept."""
 
 
-def as_contrast(name: str, value: Any) -> ContrastSet:
-    """``value``, if it is a contrast set.
-
-    Raises:
-        UsageError: anything else.
-    """
-    if not isinstance(value, ContrastSet):
-        raise UsageError(
-            f"{name} is a {type(value).__name__} and no contrast set, so it is unknown which prompts are positive. "
-            "Give em.ContrastSet(positive=[…], negative=[…])."
-        )
-    return value
+as_contrast = instance_of(
+    ContrastSet,
+    "contrast set",
+    "it is unknown which prompts are positive",
+    "em.ContrastSet(positive=[…], negative=[…])",
+)
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal, get_args
 from weakref import WeakKeyDictionary
 
-from tl_em.arguments import SEED, list_of, optional, settle, whole
+from tl_em.arguments import SEED, instance_of, list_of, optional, settle, whole
 from tl_em.errors import CorruptFileError, PositionError, ProvenanceError, UnknownHookError, UsageError, WidthError
 from tl_em.models.source_record import was_proven
 from tl_em.models.templates import template_record
@@ -77,23 +77,10 @@ class Site:
         return f"{self.stream}[{self.layer}]"
 
 
-def as_site(name: str, value: Any) -> Site:
-    """``value``, if it is a Site.
-
-    Raises:
-        UsageError: anything else.
-    """
-    if not isinstance(value, Site):
-        raise UsageError(
-            f"{name}={value!r} is no site, so it is unclear what to read. Give {name} em.Site(layer, stream), e.g. "
-            f"em.Site(3, 'resid_post')."
-        )
-    return value
-
-
-def as_sites(name: str, value: Any) -> tuple[Site, ...]:
-    """``value``, if it is a list of Sites."""
-    return list_of(as_site)(name, value)
+as_site = instance_of(
+    Site, "site", "it is unclear what to read", "em.Site(layer, stream), e.g. em.Site(3, 'resid_post')"
+)
+as_sites = list_of(as_site)
 
 
 def as_positions(name: str, value: Any) -> tuple[Position, ...]:
