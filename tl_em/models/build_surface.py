@@ -80,18 +80,19 @@ def as_hooked(name: str, hf_model: Any, tokenizer: Any, dtype: torch.dtype, devi
     from transformer_lens.loading_from_pretrained import get_pretrained_state_dict
 
     with tempfile.TemporaryDirectory(prefix="tl-em-") as directory:
-        fields = _hooked_fields(hf_model.config, directory)
-        fields |= {"model_name": name, "tokenizer_name": None, "init_weights": False, "dtype": dtype}
-        fields["device"] = str(device)
         raw = dict.fromkeys(("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases"), False)
         try:
+            fields = _hooked_fields(hf_model.config, directory) | {"model_name": name, "tokenizer_name": None}
+            fields |= {"init_weights": False, "dtype": dtype, "device": str(device)}
             cfg = HookedTransformerConfig.from_dict(fields)
             model = HookedTransformer(cfg, tokenizer=tokenizer)
-            model.load_and_process_state_dict(
-                get_pretrained_state_dict(directory, cfg, hf_model=hf_model, dtype=dtype), **raw
-            )
+            weights = get_pretrained_state_dict(directory, cfg, hf_model=hf_model, dtype=dtype)
+            model.load_and_process_state_dict(weights, **raw)
         except Exception as error:  # no common base: it assumes fields and modules that an architecture may lack
-            raise _unsupported(hf_model.config, error) from error
+            raise ModelError(
+                f"TransformerLens cannot build a HookedTransformer of this {hf_model.config.architectures[0]} "
+                f"({first_line(error)}). Try surface='bridge'."
+            ) from error
     return model
 
 
@@ -106,24 +107,11 @@ def _hooked_fields(config: Any, directory: str) -> dict[str, Any]:
     if "n_positions" in record:  # TransformerLens reads GPT-2's context under a name that newer configs lack
         record.setdefault("n_ctx", record["n_positions"])
     (Path(directory) / "config.json").write_text(json.dumps(record, default=str), encoding="utf-8")
-    try:
-        fields = convert_hf_model_config(directory)
-    except Exception as error:  # no common base: it reads fields that this architecture may not have
-        raise _unsupported(config, error) from error
+    fields = convert_hf_model_config(directory)
     head = getattr(config, "head_dim", None)  # widths that TransformerLens takes to be the usual multiple of d_model
-    given = {
-        "d_mlp": getattr(config, "n_inner", None),
-        "d_head": head,
-        "rotary_dim": head if "rotary_dim" in fields else None,
-    }
+    given = {"d_mlp": getattr(config, "n_inner", None), "d_head": head}
+    given["rotary_dim"] = head if "rotary_dim" in fields else None
     return fields | {name: width for name, width in given.items() if width}
-
-
-def _unsupported(config: Any, error: Exception) -> ModelError:
-    return ModelError(
-        f"TransformerLens cannot build a HookedTransformer of this {config.architectures[0]} ({first_line(error)}). "
-        f"Try surface='bridge'."
-    )
 
 
 def _gemma2_fields(config: Any) -> dict[str, Any]:
