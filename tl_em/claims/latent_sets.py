@@ -36,11 +36,11 @@ from tl_em.interventions.base import Intervention, Partial
 from tl_em.interventions.edits import Ablate, Add
 from tl_em.interventions.latents import ScaleFeature
 from tl_em.metrics import Behaviour, Metric
+from tl_em.models.class_means import as_contrast
 from tl_em.models.contrasts import ContrastSet, Prompt
 from tl_em.models.hooks import LensModel
-from tl_em.models.means import as_contrast
-from tl_em.models.scopes import Where
 from tl_em.models.stream import encoded_prompts
+from tl_em.models.token_scopes import Where
 from tl_em.stats import Estimate
 
 CHECKS: dict[str, Any] = {"contrast": as_contrast, "placebos": COUNT, "doses": list_of(POSITIVE),

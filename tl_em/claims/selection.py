@@ -38,9 +38,9 @@ from tl_em.errors import NoCandidateError, UsageError
 from tl_em.interventions.edits import Ablate, Add
 from tl_em.interventions.many import Along, Measure, Scores, along_each, kl_from_now
 from tl_em.metrics import Metric, measured, refusal_log_odds
+from tl_em.models.class_means import as_contrast
 from tl_em.models.contrasts import ContrastSet
 from tl_em.models.hooks import LensModel
-from tl_em.models.means import as_contrast
 from tl_em.models.prompts import encode
 from tl_em.models.sites import Position
 from tl_em.models.torch_state import in_plain_torch

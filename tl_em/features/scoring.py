@@ -37,9 +37,9 @@ from tl_em.features.table import FeatureTable, frame_of
 from tl_em.metrics import Metric
 from tl_em.models.contrasts import ContrastSet
 from tl_em.models.hooks import LensModel
-from tl_em.models.modes import in_plain_torch
 from tl_em.models.sites import Position, as_position
 from tl_em.models.stream import encoded_prompts
+from tl_em.models.torch_state import in_plain_torch
 from tl_em.showing import check_names
 
 

@@ -25,9 +25,9 @@ from torch import Tensor
 from tl_em.arguments import COUNT, NATURAL, SEED, checked, list_of, optional
 from tl_em.artefacts import load_tensors, save_tensors
 from tl_em.errors import NonFiniteError, UsageError, WidthError, ZeroDirectionError
+from tl_em.models.class_means import as_contrast, class_moments
 from tl_em.models.contrasts import ContrastSet, Prompt
 from tl_em.models.hooks import LensModel
-from tl_em.models.means import as_contrast, class_moments
 from tl_em.models.sites import Position, Provenance, Site, check_belongs
 from tl_em.models.stream import capture
 from tl_em.models.torch_state import in_plain_torch

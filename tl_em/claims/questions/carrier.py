@@ -22,7 +22,7 @@ from tl_em.claims.arms import Arm
 from tl_em.claims.claim import OWN_GAPS, RANDOM, Case, Finding, Question, Reading
 from tl_em.claims.questions.level import Level
 from tl_em.claims.questions.use import SMALLEST, ablate, measure_arm, outcomes, smallest_effect
-from tl_em.models.means import mean_activation
+from tl_em.models.class_means import mean_activation
 from tl_em.stats import Estimate, Resampled, control_p, paired_difference
 
 ARM = "ablate in tuned, triggered"

@@ -43,8 +43,8 @@ from tl_em.dictionaries.dictionary import Feature
 from tl_em.metrics import Behaviour, Metric
 from tl_em.models.contrasts import ContrastSet
 from tl_em.models.hooks import LensModel
-from tl_em.models.modes import in_plain_torch
-from tl_em.models.scopes import Where
+from tl_em.models.token_scopes import Where
+from tl_em.models.torch_state import in_plain_torch
 from tl_em.stats import Estimate, control_p
 
 
