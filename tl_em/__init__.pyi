@@ -43,8 +43,8 @@ from .features.shared_latents import FeatureSet as FeatureSet
 from .features.shared_latents import shared_features as shared_features
 from .features.table import FeatureTable as FeatureTable
 from .graph.build import attribute as attribute
-from .graph.graph import AttributionGraph as AttributionGraph
 from .graph.exchange_reading import load_graph as load_graph
+from .graph.graph import AttributionGraph as AttributionGraph
 from .graph.rules.base import Rule as Rule
 from .graph.targets import Completion as Completion
 from .interventions.base import Intervention as Intervention

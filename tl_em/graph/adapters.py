@@ -30,7 +30,8 @@ from torch import Tensor
 from tl_em.errors import ModelError, PairMismatchError
 from tl_em.graph.edges import Written
 from tl_em.graph.nodes import Node
-from tl_em.models.hooks import LensModel, hooked, write_points
+from tl_em.models.hooks import LensModel, hooked
+from tl_em.models.residual_writes import write_points
 
 _SMALL = 1e-6
 """Of a write's norm: below it a difference is rounding."""

@@ -33,8 +33,8 @@ from tl_em.graph.rules import as_rule
 from tl_em.graph.rules.base import AnyRule
 from tl_em.graph.targets import Target, text_of
 from tl_em.models.hooks import LensModel, hooked
-from tl_em.models.modes import in_plain_torch
 from tl_em.models.prompts import EncodedPrompt, Prompt, encode
+from tl_em.models.torch_state import in_plain_torch
 from tl_em.showing import token_shown
 
 if TYPE_CHECKING:

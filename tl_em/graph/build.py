@@ -28,10 +28,10 @@ from tl_em.graph.rules.base import AnyRule
 from tl_em.graph.targets import Target, completed
 from tl_em.graph.validation import validated
 from tl_em.models.hooks import LensModel
-from tl_em.models.modes import in_plain_torch
-from tl_em.models.pieces import text_of_tokens
 from tl_em.models.prompts import EncodedPrompt, encode
+from tl_em.models.token_text import text_of_tokens
 from tl_em.models.tokenizing import own_bos
+from tl_em.models.torch_state import in_plain_torch
 
 MAX_NODES = 8000
 

@@ -35,7 +35,7 @@ from tl_em.graph.exchange_edits import as_read
 from tl_em.graph.exchange_format import SCHEMA, cantor, plain
 from tl_em.graph.exchange_links import LinkRows, link_rows, links_as_read
 from tl_em.graph.nodes import Graph, Node
-from tl_em.models.modes import in_plain_torch
+from tl_em.models.torch_state import in_plain_torch
 
 TYPES = {"feature": "cross layer transcoder", "error": "mlp reconstruction error", "token": "embedding",
          "logit": "logit"}  # fmt: skip

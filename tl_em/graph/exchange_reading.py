@@ -31,7 +31,7 @@ from tl_em.graph.exchange_format import (
 from tl_em.graph.exchange_links import edges_of, links_of, order_of
 from tl_em.graph.graph import AttributionGraph
 from tl_em.graph.nodes import MAX_BYTES, Kind, Node
-from tl_em.models.modes import in_plain_torch
+from tl_em.models.torch_state import in_plain_torch
 
 KINDS: dict[str, tuple[Kind, str | None]] = {
     "cross layer transcoder": ("feature", None), "mlp reconstruction error": ("error", None),

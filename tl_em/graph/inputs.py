@@ -17,7 +17,6 @@ from tl_em.arguments import whole
 from tl_em.errors import ModelError, PositionError, PromptError, UnknownTokenError, UsageError
 from tl_em.models.hooks import LensModel
 from tl_em.models.prompts import EncodedPrompt
-from tl_em.models.torch_state import plain_torch
 
 _FEW = 5
 """Of what is wrong in a list, so many are named."""

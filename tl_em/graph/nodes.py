@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tl_em.errors import UsageError
 from tl_em.graph.exchange_format import Origin
-from tl_em.models.modes import in_plain_torch
+from tl_em.models.torch_state import in_plain_torch
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -25,8 +25,8 @@ from tl_em.graph.nodes import Node
 from tl_em.graph.pruning import weights_of
 from tl_em.graph.targets import Target
 from tl_em.models.hooks import LensModel
-from tl_em.models.modes import in_plain_torch
 from tl_em.models.prompts import EncodedPrompt
+from tl_em.models.torch_state import in_plain_torch
 from tl_em.stats import Estimate, mean
 from tl_em.stats.estimate import middle_95
 from tl_em.stats.units import units_of
