@@ -55,9 +55,9 @@ def messages() -> Iterator[Message]:
 
 
 def _says(node: ast.AST) -> bool:
-    return isinstance(node, ast.Raise) or (
-        isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("warn", "warn_explicit")
-    )
+    if not isinstance(node, ast.Call):
+        return isinstance(node, ast.Raise)
+    return getattr(node.func, "attr", getattr(node.func, "id", "")) in ("warn", "warn_explicit", "instance_of")
 
 
 class Call(NamedTuple):

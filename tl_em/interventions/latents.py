@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_em.arguments import finite, list_of, optional, settle, vectors
+from tl_em.arguments import finite, instance_of, list_of, optional, settle, vectors
 from tl_em.dictionaries import Dictionary, Feature
 from tl_em.dictionaries.protocol import as_dictionary
 from tl_em.errors import UsageError, WidthError
@@ -26,11 +26,7 @@ from tl_em.interventions.base import Intervention
 from tl_em.models.hooks import LensModel
 from tl_em.models.sites import Site
 
-
-def _as_feature(name: str, value: Any) -> Feature:
-    if not isinstance(value, Feature):
-        raise UsageError(f"{name} is a {type(value).__name__} and no latent; give dictionary.feature(index)")
-    return value
+_as_feature = instance_of(Feature, "latent", "there is nothing to scale", "dictionary.feature(index)")
 
 
 def _as_value(name: str, value: Any) -> float | Tensor:
