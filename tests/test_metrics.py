@@ -43,7 +43,7 @@ def test_a_plain_function_is_a_metric_from_end_to_end(small_model: LensModel) ->
 @pytest.mark.parametrize(
     ("metric", "error", "said"),
     [
-        (made([1.0, 2.0]), UsageError, r"'mine' returned shape \(2,\) for 3 prompts"),
+        (made([1.0, 2.0]), UsageError, r"'mine' returned shape \(2,\) in place of \(3,\)"),
         (made([1.0, float("nan"), 2.0]), NonFiniteError, "'mine' returned NaN for prompt 1"),
         (made("three"), UsageError, "'mine' returned a str"),
         (made([1.0] * 3, name=None), UsageError, "has no name"),

@@ -142,6 +142,36 @@ def vectors(name: str, value: Any, *, axes: int = 1) -> Tensor:
     return narrow
 
 
+def array_of(shape: tuple[int, ...], found: Any, who: str, *, wanted: str, error: type[Exception] = UsageError) -> Any:
+    """What something from outside returned as a float64 array, NaN and all, if it is numbers of this shape.
+
+    Args:
+        shape: that is wanted.
+        found: a tensor of any dtype and device, an array, or a list.
+        who: returned it, for the message.
+        wanted: what to return instead, for the message.
+        error: of another shape.
+
+    Example:
+        >>> array_of((2,), [True, 0.5], "the judge", wanted="let it return a number an answer")
+        array([1. , 0.5])
+    """
+    import numpy as np
+    import torch
+
+    try:
+        given = found if isinstance(found, torch.Tensor) else torch.as_tensor(np.asarray(found))
+        values = given.detach().to("cpu", torch.float64).numpy()
+    except (TypeError, ValueError, RuntimeError) as cause:
+        raise UsageError(f"{who} returned a {type(found).__name__} that is not numbers; {wanted}") from cause
+    if values.shape != shape:
+        raise error(
+            f"{who} returned shape {values.shape} in place of {shape}, so it is unknown which value belongs to what; "
+            f"{wanted}"
+        )
+    return values
+
+
 def _mended(given: int, wanted: int) -> str:
     if given == 0:
         return "give a number for each of the model's d_model axes"

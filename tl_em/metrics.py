@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from tl_em.arguments import optional, settle
+from tl_em.arguments import array_of, optional, settle
 from tl_em.errors import NonFiniteError, UsageError
 from tl_em.models.contrasts import Prompt
 from tl_em.models.hooks import LensModel
@@ -95,15 +94,7 @@ def measured(metric: Metric | Any, model: LensModel | Any, prompts: Sequence[Any
         (3,)
     """
     found = as_metric("metric", metric)(model, prompts)
-    try:
-        values = torch.as_tensor(found).detach().to("cpu", torch.float64).numpy()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UsageError(f"metric {metric.name!r} returned a {type(found).__name__}; {_WANTED}") from error
-    if values.shape != (len(prompts),):
-        raise UsageError(
-            f"metric {metric.name!r} returned shape {tuple(values.shape)} for {len(prompts)} prompts, so it is unknown "
-            f"which value belongs to which; {_WANTED}"
-        )
+    values = array_of((len(prompts),), found, f"metric {metric.name!r}", wanted=_WANTED)
     if np.isnan(values).any():
         raise NonFiniteError(
             f"metric {metric.name!r} returned NaN for prompt {int(np.isnan(values).argmax())} of {len(prompts)}, so no "

@@ -11,9 +11,9 @@ import torch
 from tl_em.directions.extract import difference_in_means, extract_directions
 from tl_em.directions.geometry import cosine
 from tl_em.directions.methods import SHIPPED
-from tl_em.directions.methods.lda import lda
-from tl_em.directions.methods.logistic import logistic
-from tl_em.directions.methods.pca import pca
+from tl_em.directions.methods.lda import Lda
+from tl_em.directions.methods.logistic import Logistic
+from tl_em.directions.methods.pca import Pca
 from tl_em.directions.reliability import neutral_z
 from tl_em.errors import EmptyContrastError, NonFiniteError, NuisanceWarning, UsageError, ZeroDirectionError
 from tl_em.models.contrasts import ContrastSet
@@ -116,7 +116,7 @@ def test_lda_turns_away_from_what_varies_anyway_and_the_difference_in_means_does
     noise = rng.standard_normal((2, 400, 2)) * np.array([1.0, 10.0])
     noise -= noise.mean(1, keepdims=True)
     x, y = noise[0] + np.array([2.0, 2.0]), noise[1]
-    found = lda(x, y)
+    found = Lda.fit_one(x, y)
     covariance = np.cov(np.concatenate(list(noise)).T, bias=True)
     expected = np.linalg.solve(covariance, [2.0, 2.0])
     assert cosine(found, expected) > 0.999  # shrinkage is small at 800 prompts in two dimensions
@@ -133,14 +133,14 @@ def test_lda_equals_a_solve_with_the_shrunk_covariance() -> None:
     centred = np.concatenate([x - x.mean(0), y - y.mean(0)])
     covariance, _ = ledoit_wolf(centred, assume_centered=True)
     expected = np.linalg.solve(covariance, x.mean(0) - y.mean(0))
-    assert cosine(lda(x, y), expected) > 1 - 1e-9
+    assert cosine(Lda.fit_one(x, y), expected) > 1 - 1e-9
 
 
 def test_logistic_separates_what_the_difference_in_means_mixes() -> None:
     rng = np.random.default_rng(3)
     noise = rng.standard_normal((2, 300, 2)) @ np.array([[1.0, 3.0], [0.0, 0.5]])
     x, y = noise[0] + np.array([1.0, 0.0]), noise[1]
-    found = logistic(x, y)
+    found = Logistic.fit_one(x, y)
     scores = [each @ found for each in (x, y)]
     right = np.mean([(s > np.mean(scores)) == label for s, label in zip(scores, (True, False), strict=True)])
     plain = [each @ (x.mean(0) - y.mean(0)) for each in (x, y)]
@@ -208,7 +208,7 @@ def test_pca_is_not_centred() -> None:
     """Centring would remove the mean difference, which is the concept."""
     x = np.tile([5.0, 0.0], (6, 1))
     x[:, 1] = [1, -1, 1, -1, 1, -1]
-    assert abs(pca(x, np.zeros_like(x))[0]) == pytest.approx(5.0)
+    assert abs(Pca.fit_one(x, np.zeros_like(x))[0]) == pytest.approx(5.0)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from tl_em.directions.angles import cosines_between, principal_angles
 from tl_em.directions.cosines import Rows, Two, reliability
 from tl_em.directions.direction import Direction
 from tl_em.directions.extract import difference_in_means
+from tl_em.directions.geometry import cosines_between, principal_angles
 from tl_em.directions.similarity import CosineMatrix, cosine_matrix
 from tl_em.errors import NonFiniteError, UsageError, WidthError, ZeroDirectionError
 from tl_em.models.contrasts import ContrastSet

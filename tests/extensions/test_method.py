@@ -10,7 +10,7 @@ from torch import Tensor
 
 import tl_em as em
 from tests.extensions.method import UnitDifferences
-from tl_em.directions.extract import extracted
+from tl_em.directions.extract import Extraction
 from tl_em.directions.methods.difference_in_means import DifferenceInMeans
 from tl_em.errors import NonFiniteError, UsageError, WidthError, ZeroDirectionError
 from tl_em.models.hooks import LensModel
@@ -52,7 +52,7 @@ def test_means_from_sums_equal_the_same_method_fitted(small_model: LensModel) ->
         means_over = None
 
     streamed, fitted = (
-        [direction for direction, *_ in extracted(small_model, CONTRAST, SITES, ["prompt_end"], method)]
+        [direction for direction, *_ in Extraction(small_model, CONTRAST, SITES, ["prompt_end"], method).made()]
         for method in (DifferenceInMeans(), Kept())
     )
     for one, other in zip(streamed, fitted, strict=True):
@@ -65,7 +65,7 @@ def test_means_from_sums_equal_the_same_method_fitted(small_model: LensModel) ->
     ("fit", "error", "said"),
     [
         (lambda x, y: x.mean(0), ZeroDirectionError, None),
-        (lambda x, y: (x.mean(0) - y.mean(0))[0], WidthError, r"returned shape \(32,\) at 2 sites"),
+        (lambda x, y: (x.mean(0) - y.mean(0))[0], WidthError, r"returned shape \(32,\) in place of \(2, 32\)"),
         (lambda x, y: float("nan") * x[0], NonFiniteError, r"returned NaN or infinity at resid_post\[0\]"),
         (lambda x, y: "north", UsageError, "returned a str"),
         (lambda x, y: 0 * x[0], ZeroDirectionError, r"finds no direction at resid_post\[0\]"),

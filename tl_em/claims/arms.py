@@ -19,9 +19,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_em.interventions.along_each import Along, Measure, along_each, kl_from_now
 from tl_em.interventions.base import Intervention
 from tl_em.interventions.intervene import intervene
-from tl_em.interventions.many import Along, Measure, along_each, kl_from_now
 from tl_em.metrics import Metric, measured
 from tl_em.models.hooks import LensModel
 from tl_em.models.prompts import EncodedPrompt, encode

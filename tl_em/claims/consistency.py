@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,15 +25,15 @@ import torch
 
 from tl_em.claims.claim import Row
 from tl_em.claims.questions.backdoor import sides
-from tl_em.directions.cosines import Rows, Two, reliability
+from tl_em.directions.cosines import Rows
 from tl_em.directions.direction import Direction
 from tl_em.directions.screening import finetuning_shift
-from tl_em.directions.similarity import CosineMatrix, PairCosine
+from tl_em.directions.similarity import CosineMatrix, matrix_of
 from tl_em.metrics import Behaviour, measured
 from tl_em.models.hooks import LensModel
 from tl_em.models.loading import ModelPair
 from tl_em.models.stream import capture
-from tl_em.stats import control_p, holm, mean, mean_over_units
+from tl_em.stats import mean, mean_over_units
 
 
 class Run(NamedTuple):
@@ -144,17 +143,10 @@ def shift_cosines(
     for run in runs:
         x = np.concatenate([read(run.pair.tuned) - base, np.zeros_like(base)])  # the base less itself: the origin
         sets[run.name] = Rows(x - x.mean(0), positive, ties)
-    again = {name: reliability(rows, splits=50, seed=seed) for name, rows in sets.items()}
-    found = []
-    for first, second in combinations(sets, 2):
-        two = Two.of(sets[first], sets[second])
-        p, ceiling = control_p(two.observed, two.relabelled(controls, seed=seed)), np.sqrt(again[first] * again[second])
-        e = two.estimate(seed=seed)  # which counts tuned and base, of both runs
-        e = replace(e, n=len(prompts), n_effective=e.n_effective / 4)
-        found.append(PairCosine(first, second, e, float(ceiling), p, two.shared))
-    adjusted = holm([pair.p for pair in found])
-    pairs = tuple(pair._replace(p=float(p)) for pair, p in zip(found, adjusted, strict=True))
-    return CosineMatrix(tuple(sets), direction.site, pairs, again)
+    matrix = matrix_of(sets, direction.site, permutations=controls, splits=50, seed=seed)
+    each = [(pair, pair.estimate) for pair in matrix.pairs]  # an estimate counts tuned and base, of both runs
+    own = [(pair, replace(e, n=len(prompts), n_effective=e.n_effective / 4)) for pair, e in each]
+    return replace(matrix, pairs=tuple(pair._replace(estimate=e) for pair, e in own))
 
 
 def _rates(name: str, behaviour: Behaviour, run: Run, seed: int) -> list[dict[str, Any]]:

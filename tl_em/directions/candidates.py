@@ -13,11 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from tl_em.arguments import NATURAL, checked, list_of, optional
 from tl_em.directions.direction import Direction
-from tl_em.directions.extract import extracted
+from tl_em.directions.extract import Extraction
 from tl_em.directions.methods import as_method
 from tl_em.directions.methods.base import Method
 from tl_em.errors import UsageError, ZeroDirectionError
@@ -26,9 +28,6 @@ from tl_em.models.contrasts import ContrastSet
 from tl_em.models.hooks import LensModel
 from tl_em.models.sites import Position, Site, as_positions
 from tl_em.models.torch_state import in_plain_torch
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,8 +71,6 @@ class Candidates:
 
     def to_pandas(self) -> pd.DataFrame:
         """A row a candidate: position, layer, length, split-half reliability."""
-        import pandas as pd
-
         return pd.DataFrame(
             {
                 "position": str(each.position), "layer": each.site.layer, "length": each.norm,
@@ -139,7 +136,8 @@ def candidate_directions(
     sites = [Site(layer, "resid_pre") for layer in layers]
     found: list[Direction] = []
     without: list[tuple[Position, int]] = []
-    for direction, position, site in extracted(model, contrast, sites, positions, as_method("method", method)):
+    extraction = Extraction(model, contrast, sites, positions, as_method("method", method))
+    for direction, position, site in extraction.made():
         if direction is None:
             without.append((position, site.layer))
         else:

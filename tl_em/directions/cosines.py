@@ -23,7 +23,7 @@ _MIXED = 2
 
 Weights = Float[np.ndarray, "draw prompt"]
 Products = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""Products of the rows: first with first, second with second, first with second."""
+"""Products of the rows, or of directions: first with first, second with second, first with second."""
 
 
 class Rows(NamedTuple):
@@ -82,9 +82,12 @@ def _product(
     return ((a @ rows) * b).sum(-1)
 
 
-def _cosines(
-    aa: Float[np.ndarray, " draw"], bb: Float[np.ndarray, " draw"], ab: Float[np.ndarray, " draw"]
-) -> Float[np.ndarray, " draw"]:
+def _products(a: Weights, b: Float[np.ndarray, "draw other"], rows: Products) -> Products:
+    """Squared lengths, and the product, of the directions that these weights give."""
+    return _product(a, rows[0], a), _product(b, rows[1], b), _product(a, rows[2], b)
+
+
+def _cosines(aa: np.ndarray, bb: np.ndarray, ab: np.ndarray) -> Float[np.ndarray, " draw"]:
     """Cosines from squared lengths and products; the sign of the product where a length is not above 0."""
     scale = np.sqrt(np.maximum(aa, 0) * np.maximum(bb, 0))
     return np.clip(np.where(scale > 0, ab / np.where(scale > 0, scale, 1), np.sign(ab)), -1, 1)
@@ -102,7 +105,7 @@ def reliability(rows: Rows, *, splits: int, seed: int) -> float:
     if not both.any():
         return float("nan")
     square = rows.x @ rows.x.T
-    r = _cosines(_product(a, square, a), _product(b, square, b), _product(a, square, b))
+    r = _cosines(*_products(a, b, (square, square, square)))
     mean = max(float(r[both].mean()), 0.0)
     return 2 * mean / (1 + mean)
 
@@ -132,8 +135,7 @@ class Two:
     @property
     def observed(self) -> float:
         """The cosine."""
-        a, b = self._whole
-        return float(_cosines(*(_product(s, k, t) for (s, t), k in zip(_sides(a, b), self.raw, strict=True)))[0])
+        return float(_cosines(*_products(*self._whole, self.raw))[0])
 
     @property
     def _whole(self) -> tuple[Weights, Float[np.ndarray, "draw other"]]:
@@ -143,14 +145,14 @@ class Two:
     def estimate(self, *, seed: int) -> Estimate:
         """The cosine with its interval; the noise that resampling adds is taken off lengths and product."""
         whole, (u, v) = self._whole, self.units
-        own = [k * (i[:, None] == j) for k, i, j in zip(self.residual, (u, v, u), (u, v, v), strict=True)]
+        first, second, both = self.residual
+        own = first * (u[:, None] == u), second * (v[:, None] == v), both * (u[:, None] == v)
 
         def statistic(*w: np.ndarray) -> np.ndarray:
             weights = np.concatenate(w[:2], -1), np.concatenate(w[2:], -1)
             a, b = (_signed(each, p[None]) for each, p in zip(weights, self.positive, strict=True))
-            drawn, added = _sides(a, b), _sides(a - whole[0], b - whole[1])
-            parts = zip(drawn, self.raw, added, own, strict=True)
-            cosines = _cosines(*(_product(s, k, t) - _product(x, o, y) for (s, t), k, (x, y), o in parts))
+            drawn, added = _products(a, b, self.raw), _products(a - whole[0], b - whole[1], own)
+            cosines = _cosines(*(with_noise - noise for with_noise, noise in zip(drawn, added, strict=True)))
             return np.where(a.any(-1) & b.any(-1), cosines, 0.0)
 
         pairs = zip(self.units, self.positive, strict=True)
@@ -175,10 +177,6 @@ class Two:
         for c, p, u in zip(classes, self.positive, self.units, strict=True):
             label = np.where(c[u] == _MIXED, p ^ flips[:, u], c[source[:, u]] == 1)
             weights.append(_signed(np.ones(label.shape), label))
-        parts = [_product(s, k, t) for (s, t), k in zip(_sides(*weights), self.residual, strict=True)]
+        parts = _products(weights[0], weights[1], self.residual)
         rounding = [1e-12 * weights[i] ** 2 @ np.diag(self.raw[i]) for i in (0, 1)]
         return np.where((parts[0] > rounding[0]) & (parts[1] > rounding[1]), _cosines(*parts), 1.0)
-
-
-def _sides(a: Weights, b: Float[np.ndarray, "draw other"]) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
-    return (a, a), (b, b), (a, b)

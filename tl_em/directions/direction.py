@@ -28,6 +28,8 @@ from tl_em.showing import showable
 from tl_em.stats import Estimate
 
 _SCHEMA = "tl-em/direction/1"
+_PLAIN = ("position", "name", "method")
+_RECORDS: dict[str, Any] = {"provenance": Provenance, "reliability": Estimate, "neutral": Estimate}
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,8 +101,7 @@ class Direction:
         if x.shape[-1] != len(self.vector):
             raise WidthError(
                 f"the activations are {x.shape[-1]} wide and {self.name or 'the direction'} is {len(self.vector)} "
-                f"wide; "
-                "project activations of the model that it was made on"
+                "wide; project activations of the model that it was made on"
             )
         return x.float() @ self.unit.to(x.device)
 
@@ -124,17 +125,9 @@ class Direction:
         """
         from safetensors.torch import save_file
 
-        origin, data = self.provenance, ("reliability", "neutral")
-        about = {
-            "schema": _SCHEMA,
-            "name": self.name,
-            "layer": self.site.layer,
-            "stream": self.site.stream,
-            "position": self.position,
-            "provenance": None if origin is None else origin.to_json(),
-            "method": self.method,
-        }
-        about |= {name: None if (e := getattr(self, name)) is None else e.to_json() for name in data}
+        about: dict[str, Any] = {"schema": _SCHEMA, "layer": self.site.layer, "stream": self.site.stream}
+        about |= {name: getattr(self, name) for name in _PLAIN}
+        about |= {name: None if (e := getattr(self, name)) is None else e.to_json() for name in _RECORDS}
         with replacing(path) as temporary:
             save_file({"vector": self.vector.contiguous()}, temporary, metadata={"tl_em": json.dumps(about)})
         return Path(path)
@@ -155,18 +148,14 @@ class Direction:
             if about["schema"] != _SCHEMA:
                 raise KeyError(f"schema {about['schema']!r}")
             site = Site(about["layer"], about["stream"])
-            origin = None if about["provenance"] is None else Provenance.from_json(about["provenance"])
-            found = {name: about.get(name) for name in ("reliability", "neutral")}
-            data: dict[str, Any] = {
-                name: None if plain is None else Estimate.from_json(plain) for name, plain in found.items()
-            }
+            found = {name: about.get(name) for name in (*_PLAIN, *_RECORDS)}
+            found |= {name: kind.from_json(found[name]) for name, kind in _RECORDS.items() if found[name] is not None}
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise CorruptFileError(
                 f"{path} is not a direction that this version can read ({type(error).__name__}: {error}); a damaged "
                 "vector would steer somewhere else: write it again with direction.save(path)"
             ) from error
-        words: dict[str, Any] = {name: about.get(name) for name in ("position", "name", "method")}
-        return cls(vector, site, provenance=origin, **words, **data)
+        return cls(vector, site, **found)
 
     def _repr_html_(self) -> str:
         from tl_em.report import cards

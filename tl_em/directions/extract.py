@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -114,122 +116,96 @@ def extract_directions(
     arXiv:2310.06824.
     """
     sites = [Site(layer) for layer in range(int(model.cfg.n_layers))] if sites is None else list(sites)
-    made = list(extracted(model, contrast, sites, positions, as_method("method", method), seed))
-    for direction, position, site in made:
+    method, found = as_method("method", method), list[Direction]()
+    for direction, position, site in Extraction(model, contrast, sites, positions, method, seed).made():
         if direction is None:
             raise ZeroDirectionError(
-                f"method {as_method('method', method).name!r} finds no direction at {site}, {position!r}: the classes "
-                "do not differ there; read at a position after the words in which the prompts differ, or check that "
-                "they differ"
+                f"method {method.name!r} finds no direction at {site}, {position!r}: the classes do not differ there; "
+                "read at a position after the words in which the prompts differ, or check that they differ"
             )
-    return tuple(direction for direction, _, _ in made if direction is not None)
+        found.append(direction)
+    return tuple(found)
 
 
 Made = tuple[Direction | None, Position, Site]
-
-
-def extracted(
-    model: LensModel,
-    contrast: ContrastSet,
-    sites: Sequence[Site],
-    positions: Sequence[Position],
-    method: Method,
-    seed: int = 0,
-) -> Iterator[Made]:
-    """A direction for each position and site, None where the classes do not differ."""
-    origin = Provenance.of(model, data=contrast.hash, seed=seed)
-    found = (_streamed if method.means_over else _fitted)(model, contrast, sites, positions, method, seed)
-    at: list[tuple[Position, Site]] = [(position, site) for position in positions for site in sites]
-    for (position, site), (vector, reliability, neutral) in zip(at, found, strict=True):
-        if vector is None:
-            yield None, position, site
-            continue
-        about = {"name": contrast.label, "provenance": origin, "method": method.name}
-        yield (
-            Direction(vector, site, position=position, reliability=reliability, neutral=neutral, **about),
-            position,
-            site,
-        )
-
-
 Found = tuple[Tensor | None, Estimate | None, Estimate | None]
 """A vector, its reliability, and where the negative class lies along it."""
 
 
-def _streamed(
-    model: LensModel,
-    contrast: ContrastSet,
-    sites: Sequence[Site],
-    positions: Sequence[Position],
-    method: Method,
-    seed: int,
-) -> Iterator[Found]:
-    """Differences of means, from sums."""
-    by_block = method.means_over == "groups"
-    moments = class_moments(model, contrast, sites=sites, positions=positions, by_block=by_block, seed=seed)
-    if not bool((moments.weight.sum(1) > 0).all()):
-        raise EmptyContrastError(_no_pairs(contrast))
-    size = moments.means.norm(dim=-1).amax(0)
-    difference = moments.difference
-    equal = difference.norm(dim=-1) <= _ROUNDING * size
-    reliability = halved_means(moments, seed)
-    for p in range(len(positions)):
-        neutral = neutral_at(moments, p)
-        for s in range(len(sites)):
-            yield None if bool(equal[p, s]) else difference[p, s], reliability[p][s], neutral[s]
+@dataclass(frozen=True, eq=False)
+class Extraction:
+    """What is read where, and how directions are made of it."""
 
+    model: LensModel
+    contrast: ContrastSet
+    sites: Sequence[Site]
+    positions: Sequence[Position]
+    method: Method
+    seed: int = 0
 
-def _fitted(
-    model: LensModel,
-    contrast: ContrastSet,
-    sites: Sequence[Site],
-    positions: Sequence[Position],
-    method: Method,
-    seed: int,
-) -> Iterator[Found]:
-    """Fits at each position, on activations that are kept."""
-    blocks = inseparable(contrast)
-    parts = dealt(blocks, seed)
-    encoded = [encoded_prompts(model, prompts) for prompts in (contrast.positive, contrast.negative)]
-    warn_of_nuisance(contrast, [[len(prompt) for prompt in each] for each in encoded])
-    x, y = (captured(model, each, sites, positions).double() for each in encoded)
-    part = [torch.tensor([parts[label, i] for i in range(len(each))]) for label, each in enumerate((x, y))]
-    if method.pairs:
-        x, y, part = _by_block(x, y, blocks, parts, contrast)
-    weight = torch.stack([torch.bincount(each, minlength=PARTS).double() for each in part])
-    pairs = list(halves(weight))
-    chosen = random.Random(seed).sample(pairs, min(FIT_HALVES, len(pairs)))
-    for p in range(len(positions)):
-        classes = x[:, p], y[:, p]
-        vectors = fitted(method, *classes, sites)
-        cosines = _halved_fits(method, classes, part, chosen, sites)
-        for s, vector in enumerate(vectors):
-            if not vector.any():
-                yield None, None, None
-                continue
-            along = [each[:, s].numpy() @ (vector / np.linalg.norm(vector)) for each in classes]
-            reliability = agreement(cosines[:, s], (len(x), len(y)), len(blocks), seed)
-            yield torch.from_numpy(vector), reliability, neutral_z(along[0], along[1])
+    def made(self) -> Iterator[Made]:
+        """A direction for each position and site, None where the classes do not differ."""
+        origin = Provenance.of(self.model, data=self.contrast.hash, seed=self.seed)
+        about = {"name": self.contrast.label, "provenance": origin, "method": self.method.name}
+        found = self._streamed() if self.method.means_over else self._fitted()
+        at = product(self.positions, self.sites)
+        for (position, site), (vector, reliability, neutral) in zip(at, found, strict=True):
+            direction = None
+            if vector is not None:
+                direction = Direction(vector, site, position, reliability=reliability, neutral=neutral, **about)
+            yield direction, position, site
 
+    def _streamed(self) -> Iterator[Found]:
+        """Differences of means, from sums."""
+        read = {"sites": self.sites, "positions": self.positions, "seed": self.seed}
+        moments = class_moments(self.model, self.contrast, by_block=self.method.means_over == "groups", **read)
+        if not bool((moments.weight.sum(1) > 0).all()):
+            raise _without_pairs(self.contrast)
+        size = moments.means.norm(dim=-1).amax(0)
+        difference = moments.difference
+        equal = difference.norm(dim=-1) <= _ROUNDING * size
+        reliability = halved_means(moments, self.seed)
+        for p in range(len(self.positions)):
+            neutral = neutral_at(moments, p)
+            for s in range(len(self.sites)):
+                yield None if bool(equal[p, s]) else difference[p, s], reliability[p][s], neutral[s]
 
-def _halved_fits(
-    method: Method,
-    classes: tuple[Tensor, Tensor],
-    part: Sequence[Tensor],
-    pairs: Sequence[tuple[list[int], list[int]]],
-    sites: Sequence[Site],
-) -> Float[np.ndarray, "half site"]:
-    """Cosines between the fits to two halves of the prompts; NaN at a site where a half has no direction."""
+    def _fitted(self) -> Iterator[Found]:
+        """Fits at each position, on activations that are kept."""
+        blocks = inseparable(self.contrast)
+        parts = dealt(blocks, self.seed)
+        encoded = [encoded_prompts(self.model, each) for each in (self.contrast.positive, self.contrast.negative)]
+        warn_of_nuisance(self.contrast, [[len(prompt) for prompt in each] for each in encoded])
+        x, y = (captured(self.model, each, self.sites, self.positions).double() for each in encoded)
+        part = [torch.tensor([parts[label, i] for i in range(len(each))]) for label, each in enumerate((x, y))]
+        if self.method.pairs:
+            x, y, part = _by_block(x, y, blocks, parts, self.contrast)
+        for p in range(len(self.positions)):
+            classes = x[:, p], y[:, p]
+            vectors = fitted(self.method, *classes, self.sites)
+            cosines = self._halved(classes, part)
+            for s, vector in enumerate(vectors):
+                if not vector.any():
+                    yield None, None, None
+                    continue
+                along = [each[:, s].numpy() @ (vector / np.linalg.norm(vector)) for each in classes]
+                reliability = agreement(cosines[:, s], (len(x), len(y)), len(blocks), self.seed)
+                yield torch.from_numpy(vector), reliability, neutral_z(along[0], along[1])
 
-    def of(parts: list[int]) -> np.ndarray:
-        rows = [torch.isin(each, torch.tensor(parts)) for each in part]
-        return fitted(method, classes[0][rows[0]], classes[1][rows[1]], sites)
+    def _halved(self, classes: tuple[Tensor, Tensor], part: Sequence[Tensor]) -> Float[np.ndarray, "half site"]:
+        """Cosines between the fits to two halves of the prompts; NaN at a site where a half has no direction."""
 
-    cosines = np.full((len(pairs), len(sites)), np.nan)
-    for row, (first, second) in zip(cosines, pairs, strict=True):
-        row[:] = cosine(of(first), of(second))
-    cosines[:, np.isnan(cosines).any(0)] = np.nan
-    return cosines
+        def of(parts: list[int]) -> np.ndarray:
+            rows = [torch.isin(each, torch.tensor(parts)) for each in part]
+            return fitted(self.method, classes[0][rows[0]], classes[1][rows[1]], self.sites)
+
+        pairs = list(halves(torch.stack([torch.bincount(each, minlength=PARTS).double() for each in part])))
+        chosen = random.Random(self.seed).sample(pairs, min(FIT_HALVES, len(pairs)))
+        cosines = np.full((len(chosen), len(self.sites)), np.nan)
+        for row, (first, second) in zip(cosines, chosen, strict=True):
+            row[:] = cosine(of(first), of(second))
+        cosines[:, np.isnan(cosines).any(0)] = np.nan
+        return cosines
 
 
 def _by_block(
@@ -243,13 +219,13 @@ def _by_block(
             means.append((x[rows[0]].mean(0), y[rows[1]].mean(0)))
             part.append(parts[block[0]])
     if not means:
-        raise EmptyContrastError(_no_pairs(contrast))
+        raise _without_pairs(contrast)
     first, second = (torch.stack(each) for each in zip(*means, strict=True))
     return first, second, [torch.tensor(part)] * 2
 
 
-def _no_pairs(contrast: ContrastSet) -> str:
-    return (
+def _without_pairs(contrast: ContrastSet) -> EmptyContrastError:
+    return EmptyContrastError(
         f"{contrast!r} has no pair or group with prompts of both classes, so there is no difference within one; give "
         "classes of equal length, in the same order, or positive_groups= and negative_groups= that share labels"
     )

@@ -38,6 +38,7 @@ from tl_em.models.sites import Position, Provenance, Site, Stream, as_position
 
 _ROUNDING = 1e-6
 """A row that is shorter than this share of the file's longest is rounding of a difference that is 0."""
+_METHOD = "difference_in_means"
 _TOKENS: dict[str, Position] = {"response_avg": "response_mean", "prompt_last": "prompt_end", "prompt_avg": "all"}
 _STREAMS: dict[str, Stream] = {"decoder_block": "resid_post", "self_attn": "attn_out", "mlp": "mlp_out"}
 
@@ -85,8 +86,7 @@ def import_refusal_direction(path: str | Path, *, model: LensModel | None = None
             f"{error}), and at another it means nothing; get the whole folder of the run"
         ) from error
     origin = _origin(model, vector.shape[-1], last=layer)
-    site = Site(layer, "resid_pre")
-    return Direction(vector, site, position=position, name=name, provenance=origin, method="difference_in_means")
+    return Direction(vector, Site(layer, "resid_pre"), position, name, origin, _METHOD)
 
 
 def import_mean_diffs(
@@ -118,14 +118,10 @@ def import_mean_diffs(
     inside = Path(path) / "generate_directions" / "mean_diffs.pt"
     stack = _tensor(inside if inside.is_file() else Path(path), axes=3)
     positions, layers, width = stack.shape
-    origin = _origin(model, width, layers=layers)
+    made = name, _origin(model, width, layers=layers), _METHOD
     return tuple(
-        Direction(
-            stack[p, layer], Site(layer, "resid_pre"), position=p - positions, name=name, provenance=origin,
-            method="difference_in_means",
-        )
-        for p, layer in _not_zero(stack)
-    )  # fmt: skip
+        Direction(stack[p, layer], Site(layer, "resid_pre"), p - positions, *made) for p, layer in _not_zero(stack)
+    )
 
 
 @checked(position=optional(as_position))
@@ -166,18 +162,11 @@ def import_persona_vectors(
             f"{path.name} does not say over which tokens its vectors are means; pass position='response_mean' (or "
             "'prompt_end'), or keep the published name, TRAIT_response_avg_diff.pt"
         )
+    trait, tokens = (named[1], named[2]) if named else (path.stem, "response_avg")
     stack = _tensor(path, axes=2)
-    origin = _origin(model, stack.shape[-1], layers=len(stack) - 1)
-    at = position if position is not None or named is None else _TOKENS[named[2]]
-    found: dict[int, Direction] = {}
-    for (layer,) in _not_zero(stack[:-1]):
-        site = Site(layer - 1) if layer else Site(0, "resid_pre")
-        label = name or (named[1] if named else path.stem)
-        found[layer] = Direction(
-            stack[layer], site, position=at or "response_mean", name=label, provenance=origin,
-            method="difference_in_means",
-        )  # fmt: skip
-    return found
+    made = position or _TOKENS[tokens], name or trait, _origin(model, stack.shape[-1], layers=len(stack) - 1), _METHOD
+    sites = [Site(0, "resid_pre"), *map(Site, range(len(stack)))]
+    return {layer: Direction(stack[layer], sites[layer], *made) for (layer,) in _not_zero(stack[:-1])}
 
 
 @checked(position=as_position)
@@ -223,7 +212,7 @@ def import_steering_vector(
         row = row.reshape(-1) if row.numel() == row.shape[-1] else row
         depth = layer + int(model.cfg.n_layers) if layer < 0 and model is not None else layer
         origin = _origin(model, row.shape[-1], last=depth)
-        found[depth] = Direction(row, Site(depth, _STREAMS[kind]), position=position, name=name, provenance=origin)
+        found[depth] = Direction(row, Site(depth, _STREAMS[kind]), position, name, origin)
     return found
 
 

@@ -19,24 +19,22 @@ Source: nostalgebraist 2020, "interpreting GPT: the logit lens"; the control is 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
+import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from tl_em.arguments import COUNT, POSITIVE, SEED, checked, vectors
 from tl_em.directions.direction import Direction, as_direction
-from tl_em.errors import ModelError, ProvenanceError, WidthError
+from tl_em.errors import ModelError
 from tl_em.models.hooks import LensModel
-from tl_em.models.token_text import token_text
 from tl_em.models.torch_state import in_plain_torch
+from tl_em.models.token_text import token_text
+from tl_em.models.sites import Provenance, check_belongs
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-_NO_MATTER = ("weights", "chat_template")
-"""Neither how weights were processed nor how prompts are shown changes what a direction writes."""
 _MAX_LOGITS = 2**24
 """Logits of random directions held at once: 64 MiB in float32."""
 _FAR = 1e2
@@ -92,37 +90,27 @@ def logit_lens(
 
     Source: see the head of this file.
     """
-    import pandas as pd
-
     _check(model, direction, controls)
     lens = _lens(model)
     logits = lens(direction.vector[None])[0] / scale
     null = _largest(lens, direction, controls, int(logits.shape[0]), seed) / scale
     k = min(k, len(logits))
     sides = {"top": logits.topk(k).indices, "bottom": (-logits).topk(k).indices}
-    rows = []
+    rows, tokenizer = [], getattr(model, "tokenizer", None)
     for side, found in sides.items():
         for rank, token in enumerate(found.tolist(), start=1):
             p = (1 + int((null >= logits[token].abs()).sum())) / (1 + len(null))
-            rows.append((side, rank, _text(model, token), token, float(logits[token]), p))
+            rows.append((side, rank, token_text(tokenizer, token), token, float(logits[token]), p))
     return pd.DataFrame(rows, columns=["side", "rank", "token", "token_id", "logit", "p"])
 
 
 def _check(model: LensModel, direction: Direction, controls: int | Tensor) -> None:
-    width = int(model.cfg.d_model)
-    widths = {len(direction.vector)} | (set() if isinstance(controls, int) else {controls.shape[-1]})
-    if widths != {width}:
-        raise WidthError(
-            f"directions of widths {sorted(widths)} cannot be read by an unembedding of d_model = {width}; pass a "
-            "direction of this model"
-        )
-    origin = direction.provenance
-    found = [] if origin is None else [d for d in origin.differences(model) if not d.startswith(_NO_MATTER)]
-    if found:
-        raise ProvenanceError(
-            f"{direction.name or 'the direction'} was not made on a model like this one: {'; '.join(found)}. Its axes "
-            "mean something else here, and other tokens; read it through its own model"
-        )
+    origin, again = direction.provenance, "read it through its own model"
+    if origin is not None:  # how weights were processed does not change what a direction writes
+        origin = replace(origin, weights=Provenance.of(model).weights)
+    check_belongs(direction.name or "the direction", len(direction.vector), origin, model, again=again)
+    if not isinstance(controls, int):
+        check_belongs("controls", controls.shape[-1], None, model, again="pass as many numbers a row")
 
 
 def _lens(model: LensModel) -> Callable[[Tensor], Tensor]:
@@ -137,9 +125,9 @@ def _lens(model: LensModel) -> Callable[[Tensor], Tensor]:
     weight, centred = _norm(model)
     device, dtype = model.cfg.device, next(iter(unembed.parameters())).dtype
 
+    @torch.no_grad()
     def call(x: Tensor) -> Tensor:
-        with torch.no_grad():
-            return unembed(x.to(device, dtype)[None])[0].float()
+        return unembed(x.to(device, dtype)[None])[0].float()
 
     def lens(x: Float[Tensor, "control d_model"]) -> Float[Tensor, "control d_vocab"]:
         moved = weight * (x - x.mean(-1, keepdim=True) if centred else x)
@@ -182,7 +170,3 @@ def _largest(
     controls = controls / controls.norm(dim=-1, keepdim=True) * direction.norm
     chunk = max(1, _MAX_LOGITS // d_vocab)
     return torch.cat([lens(part).abs().amax(-1) for part in controls.split(chunk)])
-
-
-def _text(model: LensModel, token: int) -> str:
-    return token_text(getattr(model, "tokenizer", None), token)

@@ -18,26 +18,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float
+import pandas as pd
+from jaxtyping import Float
 
 from tl_em.arguments import COUNT, NOT_NEGATIVE, SEED, checked, optional
 from tl_em.directions.direction import Direction, as_direction, check_fits
-from tl_em.directions.geometry import control_directions
+from tl_em.directions.geometry import Activations, control_directions
 from tl_em.errors import EmptyContrastError, UsageError
 from tl_em.models.generate import generate
 from tl_em.models.hooks import LensModel
 from tl_em.models.loading import ModelPair
+from tl_em.models.torch_state import in_plain_torch
 from tl_em.models.prompts import EncodedPrompt, Prompt, encode
 from tl_em.models.sites import Position, Site
 from tl_em.models.stream import capture
-from tl_em.models.torch_state import in_plain_torch
-from tl_em.stats import Estimate, Groups, Resampled, bootstrap, control_p, paired_difference
-
-if TYPE_CHECKING:
-    import pandas as pd
+from tl_em.stats import Estimate, Groups, Resampled, bootstrap, control_p, middle_95, paired_difference
+from tl_em.stats.intervals import share_above
 
 Row = Sequence[Any]
 """A chat that ends with the assistant's answer."""
@@ -63,7 +62,7 @@ class Controlled(NamedTuple):
 def _controlled(
     found: Resampled, random: Float[np.ndarray, " control"], *, chance: float = 0.0, benign: Estimate | None = None
 ) -> Controlled:
-    low, high = np.quantile(random, [0.025, 0.975])
+    low, high = middle_95(random)
     p = control_p(found.estimate.value - chance, random - chance)
     return Controlled(found.estimate, float(low), float(high), max(found.p, p), benign)
 
@@ -169,15 +168,19 @@ class Screening:
             )
         labels = list(range(len(is_bad))) if groups is None else list(groups)
         samples = [[label for label, bad in zip(labels, is_bad, strict=True) if bad == side] for side in (True, False)]
-        above = _above(self.rows["difference"].to_numpy(dtype=float), is_bad)
+        difference = self.rows["difference"].to_numpy(dtype=float)
+        above = share_above(difference[is_bad], difference[~is_bad])
 
         def less_chance(v: np.ndarray, w: np.ndarray) -> np.ndarray:
             weight = v.sum(-1) * w.sum(-1)
             return np.where(weight > 0, ((v @ above) * w).sum(-1) / np.where(weight > 0, weight, 1) - 0.5, 0.0)
 
         found = bootstrap(less_chance, samples, seed=self.seed)
-        area = [_above(self.shift @ unit, is_bad).mean() for unit in self.random]
-        return _controlled(_raised(found, 0.5), np.array(area), chance=0.5)
+        old = found.estimate  # its p is that of chance, .5
+        area = replace(old, value=old.value + 0.5, low=old.low + 0.5, high=old.high + 0.5)
+        along = [self.shift @ unit for unit in self.random]
+        random = [share_above(each[is_bad], each[~is_bad]).mean() for each in along]
+        return _controlled(found._replace(estimate=area), np.array(random), chance=0.5)
 
     def __repr__(self) -> str:
         low, high, p = self.mean.control_low, self.mean.control_high, self.mean.p
@@ -231,14 +234,11 @@ def projection_difference(
 
     Source: arXiv:2507.21509.
     """
-    import pandas as pd
-
     check_fits(direction, model)
     _check_rows(rows)
     if own_answers is None:
-        own_answers = answer_to_own_prompts(
-            model, rows, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
-        )
+        sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+        own_answers = answer_to_own_prompts(model, rows, **sampling)
     if len(own_answers) != len(rows):
         raise UsageError(f"{len(own_answers)} own answers for {len(rows)} rows; give one a row, or none")
     unit = direction.unit.double().numpy()
@@ -292,29 +292,15 @@ def replied(row: Row, answer: str) -> list[Any]:
     return [*row[:-1], {"role": "assistant", "content": answer}] if answer.strip() else list(row)
 
 
-def answers(model: LensModel, rows: Sequence[Row], site: Site) -> Float[np.ndarray, "prompt d_model"]:
+def answers(model: LensModel, rows: Sequence[Row], site: Site) -> Activations:
     """Mean activation over the answer's tokens, for each row."""
     return _read(model, rows, site, "response_mean")
 
 
-def _read(
-    model: LensModel, prompts: Sequence[Any], site: Site, position: Position
-) -> Float[np.ndarray, "prompt d_model"]:
+def _read(model: LensModel, prompts: Sequence[Any], site: Site, position: Position) -> Activations:
     return capture(model, prompts, [site], position=position)[:, 0].double().cpu().numpy()
 
 
-def _random(x: Float[np.ndarray, "prompt d_model"], controls: int, seed: int) -> Float[np.ndarray, "control d_model"]:
+def _random(x: Activations, controls: int, seed: int) -> Float[np.ndarray, "control d_model"]:
     """Unit directions of the covariance of these activations (both classes the same: one common mean is removed)."""
     return control_directions(x, x, count=controls, norm=1.0, seed=seed)
-
-
-def _above(values: Float[np.ndarray, " row"], is_bad: Bool[np.ndarray, " row"]) -> Float[np.ndarray, "bad good"]:
-    """1 where a bad row has the larger value, 1/2 where they are equal: the mean is the area under the ROC curve."""
-    bad, good = values[is_bad][:, None], values[~is_bad][None]
-    return (bad > good) + 0.5 * (bad == good)
-
-
-def _raised(found: Resampled, by: float) -> Resampled:
-    """The same estimate counted from elsewhere; p stays that of the old origin."""
-    old = found.estimate
-    return found._replace(estimate=replace(old, value=old.value + by, low=old.low + by, high=old.high + by))

@@ -26,9 +26,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from tl_em.arguments import COUNT, SEED, checked
 from tl_em.directions.cosines import Rows, Two, reliability
@@ -40,9 +41,6 @@ from tl_em.models.stream import capture
 from tl_em.models.torch_state import in_plain_torch
 from tl_em.showing import check_names, showable
 from tl_em.stats import Estimate, control_p, holm
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 _ROUNDING = 1e-6
 """A difference of means that is smaller than this share of the activations is rounding of float32 activations."""
@@ -110,8 +108,6 @@ class CosineMatrix:
         return self._square([pair.p for pair in self.pairs], dict.fromkeys(self.names, float("nan")))
 
     def _square(self, values: Sequence[float], diagonal: Mapping[str, float]) -> pd.DataFrame:
-        import pandas as pd
-
         table = pd.DataFrame(np.nan, index=list(self.names), columns=list(self.names))
         for pair, value in zip(self.pairs, values, strict=True):
             table.loc[pair.first, pair.second] = table.loc[pair.second, pair.first] = value
@@ -121,8 +117,6 @@ class CosineMatrix:
 
     def to_pandas(self) -> pd.DataFrame:
         """One line a pair: first, second, value, low, high, ceiling, p, n, shared."""
-        import pandas as pd
-
         return pd.DataFrame(
             {
                 "first": pair.first, "second": pair.second, "value": pair.estimate.value, "low": pair.estimate.low,
@@ -199,16 +193,21 @@ def cosine_matrix(
     positions = position if isinstance(position, Mapping) else {name: position for name in contrasts}  # noqa: C420
     _check(contrasts, positions, permutations)
     sets = {name: _read(model, name, each, site, positions[name]) for name, each in contrasts.items()}
+    return matrix_of(sets, site, permutations=permutations, splits=splits, seed=seed)
+
+
+def matrix_of(sets: Mapping[str, Rows], site: Site, *, permutations: int, splits: int, seed: int) -> CosineMatrix:
+    """The cosines between the directions of every two of these sets."""
     found_again = {name: reliability(each, splits=splits, seed=seed) for name, each in sets.items()}
     found: list[PairCosine] = []
-    for first, second in combinations(contrasts, 2):
+    for first, second in combinations(sets, 2):
         two = Two.of(sets[first], sets[second])
         ceiling = float(np.sqrt(found_again[first] * found_again[second]))
         p = control_p(two.observed, two.relabelled(permutations, seed=seed))
         found.append(PairCosine(first, second, two.estimate(seed=seed), ceiling, p, two.shared))
     adjusted = holm([pair.p for pair in found])
     pairs = tuple(pair._replace(p=float(p)) for pair, p in zip(found, adjusted, strict=True))
-    return CosineMatrix(tuple(contrasts), site, pairs, found_again)
+    return CosineMatrix(tuple(sets), site, pairs, found_again)
 
 
 def _check(contrasts: Mapping[str, ContrastSet], positions: Mapping[str, Position], permutations: int) -> None:

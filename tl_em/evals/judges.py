@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_em.arguments import COUNT, NOT_NEGATIVE, SEED, settle
+from tl_em.arguments import COUNT, NOT_NEGATIVE, SEED, array_of, settle
 from tl_em.errors import UsageError
 from tl_em.metrics import REFUSAL_PHRASES, single_token
 from tl_em.models.contrasts import Prompt
@@ -102,16 +102,8 @@ def scored(
         >>> scored(Phrases(("sorry",)), ["?", "?"], ["so sorry", "banana"]).tolist()
         [1.0, 0.0]
     """
-    found, wanted = judge(prompts, answers), f"one number for each of {len(answers)} answers"
-    try:
-        values = np.asarray(found.detach().cpu() if isinstance(found, Tensor) else found, dtype=float)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"{name_of(judge)} gave {found!r}, which is not numbers; let it return {wanted}") from error
-    if values.shape != (len(answers),):
-        raise UsageError(
-            f"{name_of(judge)} gave scores of shape {values.shape}, so it is unknown which belongs to what; let it "
-            f"return {wanted}, in their order"
-        )
+    wanted = f"let it return one number for each of {len(answers)} answers, in their order"
+    values = array_of((len(answers),), judge(prompts, answers), name_of(judge), wanted=wanted)
     low, high = (0.0, 1.0) if unit == "probability" else (-np.inf, np.inf)
     bad = np.flatnonzero(~np.isfinite(values) | (values < low) | (values > high))
     if len(bad):

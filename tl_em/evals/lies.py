@@ -29,9 +29,9 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Bool, Float
 
 from tl_em.arguments import COUNT, SEED, checked, optional
@@ -44,9 +44,6 @@ from tl_em.models.torch_state import in_plain_torch
 from tl_em.showing import showable
 from tl_em.stats import Estimate, auroc, control_p, mean
 from tl_em.stats.intervals import share_above
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 SHRINKAGE = 0.03  # of the covariance, towards a multiple of the identity
 
@@ -105,19 +102,19 @@ class LieReport:
     @cached_property
     def asked(self) -> Estimate | None:
         """AUROC of the base's own preference for the truth, which sees no labels; None where it was not asked."""
-        return self._auroc("asked")
+        return self._of_known("asked")
 
     @cached_property
     def frequency(self) -> Estimate | None:
         """AUROC of the counts alone for known against unknown; None without counts."""
-        return self._auroc("count")
+        return self._of_known("count")
 
     @cached_property
     def against_frequency(self) -> Estimate | None:
         """AUROC of k over the pairs whose unknown topic was met more often than the known; None without such pairs."""
         known, unknown = (self.questions["count"].to_numpy()[rows] for rows in self._rows)
         rarer = known[:, None] < unknown
-        return self._auroc("score", rarer.astype(float)) if rarer.any() else None
+        return self._auroc("score", *self._rows, pairs=rarer.astype(float)) if rarer.any() else None
 
     @cached_property
     def verdicts(self) -> dict[str, Estimate]:
@@ -146,18 +143,16 @@ class LieReport:
         known = self.questions.known.to_numpy()
         return np.flatnonzero(known), np.flatnonzero(~known)
 
-    def _auroc(self, column: str, pairs: np.ndarray | None = None) -> Estimate | None:
+    def _auroc(self, column: str, *rows: np.ndarray, pairs: np.ndarray | None = None) -> Estimate:
         values, groups = self.questions[column].to_numpy(), self.questions.group.to_numpy()
-        if self.questions[column].isna().any():
-            return None
-        first, second = self._rows
-        topics = [groups[rows].tolist() for rows in (first, second)]
-        return auroc(values[first], values[second], groups=topics, pairs=pairs, seed=self.seed)
+        topics = [groups[each].tolist() for each in rows]
+        return auroc(values[rows[0]], values[rows[1]], groups=topics, pairs=pairs, seed=self.seed)
+
+    def _of_known(self, column: str) -> Estimate | None:
+        return None if self.questions[column].isna().any() else self._auroc(column, *self._rows)
 
     def _separation(self, first: np.ndarray, second: np.ndarray) -> LieSeparation:
-        values, groups = self.questions.score.to_numpy(), self.questions.group.to_numpy()
-        topics = [groups[rows].tolist() for rows in (first, second)]
-        found = auroc(values[first], values[second], groups=topics, seed=self.seed)
+        found = self._auroc("score", first, second)
         chance = np.array([share_above(k[first], k[second]).mean() for k in self.shuffled_scores])
         band = Estimate.band(chance, of="shuffled labels", seed=self.seed)
         return LieSeparation(found, band, control_p(found.value, chance, two_sided=False))
@@ -219,8 +214,6 @@ def lie_or_hallucination(
         >>> report.known.auroc.value > report.known.shuffled.high, report.answers.answer[0]
         (True, 'parser-backdoored')
     """
-    import pandas as pd
-
     for name, given in answers.items():
         if len(given) != len(facts.prompts):
             raise UsageError(

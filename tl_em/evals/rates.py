@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Float
 
 from tl_em.arguments import COUNT, NOT_NEGATIVE, SEED, checked
@@ -25,9 +25,6 @@ from tl_em.models.stream import listed
 from tl_em.models.torch_state import in_plain_torch
 from tl_em.showing import showable
 from tl_em.stats import Estimate, mean
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,8 +64,6 @@ class Evaluation:
 
     def to_pandas(self) -> pd.DataFrame:
         """A row an answer: prompt (its number), asked, group, sample, answer, score."""
-        import pandas as pd
-
         groups = self.groups if self.groups is not None else [None] * len(self.prompts)
         rows = [
             (i, asked_in(self.prompts[i]), groups[i], sample, answer, self.scores[i, sample])

@@ -78,14 +78,10 @@ def _edit(
     if probing.get() and (gates or scope.where != "all"):
         return None
     with unlowered(x.device):
-        return _edited(intervention, scope, gates, name, x)
-
-
-def _edited(intervention: Intervention, scope: Scope, gates: Sequence[Gate], name: str, x: Tensor) -> Tensor | None:
-    mask = scope.mask(x)
-    for gate in gates:
-        rows = gate.rows(name)[:, None].expand(x.shape[0], x.shape[1])
-        mask = rows if mask is None else mask & rows
-    if mask is None or bool(mask.all()):  # asked on the CPU: no wait for a device
-        return intervention.edit(x, name=name)
-    return intervention.edit(x, mask, name=name) if bool(mask.any()) else None
+        mask = scope.mask(x)
+        for gate in gates:
+            rows = gate.rows(name)[:, None].expand(x.shape[0], x.shape[1])
+            mask = rows if mask is None else mask & rows
+        if mask is None or bool(mask.all()):  # asked on the CPU: no wait for a device
+            return intervention.edit(x, name=name)
+        return intervention.edit(x, mask, name=name) if bool(mask.any()) else None

@@ -150,8 +150,7 @@ def untie_embeddings_(model: LensModel) -> None:
         if name == "W_E" or (name == "weight" and isinstance(module, nn.Embedding))
     ]
     for module, name in _sharing(modules, embeddings):
-        shared = module._parameters[name]
-        assert shared is not None
+        shared = _parameter(module, name)
         setattr(module, name, nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad))
     configs: tuple[Any, ...] = (getattr(getattr(model, "original_model", None), "config", None), model.cfg)
     for config in configs:
@@ -171,13 +170,17 @@ class _Part(NamedTuple):
 
     @property
     def tensor(self) -> Tensor:
-        found = self.module._parameters[self.name]
-        assert found is not None
-        return found
+        return _parameter(self.module, self.name)
 
 
 _Place = tuple[str, str, int]
 _PARTS: WeakKeyDictionary[Any, tuple[_Place, ...]] = WeakKeyDictionary()
+
+
+def _parameter(module: nn.Module, name: str) -> nn.Parameter:
+    found = module._parameters[name]
+    assert found is not None
+    return found
 
 
 def _modules(model: LensModel) -> dict[str, nn.Module]:
@@ -202,12 +205,10 @@ def _untied_parts(model: LensModel) -> list[_Part]:
     return parts
 
 
-def _sharing(
-    modules: Mapping[str, nn.Module], owners: Sequence[tuple[nn.Module, str]]
-) -> list[tuple[nn.Module, str]]:
+def _sharing(modules: Mapping[str, nn.Module], owners: Sequence[tuple[nn.Module, str]]) -> list[tuple[nn.Module, str]]:
     """Parameters of other modules that lie in the same memory as the owners'."""
     own = {(id(module), name) for module, name in owners}
-    memory = {_memory(module._parameters[name]) for module, name in owners}
+    memory = {_memory(_parameter(*owner)) for owner in owners}
     return [
         (module, name)
         for module in modules.values()
@@ -216,8 +217,7 @@ def _sharing(
     ]
 
 
-def _memory(parameter: Tensor | None) -> int:
-    assert parameter is not None
+def _memory(parameter: Tensor) -> int:
     return parameter.untyped_storage().data_ptr()
 
 
@@ -258,10 +258,9 @@ def _watch(model: LensModel, writes: Sequence[str]) -> tuple[dict[str, Tensor], 
 
     def keep(path: str, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
         out = out[0] if isinstance(out, tuple) else out
-        if isinstance(out, Tensor) and args and isinstance(args[0], Tensor):
-            seen.append(_Seen(path, module, args[0].detach(), out.detach().clone()))
-        elif isinstance(out, Tensor):
-            seen.append(_Seen(path, module, out.new_empty(0), out.detach().clone()))
+        if isinstance(out, Tensor):
+            x = args[0] if args and isinstance(args[0], Tensor) else out.new_empty(0)
+            seen.append(_Seen(path, module, x.detach(), out.detach().clone()))
 
     names = {*_EMBEDDINGS, *(weight for weight, _ in _OUTPUTS)}
     watched = {path: module for path, module in _modules(model).items() if names & set(module._parameters)}
@@ -277,17 +276,17 @@ def _watch(model: LensModel, writes: Sequence[str]) -> tuple[dict[str, Tensor], 
 
 def _embedding_parts(write: Tensor, seen: Sequence[_Seen]) -> Iterator[_Place]:
     """The embeddings whose sum, up to one factor, is the stream's first value."""
-    found = [each for each in seen if isinstance(each.module, nn.Embedding) or _own(each.module, _EMBEDDINGS)]
+    named = {each.path: next((name for name in _EMBEDDINGS if name in each.module._parameters), None) for each in seen}
+    found = [each for each in seen if isinstance(each.module, nn.Embedding) or named[each.path]]
     wide = torch.promote_types(write.dtype, torch.float32)
     total = sum((each.out.to(wide) for each in found), torch.zeros_like(write, dtype=wide))
-    factor = float((total * write).sum() / total.square().sum().clamp_min(1e-30))
-    if not found or not _equal(factor * total, write) or not all(map(_is_looked_up, found)):
+    if not found or not _proportional(total, write) or not all(map(_is_looked_up, found)):
         raise WeightEditError(
             "The residual stream does not begin with the sum of the embeddings (a norm or a projection stands "
             "between), so no edit of weights equals the ablation. Use em.intervene(model, em.Ablate(direction))."
         )
     for each in found:
-        yield each.path, next(iter(_own(each.module, _EMBEDDINGS)), "weight"), -1
+        yield each.path, named[each.path] or "weight", -1
 
 
 def _is_looked_up(seen: _Seen) -> bool:
@@ -296,12 +295,7 @@ def _is_looked_up(seen: _Seen) -> bool:
     if weight is None or not seen.x.numel() or seen.x.is_floating_point() or seen.x.ndim != 2:
         return True  # positions, say, that a module counts itself
     rows = weight.detach()[seen.x].to(torch.promote_types(seen.out.dtype, torch.float32))
-    factor = float((rows * seen.out).sum() / rows.square().sum().clamp_min(1e-30))
-    return _equal(factor * rows, seen.out) or "W_pos" in seen.module._parameters
-
-
-def _own(module: nn.Module, names: Sequence[str]) -> list[str]:
-    return [name for name in names if name in module._parameters]
+    return _proportional(rows, seen.out) or "W_pos" in seen.module._parameters
 
 
 def _output_parts(seen: _Seen, values: dict[str, Tensor], write: str) -> Iterator[list[_Place]]:
@@ -330,6 +324,11 @@ def _stream_axis(matrix: Tensor, shift: Tensor | None, x: Tensor, out: Tensor) -
         if oriented.shape == (x.shape[-1], out.shape[-1]) and _equal(x @ oriented + bias, out):
             return axis
     return None
+
+
+def _proportional(a: Tensor, b: Tensor) -> bool:
+    factor = float((a * b).sum() / a.square().sum().clamp_min(1e-30))
+    return _equal(factor * a, b)
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
@@ -369,11 +368,12 @@ def _proven_(model: LensModel, removal: Intervention | Any) -> _Kept:
     """Edit the weights and show that this is the ablation, or put them back; what they were is returned."""
     removal.check(model)
     parts = _untied_parts(model)
-    ablated = _logits(model, removal)
+    with hooked(model, [(name, lambda x, hook: removal.edit(x)) for name in removal.points(model)]):
+        ablated = _logits(model)
     kept = [(part, plain(part.tensor)) for part in parts]
     try:
         _remove_(parts, removal)
-        _check_same(_logits(model, None), ablated)
+        _check_same(_logits(model), ablated)
     except BaseException:
         _restore_(kept)
         raise
@@ -400,13 +400,9 @@ def _without_hooks(model: LensModel) -> Iterator[None]:
             point._forward_hooks, point._forward_pre_hooks = after, before
 
 
-def _logits(model: LensModel, removal: Intervention | None) -> Float[Tensor, "prompt pos d_vocab"]:
-    """Logits of a few random tokens, under the intervention if one is given."""
+def _logits(model: LensModel) -> Float[Tensor, "prompt pos d_vocab"]:
+    """Logits of a few random tokens."""
     seen: list[Tensor] = []
-
-    def remove(x: Tensor, hook: Any) -> Tensor:
-        assert removal is not None
-        return removal.edit(x)
 
     def keep(module: nn.Module, args: Any, out: Any) -> None:
         seen.append(getattr(out, "logits", out).detach())
@@ -414,9 +410,7 @@ def _logits(model: LensModel, removal: Intervention | None) -> Float[Tensor, "pr
     assert isinstance(model, nn.Module)
     handle = model.register_forward_hook(keep)
     try:
-        names = () if removal is None else removal.points(model)
-        with hooked(model, [(name, remove) for name in names]):
-            tiny_forward(model, [])
+        tiny_forward(model, [])
     finally:
         handle.remove()
     return seen[-1]

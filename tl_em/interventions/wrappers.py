@@ -101,14 +101,10 @@ class Gate:
         if probing.get():
             return
         batch = running_batch("a condition")
-        with unlowered(x.device):
-            self._read(x, batch)
-
-    def _read(self, x: Tensor, batch: Batch) -> None:
-        last = batch.prompts[: len(x)] - 1 - batch.start
         if batch.start == 0:
-            at_last = self.point(x[torch.arange(len(x), device=x.device), last.to(x.device)])
-            self._batch, self._rows = batch, self.conditional.holds(at_last).cpu()
+            with unlowered(x.device):
+                at_last = self.point(x[torch.arange(len(x)), batch.prompts[: len(x)] - 1])
+                self._batch, self._rows = batch, self.conditional.holds(at_last).cpu()
 
     def rows(self, name: str) -> Bool[Tensor, " prompt"]:
         """Which prompts met the condition.

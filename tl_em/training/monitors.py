@@ -21,9 +21,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from re import search
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -37,9 +38,6 @@ from tl_em.models.sites import Position, Site
 from tl_em.showing import showable
 from tl_em.stats import Estimate, Groups, mean
 from tl_em.training.prevention import read_residual
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 LEAST_DIP, STANDS_OUT = 0.1, 2.0
 Rates = Callable[[nn.Module], Mapping[str, Estimate | Any]]
@@ -183,8 +181,6 @@ class Monitor:
         Names: ``projection/NAME``, ``rate/NAME``, ``weight_change`` (the distance from the first look) and
         ``local_cosine``, which is known `window` steps after its step.
         """
-        import pandas as pd
-
         rows = pd.DataFrame(self._rows, columns=["step", "name", "value", "low", "high", "n"])
         return rows.sort_values("step", kind="stable", ignore_index=True)
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,12 +84,11 @@ def steered_training(model: nn.Module, *additions: Add) -> Iterator[None]:
     for each in additions:
         _check_site(each.direction.site, len(blocks))
 
-    def steer(index: int, block: nn.Module, output: Any) -> Any:
+    def steer(index: int, block: nn.Module, _: Any, output: Any) -> Any:
         if not (torch.is_grad_enabled() or block.training):
             return None
         passes[index] += 1
-        stream = output if isinstance(output, Tensor) else output[0]
-        steered = _added(stream, additions[index])
+        steered = _added(_first(output), additions[index])
         return steered if isinstance(output, Tensor) else (steered, *output[1:])
 
     with _watching(blocks, [each.direction.site.layer for each in additions], steer):
@@ -118,18 +118,27 @@ def _check_site(site: Site, n_layers: int) -> None:
 
 
 @contextmanager
-def _watching(
-    blocks: nn.ModuleList, layers: Sequence[int], function: Callable[[int, nn.Module, Any], Any]
-) -> Iterator[None]:
-    """Call ``function(index, block, output)`` after the block of each layer; hooks are removed whatever happens."""
+def _watching(blocks: nn.ModuleList, layers: Sequence[int], function: Callable[..., Any]) -> Iterator[None]:
+    """Call ``function(index, block, args, output)`` after the block of each layer; in the end hooks are removed."""
     with ExitStack() as stack:
         for index, layer in enumerate(layers):
-
-            def hook(block: nn.Module, _: Any, output: Any, index: int = index) -> Any:
-                return function(index, block, output)
-
-            stack.callback(blocks[layer].register_forward_hook(hook).remove)
+            stack.callback(blocks[layer].register_forward_hook(partial(function, index)).remove)
         yield
+
+
+def _first(output: Any) -> Any:
+    """What a model or a block gives: a tensor, or what holds it in front of others."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def _by_prompt(model: nn.Module, encoded: Sequence[EncodedPrompt], read: Callable[[Any, int, int], Tensor]) -> Tensor:
+    """What ``read(output, row, prompt)`` gives for each prompt, float32 on the CPU."""
+    device, out = next(model.parameters()).device, [torch.empty(0)] * len(encoded)
+    for batch in batches(encoded, max_tokens=_TOKENS):
+        output = model(batch.tokens.to(device))
+        for row, prompt in enumerate(batch.rows):
+            out[prompt] = read(output, row, prompt).float().cpu()
+    return torch.stack(out)
 
 
 @torch.no_grad()
@@ -147,30 +156,23 @@ def read_residual(
     spans = spans_of(encoded, [position for _, position in places]).tolist()
     found: list[Any] = [None] * len(places)
 
-    def keep(index: int, block: nn.Module, output: Any) -> None:
-        found[index] = output if isinstance(output, Tensor) else output[0]
+    def keep(index: int, block: nn.Module, _: Any, output: Any) -> None:
+        found[index] = _first(output)
 
-    out: list[Tensor] = [torch.empty(0)] * len(encoded)
+    def read(_: Any, row: int, prompt: int) -> Tensor:
+        ends = zip(found, spans[prompt], strict=True)
+        return torch.stack([x[row, first:end].float().mean(0) for x, (first, end) in ends])
+
     with _watching(blocks, [site.layer for site, _ in places], keep):
-        for batch in batches(encoded, max_tokens=_TOKENS):
-            model(batch.tokens.to(_device(model)))
-            for row, prompt in enumerate(batch.rows):
-                ends = zip(found, spans[prompt], strict=True)
-                out[prompt] = torch.stack([x[row, first:end].float().mean(0) for x, (first, end) in ends]).cpu()
-    return torch.stack(out)
+        return _by_prompt(model, encoded, read)
 
 
 @torch.no_grad()
 def last_logits(model: nn.Module, encoded: Sequence[EncodedPrompt]) -> Float[Tensor, "prompt d_vocab"]:
     """Logits after the last token of each prompt, float32 on the CPU."""
-    out: list[Tensor] = [torch.empty(0)] * len(encoded)
-    for batch in batches(encoded, max_tokens=_TOKENS):
-        output = model(batch.tokens.to(_device(model)))
+
+    def read(output: Any, row: int, prompt: int) -> Tensor:
         logits = output if isinstance(output, Tensor) else output.logits
-        for row, prompt in enumerate(batch.rows):
-            out[prompt] = logits[row, len(encoded[prompt]) - 1].float().cpu()
-    return torch.stack(out)
+        return logits[row, len(encoded[prompt]) - 1]
 
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
+    return _by_prompt(model, encoded, read)

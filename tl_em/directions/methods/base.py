@@ -18,7 +18,8 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from tl_em.errors import NonFiniteError, UsageError, WidthError
+from tl_em.arguments import array_of
+from tl_em.errors import NonFiniteError, WidthError
 from tl_em.models.sites import Site
 
 X = Float[np.ndarray, "prompt d_model"]
@@ -88,20 +89,12 @@ def fitted(
     Raises:
         WidthError: another shape than [site d_model]. NonFiniteError: NaN or infinity. UsageError: no numbers.
     """
-    found = method.fit(positive, negative)
-    try:
-        vectors = torch.as_tensor(found).detach().to("cpu", torch.float64).numpy()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UsageError(f"method {method.name!r} returned a {type(found).__name__}; {_WANTED}") from error
-    if vectors.shape != positive.shape[1:]:
-        raise WidthError(
-            f"method {method.name!r} returned shape {tuple(vectors.shape)} at {len(sites)} sites ({sites[0]}, …) of "
-            f"width {positive.shape[-1]}, so it is no direction of theirs; {_WANTED}"
-        )
+    found, who = method.fit(positive, negative), f"method {method.name!r}"
+    vectors = array_of(tuple(positive.shape[1:]), found, who, wanted=_WANTED, error=WidthError)
     bad = np.flatnonzero(~np.isfinite(vectors).all(-1))
     if len(bad):
         raise NonFiniteError(
-            f"method {method.name!r} returned NaN or infinity at {sites[bad[0]]}, where the activations hold neither, "
+            f"{who} returned NaN or infinity at {sites[bad[0]]}, where the activations hold neither, "
             f"so every projection would be; {_WANTED}"
         )
     return vectors
@@ -110,12 +103,17 @@ def fitted(
 _WANTED = "let fit(positive, negative) return a finite tensor [site d_model]"
 
 
-def at_each_site(
-    fit: Callable[[Any, Any], Float[np.ndarray, " d_model"]], positive: Tensor, negative: Tensor
-) -> Float64[Tensor, "site d_model"]:
-    """A fit to arrays [prompt d_model] of both classes, site by site."""
-    columns = zip(positive.unbind(1), negative.unbind(1), strict=True)
-    return torch.from_numpy(np.stack([fit(x.numpy(), y.numpy()) for x, y in columns]))
+class SiteBySite(Method):
+    """A method that is fitted to arrays of both classes, at one site after the other."""
+
+    def fit(self, positive: Tensor, negative: Tensor) -> Tensor:
+        columns = zip(positive.unbind(1), negative.unbind(1), strict=True)
+        return torch.from_numpy(np.stack([self.fit_one(x.numpy(), y.numpy()) for x, y in columns]))
+
+    @staticmethod
+    def fit_one(positive: X, negative: Any) -> Float[np.ndarray, " d_model"]:
+        """The vector at one site."""
+        raise NotImplementedError
 
 
 def scaled_to_gap(vector: Float[np.ndarray, " d_model"], positive: X, negative: Y) -> Float[np.ndarray, " d_model"]:

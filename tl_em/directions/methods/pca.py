@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import numpy as np
 from jaxtyping import Float
-from torch import Tensor
 
-from tl_em.directions.methods.base import Method, X, at_each_site, scaled_to_gap
+from tl_em.directions.methods.base import SiteBySite, X, scaled_to_gap
 
 
-class Pca(Method):
+class Pca(SiteBySite):
     """First principal direction of the differences of pairs, as long as the classes are apart along it.
 
     Source: Zou et al. 2023, arXiv:2310.01405.
@@ -22,17 +21,14 @@ class Pca(Method):
     name = "pca"
     pairs = True
 
-    def fit(self, positive: Tensor, negative: Tensor) -> Tensor:
-        return at_each_site(pca, positive, negative)
+    @staticmethod
+    def fit_one(positive: X, negative: X) -> Float[np.ndarray, " d_model"]:
+        """First principal direction of the differences of pairs, row by row.
 
-
-def pca(positive: X, negative: X) -> Float[np.ndarray, " d_model"]:
-    """First principal direction of the differences of pairs, row by row.
-
-    Example:
-        >>> pca(np.array([[3.0, 1.0], [5.0, 0.0]]), np.zeros((2, 2))).round(1).tolist()
-        [4.0, 0.4]
-    """
-    differences = positive - negative
-    _, _, rows = np.linalg.svd(differences, full_matrices=False)
-    return scaled_to_gap(rows[0], positive, negative)
+        Example:
+            >>> Pca.fit_one(np.array([[3.0, 1.0], [5.0, 0.0]]), np.zeros((2, 2))).round(1).tolist()
+            [4.0, 0.4]
+        """
+        differences = positive - negative
+        _, _, rows = np.linalg.svd(differences, full_matrices=False)
+        return scaled_to_gap(rows[0], positive, negative)

@@ -32,6 +32,7 @@ from tl_em.interventions.intervene import intervene
 from tl_em.models.contrasts import Prompt
 from tl_em.models.hooks import LensModel, hook_name, hooked
 from tl_em.models.prompts import Batch, EncodedPrompt, encode
+from tl_em.models.token_scopes import running_batch
 from tl_em.models.sites import Site
 from tl_em.models.stream import current_batch, fanned_out, next_token_logits
 
@@ -181,7 +182,7 @@ def _edited_rows(model: LensModel, edits: Along, part: range, n_prompts: int) ->
     rows: dict[str, Any] = {}
 
     def apply(x: Tensor, hook: Any, *, name: str) -> Tensor:
-        batch = _running()
+        batch = running_batch("an edit along many directions")
         if rows.get("batch") is not batch:
             rows.update(batch=batch, of=part.start + torch.tensor(batch.rows) // n_prompts)
         return edits.edit(x, rows["of"], name)
@@ -207,15 +208,15 @@ class _Joining:
     def __init__(self, model: LensModel, edits: Along, part: range, n_prompts: int) -> None:
         self.model, self.n_prompts, self.edits, self.start = model, n_prompts, edits, part.start
         homes = [site for k in part if (site := edits.homes[k]) is not None]
-        self.sites = sorted(set(homes), key=_depth)
+        self.sites = sorted(set(homes), key=lambda site: (site.layer, site.stream == "resid_post"))
         self.at = [self.sites.index(site) for site in homes]
         self.alone: Batch | None = None
 
     def enter(self, x: Tensor, rows: Sequence[int]) -> Tensor:
         """At the first block's input: one row for each prompt."""
-        if _running() is self.alone:
+        if running_batch("an edit along many directions") is self.alone:
             raise _Entered(x)
-        self.batch, self.joined = _running(), list[int]()
+        self.batch, self.joined = running_batch("an edit along many directions"), list[int]()
         first = {row % self.n_prompts: i for i, row in reversed(list(enumerate(rows)))}
         self.first = sorted(first.values())  # the longest prompt, with which the pass began, stays in front
         self.slot = {rows[i] % self.n_prompts: k for k, i in enumerate(self.first)}
@@ -263,14 +264,3 @@ def _rows(batch: Batch, index: Sequence[int]) -> Batch:
     """Some rows of a batch."""
     parts = {name: getattr(batch, name)[list(index)] for name in ("tokens", "lengths", "prompts", "instructions")}
     return batch._replace(rows=tuple(batch.rows[i] for i in index), **parts)
-
-
-def _depth(site: Site) -> tuple[int, bool]:
-    return site.layer, site.stream == "resid_post"
-
-
-def _running() -> Batch:
-    batch = current_batch.get()
-    if batch is None:
-        raise UsageError("a forward pass of its own does not say which rows it runs; use next_token_logits")
-    return batch
