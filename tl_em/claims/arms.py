@@ -3,8 +3,8 @@
     change = sign * (treated - untreated), prompt by prompt
 
 A treatment is an intervention at the tokens of a scope.  Many of one kind run in one batch, and a sample of them is
-checked against one by one (``interventions.many``).  Beside what is measured stands the push: KL(untreated || treated)
-of the next token at the prompt's end, in nats.
+checked against one by one (``interventions.along_each``).  Beside what is measured stands the push: KL(untreated ||
+treated) of the next token at the prompt's end, in nats.
 """
 
 from __future__ import annotations

@@ -217,12 +217,12 @@ class Projection:
     direction: Direction
     unit: str = "activation"
 
-    @property
-    def name(self) -> str:
-        """What is measured."""
-        return f"projection on {self.direction.name or 'direction'}"
-
     def __call__(self, model: LensModel, prompts: Sequence[Prompt]) -> Float[Tensor, " prompt"]:
         """Projection of each prompt, in the units of the activations."""
         acts = capture(model, prompts, [self.direction.site], position=self.direction.position)
         return self.direction.project(acts[:, 0])
+
+    @property
+    def name(self) -> str:
+        """What is measured."""
+        return f"projection on {self.direction.name or 'direction'}"

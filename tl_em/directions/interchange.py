@@ -144,13 +144,11 @@ def import_persona_vectors(
         CorruptFileError, WidthError, ProvenanceError: as :func:`import_refusal_direction`.
 
     Example:
-        >>> from tempfile import TemporaryDirectory
-        >>> import torch
+        >>> import tempfile, torch
         >>> import tl_em as em
-        >>> with TemporaryDirectory() as folder:
-        ...     torch.save(torch.ones(4, 96), f"{folder}/evil_response_avg_diff.pt")  # hidden state, d_model
-        ...     found = em.interop.import_persona_vectors(f"{folder}/evil_response_avg_diff.pt")
-        >>> sorted(found)
+        >>> path = f"{tempfile.mkdtemp()}/evil_response_avg_diff.pt"
+        >>> torch.save(torch.ones(4, 96), path)  # hidden state, d_model
+        >>> sorted(em.interop.import_persona_vectors(path))
         [0, 1, 2]
 
     Source: arXiv:2507.21509 and its code.

@@ -74,9 +74,9 @@ def finetuning_shift(
     direction: Direction,
     prompts: Sequence[Prompt | EncodedPrompt],
     *,
+    controls: int = 999,
     groups: Groups | None = None,
     benign: LensModel | None = None,
-    controls: int = 999,
     seed: int = 0,
 ) -> Controlled:
     """How far a fine-tune moved the activations of some prompts along a direction.
