@@ -122,7 +122,7 @@ def test_controls_of_your_own(small_model: LensModel) -> None:
 
 
 def test_bad_input_is_a_typed_error(small_model: LensModel) -> None:
-    with pytest.raises(WidthError, match="d_model = 32"):
+    with pytest.raises(WidthError, match="d_model is 32"):
         logit_lens(small_model, Direction(torch.ones(8), Site(0)))
     origin = Provenance.of(small_model)
     logit_lens(small_model, Direction(torch.ones(D), Site(0), provenance=replace(origin, weights="folded")), controls=1)

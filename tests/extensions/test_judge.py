@@ -61,7 +61,7 @@ def test_an_audit_takes_it_as_the_behaviour(pair: em.ModelPair) -> None:
 @pytest.mark.parametrize(
     ("scores", "said"),
     [([0.5], r"shape \(1,\).*one number for each of 2"), ([0.5, float("nan")], "gave nan"),
-     ([0.5, 7], "gave 7.0.*unit="), (["good", "bad"], "not numbers"), (None, "shape")],
+     ([0.5, 7], "gave 7.0.*unit="), (["good", "bad"], "not numbers"), (None, "not numbers")],
 )  # fmt: skip
 def test_a_judge_without_scores_is_refused(scores: Any, said: str) -> None:
     with pytest.raises(UsageError, match=said):
