@@ -31,6 +31,7 @@ class Metric(Protocol):
     """A number for each prompt, with its name and unit: an object that is called, or a function with both attributes.
 
     Example:
+        >>> import torch
         >>> def length(model, prompts):
         ...     return torch.tensor([float(len(prompt)) for prompt in prompts])
         >>> length.name, length.unit = "length", "letters"
