@@ -31,9 +31,9 @@ from tl_em.arguments import COUNT, POSITIVE, SEED, checked, vectors
 from tl_em.directions.direction import Direction, as_direction
 from tl_em.errors import ModelError
 from tl_em.models.hooks import LensModel
-from tl_em.models.torch_state import in_plain_torch
-from tl_em.models.token_text import token_text
 from tl_em.models.sites import Provenance, check_belongs
+from tl_em.models.token_text import token_text
+from tl_em.models.torch_state import in_plain_torch
 
 _MAX_LOGITS = 2**24
 """Logits of random directions held at once: 64 MiB in float32."""

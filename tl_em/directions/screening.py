@@ -31,10 +31,10 @@ from tl_em.errors import EmptyContrastError, UsageError
 from tl_em.models.generate import generate
 from tl_em.models.hooks import LensModel
 from tl_em.models.loading import ModelPair
-from tl_em.models.torch_state import in_plain_torch
 from tl_em.models.prompts import EncodedPrompt, Prompt, encode
 from tl_em.models.sites import Position, Site
 from tl_em.models.stream import capture
+from tl_em.models.torch_state import in_plain_torch
 from tl_em.stats import Estimate, Groups, Resampled, bootstrap, control_p, middle_95, paired_difference
 from tl_em.stats.intervals import share_above
 

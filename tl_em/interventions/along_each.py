@@ -32,9 +32,9 @@ from tl_em.interventions.intervene import intervene
 from tl_em.models.contrasts import Prompt
 from tl_em.models.hooks import LensModel, hook_name, hooked
 from tl_em.models.prompts import Batch, EncodedPrompt, encode
-from tl_em.models.token_scopes import running_batch
 from tl_em.models.sites import Site
 from tl_em.models.stream import current_batch, fanned_out, next_token_logits
+from tl_em.models.token_scopes import running_batch
 
 Measure = Callable[..., Float[Tensor, " prompt"]]
 """Of a model and prompts."""

@@ -36,11 +36,11 @@ from tl_em.directions.direction import Direction, Projection, as_direction
 from tl_em.directions.reliability import neutral_z
 from tl_em.errors import HiddenSteerWarning, UsageError, WidthError
 from tl_em.interventions.base import EVERY_WRITE, Activation, EveryWrite, Intervention, RowEdit
+from tl_em.models.class_means import as_contrast
 from tl_em.models.contrasts import ContrastSet
 from tl_em.models.hooks import LensModel
-from tl_em.models.class_means import as_contrast
-from tl_em.models.torch_state import in_plain_torch
 from tl_em.models.sites import Site, as_site
+from tl_em.models.torch_state import in_plain_torch
 from tl_em.stats import Estimate
 
 _FAR = 1.0
