@@ -43,7 +43,7 @@ from tl_em.models.stream import capture
 from tl_em.models.torch_state import in_plain_torch
 from tl_em.showing import showable
 from tl_em.stats import Estimate, auroc, control_p, mean
-from tl_em.stats.intervals import share_above
+from tl_em.stats.ranks import share_above
 
 SHRINKAGE = 0.03  # of the covariance, towards a multiple of the identity
 

@@ -111,7 +111,7 @@ class Estimate:
 
 
 class Resampled(NamedTuple):
-    """What a bootstrap gives: the estimate, and the two-sided p of "the statistic is 0".
+    """The estimate, and the two-sided p of "the statistic is 0".
 
     Args:
         estimate: the value with its interval.
@@ -119,7 +119,7 @@ class Resampled(NamedTuple):
 
     Example:
         >>> from tl_em.stats import paired_difference
-        >>> paired_difference([0.0, 0.0, 0.0], [1.0, 1.0, 1.0]).p < 0.05
+        >>> paired_difference([0.0, 0.2, 0.1], [1.0, 1.1, 1.2]).p < 0.05
         True
     """
 

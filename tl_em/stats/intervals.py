@@ -1,4 +1,4 @@
-"""Intervals and resampling: the only place where the prompt axis is reduced.
+"""Intervals of any statistic by resampling.  Means, rates and AUROC have files of their own.
 
 Everything that is estimated here is a function of *weighted means over prompts*, so one resampling scheme serves all of
 it: draw the units (questions, or prompts when there are no questions) with replacement, turn the draw into integer
@@ -13,7 +13,7 @@ Intervals are percentile intervals at the level that corrects their known narrow
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Float
@@ -64,11 +64,11 @@ def bootstrap(
         nan = float("nan")
         return Resampled(Estimate(point, nan, nan, n, worth, f"{method}: fewer than two units, no interval", seed), nan)
     drawn = _draw(statistic, units, seed=seed, resamples=resamples)
-    low, high = np.quantile(drawn, _tails(min(units.strata)))
+    low, high = np.quantile(drawn, tails(min(units.strata)))
     below, above = np.sum(drawn <= 0), np.sum(drawn >= 0)
-    p = min(1.0, 2 * (1 + min(below, above)) / (1 + len(drawn)))
+    p = p_of_tail((1 + min(below, above)) / (1 + len(drawn)), min(units.strata))
     return Resampled(
-        Estimate(point, float(low), float(high), n, worth, f"{method}, {resamples} draws, percentile", seed), float(p)
+        Estimate(point, float(low), float(high), n, worth, f"{method}, {resamples} draws, percentile", seed), p
     )
 
 
@@ -93,131 +93,22 @@ def _draw(statistic: Callable[..., np.ndarray], units: Units, *, seed: int, resa
     return drawn[np.isfinite(drawn)]
 
 
-def _tails(units: int) -> tuple[float, float]:
+def tails(units: int, level: float = LEVEL) -> tuple[float, float]:
     """The percentile ends whose coverage is nominal for a mean of this many units (Hesterberg 2015)."""
-    quantile = scipy_stats.t.ppf(0.5 - LEVEL / 2, units - 1) * math.sqrt(units / (units - 1))
+    quantile = scipy_stats.t.ppf(0.5 - level / 2, units - 1) * math.sqrt(units / (units - 1))
     tail = float(scipy_stats.norm.cdf(quantile))
     return tail, 1 - tail
 
 
-@checked(seed=SEED)
-def mean(values: ArrayLike, *, groups: Groups | None = None, seed: int = 0) -> Estimate:
-    """Mean over prompts with its interval, clustered by ``groups`` when they are given.
+def p_of_tail(share: float, units: int) -> float:
+    """Two-sided p of 0, where this share of the draws lies beyond it: the level at which :func:`tails` ends there.
 
     Args:
-        values: one number a prompt.
-        groups: the question that each prompt belongs to.
-        seed: of the bootstrap.
-
-    Example:
-        >>> mean([0.0, 1.0, 1.0, 0.0, 1.0, 1.0, 0.0, 1.0])
-        0.62 [0.25, 1.00] n=8
+        share: of the draws on the side of 0 that has fewer.
+        units: drawn.
     """
-    x = vector(values)
-    return paired_difference(np.zeros_like(x), x, groups=groups, seed=seed).estimate
-
-
-def mean_over_units(values: ArrayLike, units: Sequence[Hashable]) -> Estimate:
-    """Mean over a few independent units (seeds, say), each counting once, with Student's t interval.
-
-    A bootstrap of three or five units cannot leave the range that they span, and covers too little.
-
-    Args:
-        values: one for each row.
-        units: the unit of each row; rows of one unit are averaged first.
-
-    Example:
-        >>> mean_over_units([0.1, 0.3, 0.5, 0.6, 0.8], [1, 1, 2, 3, 3])
-        0.47 [-0.16, 1.09] n=3
-    """
-    from scipy.stats import t
-
-    x, rows = vector(values), list(units)
-    means = np.array([x[[i for i, unit in enumerate(rows) if unit == each]].mean() for each in dict.fromkeys(rows)])
-    n, nan = len(means), float("nan")
-    if n < 2:
-        return Estimate(float(means[0]), nan, nan, n, float(n), "one unit, no interval")
-    half = float(t.ppf(0.975, n - 1) * means.std(ddof=1) / np.sqrt(n))
-    value = float(means.mean())
-    return Estimate(value, value - half, value + half, n, float(n), f"Student's t over {n} units")
-
-
-@checked(seed=SEED)
-def paired_difference(before: ArrayLike, after: ArrayLike, *, groups: Groups | None = None, seed: int = 0) -> Resampled:
-    """Mean of ``after - before``, prompt by prompt.
-
-    Args:
-        before, after: one number a prompt, the same prompts in both.
-        groups: the question that each prompt belongs to.
-        seed: of the bootstrap.
-
-    Raises:
-        UsageError: the two are not of one length, or hold NaN.
-
-    Example:
-        >>> paired_difference([0.0, 1.0, 2.0], [1.0, 2.0, 3.0]).estimate.value
-        1.0
-    """
-    first, second = vector(before), vector(after)
-    if len(first) != len(second):
-        raise UsageError(
-            f"{len(first)} prompts before and {len(second)} after cannot be paired; measure both on the same prompts"
-        )
-    x = second - first
-    return bootstrap(lambda w: w @ x / w.sum(-1), [len(x) if groups is None else groups], seed=seed)
-
-
-@checked(seed=SEED)
-def difference(
-    first: ArrayLike, second: ArrayLike, *, groups: tuple[Groups, Groups] | None = None, seed: int = 0
-) -> Resampled:
-    """Mean of ``second`` minus mean of ``first``, for two unpaired sets of prompts.
-
-    Args:
-        first, second: one number a prompt, of each set.
-        groups: the questions that the prompts of each set belong to.
-        seed: of the bootstrap.
-
-    Example:
-        >>> difference([0.0, 1.0, 2.0], [5.0, 6.0]).estimate.value
-        4.5
-    """
-    x, y = vector(first), vector(second)
-    return bootstrap(lambda v, w: w @ y / w.sum(-1) - v @ x / v.sum(-1), list(groups or (len(x), len(y))), seed=seed)
-
-
-def auroc(
-    first: Float[np.ndarray, " prompt"],
-    second: Float[np.ndarray, " other"],
-    *,
-    groups: Sequence[Groups] | None = None,
-    pairs: Float[np.ndarray, "prompt other"] | None = None,
-    seed: int = 0,
-) -> Estimate:
-    """Share of the pairs in which the first scores higher (Mann and Whitney's), with its interval.
-
-    Args:
-        first, second: a score for each prompt of either class.
-        groups: the question of each prompt of either class; prompts of one question are resampled together.
-        pairs: weight of each pair; 1 by default.
-        seed: of the resampling.
-
-    Example:
-        >>> auroc(np.array([2.0, 3.0]), np.array([1.0, 2.5]), groups=("ab", "cd")).value
-        0.75
-    """
-    above, each = share_above(first, second), np.ones((len(first), len(second))) if pairs is None else pairs
-
-    def share(v: np.ndarray, w: np.ndarray) -> np.ndarray:
-        total = ((v @ each) * w).sum(-1)
-        return np.divide(((v @ (above * each)) * w).sum(-1), total, out=np.full(len(total), 0.5), where=total > 0)
-
-    return bootstrap(share, list(groups or (len(first), len(second))), seed=seed).estimate
-
-
-def share_above(first: np.ndarray, second: np.ndarray) -> Float[np.ndarray, "prompt other"]:
-    """For each pair 1 where the first is higher, 1/2 where both are alike, else 0."""
-    return (first[:, None] > second) + 0.5 * (first[:, None] == second)
+    quantile = scipy_stats.norm.ppf(min(share, 0.5)) / math.sqrt(units / (units - 1))
+    return min(1.0, 2 * float(scipy_stats.t.cdf(quantile, units - 1)))
 
 
 def vector(values: ArrayLike) -> Float[np.ndarray, " prompt"]:
