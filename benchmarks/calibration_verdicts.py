@@ -200,11 +200,11 @@ def _case(
 
 
 def words(asked: Sequence[Case], questions: Sequence[Question]) -> dict[str, bool]:
-    """For each question, whether any direction got a word."""
+    """For each question, whether any direction got a word (*scaled* is none: it is what was planted, or nothing was)."""
     measured = [case for case in asked if _separates(case)]
     findings = [found for q in questions for case in measured if (found := q.measure(case)) is not None]
     rows = judge(findings)
-    return {q.name: any(row.shown for row in rows if row.question == q.name) for q in questions}
+    return {q.name: any(row.shown and row.verdict != "scaled" for row in rows if row.question == q.name) for q in questions}
 
 
 def _separates(case: Case) -> bool:

@@ -113,3 +113,85 @@ def test_empty_and_unequal_samples_are_refused() -> None:
         stats.mean([])
     with pytest.raises(UsageError, match="cannot be paired"):
         stats.paired_difference([1.0], [1.0, 2.0])
+
+
+def test_a_rate_of_none_has_the_exact_upper_end() -> None:
+    """0 of 60: 1 - .025^(1/60); a bootstrap would have no width here."""
+    e = stats.mean(np.zeros(60))
+    assert e.low == 0
+    assert e.high == pytest.approx(1 - 0.025 ** (1 / 60))
+    assert stats.mean(np.ones(60)).low == pytest.approx(0.025 ** (1 / 60))
+
+
+def test_questions_that_all_answer_alike_count_once_each() -> None:
+    e = stats.mean(np.zeros(60), groups=np.repeat(np.arange(10), 6).tolist())
+    assert e.high == pytest.approx(1 - 0.025 ** (1 / 10))
+
+
+@pytest.mark.parametrize("values", [[0.01] * 5 + [0.02] * 5, [0.0] * 9 + [1e-9], [0.999, 0.9999, 1.0] * 4])
+def test_a_probability_stays_in_its_range_and_keeps_a_width(values: list[float]) -> None:
+    e = stats.mean(values, bounds=(0, 1))
+    assert 0 <= e.low <= e.value <= e.high <= 1
+    assert e.high > e.low
+
+
+def test_bounds_that_the_values_leave_are_refused() -> None:
+    with pytest.raises(UsageError, match="do not lie in bounds"):
+        stats.mean([0.5, 1.5, 0.7], bounds=(0, 1))
+
+
+def test_a_paired_rate_has_a_width_where_nothing_changed() -> None:
+    same = np.array([0.0, 1.0] * 8)
+    found = stats.paired_difference(same, same)
+    assert found.estimate.value == 0
+    assert found.estimate.low < -0.1
+    assert found.estimate.high > 0.1
+    assert found.p == pytest.approx(1)
+    up = stats.paired_difference(np.zeros(32), np.ones(32))
+    assert up.estimate.low > 0.8
+    assert up.p < 1e-6
+
+
+def test_the_mean_of_a_few_is_students() -> None:
+    from scipy import stats as scipy_stats
+
+    x = [0.3, 1.2, 0.7, 0.1]
+    e, expected = stats.mean(x), scipy_stats.ttest_1samp(x, 0.0)
+    assert (e.low, e.high) == pytest.approx(tuple(expected.confidence_interval(0.95)))
+    assert stats.paired_difference(np.zeros(4), x).p == pytest.approx(expected.pvalue)
+
+
+def test_p_is_the_level_at_which_the_interval_ends() -> None:
+    """Beyond a threshold just where p of "no farther than that" is below .05, whatever makes the interval."""
+    rng = np.random.default_rng(8)
+    for n in (5, 20, 60):
+        x = rng.normal(0.5, 1, n)
+        coin = (rng.random(n) < 0.7).astype(float)
+        found = [
+            stats.paired_difference(np.zeros(n), x),
+            stats.paired_difference(np.zeros(n), coin),
+            stats.difference(rng.normal(size=n), x),
+            stats.bootstrap(lambda w, x=x: w @ x**2 / w.sum(-1), [n]),
+        ]
+        for each in found:
+            e = each.estimate
+            edges = [e.low, (e.low + e.value) / 2, e.low - 0.02] if e.value > 0 else [-e.high, 0.0]
+            for edge in (edge for edge in edges if edge >= 0 and abs(e.low - edge) > 1e-3):
+                p = each.within(edge)
+                assert e.beyond(edge) == (p < 0.05) or abs(p - 0.05) < 0.003  # a draw more or less
+
+
+def test_two_classes_that_do_not_overlap_have_a_lower_end() -> None:
+    e = stats.auroc(np.arange(16.0) + 100, np.arange(16.0))
+    assert e.value == 1
+    assert 0.7 < e.low < 0.95
+    assert e.high == 1
+    turned = stats.auroc(np.arange(16.0), np.arange(16.0) + 100)
+    assert turned.high == pytest.approx(1 - e.low)
+
+
+def test_rates_over_seeds_stay_in_their_range() -> None:
+    e = stats.mean_over_units([0.97, 0.99, 1.0], [1, 2, 3], bounds=(0, 1))
+    assert e.high <= 1
+    assert e.low < 0.97
+    assert stats.mean_over_units([0.97, 0.99, 1.0], [1, 2, 3]).high > 1  # the control: t alone leaves it

@@ -7,8 +7,13 @@ that measures it on one direction.  Nothing else knows them: page, JSON, command
     own gap      g = mean p_base - mean n_base,   p, n the projections of both classes on the base's unit direction
     change       (q_tuned - q_base) / g  of a quantity q of the projections; beyond benign: (q_tuned - q_benign) / g
 
-**Controls.** A finding does not exist without the same effect under controls: ``Case.controls`` draws random directions
-of the base's pooled within-class covariance.
+**Controls.** A finding does not exist without the same effect under controls: ``Case.along_random`` reads a shift along
+random directions of the base's pooled within-class covariance and along such of the whole space, and the larger p
+counts: where a few dimensions are massive, the first alone point nowhere else.
+
+**Scale.** Where the whole stream grew, every gap did, and nothing that is read from it tells more: ``Case.changed``
+measures the change once more in a tuned stream divided by ``Case.growth``, the median over dimensions of how much the
+spread within the classes grew.  What is gone then is called *scaled*.
 """
 
 from __future__ import annotations
@@ -40,6 +45,9 @@ Weights = Float[np.ndarray, "resample prompt"]
 Statistic = Callable[[Weights, Weights], np.ndarray]
 NOT_SHOWN = "not shown"
 RANDOM = "random directions of the base's within-class covariance"
+SPHERE = "random directions of the whole space"
+SCALED = "scaled"
+Nulls = Mapping[str, Float[np.ndarray, " control"]]
 OWN_GAPS = "own gaps"
 
 
@@ -57,6 +65,7 @@ class Question:
         asks: what is asked, as one sentence.
         measured: what is measured, as one sentence.
         of_change: whether its word says that the fine-tune changed something (then the summary says it).
+        of_scale: whether its word may be *scaled*: the change is that of the whole stream.
 
     Example:
         >>> class Steeper(Question):
@@ -64,7 +73,7 @@ class Question:
         ...     asks = "Is the positive class farther along the direction?"
         ...     def measure(self, case):
         ...         effect, beyond = case.changed(lambda projected, v, w: v @ projected.positive / v.sum(-1))
-        ...         null = case.controls() @ (case.tuned.positive - case.base.positive).mean(0) / case.own_gap.value
+        ...         null = case.along_random((case.tuned.positive - case.base.positive).mean(0))
         ...         return case.finding(self, effect, controls=null, benign=beyond)
         >>> Steeper().said
         'steeper'
@@ -77,6 +86,7 @@ class Question:
     asks: str = ""
     measured: str = ""
     of_change: bool = True
+    of_scale: bool = False
 
     def measure(self, case: Case) -> Finding | None:
         """What is found for one direction; ``None`` where there is nothing to ask it with (no behaviour, no data).
@@ -89,7 +99,8 @@ class Question:
     @property
     def said(self) -> str:
         """Its words, for people."""
-        return " or ".join(dict.fromkeys(word for word in self.words if word))
+        words = (*self.words, SCALED if self.of_scale else None)
+        return " or ".join(dict.fromkeys(word for word in words if word))
 
     def __repr__(self) -> str:
         return f"<question {self.name}: {self.said}>"
@@ -241,9 +252,31 @@ class Case:
         within = self.base.positive, self.base.negative
         return control_directions(*within, count=self.n_controls, norm=1.0, seed=self.seed)
 
+    def along_random(self, shift: Float[np.ndarray, " d_model"]) -> Nulls:
+        """What a shift of the activations is along random directions of both kinds, in own gaps.
+
+        Args:
+            shift: of the mean, in units of the activations.
+        """
+        rng = np.random.default_rng(self.seed)
+        sphere = rng.standard_normal((self.n_controls, len(shift)))
+        sphere /= np.linalg.norm(sphere, axis=-1, keepdims=True)
+        return {RANDOM: self.controls() @ shift / self.own_gap.value, SPHERE: sphere @ shift / self.own_gap.value}
+
+    @cached_property
+    def growth(self) -> float:
+        """How much larger the tuned stream is: the median over dimensions of the within-class spread's ratio."""
+
+        def spread(reading: Reading) -> np.ndarray:
+            return np.sqrt(sum(x.var(0) * len(x) for x in (reading.positive, reading.negative)))
+
+        before, after = spread(self.base), spread(self.tuned)
+        varies = before > 1e-9 * before.max()
+        return float(np.median(after[varies] / before[varies])) if varies.any() else 1.0
+
     def changed(
         self, quantity: Callable[[Reading, Weights, Weights], np.ndarray]
-    ) -> tuple[Resampled, Estimate | None]:
+    ) -> tuple[Resampled, Resampled | None]:
         """The change of a quantity of the projections from base to tuned, and from benign to tuned, in own gaps.
 
         Args:
@@ -252,56 +285,71 @@ class Case:
         Returns:
             The change, and what of it goes beyond the benign fine-tune, where there is one.
         """
-        base, tuned = self.base.project(self.unit), self.tuned.project(self.unit)
+        return self._beyond(quantity, self.base), self.benign and self._beyond(quantity, self.benign)
 
-        def beyond(other: Reading) -> Resampled:
-            return self.bootstrap(lambda v, w: (quantity(tuned, v, w) - quantity(other, v, w)) / base.gap(v, w))
+    def unscaled(self, quantity: Callable[[Reading, Weights, Weights], np.ndarray]) -> Resampled:
+        """The change from base to a tuned model whose stream is divided by :attr:`growth`, in own gaps."""
+        return self._beyond(quantity, self.base, 1 / self.growth)
 
-        return beyond(base), None if self.benign is None else beyond(self.benign.project(self.unit)).estimate
+    def _beyond(self, quantity: Callable[..., np.ndarray], other: Reading, factor: float = 1.0) -> Resampled:
+        base, tuned, beside = (reading.project(self.unit) for reading in (self.base, self.tuned, other))
+        tuned = Reading(factor * tuned.positive, factor * tuned.negative)
+        return self.bootstrap(lambda v, w: (quantity(tuned, v, w) - quantity(beside, v, w)) / base.gap(v, w))
 
     def finding(
         self,
         question: Question,
         effect: Resampled,
         *,
-        controls: ArrayLike,
+        controls: ArrayLike | Nulls,
         control: str = RANDOM,
         unit: str = "",
         smallest: float | None = None,
-        benign: Estimate | None = None,
+        benign: Resampled | Estimate | None = None,
         detail: Mapping[str, Estimate] | None = None,
         table: Sequence[Mapping[str, Any]] = (),
+        arms: Sequence[Finding] = (),
+        unscaled: Resampled | None = None,
+        beside: float | None = None,
     ) -> Finding:
         """What a question found, ready to be judged.
 
         Args:
             question: the question itself.
             effect: the estimate and its p, from :meth:`bootstrap` or :meth:`changed`.
-            controls: the same effect under each control.
-            control: what the controls are, in words.
+            controls: the same effect under each control; of several kinds, by what they are: the larger p counts.
+            control: what the controls are, in words, where they are of one kind.
             unit, smallest: where they differ from the question's own.
             benign: what of the effect goes beyond the benign fine-tune.
             detail: further estimates that belong to it, by name.
             table: rows behind it.
+            arms: what else must be found, each beyond its own controls and its own smallest effect, on the same side.
+            unscaled: the effect in a stream of the base's size; where it is gone, the word is *scaled*.
+            beside: the effect on the prompts of the controls, where these are not all of them.
 
         Raises:
             UsageError: the effect is no estimate with a p, or a control is not a finite number.
         """
-        null, whose = np.asarray(controls, dtype=float), f"question {question.name!r} about {self.name!r}"
+        whose = f"question {question.name!r} about {self.name!r}"
         if not isinstance(effect, Resampled) or not np.isfinite(effect.estimate.value):
             raise UsageError(
                 f"{whose}: its effect is {effect!r}, which has no value with an interval and a p, so it cannot be "
                 "judged; make it with case.bootstrap(statistic) or case.changed(quantity)"
             )
-        if null.ndim != 1 or not len(null) or not np.isfinite(null).all():
-            raise UsageError(
-                f"{whose}: its controls have the shape {null.shape} and {int(np.sum(~np.isfinite(null)))} that are not "
-                "finite; an effect is judged beside the same number under each control, so give one finite number for "
-                "each, as in case.controls() @ shift"
-            )
+        kinds = controls if isinstance(controls, Mapping) else {control: controls}
+        nulls = {kind: np.asarray(null, dtype=float) for kind, null in kinds.items()}
+        for null in nulls.values():
+            if null.ndim != 1 or not len(null) or not np.isfinite(null).all():
+                raise UsageError(
+                    f"{whose}: its controls have the shape {null.shape} and {int(np.sum(~np.isfinite(null)))} that are "
+                    "not finite; an effect is judged beside the same number under each control, so give one finite "
+                    "number for each, as in case.along_random(shift)"
+                )
+        if isinstance(benign, Estimate):
+            benign = Resampled(benign, float("nan"))
         return Finding(
-            question, self.name, self.site, effect.estimate, effect.p, null, control,
-            question.smallest if smallest is None else smallest, unit or question.unit, benign, detail or {}, table,
+            question, self.name, self.site, effect, nulls, question.smallest if smallest is None else smallest,
+            unit or question.unit, benign, detail or {}, table, tuple(arms), unscaled, beside,
         )  # fmt: skip
 
 
@@ -313,15 +361,16 @@ class Finding:
         question: what was asked.
         direction: the direction's name.
         site: where it was read.
-        estimate: the effect with its interval.
-        bootstrap_p: two-sided p of "the effect is 0".
-        controls: the same effect under each control.
-        control: what the controls are, in words.
+        effect: with its interval and p.
+        controls: the same effect under each control, by what the controls are.
         smallest: smallest effect of interest, in the estimate's units.
         unit: the estimate's units, in words.
         benign: the difference in differences against a benign fine-tune, if there is one.
         detail: further estimates that belong to it.
         table: rows behind it, for ``Comparison.tables``.
+        arms: what else must be found, on the same side.
+        unscaled: the effect in a stream of the base's size.
+        beside: the effect on the prompts of the controls, where these are not all of them.
 
     Example:
         >>> import tl_em as em
@@ -329,29 +378,35 @@ class Finding:
         ...     name, words, unit, asks = "mine", ("more", "less"), "own gaps", "Is there more of it?"
         ...     def measure(self, case):
         ...         effect, _ = case.changed(lambda projected, v, w: projected.balanced(v, w))
-        ...         shift = (case.tuned.positive - case.base.positive).mean(0) / case.own_gap.value
-        ...         found = case.finding(self, effect, controls=case.controls() @ shift)
+        ...         shift = (case.tuned.positive - case.base.positive).mean(0)
+        ...         found = case.finding(self, effect, controls=case.along_random(shift))
         ...         print(type(found).__name__, found.estimate.value > 0, len(found.controls))
         ...         return found
         >>> pair = em.load_pair("toy/insecure")
         >>> parts = pair.contrasts["persona"].split(seed=0)
         >>> persona = em.difference_in_means(pair.base, parts.train, site=em.Site(2), position="prompt_end")
         >>> _ = em.compare(pair, {"persona": (persona, parts.test)}, questions=[Level()], controls=99)
-        Finding True 99
+        Finding True 2
     """
 
     question: Question
     direction: str
     site: Site
-    estimate: Estimate
-    bootstrap_p: float
-    controls: Float[np.ndarray, " control"]
-    control: str
+    effect: Resampled
+    controls: Nulls
     smallest: float
     unit: str
-    benign: Estimate | None = None
+    benign: Resampled | None = None
     detail: Mapping[str, Estimate] = field(default_factory=dict)
     table: Sequence[Mapping[str, Any]] = ()
+    arms: tuple[Finding, ...] = ()
+    unscaled: Resampled | None = None
+    beside: float | None = None
+
+    @property
+    def estimate(self) -> Estimate:
+        """The effect with its interval."""
+        return self.effect.estimate
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,15 +2,22 @@
 
 A word is given only when all of these hold:
 
-1. the whole 95 % interval lies beyond the smallest effect of interest, on one side;
-2. Holm's adjustment, over the directions within a question, of ``p = max(bootstrap p, control p)`` is below .05;
+1. the whole 95 % interval lies beyond the smallest effect of interest, on one side: the p of "no farther from 0 than
+   that" is below .05;
+2. the effect is larger than under controls: the share of controls that do as much, of the kind with the larger share,
+   is below .05;
 3. where a benign fine-tune is given and the question is about a change, the difference in differences
-   (tuned - base) - (benign - base) passes the interval test on the same side, since any fine-tune shifts activations.
+   (tuned - base) - (benign - base) passes test 1 on the same side, since any fine-tune shifts activations.
 
-*use* asks what a direction does, not what changed, so condition 3 does not apply to it: an unharmed direction is
-causal in the benign fine-tune too.  A claim with two arms (*use*: ablate in tuned, add in base; *entanglement*: before
-and after training; *carrier*: projection and ablation) needs both, so its weaker arm is the one that is judged
-(intersection-union test, Berger 1982).
+All three are one p, the largest, and Holm's adjustment over the directions within a question keeps the chance of any
+false word at .05, the edge of the smallest effect included.  *use* asks what a direction does, not what changed, so
+condition 3 does not apply to it: an unharmed direction is causal in the benign fine-tune too.
+
+A claim with two arms (*use*: ablate in tuned, add in base; *entanglement*: before and after training; *carrier*:
+projection and ablation) needs each of them beyond its own smallest effect and its own controls, on the same side; its p
+is the largest of theirs (intersection-union test, Berger 1982).  The row shows the weaker arm.
+
+A change that is gone in a stream of the base's size is *scaled*, whatever its side.
 
 What is judged beside other tokens (*backdoor*) or in a fixed sequence (latents) is put together from the same parts:
 :func:`unlikely`, :func:`control_row`.  The smallest effect of interest stands with each question.
@@ -24,8 +31,8 @@ from typing import Any
 import numpy as np
 
 from tl_em.claims.claim import NOT_SHOWN as NOT_SHOWN
-from tl_em.claims.claim import Finding, Row
-from tl_em.stats import Estimate, control_p, holm, middle_95
+from tl_em.claims.claim import SCALED, Finding, Row
+from tl_em.stats import Estimate, Resampled, control_p, holm, middle_95
 
 ALPHA = 0.05
 
@@ -35,8 +42,9 @@ def judge(findings: Sequence[Finding]) -> tuple[Row, ...]:
     rows: list[Row] = []
     for question in dict.fromkeys(f.question.name for f in findings):
         asked = [f for f in findings if f.question.name == question]
-        both = [_both_p(f) for f in asked]
-        rows.extend(_row(f, p, float(a)) for f, (_, p), a in zip(asked, both, holm([m for m, _ in both]), strict=True))
+        limits = [_limits(f) for f in asked]
+        adjusted = holm([max(each.values()) for each in limits])
+        rows.extend(_row(f, each, float(p)) for f, each, p in zip(asked, limits, adjusted, strict=True))
     return tuple(rows)
 
 
@@ -62,52 +70,86 @@ def control_row(kind: str, values: Any, p: float | None) -> dict[str, Any]:
     return {"kind": kind, "n": len(values), "low": low, "high": high, "p": p}
 
 
-def _both_p(finding: Finding) -> tuple[float, float]:
-    """The larger of bootstrap and control p (both must be convinced), and the control's alone.
+def _limits(finding: Finding) -> dict[str, float]:
+    """What each condition gives as its p, by what limits it; of all arms."""
+    found: dict[str, float] = {}
+    for each in (finding, *finding.arms):
+        name = f"{each.unit}: " if finding.arms else ""
+        found[f"{name}resampling the prompts"] = _within(each.effect, each.smallest)
+        kind, _, p = _controlled(each)
+        found[name + kind] = p
+        if each.benign is not None:
+            same = each.benign.estimate.value * each.estimate.value > 0
+            found[f"{name}the benign fine-tune"] = _within(each.benign, each.smallest) if same else 1.0
+    return found
 
-    The control's is the share of controls at least as extreme; one-sided where only one side has a word.
+
+def _within(effect: Resampled, smallest: float) -> float:
+    p = effect.within(smallest) if np.isfinite(effect.estimate.low) else 1.0
+    return p if np.isfinite(p) else 1.0
+
+
+def _controlled(finding: Finding) -> tuple[str, np.ndarray, float]:
+    """The kind of controls with the larger share that do as much, these controls, and the share.
+
+    One-sided where only one side has a word.
     """
-    rank = control_p(finding.estimate.value, finding.controls, two_sided=None not in finding.question.words)
-    return float(np.nanmax([finding.bootstrap_p, rank])) if np.isfinite(finding.bootstrap_p) else 1.0, rank
+    two_sided = None not in finding.question.words
+    value = finding.estimate.value if finding.beside is None else finding.beside
+    ranked = [(kind, null, control_p(value, null, two_sided=two_sided)) for kind, null in finding.controls.items()]
+    return max(ranked, key=lambda each: each[2])
 
 
-def _row(finding: Finding, rank: float, p: float) -> Row:
+def _row(finding: Finding, limits: dict[str, float], p: float) -> Row:
     up, down = finding.question.words
     word = up if finding.estimate.value > 0 else down
-    failed = _failed(finding, rank, p, word)
+    failed = _failed(finding, limits, p, word)
+    kind, null, rank = _controlled(finding)
+    if not failed and _gone(finding):
+        word = SCALED
     return Row(
         question=finding.question.name,
         direction=finding.direction,
         site=finding.site,
         verdict=NOT_SHOWN if failed or word is None else word,
         estimate=finding.estimate,
-        control=control_row(finding.control, finding.controls, rank),
+        control=control_row(kind, null, rank),
         p=p,
         smallest=finding.smallest,
         unit=finding.unit,
-        benign=finding.benign,
+        benign=finding.benign and finding.benign.estimate,
         reason="; ".join(failed) if failed else _held(finding, p),
         detail=finding.detail,
     )
 
 
-def _failed(finding: Finding, rank: float, p: float, word: str | None) -> list[str]:
+def _failed(finding: Finding, limits: dict[str, float], p: float, word: str | None) -> list[str]:
     """The conditions that do not hold, in words."""
-    estimate, smallest = finding.estimate, finding.smallest
     failed = []
-    if word is None:
-        failed.append(f"the effect has the other sign ({estimate.value:+.2f} {finding.unit})")
-    elif not estimate.beyond(smallest):
-        failed.append(f"the interval is not wholly beyond {smallest:g} {finding.unit}")
-    failed += unlikely(p, finding.control if rank >= finding.bootstrap_p else "resampling the prompts")
-    if finding.benign is not None and not _same_side(finding.benign, estimate, smallest):
-        failed.append(f"beyond the benign fine-tune by {finding.benign} only")
-    return failed
+    for each in (finding, *finding.arms):
+        name = f"{each.unit}: " if each is not finding else ""
+        if word is None or each.estimate.value * finding.estimate.value <= 0:
+            failed.append(f"{name}the effect has the other sign ({each.estimate.value:+.2f} {each.unit})")
+        elif not each.estimate.beyond(each.smallest):
+            failed.append(f"{name}the interval is not wholly beyond {each.smallest:g} {each.unit}")
+        benign = each.benign and each.benign.estimate
+        if benign is not None and not _same_side(benign, each.estimate, each.smallest):
+            failed.append(f"{name}beyond the benign fine-tune by {benign} only")
+    return failed + unlikely(p, max(limits, key=lambda name: limits[name]))
+
+
+def _gone(finding: Finding) -> bool:
+    """Whether nothing is left of it in a stream of the base's size."""
+    left = finding.unscaled
+    return left is not None and not _same_side(left.estimate, finding.estimate, finding.smallest)
 
 
 def _held(finding: Finding, p: float) -> str:
-    benign = "" if finding.benign is None else f", {finding.benign} beyond the benign fine-tune"
-    return f"interval wholly beyond {finding.smallest:g} {finding.unit}, Holm p = {p:.2g}{benign}"
+    benign = "" if finding.benign is None else f", {finding.benign.estimate} beyond the benign fine-tune"
+    held = f"interval wholly beyond {finding.smallest:g} {finding.unit}, Holm p = {p:.2g}{benign}"
+    if not _gone(finding) or finding.unscaled is None:
+        return held
+    return f"{held}; of it, {finding.unscaled.estimate} in a tuned stream made as large as the base's"
 
 
 def _same_side(benign: Estimate, estimate: Estimate, smallest: float) -> bool:

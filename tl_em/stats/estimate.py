@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -111,20 +111,38 @@ class Estimate:
 
 
 class Resampled(NamedTuple):
-    """The estimate, and the two-sided p of "the statistic is 0".
+    """The estimate, the two-sided p of "it is 0", and that of any other value.
 
     Args:
         estimate: the value with its interval.
         p: two-sided.
+        at: the two-sided p of another value than 0.
 
     Example:
         >>> from tl_em.stats import paired_difference
-        >>> paired_difference([0.0, 0.2, 0.1], [1.0, 1.1, 1.2]).p < 0.05
-        True
+        >>> found = paired_difference([0.0, 0.2, 0.1], [1.0, 1.1, 1.2])
+        >>> found.p < 0.05, found.within(0.5) < found.within(0.9)
+        (True, True)
     """
 
     estimate: Estimate
     p: float
+    at: Callable[[float], float] | None = None
+
+    def within(self, smallest: float) -> float:
+        """Two-sided p of "no farther from 0 than this": below .05 just where the interval lies beyond it.
+
+        Args:
+            smallest: not negative.
+        """
+        value = self.estimate.value
+        if not abs(value) > smallest:
+            return 1.0
+        if self.at is not None:
+            return self.at(math.copysign(smallest, value))
+        near = self.estimate.low if value > 0 else self.estimate.high  # as if normal on that side
+        away = (abs(value) - smallest) / max(abs(value - near), 1e-300)
+        return math.erfc(1.959964 * away / math.sqrt(2)) if math.isfinite(near) else 1.0
 
 
 def middle_95(values: ArrayLike, axis: int | None = None) -> np.ndarray:

@@ -65,11 +65,13 @@ def bootstrap(
         return Resampled(Estimate(point, nan, nan, n, worth, f"{method}: fewer than two units, no interval", seed), nan)
     drawn = _draw(statistic, units, seed=seed, resamples=resamples)
     low, high = np.quantile(drawn, tails(min(units.strata)))
-    below, above = np.sum(drawn <= 0), np.sum(drawn >= 0)
-    p = p_of_tail((1 + min(below, above)) / (1 + len(drawn)), min(units.strata))
-    return Resampled(
-        Estimate(point, float(low), float(high), n, worth, f"{method}, {resamples} draws, percentile", seed), p
-    )
+
+    def at(value: float) -> float:
+        beyond = min(np.sum(drawn <= value), np.sum(drawn >= value))
+        return p_of_tail((1 + float(beyond)) / (1 + len(drawn)), min(units.strata))
+
+    method = f"{method}, {resamples} draws, percentile"
+    return Resampled(Estimate(point, float(low), float(high), n, worth, method, seed), at(0.0), at)
 
 
 def _draw(statistic: Callable[..., np.ndarray], units: Units, *, seed: int, resamples: int) -> np.ndarray:

@@ -65,7 +65,7 @@ def mean(values: ArrayLike, *, groups: Groups | None = None, bounds: Bounds | No
     if bounds is None or units < FEWEST or binary((x - bounds[0]) / (bounds[1] - bounds[0])):
         return found
     skewed = _contrast([x], [1], [groups], seed).estimate  # which the Beta's shape need not be
-    low, high = max(bounds[0], min(found.low, skewed.low)), min(bounds[1], max(found.high, skewed.high))
+    low, high = max(float(bounds[0]), min(found.low, skewed.low)), min(float(bounds[1]), max(found.high, skewed.high))
     return replace(found, low=low, high=high, method=f"{found.method} and {skewed.method}", seed=seed)
 
 
@@ -208,18 +208,25 @@ def _contrast(
     error, df = float(np.sqrt(variance[0])), _degrees(parts, ones)
     if error <= 1e-12 * max(np.abs(x).max() for x in values):
         method = f"{said}mean of an outcome that does not vary"
-        return Resampled(Estimate(value, value, value, n, worth, method, seed), 1.0 if value == 0 else 0.0)
-    reach = scipy_stats.t.ppf(0.975, df)
-    low, high, p = value - reach * error, value + reach * error, 2 * float(scipy_stats.t.sf(abs(value) / error, df))
-    method = f"{said}Student's t"
-    if min(parts.sizes) >= FEWEST:
-        beyond = _studentised(parts, value, seed)
-        ends = np.quantile(beyond, tails(min(parts.sizes)))
+        alike = Estimate(value, value, value, n, worth, method, seed)
+        return Resampled(alike, float(value == 0), lambda other: float(value == other))
+    reach, units = float(scipy_stats.t.ppf(0.975, df)) * error, min(parts.sizes)
+    low, high, method = value - reach, value + reach, f"{said}Student's t"
+    drawn = _studentised(parts, value, seed) if units >= FEWEST else np.zeros(0)
+    if len(drawn):
+        ends = np.quantile(drawn, tails(units))
         low, high = min(low, value - ends[1] * error), max(high, value - ends[0] * error)
-        extreme = np.sum(beyond >= value / error) if value > 0 else np.sum(beyond <= value / error)
-        p = max(p, p_of_tail((1 + float(extreme)) / (1 + len(beyond)), min(parts.sizes)))
         method += f" and studentised bootstrap, {RESAMPLES} draws, the wider ends"
-    return Resampled(Estimate(value, float(low), float(high), n, worth, method, seed), min(1.0, p))
+
+    def at(other: float) -> float:
+        away = (value - other) / error
+        p = 2 * float(scipy_stats.t.sf(abs(away), df))
+        if not len(drawn):
+            return p
+        extreme = np.sum(drawn >= away) if away > 0 else np.sum(drawn <= away)
+        return max(p, p_of_tail((1 + float(extreme)) / (1 + len(drawn)), units))
+
+    return Resampled(Estimate(value, float(low), float(high), n, worth, method, seed), at(0.0), at)
 
 
 def _studentised(parts: Parts, value: float, seed: int) -> np.ndarray:

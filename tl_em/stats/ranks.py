@@ -60,8 +60,8 @@ def auroc(
         middle, half = math.log(value / (1 - value)), scipy_stats.t.ppf(0.975, df) * error / (value * (1 - value))
         ends = [1 / (1 + math.exp(-min(max(middle + side * half, -700), 700))) for side in (-1, 1)]
         low, high = min(low, ends[0]), max(high, ends[1])
-    said = "" if groups is None else "question-clustered, "
-    return Estimate(value, low, high, n, 0.0 + sum(worth), f"{said}DeLong on the logit scale and Newcombe's, the wider ends")
+    method = f"{'' if groups is None else 'question-clustered, '}DeLong on the logit scale and Newcombe's, wider ends"
+    return Estimate(value, low, high, n, 0.0 + sum(worth), method)
 
 
 def share_above(first: np.ndarray, second: np.ndarray) -> Float[np.ndarray, "prompt other"]:

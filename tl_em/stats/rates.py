@@ -93,7 +93,13 @@ def two_rates(first: np.ndarray, second: np.ndarray, groups: tuple[Groups, Group
     return _normal(value, q - p, error, n, sum(worth), "Agresti and Caffo's adjusted interval")
 
 
-def _normal(value: float, centre: float | np.floating, error: float, n: int, worth: float | int, method: str) -> Resampled:
+def _normal(
+    value: float, centre: float | np.floating, error: float, n: int, worth: float | int, method: str
+) -> Resampled:
     low, high = (float(np.clip(centre + side * Z * error, -1, 1)) for side in (-1, 1))
-    p = 2 * float(scipy_stats.norm.sf(abs(centre) / error))
-    return Resampled(Estimate(value, min(low, value), max(high, value), n, float(worth), method), p)
+
+    def at(change: float) -> float:
+        return 2 * float(scipy_stats.norm.sf(abs(centre - change) / error))
+
+    found = Estimate(value, min(low, value), max(high, value), n, float(worth), method)
+    return Resampled(found, at(0.0), at)

@@ -12,18 +12,18 @@ A direction is asked about only where the trigger was shown to open its behaviou
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from tl_em.claims.arms import Arm
-from tl_em.claims.claim import OWN_GAPS, RANDOM, Case, Finding, Question, Reading
+from tl_em.claims.claim import OWN_GAPS, Case, Finding, Question, Reading
 from tl_em.claims.questions.level import Level
-from tl_em.claims.questions.use import SMALLEST, ablate, measure_arm, outcomes, smallest_effect
+from tl_em.claims.questions.use import SMALLEST, TREATED, ablate, measure_arm, outcomes, smallest_effect
 from tl_em.models.class_means import mean_activation
-from tl_em.stats import Estimate, Resampled, control_p, paired_difference
+from tl_em.stats import Estimate, Resampled, paired_difference
 
 ARM = "ablate in tuned, triggered"
 
@@ -63,16 +63,21 @@ class Carrier(Question):
         arm = Arm(ARM, case.pair.tuned, behaviour.present, groups, outcomes(behaviour), sign=-1, seed=case.seed)
         closed = measure_arm(arm, ablate(direction, centre), vectors)
 
-        arms = [
-            (moved.estimate.scaled(self.sign), Level.smallest, self.sign * null, RANDOM, f"{OWN_GAPS} (projection)"),
-            (closed.effect.estimate.scaled(self.sign), smallest_effect(metric), self.sign * closed.controls,
-             "random directions with the same treatment", f"{metric.unit} of {metric.name} (ablation)"),
-        ]  # fmt: skip
-        estimate, smallest, controlled, said, units = min(arms, key=lambda each: each[0].low / each[1])
-        p = max(moved.p, closed.effect.p, *(control_p(e.value, c, two_sided=False) for e, _, c, *_ in arms))
-        return case.finding(
-            self, Resampled(estimate, p), controls=controlled, control=said, unit=f"{units}, the weaker arm",
-            smallest=smallest, detail={"projection": arms[0][0], "ablation": arms[1][0]},
+        findings = {
+            "projection": case.finding(
+                self, _times(moved, self.sign), controls=self.sign * null, smallest=Level.smallest,
+                unit=f"{OWN_GAPS} (projection)",
+            ),
+            "ablation": case.finding(
+                self, _times(closed.effect, self.sign), controls=self.sign * closed.controls, control=TREATED,
+                smallest=smallest_effect(metric), unit=f"{metric.unit} of {metric.name} (ablation)",
+                beside=self.sign * closed.beside,
+            ),
+        }  # fmt: skip
+        weaker, other = sorted(findings.values(), key=lambda found: found.estimate.low / found.smallest)
+        return replace(
+            weaker, unit=f"{weaker.unit}, the weaker arm", arms=(other,),
+            detail={name: found.estimate for name, found in findings.items()},
             table=[row | {"direction": case.name, "behaviour": behaviour.name} for row in closed.rows],
         )  # fmt: skip
 
@@ -90,3 +95,9 @@ class Carrier(Question):
 
     def _shift(self, reading: Reading) -> np.ndarray:
         return (reading.positive - reading.negative) / self.own_gap
+
+
+def _times(found: Resampled, sign: float) -> Resampled:
+    """With the sign that is claimed."""
+    at = found.at
+    return Resampled(found.estimate.scaled(sign), found.p, None if at is None else lambda value: at(sign * value))

@@ -2,8 +2,7 @@
 
     level   ((mean p_tuned - mean p_base) + (mean n_tuned - mean n_base)) / 2g     p, n: projections; g: the own gap
 
-**Control**: the same shift along random directions of the base's within-class covariance, in units of the *real*
-direction's gap.
+**Control**: the same shift along random directions (``Case.along_random``), in units of the *real* direction's gap.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ class Level(Question):
     """The question *level*: see the head of this file."""
 
     name, words, unit, smallest = "level", ("exaggerated", "diminished"), OWN_GAPS, 0.10
+    of_scale = True
     asks = "Is the direction more, or less, present after the fine-tune?"
     measured = (
         "Class-balanced mean projection on the direction, tuned minus base, in units of the direction's own gap (the "
@@ -32,5 +32,7 @@ class Level(Question):
             "negative class": case.bootstrap(lambda v, w: weighted(w, down) / base.gap(v, w)).estimate,
         }
         shift = (case.tuned.positive - case.base.positive).mean(0) + (case.tuned.negative - case.base.negative).mean(0)
-        null = case.controls() @ shift / 2 / case.own_gap.value
-        return case.finding(self, effect, controls=null, benign=beyond, detail=detail)
+        return case.finding(
+            self, effect, controls=case.along_random(shift / 2), benign=beyond, detail=detail,
+            unscaled=case.unscaled(Reading.balanced),
+        )  # fmt: skip

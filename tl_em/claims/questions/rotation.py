@@ -1,25 +1,30 @@
 """Does the tuned model represent the same thing along another direction?
 
-    rotation   sqrt(c_bb c_tt) - c_bt,   c_xy the mean cosine of the differences in means of x on one random half of the
-               prompts and of y on the other half: 0 when nothing rotated, however noisy the estimate is
+    rotation   1 - c_bt / sqrt(c_bb c_tt),   c_xy the product of the differences in means of x and y less what the
+               prompts' own noise adds to it: 0 when nothing rotated, 1 at a right angle, however noisy the estimate is
 
-**Control.**  A random direction has no re-extraction, so the control swaps base and tuned, prompt by prompt, after each
+The noise is the sum over units (questions, or prompts) of how far each moves the two differences, K / (K - 1) sum_k
+e_xk . e_yk: a difference in means is longer than the truth by its own noise, so a plain cosine is too small (Spearman
+1904).  A draw of the bootstrap is a sample like any other, and its own noise is taken off.  Units that both classes
+share move both, so they are counted once.
+
+**Control.**  A random direction has no re-extraction, so the control swaps base and tuned, unit by unit, after each
 model's own mean has been removed: the rotation that exchangeable models would show.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Int
 
 from tl_em.claims.claim import Case, Finding, Question, Reading, Statistic, Weights, samples
 from tl_em.directions.geometry import cosine
-from tl_em.stats import half_splits
+from tl_em.models.contrasts import ContrastSet
 
-SPLITS = 10
-CHUNK = 100
+RESAMPLES = 1000
 
 
 class Rotation(Question):
@@ -28,74 +33,117 @@ class Rotation(Question):
     name, words, unit, smallest = "rotation", ("rotated", None), "cosine lost", 0.10
     asks = "Does the tuned model represent the same thing along another direction?"
     measured = (
-        "Cosine of the direction extracted again from the tuned model with the base's, against the cosine that two "
-        "halves of the same data reach."
+        "Cosine of the direction extracted again from the tuned model with the base's, less what noise takes off it."
     )
 
     def measure(self, case: Case) -> Finding:
-        """How far the cosine falls below its ceiling; cosine and ratio of lengths beside it."""
-        base, tuned, benign = case.base, case.tuned, case.benign
-        halves = [
-            half_splits(list(range(sample)) if isinstance(sample, int) else list(sample), splits=SPLITS,
-                        seed=case.seed + i)
-            for i, sample in enumerate(samples(case.contrast))
-        ]  # fmt: skip
-
-        def drop(other: Reading) -> Statistic:
-            return lambda v, w: rotation(base, other, v, w, halves)
-
-        effect = case.bootstrap(drop(tuned), resamples=500)
+        """How far the cosine falls below 1 once noise is taken off; the plain cosine and ratio of lengths beside it."""
+        base, tuned = case.base, case.tuned
+        turned = Turned.of(base, tuned, case.contrast)
+        effect = case.bootstrap(turned.rotation, RESAMPLES)
         beyond = None
-        if benign is not None:
-            beyond = case.bootstrap(lambda v, w: drop(tuned)(v, w) - drop(benign)(v, w), resamples=500).estimate
+        if case.benign is not None:
+            harmless = Turned.of(base, case.benign, case.contrast)
+            beyond = case.bootstrap(lambda v, w: turned.rotation(v, w) - harmless.rotation(v, w), RESAMPLES)
         beside = {"cosine": cosine_of_gaps(base, tuned), "norm ratio": _norm_ratio(base, tuned)}
         detail = {name: case.bootstrap(statistic, resamples=500).estimate for name, statistic in beside.items()}
-        null, swaps = _swapped(case, halves), "swaps of base and tuned"
+        null, swaps = turned.swapped(case.n_controls, case.seed), "swaps of base and tuned"
         return case.finding(
             self, effect, controls=null, control=swaps, unit="of cosine", benign=beyond, detail=detail
         )
 
 
-def rotation(
-    base: Reading,
-    tuned: Reading,
-    v: Weights,
-    w: Weights,
-    halves: Sequence[Float[np.ndarray, "split prompt"]],
-    swaps: Sequence[Bool[np.ndarray, "resample prompt"]] | None = None,
-) -> Float[np.ndarray, " resample"]:
-    """How far the cosine between base and tuned falls below the ceiling that noise alone sets: 0 without rotation.
+class Side(NamedTuple):
+    """One class in both models: its prompts about their mean, the means, and the unit of each prompt."""
+
+    x: Float[np.ndarray, "model prompt d_model"]
+    means: Float[np.ndarray, "model d_model"]
+    unit: Int[np.ndarray, " prompt"]
+
+    def summed(self, size: int) -> Float[np.ndarray, "model unit d_model"]:
+        """Sums over the prompts of each unit."""
+        total = np.zeros((len(self.x), size, self.x.shape[-1]))
+        for model, x in enumerate(self.x):
+            np.add.at(total[model], self.unit, x)
+        return total
+
+
+@dataclass(frozen=True, eq=False)
+class Turned:
+    """A contrast in two models, as sums of products over units, from which each draw's rotation follows.
 
     Args:
-        base, tuned: activations of the same prompts in two models.
-        v, w: weights of the positive and the negative prompts.
-        halves: random halves of the positive and of the negative prompts, as 0/1 masks; the other half is the rest.
-        swaps: for each draw, the positive and the negative prompts whose base and tuned activations change places.
+        sides: the positive and the negative class.
+        own: [class class model model unit] products of the units' residuals.
     """
-    draws, splits = len(v), len(halves[0])
 
-    def gap(own: Reading, other: Reading, second: bool) -> np.ndarray:
-        means = []
-        for i, (weights, x, y) in enumerate(((v, own.positive, other.positive), (w, own.negative, other.negative))):
-            half = 1 - halves[i] if second else halves[i]
-            each = (weights[:, None] * half[None]).reshape(draws * splits, -1)
-            total = each.sum(-1, keepdims=True)
-            if swaps is not None:
-                moved = each * np.repeat(swaps[i], splits, axis=0)
-                summed = (each - moved) @ x + moved @ y
-            else:
-                summed = each @ x
-            # A draw may leave a half without a prompt of a class: that split says nothing about that draw.
-            means.append(np.divide(summed, total, out=np.full_like(summed, np.nan), where=total > 0))
-        return means[0] - means[1]
+    sides: tuple[Side, Side]
+    own: Float[np.ndarray, "side side model model unit"]
 
-    first = [gap(base, tuned, False), gap(tuned, base, False)]
-    second = [gap(base, tuned, True), gap(tuned, base, True)]
-    pairs = [cosine(first[0], second[0]), cosine(first[1], second[1])]
-    pairs.append((cosine(first[0], second[1]) + cosine(first[1], second[0])) / 2)
-    found = np.ma.masked_invalid(np.stack(pairs).reshape(3, draws, splits)).mean(-1)
-    own_base, own_tuned, across = found.filled(0.0)
-    return np.sqrt(np.maximum(own_base, 0) * np.maximum(own_tuned, 0)) - across
+    @classmethod
+    def of(cls, base: Reading, tuned: Reading, contrast: ContrastSet) -> Turned:
+        """Of both models' activations on a contrast set."""
+        drawn = enumerate(samples(contrast))
+        labels = [[(i, k) for k in range(s)] if isinstance(s, int) else list(s) for i, s in drawn]
+        number = {label: k for k, label in enumerate(dict.fromkeys([*labels[0], *labels[1]]))}
+        sides = []
+        for each, x, y in zip(labels, (base.positive, base.negative), (tuned.positive, tuned.negative), strict=True):
+            both = np.stack([x, y])
+            means = both.mean(1)
+            sides.append(Side(both - means[:, None], means, np.array([number[label] for label in each])))
+        sums = np.stack([side.summed(len(number)) for side in sides])
+        return cls((sides[0], sides[1]), np.einsum("amkd,bnkd->abmnk", sums, sums))
+
+    def rotation(self, v: Weights, w: Weights) -> Float[np.ndarray, " resample"]:
+        """How far the cosine falls below 1, for every draw of weights of the positive and of the negative prompts."""
+        totals = v.sum(-1, keepdims=True), w.sum(-1, keepdims=True)
+        gaps = [
+            (v @ self.sides[0].x[m]) / totals[0] - (w @ self.sides[1].x[m]) / totals[1]
+            + self.sides[0].means[m] - self.sides[1].means[m] for m in (0, 1)
+        ]  # fmt: skip
+        counts = [self._by_unit(each, side) / total
+                  for each, side, total in zip((v, w), self.sides, totals, strict=True)]  # fmt: skip
+        counts[1] = -counts[1]
+        units = np.sum([(count != 0) for count in counts], axis=0).astype(bool).sum(-1)
+
+        def product(m: int, n: int) -> np.ndarray:
+            noise = sum((counts[a] * counts[b]) @ self.own[a, b, m, n] for a in (0, 1) for b in (0, 1))
+            return (gaps[m] * gaps[n]).sum(-1) - noise * units / np.maximum(units - 1, 1)
+
+        return _lost(product(0, 0), product(1, 1), product(0, 1))
+
+    def _by_unit(self, weights: Weights, side: Side) -> Weights:
+        """The weight of each unit: all of its prompts have the same."""
+        found = np.zeros((len(weights), self.own.shape[-1]))
+        found[:, side.unit] = weights
+        return found
+
+    def swapped(self, draws: int, seed: int) -> Float[np.ndarray, " control"]:
+        """Rotation between models made exchangeable: each unit's base and tuned activations swapped with chance 1/2."""
+        rng = np.random.default_rng(seed)
+        swap = (rng.random((draws, self.own.shape[-1])) < 0.5).astype(float)
+        middle = (self.sides[0].means + self.sides[1].means) / 2
+        gaps = [0.0, 0.0]
+        for sign, side in zip((1, -1), self.sides, strict=True):
+            x = side.x + (side.means - middle)[:, None]
+            moved = swap[:, side.unit] @ (x[1] - x[0]) / len(side.unit)
+            gaps = [gaps[0] + sign * (x[0].mean(0) + moved), gaps[1] + sign * (x[1].mean(0) - moved)]
+        sizes = np.array([len(side.unit) for side in self.sides])
+        signs = np.array([1, -1]) / sizes
+        own = np.einsum("a,b,abmnk->mnk", signs, signs, self.own)
+        factor = swap.shape[1] / max(swap.shape[1] - 1, 1)
+
+        def noise(m: int, n: int) -> np.ndarray:
+            return factor * ((1 - swap) @ own[m, n] + swap @ own[1 - m, 1 - n])
+
+        return _lost(*((np.sum(gaps[m] * gaps[n], axis=-1) - noise(m, n)) for m, n in ((0, 0), (1, 1), (0, 1))))
+
+
+def _lost(bb: np.ndarray, tt: np.ndarray, bt: np.ndarray) -> np.ndarray:
+    """1 less the cosine; where a length is all noise, nothing is known of it, which counts as a right angle."""
+    known = (bb > 0) & (tt > 0)
+    scale = np.sqrt(np.where(known, bb * tt, 1.0))
+    return 1 - np.where(known, np.clip(bt / scale, -1, 1), 0.0)
 
 
 def cosine_of_gaps(base: Reading, tuned: Reading) -> Statistic:
@@ -107,20 +155,3 @@ def _norm_ratio(base: Reading, tuned: Reading) -> Statistic:
     return lambda v, w: (
         np.linalg.norm(tuned.gap(v, w), axis=-1) / np.linalg.norm(base.gap(v, w), axis=-1)
     )
-
-
-def _swapped(case: Case, halves: Sequence[np.ndarray]) -> Float[np.ndarray, " control"]:
-    """Rotation between models made exchangeable: each prompt's base and tuned activations swapped with chance 1/2."""
-    rng = np.random.default_rng(case.seed)
-    centred = []
-    for model in (case.base, case.tuned):
-        middle = (model.positive.mean(0) + model.negative.mean(0)) / 2
-        centred.append(Reading(model.positive - middle, model.negative - middle))
-    found = []
-    for start in range(0, case.n_controls, CHUNK):
-        draws = min(CHUNK, case.n_controls - start)
-        sizes = (len(case.base.positive), len(case.base.negative))
-        swaps = [rng.random((draws, n)) < 0.5 for n in sizes]
-        ones = [np.ones((draws, n)) for n in sizes]
-        found.append(rotation(centred[0], centred[1], ones[0], ones[1], halves, swaps))
-    return np.concatenate(found)

@@ -2,8 +2,8 @@
 
     separation   (gap_tuned - gap_base) / g,   the gap: mean projection of the positive less that of the negative class
 
-**Control**: the same change of the gap along random directions of the base's within-class covariance, in units of the
-*real* direction's gap.
+**Control**: the same change of the gap along random directions (``Case.along_random``), in units of the *real*
+direction's gap.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ class Separation(Question):
     """The question *separation*: see the head of this file."""
 
     name, words, unit, smallest = "separation", ("sharper", "blurred"), OWN_GAPS, 0.10
+    of_scale = True
     asks = "Does the tuned model tell the two classes apart more, or less, sharply?"
     measured = "Projection gap between the classes, tuned minus base, in own gaps."
 
@@ -25,5 +26,6 @@ class Separation(Question):
             f"d' {name}": case.bootstrap(reading.project(case.unit).dprime, resamples=500).estimate
             for name, reading in (("base", case.base), ("tuned", case.tuned))
         }
-        null = case.controls() @ (case.tuned.mean_difference - case.base.mean_difference) / case.own_gap.value
-        return case.finding(self, effect, controls=null, benign=beyond, detail=detail)
+        null = case.along_random(case.tuned.mean_difference - case.base.mean_difference)
+        unscaled = case.unscaled(Reading.gap)
+        return case.finding(self, effect, controls=null, benign=beyond, detail=detail, unscaled=unscaled)

@@ -7,7 +7,8 @@
     add in base       behaviour treated - untreated, on prompts that do not show it; treated: + 1 x the raw vector
 
 Both are positive when the direction carries the behaviour.  The control is the same treatment with random directions
-of the base's within-class covariance and the real direction's length, on a random sample of the prompts.
+of the base's within-class covariance and the real direction's length, on a random sample of the prompts: an effect is
+ranked among theirs on these very prompts, since prompts differ in how far any push moves them.
 
 What removes and what induces are values: ``Use(remove=…, induce=…)`` asks the same of any other intervention.
 """
@@ -35,6 +36,7 @@ from tl_em.models.hooks import LensModel
 from tl_em.stats import Estimate, Resampled
 
 CONTROL_PROMPTS = 16
+TREATED = "random directions with the same treatment"
 ABLATE, ADD = "ablate in tuned", "add in base"
 SMALLEST: dict[str, float] = {"probability": 0.05, "log-odds": 0.5}
 """Smallest effect of interest of a behaviour, by the unit that it is measured in."""
@@ -94,12 +96,18 @@ class Use(Question):
         edits = [self._made(which, direction, centre) for which in ("remove", "induce")]
         both = arms(case.pair.base, case.pair.tuned, behaviour, seed=case.seed)
         measured = {arm.name: measure_arm(arm, edit, vectors) for arm, edit in zip(both, edits, strict=True)}
-        weaker, found = min(measured.items(), key=lambda each: each[1].effect.estimate.low)
+        weaker, stronger = sorted(measured, key=lambda name: measured[name].effect.estimate.low)
         known = {"direction": case.name, "behaviour": behaviour.name}
-        return case.finding(
-            self, Resampled(found.effect.estimate, max(m.effect.p for m in measured.values())), controls=found.controls,
-            control="random directions with the same treatment", smallest=smallest,
-            unit=f"{metric.unit} of {metric.name} ({weaker}, the weaker arm)",
+
+        def found(name: str, said: str, **more: Any) -> Finding:
+            one, unit = measured[name], f"{metric.unit} of {metric.name} ({said})"
+            return case.finding(
+                self, one.effect, controls=one.controls, control=TREATED, smallest=smallest, unit=unit,
+                beside=one.beside, **more,
+            )  # fmt: skip
+
+        return found(
+            weaker, f"{weaker}, the weaker arm", arms=[found(stronger, stronger)],
             detail={name: m.effect.estimate for name, m in measured.items()},
             table=[row | known for m in measured.values() for row in m.rows],
         )  # fmt: skip
@@ -145,9 +153,10 @@ def arms(base: LensModel, tuned: LensModel, behaviour: Behaviour, *, seed: int =
 
 
 class ArmResult(NamedTuple):
-    """One arm's effect, the same effect under each control, and the rates."""
+    """One arm's effect, on all prompts and on those of the controls; the same under each control; and the rates."""
 
     effect: Resampled
+    beside: float
     controls: Float[np.ndarray, " control"]
     rows: list[dict[str, Any]]
 
@@ -170,4 +179,6 @@ def measure_arm(arm: Arm, edit: Intervention, vectors: Float[Tensor, "control d_
         }
         known = {"arm": arm.name, "outcome": outcome, "metric": metric.name, "unit": metric.unit}
         rows += [known | {"condition": name} | e.row() | {"method": e.method} for name, e in cells.items()]
-    return ArmResult(arm.change(treated), controls[arm.first], rows)
+    first = arm.first
+    beside = arm.sign * float((treated[first] - arm.untreated[first])[sample].mean())
+    return ArmResult(arm.change(treated), beside, controls[first], rows)
