@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -191,7 +191,7 @@ def _case(
         return Reading(*(change(x, unit, rng) + drift + j for x, j in zip(base, jitter, strict=True)))
 
     texts = [[f"{name}, {side} prompt {i}" for i in range(world.n)] for side in ("positive", "negative")]
-    contrast = ContrastSet(*texts, positive_groups=world.groups(0), negative_groups=world.groups(10_000))
+    contrast = ContrastSet(texts[0], texts[1], positive_groups=world.groups(0), negative_groups=world.groups(10_000))
     return Case(
         name, Direction(torch.from_numpy(extracted).float(), Site(1)), contrast, pair=SimpleNamespace(),  # type: ignore
         base=Reading(*base), tuned=tune(plant, moved), benign=None if harmless is None else tune(nothing, harmless),
@@ -200,11 +200,11 @@ def _case(
 
 
 def words(asked: Sequence[Case], questions: Sequence[Question]) -> dict[str, bool]:
-    """For each question, whether any direction got a word (*scaled* is none: it is what was planted, or nothing was)."""
+    """For each question, whether any direction got a word; *scaled* is what was planted, or nothing was."""
     measured = [case for case in asked if _separates(case)]
     findings = [found for q in questions for case in measured if (found := q.measure(case)) is not None]
-    rows = judge(findings)
-    return {q.name: any(row.shown and row.verdict != "scaled" for row in rows if row.question == q.name) for q in questions}
+    said = {(row.question, row.direction): row.verdict for row in judge(findings) if row.shown}
+    return {q.name: any(of == q.name and word != "scaled" for (of, _), word in said.items()) for q in questions}
 
 
 def _separates(case: Case) -> bool:
@@ -276,8 +276,8 @@ class PlantedArm(Arm):
     effect: np.ndarray = field(default_factory=lambda: np.zeros(0))
     control: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
 
-    @property
-    def untreated(self) -> dict[str, np.ndarray]:
+    @cached_property
+    def untreated(self) -> dict[str, np.ndarray]:  # type: ignore
         """The planted numbers."""
         return {"bad": self.before}
 

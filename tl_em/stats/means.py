@@ -27,9 +27,9 @@ from tl_em.errors import UsageError
 from tl_em.stats.estimate import Estimate, Resampled
 from tl_em.stats.intervals import p_of_tail, tails, vector
 from tl_em.stats.rates import Bounds, binary, bounded_mean, paired_rates, two_rates
-from tl_em.stats.units import Groups, design_effect, units_of
+from tl_em.stats.units import Groups, as_counts, design_effect, units_of
 
-RESAMPLES = 4000
+RESAMPLES, BATCH = 2000, 250
 FEWEST = 8
 """Units below which nothing can be learnt of the skewness."""
 
@@ -60,8 +60,7 @@ def mean(values: ArrayLike, *, groups: Groups | None = None, bounds: Bounds | No
     if units < 2 and len(x) > 1:
         return _none(float(x.mean()), len(x), worth)
     said = "" if units == len(x) else "question-clustered, "
-    _, variance = parts.at([np.ones((1, units))])
-    found = bounded_mean(x, float(variance[0]), units, bounds or (0.0, 1.0), worth=worth, method=said)
+    found = bounded_mean(x, float(parts.variances[0]), units, bounds or (0.0, 1.0), worth=worth, method=said)
     if bounds is None or units < FEWEST or binary((x - bounds[0]) / (bounds[1] - bounds[0])):
         return found
     skewed = _contrast([x], [1], [groups], seed).estimate  # which the Beta's shape need not be
@@ -158,37 +157,59 @@ def difference(
 
 
 class Parts(NamedTuple):
-    """A sum of means by units: for each sample its sign, stratum, and sum and number of prompts of each unit."""
+    """A sum of signed means by units.
 
+    Args:
+        value: the sum.
+        sizes: units of each stratum.
+        samples: of each stratum the places of its samples, in ``means``.
+        means: signed, of each sample.
+        products: of each stratum [unit, column]: for each of its samples the unit's sum about the sample's mean and its
+            number of prompts, then the products of all of these.
+    """
+
+    value: float
     sizes: list[int]
-    samples: list[tuple[int, int, np.ndarray, np.ndarray]]
+    samples: list[list[int]]
+    means: list[float]
+    products: list[np.ndarray]
 
     def at(self, weights: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """The sum and its variance, where the units of each stratum count so often: [resample, unit] each."""
-        total, over = 0.0, [np.zeros(w.shape) for w in weights]
-        for sign, stratum, sums, numbers in self.samples:
-            w = weights[stratum]
+        """The sum, and [stratum resample] variances, where units of each stratum count so often: [resample, unit]."""
+        total, variances = np.full(len(weights[0]), self.value), []
+        for stratum, w in enumerate(weights):
+            k, found, c = w.shape[1], w @ self.products[stratum], len(self.samples[stratum])
+            parts, pairs = found[:, : 2 * c], found[:, 2 * c :].reshape(len(w), 2 * c, 2 * c)
             with np.errstate(invalid="ignore", divide="ignore"):
-                n = w @ numbers
-                m = (w @ sums) / n
-                over[stratum] = over[stratum] + sign * (sums - m[:, None] * numbers) / n[:, None]
-            total = total + sign * m
-        return np.asarray(total), np.sum(self.variances(weights, over), axis=0)
+                moved, scale = parts[:, :c] / parts[:, c:], 1 / parts[:, c:]
+                # sum_k w_k (sum_j (S_jk - moved_j N_jk) / N_j)^2
+                factors = np.concatenate([scale, -moved * scale], axis=1)
+                variances.append(k / max(k - 1, 1) * np.einsum("bi,bij,bj->b", factors, pairs, factors))
+                total = total + moved.sum(1)
+        return total, np.array(variances)
 
-    def variances(self, weights: Sequence[np.ndarray], over: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """What each stratum adds to the variance."""
-        return [k / (k - 1) * (w * o**2).sum(-1) if (k := w.shape[-1]) > 1 else np.full(len(w), np.nan)
-                for w, o in zip(weights, over, strict=True)]  # fmt: skip
+    @property
+    def variances(self) -> np.ndarray:
+        """[stratum] of the sum as it is, without the rounding that products bring."""
+        found = []
+        for chosen, columns in zip(self.samples, self.products, strict=True):
+            c, k = len(chosen), len(columns)
+            influence = (columns[:, :c] / columns[:, c : 2 * c].sum(0)).sum(1)
+            found.append(k / max(k - 1, 1) * float((influence**2).sum()))
+        return np.array(found)
 
 
 def _parts(values: Sequence[np.ndarray], signs: Sequence[int], groups: Sequence[Groups | None]) -> Parts:
     units = units_of([len(x) if g is None else g for x, g in zip(values, groups, strict=True)])
-    samples = []
-    for x, sign, (stratum, index) in zip(values, signs, units.members, strict=True):
-        size = units.strata[stratum]
-        sums, numbers = np.bincount(index, x, size), np.bincount(index, minlength=size).astype(float)
-        samples.append((sign, stratum, sums, numbers))
-    return Parts(units.strata, samples)
+    means = [sign * float(x.mean()) for x, sign in zip(values, signs, strict=True)]
+    samples = [[j for j, (at, _) in enumerate(units.members) if at == stratum] for stratum in range(len(units.strata))]
+    products = []
+    for stratum, size in enumerate(units.strata):
+        chosen = [(signs[j] * values[j] - means[j], units.members[j][1]) for j in samples[stratum]]
+        sums = [np.bincount(index, x, size) for x, index in chosen]
+        both = np.stack([*sums, *(np.bincount(index, minlength=size).astype(float) for _, index in chosen)], axis=1)
+        products.append(np.concatenate([both, (both[:, :, None] * both[:, None]).reshape(size, -1)], axis=1))
+    return Parts(sum(means), units.strata, samples, means, products)
 
 
 def _contrast(
@@ -196,23 +217,22 @@ def _contrast(
 ) -> Resampled:
     """A sum of signed means with its studentised interval."""
     parts = _parts(values, signs, groups)
-    ones = [np.ones((1, size)) for size in parts.sizes]
-    found, variance = parts.at(ones)
-    value, n = float(found[0]), sum(map(len, values))
+    each = parts.variances
+    value, n = parts.value, sum(map(len, values))
     worth = 0.0 + sum(
         len(x) if g is None else len(x) / design_effect(x, g) for x, g in zip(values, groups, strict=True)
     )
     said = "" if all(g is None for g in groups) else "question-clustered "
     if min(parts.sizes) < 2:
         return Resampled(_none(value, n, worth), float("nan"))
-    error, df = float(np.sqrt(variance[0])), _degrees(parts, ones)
+    error, df = float(np.sqrt(each.sum())), _degrees(each, parts.sizes)
     if error <= 1e-12 * max(np.abs(x).max() for x in values):
         method = f"{said}mean of an outcome that does not vary"
         alike = Estimate(value, value, value, n, worth, method, seed)
         return Resampled(alike, float(value == 0), lambda other: float(value == other))
     reach, units = float(scipy_stats.t.ppf(0.975, df)) * error, min(parts.sizes)
     low, high, method = value - reach, value + reach, f"{said}Student's t"
-    drawn = _studentised(parts, value, seed) if units >= FEWEST else np.zeros(0)
+    drawn = _studentised(parts, seed) if units >= FEWEST else np.zeros(0)
     if len(drawn):
         ends = np.quantile(drawn, tails(units))
         low, high = min(low, value - ends[1] * error), max(high, value - ends[0] * error)
@@ -229,27 +249,22 @@ def _contrast(
     return Resampled(Estimate(value, float(low), float(high), n, worth, method, seed), at(0.0), at)
 
 
-def _studentised(parts: Parts, value: float, seed: int) -> np.ndarray:
-    """(m* - m) / se* of resampled units, sorted out where a resample does not vary."""
+def _studentised(parts: Parts, seed: int) -> np.ndarray:
+    """(m* - m) / se* of resampled units, but for resamples that do not vary."""
     rng, drawn = np.random.default_rng(seed), []
-    for _ in range(0, RESAMPLES, 500):
-        weights = [rng.multinomial(size, np.full(size, 1 / size), size=500).astype(float) for size in parts.sizes]
-        found, variance = parts.at(weights)
+    for _ in range(0, RESAMPLES, BATCH):
+        weights = [as_counts(rng.integers(0, size, (BATCH, size)), size) for size in parts.sizes]
+        found, each = parts.at(weights)
         with np.errstate(invalid="ignore", divide="ignore"):
-            drawn.append((found - value) / np.sqrt(variance))
+            drawn.append((found - parts.value) / np.sqrt(np.maximum(each.sum(0), 0)))
     ratios = np.concatenate(drawn)
     return ratios[np.isfinite(ratios)]
 
 
-def _degrees(parts: Parts, ones: Sequence[np.ndarray]) -> float:
+def _degrees(variances: np.ndarray, sizes: Sequence[int]) -> float:
     """Welch and Satterthwaite's degrees of freedom over the strata."""
-    each = []
-    for stratum, size in enumerate(parts.sizes):
-        alone = Parts(parts.sizes, [sample for sample in parts.samples if sample[1] == stratum])
-        _, variance = alone.at(ones)
-        each.append((float(variance[0]), size - 1))
-    total = sum(v for v, _ in each)
-    return total**2 / sum(v**2 / k for v, k in each) if total > 0 else float(each[0][1])
+    total, free = float(variances.sum()), np.asarray(sizes) - 1
+    return total**2 / float((variances**2 / free).sum()) if total > 0 else float(free.min())
 
 
 def _none(value: float, n: int, worth: float | int, why: str = "fewer than two units, no interval") -> Estimate:
