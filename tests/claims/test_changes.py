@@ -17,7 +17,7 @@ from tl_em.directions.direction import Direction
 from tl_em.errors import NoGapError
 from tl_em.models.contrasts import ContrastSet
 from tl_em.models.sites import Site
-from tl_em.stats import Estimate
+from tl_em.stats import Estimate, Resampled
 
 D, N = 40, 48
 AXIS = np.eye(D)[0]
@@ -83,7 +83,7 @@ def test_a_planted_stretch_is_separation_and_half_of_it_is_level() -> None:
 def test_a_planted_rotation_is_found_and_not_taken_for_level() -> None:
     rows = verdicts(measured(BASE, moved(BASE, np.zeros(D), -6 * AXIS + 6 * OTHER)))
     assert rows["rotation"].verdict == "rotated"
-    assert rows["rotation"].estimate.value == pytest.approx(0.9, abs=0.15)
+    assert rows["rotation"].estimate.value == pytest.approx(1.0, abs=0.15)  # a right angle
     assert rows["rotation"].detail["cosine"].value < 0.3
 
 
@@ -95,12 +95,35 @@ def test_nothing_is_shown_where_nothing_changed_but_noise() -> None:
 
 
 def test_noise_alone_is_no_rotation_however_noisy_the_directions_are() -> None:
-    """The plain cosine falls far below 1 here; the ceiling falls with it."""
-    base = reading(1.5 * AXIS, noise=2.0, n=120)
-    row = verdicts(measured(base, moved(base, np.zeros(D), jitter=2.0)))["rotation"]
+    """The plain cosine falls far below 1 here, by the noise in both differences alone."""
+    for seed in range(4):
+        base = reading(1.5 * AXIS, noise=2.0, n=120, seed=seed)
+        row = verdicts(measured(base, moved(base, np.zeros(D), jitter=2.0, seed=50 + seed)))["rotation"]
+        assert row.verdict == NOT_SHOWN
+        assert row.estimate.low < 0.02
+        assert row.detail["cosine"].value < 0.9
+
+
+def test_a_copy_is_not_rotated_where_both_classes_ask_the_same_questions() -> None:
+    """Halves that are drawn apart for two classes of the same questions made a copy look turned by .5."""
+    rng = np.random.default_rng(3)
+    question = 4 * rng.normal(size=(N, D))
+    noisy = Reading(question + rng.normal(size=(N, D)) + 3 * AXIS, question + rng.normal(size=(N, D)))
+    row = verdicts(measured(noisy, noisy))["rotation"]
     assert row.verdict == NOT_SHOWN
-    assert abs(row.estimate.value) < 0.1
-    assert row.detail["cosine"].value < 0.9
+    assert row.estimate.value == pytest.approx(0, abs=1e-9)
+    turned = verdicts(measured(noisy, moved(noisy, np.zeros(D), -3 * AXIS + 3 * OTHER)))["rotation"]
+    assert turned.estimate.value == pytest.approx(1.0, abs=0.3)
+
+
+def test_a_stream_that_only_grew_is_scaled() -> None:
+    grown = Reading(1.3 * BASE.positive, 1.3 * BASE.negative)
+    row = verdicts(measured(BASE, grown))["separation"]
+    assert row.verdict == "scaled"
+    assert row.estimate.value == pytest.approx(0.3, abs=0.02)
+    assert "made as large as the base's" in row.reason
+    apart = moved(grown, np.zeros(D), 3 * AXIS)  # and its classes further apart
+    assert verdicts(measured(BASE, apart))["separation"].verdict == "sharper"
 
 
 def test_a_shift_that_any_direction_shows_is_not_this_directions() -> None:
@@ -153,7 +176,8 @@ def test_clustering_by_question_widens_the_interval() -> None:
 
 def finding(name: str, value: float, p: float, **changes_: object) -> Finding:
     estimate = Estimate(value, value - 0.05, value + 0.05, 64, 64.0, "test")
-    f = Finding(SHIPPED[0], name, Site(0), estimate, p, np.zeros(999), "random directions", 0.1, "own gaps")
+    effect = Resampled(estimate, p, lambda other: p)
+    f = Finding(SHIPPED[0], name, Site(0), effect, {"random directions": np.zeros(999)}, 0.1, "own gaps")
     return replace(f, **changes_)  # pyright: ignore[reportArgumentType]
 
 
@@ -181,6 +205,6 @@ def test_use_has_one_word_and_one_sign() -> None:
 
 def test_no_interval_is_no_word() -> None:
     nan = float("nan")
-    row = judge([finding("a", 0.5, nan, estimate=Estimate(0.5, nan, nan, 1, 1.0, "fewer than two units"))])[0]
+    row = judge([finding("a", 0.5, nan, effect=Resampled(Estimate(0.5, nan, nan, 1, 1.0, "fewer than two units"), nan))])[0]
     assert row.verdict == NOT_SHOWN
     assert row.to_json()["estimate"]["low"] is None

@@ -20,13 +20,14 @@ from tl_em.errors import NoGapError, ProvenanceError, UsageError
 from tl_em.metrics import Behaviour
 from tl_em.models.sites import Site
 from tl_em.models.stream import next_token_logits
-from tl_em.stats import Estimate
+from tl_em.stats import Estimate, Resampled
 
 
 def finding(question: Any, name: str, value: float) -> Finding:
     estimate = Estimate(value, value - 0.02, value + 0.02, 64, 64.0, "test")
     asked = next(each for each in SHIPPED if each.name == question)
-    return Finding(asked, name, Site(1), estimate, 0.001, np.zeros(999), "controls", 0.1, "own gaps")
+    effect = Resampled(estimate, 0.001, lambda other: 0.001)
+    return Finding(asked, name, Site(1), effect, {"controls": np.zeros(999)}, 0.1, "own gaps")
 
 
 def summary(**effects: tuple[float, float]) -> str:

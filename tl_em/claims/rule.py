@@ -43,8 +43,8 @@ def judge(findings: Sequence[Finding]) -> tuple[Row, ...]:
     for question in dict.fromkeys(f.question.name for f in findings):
         asked = [f for f in findings if f.question.name == question]
         limits = [_limits(f) for f in asked]
-        adjusted = holm([max(each.values()) for each in limits])
-        rows.extend(_row(f, each, float(p)) for f, each, p in zip(asked, limits, adjusted, strict=True))
+        ps = adjusted([max(each.values()) for each in limits])
+        rows.extend(_row(f, each, p) for f, each, p in zip(asked, limits, ps, strict=True))
     return tuple(rows)
 
 
@@ -128,7 +128,7 @@ def _failed(finding: Finding, limits: dict[str, float], p: float, word: str | No
     failed = []
     for each in (finding, *finding.arms):
         name = f"{each.unit}: " if each is not finding else ""
-        if word is None or each.estimate.value * finding.estimate.value <= 0:
+        if word is None or each.estimate.value * finding.estimate.value < 0:
             failed.append(f"{name}the effect has the other sign ({each.estimate.value:+.2f} {each.unit})")
         elif not each.estimate.beyond(each.smallest):
             failed.append(f"{name}the interval is not wholly beyond {each.smallest:g} {each.unit}")

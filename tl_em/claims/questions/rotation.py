@@ -112,7 +112,7 @@ class Turned:
 
         return _lost(product(0, 0), product(1, 1), product(0, 1))
 
-    def _by_unit(self, weights: Weights, side: Side) -> Weights:
+    def _by_unit(self, weights: Weights, side: Side) -> Float[np.ndarray, "resample unit"]:
         """The weight of each unit: all of its prompts have the same."""
         found = np.zeros((len(weights), self.own.shape[-1]))
         found[:, side.unit] = weights
