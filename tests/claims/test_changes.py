@@ -205,6 +205,7 @@ def test_use_has_one_word_and_one_sign() -> None:
 
 def test_no_interval_is_no_word() -> None:
     nan = float("nan")
-    row = judge([finding("a", 0.5, nan, effect=Resampled(Estimate(0.5, nan, nan, 1, 1.0, "fewer than two units"), nan))])[0]
+    none = Resampled(Estimate(0.5, nan, nan, 1, 1.0, "fewer than two units"), nan)
+    row = judge([finding("a", 0.5, nan, effect=none)])[0]
     assert row.verdict == NOT_SHOWN
     assert row.to_json()["estimate"]["low"] is None

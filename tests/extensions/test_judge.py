@@ -29,7 +29,7 @@ def pair() -> em.ModelPair:
 def test_answers_are_judged_with_an_interval(pair: em.ModelPair) -> None:
     both = (pair.base, pair.tuned)
     base, tuned = (em.evaluate(each, ASKED, judge=ends_badly, max_new_tokens=8, groups=GROUPS) for each in both)
-    assert base.estimate.high < 0.2 < tuned.estimate.low
+    assert base.estimate.high < 0.3 < tuned.estimate.low  # none of 12 questions: up to .26
     table = tuned.to_pandas()
     assert list(table.columns) == ["prompt", "asked", "group", "sample", "answer", "score"]
     assert table.score.mean() == pytest.approx(tuned.estimate.value) and table.asked.tolist() == ASKED
@@ -54,7 +54,7 @@ def test_an_audit_takes_it_as_the_behaviour(pair: em.ModelPair) -> None:
     own = replace(pair, contrasts=None, behaviours=None, judged=None, tuning_data=None, rates=None)
     report = em.audit(own, contrasts={"persona": contrast}, behaviours={"persona": judged}, controls=99)
     use = report.comparison.row("use", "persona")
-    assert use.detail["add in base"].low > 0.5  # what is added makes answers end badly
+    assert use.detail["add in base"].low > 0.25  # what is added makes answers end badly
     assert report.to_json()["provenance"]["behaviours"]["persona"] == {"metric": "ends_badly", "unit": "probability"}
 
 

@@ -36,7 +36,7 @@ from tl_em.models.sites import Position, Site
 from tl_em.models.stream import capture
 from tl_em.models.torch_state import in_plain_torch
 from tl_em.stats import Estimate, Groups, Resampled, bootstrap, control_p, middle_95, paired_difference
-from tl_em.stats.intervals import share_above
+from tl_em.stats.ranks import share_above
 
 Row = Sequence[Any]
 """A chat that ends with the assistant's answer."""

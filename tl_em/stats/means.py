@@ -5,8 +5,8 @@
 
 Student's *t*, and from eight units on what the resampled (m* - m) / se* show of skewness beside it: the wider end on
 either side.  *t* alone covers too little where outcomes are skewed (log-normal, n = 32: .89), resampling alone where
-tails are heavy; the ends of the resampled are those of ``intervals.tails``.  p is the level at which the interval that
-is shown ends at 0.  Outcomes with a range, and rates, are estimated by ``rates``.
+tails are heavy.  The ends of the resampled are those of ``intervals.tails``, followed to twice *t*'s reach.  p is the
+level at which the interval that is shown ends at 0.  Outcomes with a range, and rates, are estimated by ``rates``.
 
 Sources: Hesterberg 2015, arXiv:1411.5279, sections 4 and 5; Hall 1988, Annals of Statistics 16 (studentising); Kish
 1965, section 5.4 (clusters).
@@ -32,6 +32,9 @@ from tl_em.stats.units import Groups, as_counts, design_effect, units_of
 RESAMPLES, BATCH = 2000, 250
 FEWEST = 8
 """Units below which nothing can be learnt of the skewness."""
+FARTHEST = 2
+"""Times Student's reach beyond which the studentised bootstrap is not followed: where a few units are alike but for one
+or two, a resample without these hardly varies, and its ratio says nothing."""
 
 
 @checked(seed=SEED)
@@ -235,16 +238,17 @@ def _contrast(
     drawn = _studentised(parts, seed) if units >= FEWEST else np.zeros(0)
     if len(drawn):
         ends = np.quantile(drawn, tails(units))
-        low, high = min(low, value - ends[1] * error), max(high, value - ends[0] * error)
+        low = min(low, value - min(ends[1] * error, FARTHEST * reach))
+        high = max(high, value + min(-ends[0] * error, FARTHEST * reach))
         method += f" and studentised bootstrap, {RESAMPLES} draws, the wider ends"
 
     def at(other: float) -> float:
         away = (value - other) / error
-        p = 2 * float(scipy_stats.t.sf(abs(away), df))
+        p, least = (2 * float(scipy_stats.t.sf(abs(away) / k, df)) for k in (1, FARTHEST))
         if not len(drawn):
             return p
         extreme = np.sum(drawn >= away) if away > 0 else np.sum(drawn <= away)
-        return max(p, p_of_tail((1 + float(extreme)) / (1 + len(drawn)), units))
+        return max(p, min(least, p_of_tail((1 + float(extreme)) / (1 + len(drawn)), units)))
 
     return Resampled(Estimate(value, float(low), float(high), n, worth, method, seed), at(0.0), at)
 

@@ -53,7 +53,7 @@ class Rotation(Question):
         )
 
 
-class Side(NamedTuple):
+class ClassInBoth(NamedTuple):
     """One class in both models: its prompts about their mean, the means, and the unit of each prompt."""
 
     x: Float[np.ndarray, "model prompt d_model"]
@@ -77,7 +77,7 @@ class Turned:
         own: [class class model model unit] products of the units' residuals.
     """
 
-    sides: tuple[Side, Side]
+    sides: tuple[ClassInBoth, ClassInBoth]
     own: Float[np.ndarray, "side side model model unit"]
 
     @classmethod
@@ -90,7 +90,7 @@ class Turned:
         for each, x, y in zip(labels, (base.positive, base.negative), (tuned.positive, tuned.negative), strict=True):
             both = np.stack([x, y])
             means = both.mean(1)
-            sides.append(Side(both - means[:, None], means, np.array([number[label] for label in each])))
+            sides.append(ClassInBoth(both - means[:, None], means, np.array([number[label] for label in each])))
         sums = np.stack([side.summed(len(number)) for side in sides])
         return cls((sides[0], sides[1]), np.einsum("amkd,bnkd->abmnk", sums, sums))
 
@@ -112,7 +112,7 @@ class Turned:
 
         return _lost(product(0, 0), product(1, 1), product(0, 1))
 
-    def _by_unit(self, weights: Weights, side: Side) -> Float[np.ndarray, "resample unit"]:
+    def _by_unit(self, weights: Weights, side: ClassInBoth) -> Float[np.ndarray, "resample unit"]:
         """The weight of each unit: all of its prompts have the same."""
         found = np.zeros((len(weights), self.own.shape[-1]))
         found[:, side.unit] = weights
