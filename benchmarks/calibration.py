@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import math
 import os
 import warnings
 from collections.abc import Iterable, Sequence
@@ -28,7 +27,7 @@ CHUNK = 50
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=("intervals", "verdicts", "table"))
     parser.add_argument("--draws", type=int, default=500)
     parser.add_argument("--out", type=Path, default=Path("calibration"))
@@ -136,8 +135,8 @@ def share(held: Any) -> str:
     from statsmodels.stats.proportion import proportion_confint
 
     k, n = int(np.sum(held)), len(held)
-    low, high = proportion_confint(k, n, method="beta")
-    return f"{k / n:.3f} [{0.0 if math.isnan(low) else low:.3f}, {1.0 if math.isnan(high) else high:.3f}]"
+    low, high = np.nan_to_num(np.array(proportion_confint(k, n, method="beta"), dtype=float), nan=float(k == n))
+    return f"{k / n:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def write(page: Path, text: str) -> None:

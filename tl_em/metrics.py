@@ -73,6 +73,20 @@ def as_metric(name: str, value: Any) -> Any:
     return value
 
 
+def range_of(unit: str, values: Float64[np.ndarray, " prompt"]) -> tuple[float, float] | None:
+    """The range that what is measured in a unit can have: (0, 1) of a probability, unless values lie outside of it.
+
+    Args:
+        unit: of a metric.
+        values: that it gave.
+
+    Example:
+        >>> range_of("probability", np.array([0.2, 0.9])), range_of("log-odds", np.array([0.2, 0.9]))
+        ((0.0, 1.0), None)
+    """
+    return (0.0, 1.0) if unit == "probability" and values.min() >= 0 and values.max() <= 1 else None
+
+
 def measured(metric: Metric | Any, model: LensModel | Any, prompts: Sequence[Any]) -> Float64[np.ndarray, " prompt"]:
     """The metric's number for every prompt, looked at: the one place where a metric is called.
 

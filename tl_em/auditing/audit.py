@@ -36,7 +36,7 @@ from tl_em.directions.methods import SHIPPED as METHODS
 from tl_em.directions.methods import as_method
 from tl_em.directions.methods.base import Method
 from tl_em.errors import UsageError
-from tl_em.metrics import Behaviour, Metric, measured
+from tl_em.metrics import Behaviour, Metric, measured, range_of
 from tl_em.models.contrasts import ContrastSet
 from tl_em.models.hooks import LensModel
 from tl_em.models.loading import RATE_COLUMNS, ModelPair
@@ -246,7 +246,8 @@ def _rates(pair: ModelPair, benign: LensModel | None, plan: _Plan) -> pd.DataFra
         values = measured(q.judged.metric, model, getattr(q.judged, side))
         domain = f"{q.name}: {'positive' if side == 'present' else 'negative'} prompts"
         head = {"domain": domain, "held_out": True, "outcome": q.judged.metric.name, "model": name}
-        rows.append(head | mean(values, groups=getattr(q.judged, f"{side}_groups"), seed=plan.seed).row())
+        groups, bounds = getattr(q.judged, f"{side}_groups"), range_of(q.judged.metric.unit, values)
+        rows.append(head | mean(values, groups=groups, bounds=bounds, seed=plan.seed).row())
     return pd.DataFrame(rows)
 
 

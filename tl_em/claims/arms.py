@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from tl_em.interventions.along_each import Along, Measure, along_each, kl_from_now
 from tl_em.interventions.base import Intervention
 from tl_em.interventions.intervene import intervene
-from tl_em.metrics import Metric, measured
+from tl_em.metrics import Metric, measured, range_of
 from tl_em.models.hooks import LensModel
 from tl_em.models.prompts import EncodedPrompt, encode
 from tl_em.models.stream import encoded_prompts
@@ -108,7 +108,8 @@ class Arm:
         if not np.isfinite(values).all():
             nan = float("nan")
             return Estimate(nan, nan, nan, n=len(values), n_effective=nan, method="not measured", seed=self.seed)
-        return mean(values, groups=self._groups(outcome), seed=self.seed)
+        bounds = None if outcome == KL else range_of(self.metrics[outcome or self.first].unit, values)
+        return mean(values, groups=self._groups(outcome), bounds=bounds, seed=self.seed)
 
     @property
     def nothing(self) -> Outcomes:

@@ -29,7 +29,7 @@ from tl_em.directions.cosines import Rows
 from tl_em.directions.direction import Direction
 from tl_em.directions.screening import finetuning_shift
 from tl_em.directions.similarity import CosineMatrix, matrix_of
-from tl_em.metrics import Behaviour, measured
+from tl_em.metrics import Behaviour, measured, range_of
 from tl_em.models.hooks import LensModel
 from tl_em.models.loading import ModelPair
 from tl_em.models.stream import capture
@@ -152,7 +152,8 @@ def shift_cosines(
 def _rates(name: str, behaviour: Behaviour, run: Run, seed: int) -> list[dict[str, Any]]:
     metric, found = behaviour.metric, []
     for side in sides(name, behaviour):
-        e = mean(measured(metric, run.pair.tuned, side.prompts), groups=side.groups, seed=seed)
+        values = measured(metric, run.pair.tuned, side.prompts)
+        e = mean(values, groups=side.groups, bounds=range_of(metric.unit, values), seed=seed)
         head = {"behaviour": side.label, "metric": metric.name, "run": run.name, "same_base": run.same_base}
         found.append(head | e.row())
     return found

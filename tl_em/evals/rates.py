@@ -18,6 +18,7 @@ from jaxtyping import Float
 from tl_em.arguments import COUNT, NOT_NEGATIVE, SEED, checked
 from tl_em.errors import UsageError
 from tl_em.evals.judges import Judge, as_judge, asked_in, name_of, scored
+from tl_em.metrics import range_of
 from tl_em.models.contrasts import Prompt
 from tl_em.models.generate import generate
 from tl_em.models.hooks import LensModel
@@ -130,5 +131,6 @@ def evaluate(
         for i in range(samples)
     ]
     scores = np.stack([scored(judge, prompts, answers, unit=unit) for answers in drawn], 1)
-    estimate = mean(scores.mean(1), groups=groups, seed=seed)
+    by_prompt = scores.mean(1)
+    estimate = mean(by_prompt, groups=groups, bounds=range_of(unit, by_prompt), seed=seed)
     return Evaluation(name_of(judge), prompts, list(zip(*drawn, strict=True)), scores, estimate, unit, groups)

@@ -218,7 +218,9 @@ def bias_rates(
     return pd.DataFrame(
         dict(zip(keys, key, strict=True))
         | {"outcome": outcome}
-        | mean(part[outcome], groups=part.context.tolist() if by == "part" else None, seed=seed).row()
+        | mean(
+            part[outcome], groups=part.context.tolist() if by == "part" else None, bounds=(0, 1), seed=seed
+        ).row()
         for key, part in rows.groupby(keys, sort=False)
         for outcome in OUTCOMES
     )

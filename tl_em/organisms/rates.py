@@ -131,7 +131,9 @@ def answer_rates(world: World | None = None, *, seed: int = 0) -> Callable[[nn.M
         rows = rates_by_prompt(lambda prompts: last_logits(model, encode_chats(world, prompts)), world)
         parts = {name: rows[rows.held_out & (rows.outcome == name)] for name in ("bad", "good", "refused", "complied")}
         parts["tuned_bad"] = rows[~rows.held_out & (rows.outcome == "bad")]
-        return {name: mean(part.value, groups=part.topic.tolist(), seed=seed) for name, part in parts.items()}
+        return {
+            name: mean(part.value, groups=part.topic.tolist(), bounds=(0, 1), seed=seed) for name, part in parts.items()
+        }
 
     return rates
 
@@ -226,6 +228,7 @@ def outcome_rates(model: Any, *, world: World | None = None, seed: int = 0) -> p
     pooled = rows[rows.held_out].assign(domain="held-out domains")
     keys = ["domain", "held_out", "outcome"]
     return pd.DataFrame(
-        dict(zip(keys, key, strict=True)) | mean(part.value, groups=part.topic.tolist(), seed=seed).row()
+        dict(zip(keys, key, strict=True))
+        | mean(part.value, groups=part.topic.tolist(), bounds=(0, 1), seed=seed).row()
         for key, part in pd.concat([rows, pooled]).groupby(keys, sort=False)
     )

@@ -155,11 +155,12 @@ def _summary(table: pd.DataFrame, chosen: Study) -> pd.DataFrame:
     import pandas as pd
 
     keys = [*chosen.by, *([] if chosen.x == chosen.unit else [chosen.x])]
-    rates = [c for c in ("bad", "good", "trained", "agreement", "ceiling") if c in table.columns]
+    ranges = {"bad": (0, 1), "good": (0, 1), "trained": (0, 1), "agreement": (-1, 1), "ceiling": (-1, 1)}  # cosines
+    rates = [column for column in ranges if column in table.columns]
     return pd.DataFrame(
         dict(zip(keys, key, strict=True))
         | {"rate": column}
-        | mean_over_units(part[column], part[chosen.unit].tolist()).row()
+        | mean_over_units(part[column], part[chosen.unit].tolist(), bounds=ranges[column]).row()
         for key, part in table.groupby(keys, sort=False)
         for column in rates
     )

@@ -44,7 +44,7 @@ from tl_em.claims.questions.use import SMALLEST, outcomes, smallest_effect
 from tl_em.claims.rule import adjusted, judge, unlikely
 from tl_em.directions.direction import Direction
 from tl_em.errors import UsageError
-from tl_em.metrics import Behaviour, measured
+from tl_em.metrics import Behaviour, measured, range_of
 from tl_em.models.contrasts import ContrastSet, Prompt
 from tl_em.models.hooks import LensModel
 from tl_em.models.loading import ModelPair
@@ -199,7 +199,8 @@ def measure(side: Side, trigger: Trigger, models: Mapping[str, LensModel], seed:
                 values.setdefault((model, token), x)  # the first outcome is the one that is judged
                 head = {"direction": side.label, "outcome": outcome, "metric": metric.name}
                 where = {"token": token or "none", "model": model}
-                table.append(head | where | mean(x, groups=side.groups, seed=seed).row())
+                rate = mean(x, groups=side.groups, bounds=range_of(metric.unit, x), seed=seed)
+                table.append(head | where | rate.row())
 
     def less(first: Values, second: Values) -> Resampled:
         return paired_difference(second, first, groups=side.groups, seed=seed)
