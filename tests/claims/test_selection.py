@@ -30,7 +30,7 @@ from tl_em.claims.selection import (
     rejections,
 )
 from tl_em.errors import NoCandidateError, NotReachedError, ProvenanceError, UsageError, ZeroDirectionError
-from tl_em.interventions import along_each as many
+from tl_em.interventions import many
 from tl_em.interventions.base import Partial
 from tl_em.models.hooks import LensModel, hooked
 from tl_em.models.loading import load_model

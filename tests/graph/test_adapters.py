@@ -19,9 +19,9 @@ from tl_em.graph.build import attribute, encoded_prompt
 from tl_em.graph.edges import Written
 from tl_em.graph.gradients import LAST
 from tl_em.graph.latents import latent_plan
-from tl_em.models.build_surface import as_bridge
 from tl_em.models.hooks import LensModel
 from tl_em.models.loading import load_model
+from tl_em.models.surfaces import as_bridge
 from tl_em.models.upstream_chatter import quiet
 
 pytestmark = [

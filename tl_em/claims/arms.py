@@ -3,7 +3,7 @@
     change = sign * (treated - untreated), prompt by prompt
 
 A treatment is an intervention at the tokens of a scope.  Many of one kind run in one batch, and a sample of them is
-checked against one by one (``interventions.along_each``).  Beside what is measured stands the push: KL(untreated ||
+checked against one by one (``interventions.many``).  Beside what is measured stands the push: KL(untreated ||
 treated) of the next token at the prompt's end, in nats.
 """
 
@@ -19,9 +19,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_em.interventions.along_each import Along, Measure, along_each, kl_from_now
 from tl_em.interventions.base import Intervention
 from tl_em.interventions.intervene import intervene
+from tl_em.interventions.many import Along, Measure, along_each, kl_from_now
 from tl_em.metrics import Metric, measured, range_of
 from tl_em.models.hooks import LensModel
 from tl_em.models.prompts import EncodedPrompt, encode

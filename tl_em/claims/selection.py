@@ -35,8 +35,8 @@ from tl_em.claims.controls import random_directions
 from tl_em.directions.candidates import Candidates
 from tl_em.directions.direction import Direction, check_fits
 from tl_em.errors import NoCandidateError, UsageError
-from tl_em.interventions.along_each import Along, Measure, Scores, along_each, kl_from_now
 from tl_em.interventions.edits import Ablate, Add
+from tl_em.interventions.many import Along, Measure, Scores, along_each, kl_from_now
 from tl_em.metrics import Metric, measured, refusal_log_odds
 from tl_em.models.class_means import as_contrast
 from tl_em.models.contrasts import ContrastSet

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 
 from tl_em.errors import PairMismatchError, UsageError, first_line
-from tl_em.models.build_surface import advice, as_bridge, as_hooked, check_built, reloadable
 from tl_em.models.checkpoint import (
     check_weights,
     from_path_or_hub,
@@ -31,6 +30,7 @@ from tl_em.models.hooks import LensModel
 from tl_em.models.proof import proof, prove, reference
 from tl_em.models.sites import vocabulary_hash
 from tl_em.models.source_record import boundaries, remember
+from tl_em.models.surfaces import advice, as_bridge, as_hooked, check_built, reloadable
 from tl_em.models.templates import template_record
 from tl_em.models.tokenizing import keep_before, own_before
 from tl_em.models.torch_state import making_weights
