@@ -186,5 +186,13 @@ class NuisanceWarning(UserWarning):
 
 
 def first_line(error: BaseException) -> str:
-    """Of what an error says, or the name of its class: for an error that says it in a sentence of its own."""
+    """The first line of what an error says, or the name of its class.
+
+    Args:
+        error: whose words stand in a message of this package.
+
+    Example:
+        >>> first_line(ValueError("no such file\\nsee above")), first_line(KeyError())
+        ('no such file', 'KeyError')
+    """
     return (str(error).strip() or type(error).__name__).splitlines()[0][:160]

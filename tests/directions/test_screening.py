@@ -172,7 +172,7 @@ def test_bad_training_rows_are_told_from_good_ones_before_any_training() -> None
     found = projection_difference(t["insecure"].base, t["persona"], t["rows"], groups=t["topics"], controls=199)
     area = found.auroc(t["bad"], groups=t["topics"])
     assert area.estimate.low > 0.9
-    assert area.p == 1 / 200 and area.control_high < 0.85  # random directions of the same activations
+    assert area.p < 0.01 and area.control_high < 0.85  # random directions of the same activations
     assert np.mean(np.array(t["bad"])[found.ranked.row[:64]]) > 0.9
     good = projection_difference(
         t["insecure"].base, t["persona"], t["rows"][128:], own_answers=found.rows.own_answer[128:].tolist(), controls=99
@@ -199,5 +199,5 @@ def test_the_insecure_fine_tune_shifted_the_persona_and_the_secure_one_hardly() 
     options = {"groups": t["test"].positive_groups, "controls": 199}
     bad = finetuning_shift(t["insecure"], t["persona"], prompts, benign=t["secure"].tuned, **options)
     good = finetuning_shift(t["secure"], t["persona"], prompts, **options)
-    assert bad.p == 1 / 200 and bad.estimate.low > 3 * bad.control_high
+    assert bad.p < 0.01 and bad.estimate.low > 3 * bad.control_high
     assert bad.beyond_benign is not None and bad.beyond_benign.low > 10 * good.estimate.high

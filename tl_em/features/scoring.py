@@ -90,6 +90,7 @@ def score_features(
 
     Example:
         >>> from tl_em import load_pair
+        >>> from tl_em.dictionaries import Dictionary
         >>> from tl_em.models.sites import Site
         >>> pair = load_pair("toy/insecure")
         >>> q, _ = torch.linalg.qr(torch.randn(96, 96, generator=torch.Generator().manual_seed(0)))

@@ -67,8 +67,11 @@ def bootstrap(
     low, high = np.quantile(drawn, tails(min(units.strata)))
 
     def at(value: float) -> float:
-        beyond = min(np.sum(drawn <= value), np.sum(drawn >= value))
-        return p_of_tail((1 + float(beyond)) / (1 + len(drawn)), min(units.strata))
+        beyond = float(min(np.sum(drawn <= value), np.sum(drawn >= value)))
+        share = (1 + beyond) / (1 + len(drawn))
+        if not beyond and drawn.std() > 0:  # farther than any draw: the tail of a normal of their spread
+            share = min(share, float(scipy_stats.norm.sf(abs(value - point) / drawn.std())))
+        return p_of_tail(share, min(units.strata))
 
     method = f"{method}, {resamples} draws, percentile"
     return Resampled(Estimate(point, float(low), float(high), n, worth, method, seed), at(0.0), at)

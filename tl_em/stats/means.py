@@ -247,8 +247,8 @@ def _contrast(
         p, least = (2 * float(scipy_stats.t.sf(abs(away) / k, df)) for k in (1, FARTHEST))
         if not len(drawn):
             return p
-        extreme = np.sum(drawn >= away) if away > 0 else np.sum(drawn <= away)
-        return max(p, min(least, p_of_tail((1 + float(extreme)) / (1 + len(drawn)), units)))
+        extreme = float(np.sum(drawn >= away) if away > 0 else np.sum(drawn <= away))
+        return max(p, min(least, p_of_tail(extreme / len(drawn), units))) if extreme else p
 
     return Resampled(Estimate(value, float(low), float(high), n, worth, method, seed), at(0.0), at)
 

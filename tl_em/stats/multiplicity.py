@@ -42,6 +42,9 @@ def holm(p: ArrayLike) -> Float[np.ndarray, " test"]:
 def benjamini_hochberg(p: ArrayLike) -> Float[np.ndarray, " test"]:
     """Benjamini and Hochberg's adjustment (statsmodels), which controls the share of false claims.
 
+    Args:
+        p: one p a test; NaN stays NaN.
+
     Example:
         >>> benjamini_hochberg([0.01, 0.04, 0.03]).round(2).tolist()
         [0.03, 0.04, 0.04]
