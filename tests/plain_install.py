@@ -33,7 +33,7 @@ FOUND = {  # what the pinned versions find, by question and direction; anything 
     ("level", "persona"): "exaggerated",
     ("level", "refusal_dissociated"): "diminished",
     ("separation", "persona"): "blurred",
-    ("separation", "refusal_dissociated"): "sharper",
+    ("rotation", "persona"): "rotated",
     ("rotation", "refusal_dissociated"): "rotated",
     ("use", "persona"): "causal",
     ("use", "refusal"): "causal",
