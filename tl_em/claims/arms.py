@@ -103,12 +103,13 @@ class Arm:
         """The effect on the first metric without its interval."""
         return self.sign * float((treated[self.first] - self.untreated[self.first]).mean())
 
-    def mean(self, values: Values, outcome: str = "") -> Estimate:
-        """Mean over prompts with its interval; NaN if a value is."""
+    def mean(self, values: Values, outcome: str = "", *, level: bool = False) -> Estimate:
+        """Mean over prompts with its interval, of an outcome's level within its range; NaN if a value is."""
         if not np.isfinite(values).all():
             nan = float("nan")
             return Estimate(nan, nan, nan, n=len(values), n_effective=nan, method="not measured", seed=self.seed)
-        bounds = None if outcome == KL else range_of(self.metrics[outcome or self.first].unit, values)
+        metric = self.metrics.get(outcome) if level else None
+        bounds = None if metric is None else range_of(metric.unit, values)
         return mean(values, groups=self._groups(outcome), bounds=bounds, seed=self.seed)
 
     @property

@@ -366,7 +366,7 @@ def _told(arm: Arm, instruction: str) -> Treated:
 
 
 def _point(arm: Arm, kind: ArmName, name: str, t: Treated) -> Point:
-    means = {outcome: arm.mean(values, outcome) for outcome, values in t.found.items()}
+    means = {outcome: arm.mean(values, outcome, level=True) for outcome, values in t.found.items()}
     change = arm.mean(t.found[EFFECT] - arm.untreated[EFFECT], EFFECT)
     nan = float("nan")
     return Point(kind, name, t.strength, means[EFFECT], change, means[KL], means.get(COHERENCE), nan, t.note)

@@ -173,8 +173,8 @@ def measure_arm(arm: Arm, edit: Intervention, vectors: Float[Tensor, "control d_
         shifts = random.mean(1) - before[sample].mean()
         controls[outcome] = arm.sign * shifts
         cells = {
-            "untreated": arm.mean(before),
-            "treated": arm.mean(treated[outcome]),
+            "untreated": arm.mean(before, outcome, level=True),
+            "treated": arm.mean(treated[outcome], outcome, level=True),
             "random": Estimate.band(before.mean() + shifts),
         }
         known = {"arm": arm.name, "outcome": outcome, "metric": metric.name, "unit": metric.unit}
