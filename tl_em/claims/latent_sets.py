@@ -289,8 +289,8 @@ class _Ending(Intervention):
 
 
 def _dose_row(arm: Arm, treatment: str, strength: float, found: Treated) -> dict[str, Any]:
-    bad = arm.mean(found.found["bad"])
+    bad = arm.mean(found.found["bad"], "bad", level=True)
     row = {"arm": arm.name, "treatment": treatment, "strength": strength, "kl": arm.mean(found.found[KL]).value,
            "bad": bad.value, "low": bad.low, "high": bad.high}  # fmt: skip
-    good = {"good": arm.mean(found.found["good"]).value} if "good" in arm.metrics else {}
+    good = {"good": arm.mean(found.found["good"], "good", level=True).value} if "good" in arm.metrics else {}
     return row | good | {"n": bad.n, "note": found.note}

@@ -221,7 +221,8 @@ def _rates(trial: Trial) -> list[dict[str, Any]]:
     for outcome, values in trial.outcomes.items():
         head = {"arm": arm.name, "outcome": outcome, "metric": named[outcome][0], "unit": named[outcome][1]}
         known = {"untreated": arm.untreated[outcome]} if trial.subject == SET and outcome in arm.untreated else {}
-        means = {subject: arm.mean(each) for subject, each in {**known, trial.subject: values}.items()}
+        shown = {**known, trial.subject: values}
+        means = {subject: arm.mean(each, outcome, level=True) for subject, each in shown.items()}
         if (levels := trial.levels.get(outcome)) is not None:
             means["placebos"] = Estimate.band(levels)
         found += [head | {"subject": subject} | e.row() for subject, e in means.items()]
