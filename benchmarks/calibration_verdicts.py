@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from calibration import share
 
-from tl_em.claims.arms import Arm
+from tl_em.claims.arms import Arm, Outcomes
 from tl_em.claims.claim import Case, Question, Reading
 from tl_em.claims.questions import entanglement as entanglement_file
 from tl_em.claims.questions import use as use_file
@@ -38,6 +38,8 @@ from tl_em.models.contrasts import ContrastSet
 from tl_em.models.sites import Site
 
 WIDTH, GAP = 64, 4.0
+NOBODY: Any = SimpleNamespace()
+"""Stands where a model or a pair is never asked."""
 CHANGES: tuple[Question, ...] = (Level(), Separation(), Rotation())
 
 
@@ -193,7 +195,7 @@ def _case(
     texts = [[f"{name}, {side} prompt {i}" for i in range(world.n)] for side in ("positive", "negative")]
     contrast = ContrastSet(texts[0], texts[1], positive_groups=world.groups(0), negative_groups=world.groups(10_000))
     return Case(
-        name, Direction(torch.from_numpy(extracted).float(), Site(1)), contrast, pair=SimpleNamespace(),  # type: ignore
+        name, Direction(torch.from_numpy(extracted).float(), Site(1)), contrast, pair=NOBODY,
         base=Reading(*base), tuned=tune(plant, moved), benign=None if harmless is None else tune(nothing, harmless),
         n_controls=max(199, 20 * 20), seed=seed,
     )  # fmt: skip
@@ -277,7 +279,7 @@ class PlantedArm(Arm):
     control: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
 
     @cached_property
-    def untreated(self) -> dict[str, np.ndarray]:  # type: ignore
+    def untreated(self) -> Outcomes:
         """The planted numbers."""
         return {"bad": self.before}
 
@@ -303,7 +305,8 @@ def _planted(model: Any, prompts: Sequence[Any]) -> torch.Tensor:
     raise AssertionError
 
 
-_planted.name, _planted.unit = "behaviour", "log-odds"  # type: ignore
+PLANTED: Any = _planted
+PLANTED.name, PLANTED.unit = "behaviour", "log-odds"
 
 
 def planted_arm(
@@ -319,7 +322,7 @@ def planted_arm(
     control = easy[None] * strength + 0.1 * rng.standard_normal((controls, n))
     effect = own + easy * (1 + 0.1 * rng.standard_normal()) + 0.1 * rng.standard_normal(n)
     return PlantedArm(
-        name, SimpleNamespace(), [f"prompt {i}" for i in range(n)], None, {"bad": _planted}, sign=sign, seed=seed,  # type: ignore
+        name, NOBODY, [f"prompt {i}" for i in range(n)], None, {"bad": PLANTED}, sign=sign, seed=seed,
         before=rng.standard_normal(n), effect=effect, control=control,
     )  # fmt: skip
 
@@ -353,8 +356,9 @@ def _causal(
         planted_arm(rng, seed, use_file.ABLATE, -1, n, *ablated, spread, case.n_controls),
         planted_arm(rng, seed, use_file.ADD, 1, n, *added, spread, case.n_controls),
     )
-    behaviour = Behaviour("behaviour", _planted, ["present"], ["absent"])  # type: ignore
-    case = replace(case, behaviour=behaviour, pair=SimpleNamespace(base=None, tuned=None))  # type: ignore
+    behaviour = Behaviour("behaviour", PLANTED, ["present"], ["absent"])
+    pair: Any = SimpleNamespace(base=None, tuned=None)
+    case = replace(case, behaviour=behaviour, pair=pair)
     with (
         patch.object(use_file, "arms", lambda *args, **kwargs: arms),
         patch.object(use_file, "mean_activation", lambda *args, **kwargs: torch.zeros(WIDTH)),
@@ -390,8 +394,8 @@ def _shifts(rng: np.random.Generator, seed: int, *, push: float, went: float) ->
     own = rng.standard_normal((n, WIDTH))
     taught = own + shift(push)
     read = {("base", True): own, ("base", False): taught, ("tuned", False): taught + shift(went)}
-    pair = SimpleNamespace(base="base", tuned="tuned")
-    case = replace(case, pair=pair, tuning_data=list(range(n)), own_answers=lambda: [""] * n)  # type: ignore
+    pair: Any = SimpleNamespace(base="base", tuned="tuned")
+    case = replace(case, pair=pair, tuning_data=list(range(n)), own_answers=lambda: [""] * n)
     with (
         patch.object(entanglement_file, "answers", lambda model, rows, site: read[model, rows[0] == "replied"]),
         patch.object(entanglement_file, "replied", lambda row, answer: "replied"),

@@ -195,3 +195,12 @@ def test_rates_over_seeds_stay_in_their_range() -> None:
     assert e.high <= 1
     assert e.low < 0.97
     assert stats.mean_over_units([0.97, 0.99, 1.0], [1, 2, 3]).high > 1  # the control: t alone leaves it
+
+
+def test_the_opposite_effect_has_the_same_p_on_the_other_side() -> None:
+    found = stats.paired_difference(np.zeros(20), np.random.default_rng(9).normal(1, 1, 20))
+    turned = found.reversed
+    assert (turned.estimate.low, turned.estimate.high) == (-found.estimate.high, -found.estimate.low)
+    assert turned.p == found.p
+    assert turned.within(0.3) == found.within(0.3) < 1
+    assert turned.estimate.value < 0 < found.estimate.value

@@ -122,6 +122,8 @@ def test_a_stream_that_only_grew_is_scaled() -> None:
     assert row.verdict == "scaled"
     assert row.estimate.value == pytest.approx(0.3, abs=0.02)
     assert "made as large as the base's" in row.reason
+    still = Reading(np.tile(BASE.positive[0], (N, 1)), np.tile(BASE.negative[0], (N, 1)))  # no spread to compare with
+    assert measured(BASE, still).growth == 1.0
     apart = moved(grown, np.zeros(D), 3 * AXIS)  # and its classes further apart
     assert verdicts(measured(BASE, apart))["separation"].verdict == "sharper"
 

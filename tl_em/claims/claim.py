@@ -11,8 +11,8 @@ that measures it on one direction.  Nothing else knows them: page, JSON, command
 random directions of the base's pooled within-class covariance and along such of the whole space, and the larger p
 counts: where a few dimensions are massive, the first alone point nowhere else.
 
-**Scale.** Where the whole stream grew, every gap did, and nothing that is read from it tells more: ``Case.changed``
-measures the change once more in a tuned stream divided by ``Case.growth``, the median over dimensions of how much the
+**Scale.** Where the whole stream grew, every gap did, and nothing that is read from it tells more: ``Case.unscaled``
+measures a change once more in a tuned stream divided by ``Case.growth``, the median over dimensions of how much the
 spread within the classes grew.  What is gone then is called *scaled*.
 """
 
@@ -271,7 +271,7 @@ class Case:
             return np.sqrt(sum(x.var(0) * len(x) for x in (reading.positive, reading.negative)))
 
         before, after = spread(self.base), spread(self.tuned)
-        varies = before > 1e-9 * before.max()
+        varies = (before > 1e-9 * before.max()) & (after > 1e-9 * before)  # one that is still in either says nothing
         return float(np.median(after[varies] / before[varies])) if varies.any() else 1.0
 
     def changed(

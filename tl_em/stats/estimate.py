@@ -129,6 +129,12 @@ class Resampled(NamedTuple):
     p: float
     at: Callable[[float], float] | None = None
 
+    @property
+    def reversed(self) -> Resampled:
+        """The same of the opposite effect."""
+        at = self.at
+        return Resampled(self.estimate.scaled(-1), self.p, None if at is None else lambda value: at(-value))
+
     def within(self, smallest: float) -> float:
         """Two-sided p of "no farther from 0 than this": below .05 just where the interval lies beyond it.
 

@@ -23,7 +23,7 @@ from tl_em.claims.claim import OWN_GAPS, Case, Finding, Question, Reading
 from tl_em.claims.questions.level import Level
 from tl_em.claims.questions.use import SMALLEST, TREATED, ablate, measure_arm, outcomes, smallest_effect
 from tl_em.models.class_means import mean_activation
-from tl_em.stats import Estimate, Resampled, paired_difference
+from tl_em.stats import Estimate, paired_difference
 
 ARM = "ablate in tuned, triggered"
 
@@ -63,13 +63,14 @@ class Carrier(Question):
         arm = Arm(ARM, case.pair.tuned, behaviour.present, groups, outcomes(behaviour), sign=-1, seed=case.seed)
         closed = measure_arm(arm, ablate(direction, centre), vectors)
 
+        signed = [found if self.sign > 0 else found.reversed for found in (moved, closed.effect)]
         findings = {
             "projection": case.finding(
-                self, _times(moved, self.sign), controls=self.sign * null, smallest=Level.smallest,
+                self, signed[0], controls=self.sign * null, smallest=Level.smallest,
                 unit=f"{OWN_GAPS} (projection)",
             ),
             "ablation": case.finding(
-                self, _times(closed.effect, self.sign), controls=self.sign * closed.controls, control=TREATED,
+                self, signed[1], controls=self.sign * closed.controls, control=TREATED,
                 smallest=smallest_effect(metric), unit=f"{metric.unit} of {metric.name} (ablation)",
                 beside=self.sign * closed.beside,
             ),
@@ -95,9 +96,3 @@ class Carrier(Question):
 
     def _shift(self, reading: Reading) -> np.ndarray:
         return (reading.positive - reading.negative) / self.own_gap
-
-
-def _times(found: Resampled, sign: float) -> Resampled:
-    """With the sign that is claimed."""
-    at = found.at
-    return Resampled(found.estimate.scaled(sign), found.p, None if at is None else lambda value: at(sign * value))
