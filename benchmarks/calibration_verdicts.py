@@ -80,7 +80,8 @@ class World:
     Args:
         n: prompts a class.
         tails: of the within-class noise: degrees of freedom of Student's t; normal without.
-        spectrum: standard deviations of the noise along each axis: ``"flat"``, ``"power"`` or ``"massive"``.
+        spectrum: standard deviations of the noise along each axis: ``"flat"``, ``"power"``, ``"massive"``, or
+            ``"unused"``: next to nothing along the second half of the axes.
         paraphrases: prompts a question; they share half of their variance.
         told: whether the questions are named in the contrast set.
         shared: whether prompt i of both classes is one question, with half of its variance.
@@ -95,6 +96,8 @@ class World:
 
     def scale(self) -> np.ndarray:
         """Standard deviation of the noise along each axis."""
+        if self.spectrum == "unused":
+            return np.where(np.arange(WIDTH) < WIDTH // 2, 1.0, 0.01)
         if self.spectrum == "massive":
             return np.where(np.arange(WIDTH) < 3, 6.0, 1.0)
         return (1 + np.arange(WIDTH)) ** -0.5 * 3 if self.spectrum == "power" else np.ones(WIDTH)
@@ -172,9 +175,11 @@ def cases(
 
 
 def _away(rng: np.random.Generator, world: World, size: float, of: str) -> np.ndarray:
-    """A random shift of so many gaps: uniform on the sphere, or of the spectrum's covariance."""
-    v = rng.standard_normal(WIDTH) * (world.scale() if of == "covariance" else 1)
-    return size * GAP * v / np.linalg.norm(v)
+    """A random shift of so many gaps: uniform on the sphere, of the spectrum's covariance, or where nothing varies."""
+    v = rng.standard_normal(WIDTH)
+    if of != "sphere":
+        v *= world.scale() if of == "covariance" else world.scale() < 0.1
+    return size * GAP * v / max(np.linalg.norm(v), 1e-9)
 
 
 def _case(
@@ -235,7 +240,8 @@ def _changes() -> Iterator[Row]:
         yield row("nothing changed", World(n=n))
     shapes = {
         "heavy tails (t, 3)": World(tails=3), "power-law spectrum": World(spectrum="power"),
-        "massive dimensions": World(spectrum="massive"), "clusters of six, named": World(n=48, paraphrases=6),
+        "massive dimensions": World(spectrum="massive"), "unused subspace": World(spectrum="unused"),
+        "clusters of six, named": World(n=48, paraphrases=6),
         "clusters of six, not named": World(n=48, paraphrases=6, told=False),
         "questions in both classes": World(shared=True),
     }  # fmt: skip
@@ -257,6 +263,10 @@ def _changes() -> Iterator[Row]:
                 said = f"drift of {size:g} gaps ({of}); {name} spectrum"
                 yield row(said, World(spectrum=name), expected=every, **drift)
                 yield row(f"{said}, a benign one with its own", World(spectrum=name), benign=size, **drift)
+    for size in (1.0, 2.0):
+        for of in ("sphere", "unused"):
+            said = f"drift of {size:g} gaps ({of}); unused subspace"
+            yield row(said, World(spectrum="unused"), drift=size, of=of)
     yield row("the stream times 1.3", World(), scaled(1.3))
     yield row("half a gap, and drift of 1 gap elsewhere", World(), shifted(0.5), {"level": "power"}, drift=1.0)
 
@@ -395,7 +405,7 @@ def _shifts(rng: np.random.Generator, seed: int, *, push: float, went: float) ->
     taught = own + shift(push)
     read = {("base", True): own, ("base", False): taught, ("tuned", False): taught + shift(went)}
     pair: Any = SimpleNamespace(base="base", tuned="tuned")
-    case = replace(case, pair=pair, tuning_data=list(range(n)), own_answers=lambda: [""] * n)
+    case = replace(case, pair=pair, tuning_data=[f"row {i}" for i in range(n)], own_answers=lambda: [""] * n)
     with (
         patch.object(entanglement_file, "answers", lambda model, rows, site: read[model, rows[0] == "replied"]),
         patch.object(entanglement_file, "replied", lambda row, answer: "replied"),

@@ -128,6 +128,16 @@ def test_a_stream_that_only_grew_is_scaled() -> None:
     assert verdicts(measured(BASE, apart))["separation"].verdict == "sharper"
 
 
+def test_noise_where_the_base_never_varies_is_no_growth() -> None:
+    """Half of the axes are unused; a fine-tune's jitter grows them tenfold, and says nothing about the stream."""
+    used = np.where(np.arange(D) < D // 2, 1.0, 0.01)
+    mean = (BASE.positive.mean(0), BASE.negative.mean(0))
+    base = Reading(*(m + (x - m) * used for m, x in zip(mean, (BASE.positive, BASE.negative), strict=True)))
+    case = measured(base, moved(base, 1.5 * AXIS, jitter=0.2))
+    assert case.growth == pytest.approx(1.0, abs=0.1)
+    assert verdicts(case)["level"].verdict == "exaggerated"
+
+
 def test_a_shift_that_any_direction_shows_is_not_this_directions() -> None:
     """The control can veto: a huge shift along the noisiest axes of the class moves random directions as much."""
     rng = np.random.default_rng(0)

@@ -265,14 +265,22 @@ class Case:
 
     @cached_property
     def growth(self) -> float:
-        """How much larger the tuned stream is: the median over dimensions of the within-class spread's ratio."""
+        """How much larger the tuned stream is: the within-class spread's ratio, its median over dimensions.
+
+        Each dimension counts by its spread in the base: where a stream has unused ones, any noise grows them much.
+        """
 
         def spread(reading: Reading) -> np.ndarray:
             return np.sqrt(sum(x.var(0) * len(x) for x in (reading.positive, reading.negative)))
 
         before, after = spread(self.base), spread(self.tuned)
         varies = (before > 1e-9 * before.max()) & (after > 1e-9 * before)  # one that is still in either says nothing
-        return float(np.median(after[varies] / before[varies])) if varies.any() else 1.0
+        if not varies.any():
+            return 1.0
+        ratio, weight = after[varies] / before[varies], before[varies]
+        order = np.argsort(ratio, kind="stable")
+        reached = np.cumsum(weight[order])
+        return float(ratio[order][np.searchsorted(reached, reached[-1] / 2)])
 
     def changed(
         self, quantity: Callable[[Reading, Weights, Weights], np.ndarray]
