@@ -17,7 +17,11 @@ from pathlib import Path
 from typing import Any
 
 NAMES = ("insecure", "secure", "educational")
-ROUNDS = {"insecure beside secure": ("insecure", "secure"), "secure": ("secure", None), "educational": ("educational", None)}  # fmt: skip
+ROUNDS = {
+    "insecure beside secure": ("insecure", "secure"),
+    "secure": ("secure", None),
+    "educational": ("educational", None),
+}
 
 
 def main() -> None:
