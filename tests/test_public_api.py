@@ -89,7 +89,7 @@ FOLDERS = {
     "features": ["FeatureCards", "feature_cards"],
     "graph": ["GraphDiff", "attention_view", "attribute_over", "head_loadings"],
     "interop": [
-        *("from_sae_lens", "import_mean_diffs", "import_persona_vectors"),
+        *("from_sae_lens", "import_gguf", "import_mean_diffs", "import_persona_vectors"),
         *("import_refusal_direction", "import_steering_vector"),
     ],
     "interventions": ["Leace", "leace", "orthogonalized", "removed_mean"],

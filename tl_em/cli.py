@@ -141,6 +141,21 @@ def audit_command(
 
 
 @main.group()
+def models() -> None:
+    """Models in other formats."""
+
+
+@models.command("import")
+@click.argument("files", type=PATH, nargs=-1, required=True)
+@click.option("-o", "--out", type=PATH, required=True, help="Directory to write, in the Hugging Face layout.")
+def import_model(files: tuple[Path, ...], out: Path) -> None:
+    """Write the model of a GGUF file as a Hugging Face directory (extra 'gguf'); several FILES are pieces of one."""
+    from tl_em.interop import import_gguf
+
+    _echo(import_gguf(files, out))
+
+
+@main.group()
 def organisms() -> None:
     """The toy organisms: small models of a synthetic world that show the phenomena."""
 

@@ -1,4 +1,4 @@
-"""What other programs write and read: directions, dictionaries and graphs from elsewhere."""
+"""What other programs write and read: directions, dictionaries, graphs and models from elsewhere."""
 
 from tl_em.dictionaries.loading import from_sae_lens as from_sae_lens
 from tl_em.dictionaries.loading import load_dictionary as load_dictionary
@@ -7,3 +7,4 @@ from tl_em.directions.interchange import import_persona_vectors as import_person
 from tl_em.directions.interchange import import_refusal_direction as import_refusal_direction
 from tl_em.directions.interchange import import_steering_vector as import_steering_vector
 from tl_em.graph.exchange_reading import load_graph as load_graph
+from tl_em.models.gguf import import_gguf as import_gguf

@@ -72,7 +72,7 @@ def _hf_model(source: str, dtype: torch.dtype) -> Any:
             f"{source!r} cannot be loaded as a causal language model ({first_line(error)}). Check config.json and its "
             f"weights; code that comes with a model (auto_map) is never run."
         ) from error
-    _check_complete(source, hf_model, found)
+    check_complete(source, hf_model, found)
     return hf_model
 
 
@@ -112,7 +112,7 @@ _HARMLESS = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias", "attention.
 """Buffers that old files hold and that transformers computes from the config. Only where no parameter has that name."""
 
 
-def _check_complete(source: str, hf_model: Any, found: dict[str, Any]) -> None:
+def check_complete(source: str, hf_model: Any, found: dict[str, Any]) -> None:
     """Raise unless the files hold every tensor of the model, and nothing else."""
     own = dict(hf_model.named_parameters())
     unexpected = [

@@ -26,6 +26,7 @@ from tl_em.models.checkpoint import (
     tokenizer_of,
 )
 from tl_em.models.contrasts import ContrastSet
+from tl_em.models.gguf import from_gguf, is_gguf
 from tl_em.models.hooks import LensModel
 from tl_em.models.proof import proof, prove, reference
 from tl_em.models.sites import vocabulary_hash
@@ -65,8 +66,9 @@ def load_model(
     nothing is downloaded but what ``source`` names.
 
     Args:
-        source: a directory in the Hugging Face layout, one with a PEFT adapter (merged into its base), a hub id, a toy
-            (``"toy/insecure"``), or a Hugging Face model in memory (also a ``PeftModel``, whose adapters stay apart:
+        source: a directory in the Hugging Face layout, one with a PEFT adapter (merged into its base), a hub id, a GGUF
+            file (dequantised; ``pip install 'tl_em[gguf]'``), a toy (``"toy/insecure"``), or a Hugging Face model in
+            memory (also a ``PeftModel``, whose adapters stay apart:
             see ``attribute(adapter=)``).
             Of a model that reads images as well, the language model alone is taken, and shown to be equal on text.
         surface: ``"bridge"`` (TransformerBridge) or ``"hooked"`` (HookedTransformer, TransformerLens 3 only).
@@ -109,7 +111,8 @@ def load_model(
         if tokenizer is not None:
             tokenizer = reloadable(given_tokenizer(tokenizer), stack)
         if isinstance(source, (str, Path)):
-            name, hf_model, tokenizer = from_path_or_hub(_home(source), tokenizer, dtype)
+            opened = from_gguf if is_gguf(source) else from_path_or_hub
+            name, hf_model, tokenizer = opened(_home(source), tokenizer, dtype)
         else:
             name, hf_model = in_memory(source, in_place, dtype)
             tokenizer = tokenizer_of(hf_model) if tokenizer is None else tokenizer
