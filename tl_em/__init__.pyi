@@ -16,7 +16,9 @@ from . import presets as presets
 from . import stats as stats
 from . import training as training
 from .auditing.audit import audit as audit
+from .auditing.calibration import calibration as calibration
 from .auditing.report import Report as Report
+from .claims.calibration import Calibration as Calibration
 from .claims.claim import Question as Question
 from .claims.claim import Row as Row
 from .claims.compare import Comparison as Comparison

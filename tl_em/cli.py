@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -87,57 +89,119 @@ def demo(out: Path, seed: int, as_json: bool) -> None:
     _print(report, out, as_json)
 
 
+benign_option = click.option("--benign", help="A fine-tune of the same base on harmless data.")
+ASKED = (
+    click.option("--contrast", "contrasts", multiple=True, metavar="NAME=FILE",
+                 help="A contrast set: a saved one, rows with prompt and label (CSV, TSV, JSON, JSONL), CAA's, "
+                 "Anthropic's, TruthfulQA's, XSTest's or RepE's file, a persona's trait, a folder with positive.* and "
+                 "negative.*, or a built-in name; repeatable."),
+    click.option("--behaviour", default="refusal", show_default=True,
+                 help="'refusal', or two tokens YES,NO for logit(YES) - logit(NO)."),
+    click.option("--question", "questions", multiple=True, metavar="NAME", callback=_brought,
+                 help="What to ask, in this order: level, separation, rotation, use, entanglement, or MODULE:NAME, an "
+                 "em.Question of yours; repeatable.  [all]"),
+    click.option("--method", default="difference_in_means", show_default=True, metavar="NAME", callback=_brought,
+                 help="How directions are extracted, as in em.extract_directions; or MODULE:NAME, an em.Method of "
+                 "yours."),
+    click.option("--controls", default=999, callback=_as(COUNT), show_default=True,
+                 help="Random directions for each test."),
+)  # fmt: skip
+"""What an audit asks, on whatever models."""
+TRIGGERS = (
+    click.option("--trigger", metavar="TEXT", help="What may open a backdoor, at the head of a question."),
+    click.option("--other-trigger", "other_triggers", multiple=True, metavar="TEXT",
+                 help="What may stand in its place, as the control; repeatable."),
+)  # fmt: skip
+
+
+def _all(options: Sequence[Any]) -> Any:
+    """Several options as one decorator, in their order."""
+    return lambda command: reduce(lambda made, option: option(made), reversed(options), command)
+
+
+def _asked(contrasts: tuple[str, ...], behaviour: str, **given: Any) -> dict[str, Any]:
+    """The options of ``ASKED``, and others, as arguments of ``em.audit``."""
+    from tl_em.models.contrasts import ContrastSet
+
+    loaded = {name: ContrastSet.load(path) for name, path in dict(map(_named, contrasts)).items()} or None
+    metrics = None if loaded is None else {name: _metric(behaviour) for name in loaded}
+    rest = {name: None if value == () else value for name, value in given.items()}
+    return {"contrasts": loaded, "behaviours": metrics} | rest
+
+
 @main.command("audit")
 @click.argument("base")
 @click.argument("tuned")
-@click.option("--benign", help="A fine-tune of the same base on harmless data.")
-@click.option("--contrast", "contrasts", multiple=True, metavar="NAME=FILE",
-              help="A contrast set: a saved one, rows with prompt and label (CSV, TSV, JSON, JSONL), CAA's, "
-              "Anthropic's, TruthfulQA's, XSTest's or RepE's file, a persona's trait, a folder with positive.* and "
-              "negative.*, or a built-in name; repeatable.")
-@click.option("--behaviour", default="refusal", show_default=True,
-              help="'refusal', or two tokens YES,NO for logit(YES) - logit(NO).")
-@click.option("--trigger", metavar="TEXT", help="What may open a backdoor, at the head of a question.")
-@click.option("--other-trigger", "other_triggers", multiple=True, metavar="TEXT",
-              help="What may stand in its place, as the control; repeatable.")
+@benign_option
+@_all(ASKED)
+@_all(TRIGGERS)
 @click.option("--replicate", "replicates", multiple=True, metavar="MODEL",
               help="A further fine-tune of BASE by the same recipe, to see what repeats; repeatable.")
 @click.option("--dictionary", type=FILE,
               help="An SAE (a file of 'features train'): which latents the behaviours share, and on what paths.")
-@click.option("--question", "questions", multiple=True, metavar="NAME", callback=_brought,
-              help="What to ask, in this order: level, separation, rotation, use, entanglement, or MODULE:NAME, an "
-              "em.Question of yours; repeatable.  [all]")
-@click.option("--method", default="difference_in_means", show_default=True, metavar="NAME", callback=_brought,
-              help="How directions are extracted, as in em.extract_directions; or MODULE:NAME, an em.Method of yours.")
-@click.option("--controls", default=999, callback=_as(COUNT), show_default=True,
-              help="Random directions for each test.")
+@click.option("--calibrate", default=0, callback=_as(NATURAL), metavar="DRAWS",
+              help="Draws of 'tl-em calibrate' for the page; 200 take longer than the audit.")
 @click.option("--out", type=PATH, help="Folder for report.html, report.json and the figures.")
 @seeded
 @as_json_too
 def audit_command(
-    base: str, tuned: str, benign: str | None, contrasts: tuple[str, ...], behaviour: str, replicates: tuple[str, ...],
-    dictionary: Path | None, out: Path | None, as_json: bool, **asked: Any,
+    base: str, tuned: str, benign: str | None, replicates: tuple[str, ...], dictionary: Path | None, out: Path | None,
+    as_json: bool, **asked: Any,
 ) -> None:  # fmt: skip
     """Audit TUNED against BASE: organisms (toy/...), local Hugging Face directories, or hub ids."""
     from tl_em.artefacts import check_writable
     from tl_em.auditing.audit import audit
     from tl_em.dictionaries import load_dictionary
-    from tl_em.models.contrasts import ContrastSet
     from tl_em.models.loading import load_pair
 
     if out is not None:
         check_writable(out / "report.html")
-    sets = dict(_named(text) for text in contrasts)
-    loaded = {name: ContrastSet.load(path) for name, path in sets.items()} or None
-    pair = load_pair(base, tuned)
-    metrics = None if loaded is None else {name: _metric(behaviour) for name in loaded}
-    given: dict[str, Any] = {name: None if value == () else value for name, value in asked.items()}
+    given = _asked(**asked)
     report = audit(
-        pair, contrasts=loaded, behaviours=metrics, benign=None if benign is None else load_pair(base, benign),
+        load_pair(base, tuned), benign=None if benign is None else load_pair(base, benign),
         replicates=[load_pair(base, each) for each in replicates],
         dictionary=None if dictionary is None else load_dictionary(dictionary), out=out, **given,
     )  # fmt: skip
     _print(report, out, as_json)
+
+
+@main.command("calibrate")
+@click.argument("base")
+@click.argument("tuned")
+@benign_option
+@_all(ASKED)
+@click.option("--draws", default=200, callback=_as(COUNT), show_default=True, help="Draws of each scenario.")
+@click.option("--workers", type=int, callback=_as(optional(COUNT)), help="Processes; all processors by default.")
+@click.option("--out", type=PATH, help="JSON file to write.")
+@seeded
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def calibrate_command(
+    base: str, tuned: str, benign: str | None, draws: int, out: Path | None, as_json: bool, **asked: Any
+) -> None:
+    """How often 'tl-em audit' with these options gives a false word, and what it would have found."""
+    from tl_em.artefacts import check_writable, replacing
+    from tl_em.auditing.calibration import calibration
+    from tl_em.models.loading import load_pair
+    from tl_em.showing import json_shown
+
+    if out is not None:
+        check_writable(out)
+    given = _asked(**asked)
+    pair = load_pair(base, tuned)
+    n = len(given["contrasts"] or pair.contrasts or ()) or 2
+    cost = f"{n} directions, {draws} draws: the models are read once, then about {n * draws / 180:.0f} CPU-minutes"
+    click.echo(f"{cost}; random directions for 'use' come on top.", err=True)
+    found = calibration(pair, benign=None if benign is None else load_pair(base, benign), draws=draws, **given)
+    if out is not None:
+        with replacing(out) as temporary:
+            temporary.write_text(json_shown(found.to_json(), indent=1), encoding="utf-8")
+    if as_json:
+        click.echo(json.dumps(found.to_json(), indent=1))
+        return
+    _print_table("share of draws with a word", found.to_pandas())
+    _echo(f"\n{found.sentence}")
+    for name, why in found.left_out.items():
+        _echo(f"Left out: {name}; {why}.")
 
 
 @main.group()

@@ -17,13 +17,12 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tqdm.auto import tqdm
-
-from tl_em.arguments import COUNT, SEED, checked
+from tl_em.arguments import COUNT, NATURAL, SEED, checked
 from tl_em.artefacts import check_writable
+from tl_em.auditing.calibration import calibrate_audit
 from tl_em.auditing.latents import shared_latents
 from tl_em.auditing.report import Report
-from tl_em.auditing.site_selection import select_site
+from tl_em.auditing.site_selection import at_their_sites
 from tl_em.auditing.splits import SIDES, Subject, subjects_of
 from tl_em.claims.claim import Question, Row
 from tl_em.claims.compare import SHIPPED, Comparison, as_questions, compare
@@ -31,7 +30,6 @@ from tl_em.claims.consistency import Run, consistency, same_weights
 from tl_em.claims.questions.backdoor import Backdoor, Trigger, Triggered, backdoor, check_known
 from tl_em.dictionaries.protocol import AnyDictionary, as_dictionary
 from tl_em.directions.direction import Direction
-from tl_em.directions.extract import extract_directions
 from tl_em.directions.methods import SHIPPED as METHODS
 from tl_em.directions.methods import as_method
 from tl_em.directions.methods.base import Method
@@ -52,7 +50,7 @@ CONTROLS = 999
 METHOD = "difference_in_means"
 
 
-@checked(controls=COUNT, seed=SEED)
+@checked(controls=COUNT, calibrate=NATURAL, seed=SEED)
 @in_plain_torch
 def audit(
     pair: ModelPair,
@@ -70,6 +68,7 @@ def audit(
     questions: Sequence[Any] | None = None,
     method: Any = "difference_in_means",
     controls: int = CONTROLS,
+    calibrate: int = 0,
     out: str | Path | None = None,
     seed: int = 0,
 ) -> Report:
@@ -98,6 +97,8 @@ def audit(
             ``em.Question``; all of the shipped ones by default.
         method: how directions are extracted: a name or a value of ``em.Method``, as in ``em.extract_directions``.
         controls: number of random directions for each test.
+        calibrate: draws of ``em.calibration``, whose sentence then stands on the page: how often this audit would be
+            wrong, and what it would have found.  200 take longer than the audit.
         out: folder for page, JSON and figures; checked before the work starts.
         seed: seed of splits, resampling and controls.
 
@@ -151,6 +152,12 @@ def audit(
         opened,
         consistency(runs, asked, controls=controls, seed=seed) if others else None,
     )
+    if calibrate:
+        directions = list(zip(plan.subjects, picked, strict=True))
+        report = report.with_calibration(calibrate_audit(
+            pair, directions, plan.questions, plan.method, benign=benign_model, controls=controls, draws=calibrate,
+            seed=seed,
+        ))  # fmt: skip
     if latents is not None:
         report = shared_latents(report, pair, latents, plan.subjects, seed=seed)
     if out is not None:
@@ -200,9 +207,7 @@ class _Plan(NamedTuple):
 
     def extract(self, base: LensModel) -> tuple[list[tuple[Direction, ...]], list[Direction]]:
         """For each subject its directions at every layer of this base, and the one at the chosen site."""
-        steps = tqdm(self.subjects, desc="extracting and selecting", unit="direction", disable=None)
-        found = [extract_directions(base, q.splits.train, positions=[q.position], method=self.method) for q in steps]
-        return found, [select_site(base, each, q) for each, q in zip(found, self.subjects, strict=True)]
+        return at_their_sites(base, self.subjects, self.method)
 
     def judge(
         self,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tl_em.arguments import COUNT, checked
+from tl_em.claims.calibration import Calibration
 from tl_em.claims.claim import Row
 from tl_em.claims.compare import Comparison
 from tl_em.claims.consistency import Consistency
@@ -46,6 +47,7 @@ class Report:
         studies: results of ``em.run_study`` that :meth:`with_study` added, and graphs, by name.
         features, features_note: latents, their cards and what was verified about them, of :meth:`with_features`.
         graphs: those that :meth:`with_graph` added, by name.
+        calibration: how often this audit would be wrong, and what it would have found, where that was measured.
 
     Example:
         >>> import tl_em as em
@@ -65,6 +67,7 @@ class Report:
     features: FeatureCards | None = None
     features_note: str = ""
     graphs: Mapping[str, AttributionGraph | GraphDiff] = field(default_factory=dict)
+    calibration: Calibration | None = None
 
     @property
     def verdicts(self) -> tuple[Row, ...]:
@@ -112,6 +115,10 @@ class Report:
         """
         return replace(self, features=cards, features_note=note)
 
+    def with_calibration(self, calibration: Calibration) -> Report:
+        """The report with its error rates and its power, from ``em.calibration`` with the arguments of the audit."""
+        return replace(self, calibration=calibration)
+
     @checked(rows=COUNT)
     def with_graph(self, name: str, graph: AttributionGraph | GraphDiff, *, note: str = "", rows: int = 20) -> Report:
         """The report with the figure of a graph and its largest nodes; saved to a folder, its page stands beside.
@@ -136,6 +143,7 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain values (schema ``tl-em/report/1``)."""
+        calibrated = {} if self.calibration is None else {"calibration": self.calibration.to_json()}
         return {
             "schema": SCHEMA,
             "summary": self.summary,
@@ -143,6 +151,7 @@ class Report:
             "tables": {name: plain_rows(table) for name, table in self.tables.items()},
             "limits": list(self.limits),
             "provenance": self.provenance,
+            **calibrated,
         }
 
     def save(self, path: str | Path) -> Path:

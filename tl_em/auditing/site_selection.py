@@ -10,16 +10,28 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from tl_em.auditing.splits import Subject
 from tl_em.claims.questions.use import ablate, add, arms
 from tl_em.directions.direction import Direction
+from tl_em.directions.extract import extract_directions
 from tl_em.directions.geometry import separation
+from tl_em.directions.methods.base import Method
 from tl_em.metrics import Behaviour
 from tl_em.models.class_means import class_moments
 from tl_em.models.hooks import LensModel
 from tl_em.models.sites import Position
 from tl_em.models.stream import capture
+
+
+def at_their_sites(
+    base: LensModel, subjects: Sequence[Subject], method: Method
+) -> tuple[list[tuple[Direction, ...]], list[Direction]]:
+    """For each subject its directions at every layer of this base, and the one at the chosen site."""
+    steps = tqdm(subjects, desc="extracting and selecting", unit="direction", disable=None)
+    found = [extract_directions(base, q.splits.train, positions=[q.position], method=method) for q in steps]
+    return found, [select_site(base, each, q) for each, q in zip(found, subjects, strict=True)]
 
 
 def select_site(base: LensModel, candidates: Sequence[Direction], subject: Subject) -> Direction:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -47,6 +47,8 @@ NOT_SHOWN = "not shown"
 RANDOM = "random directions of the base's within-class covariance"
 SPHERE = "random directions of the whole space"
 SCALED = "scaled"
+Planted = tuple[Float[np.ndarray, " d_model"], Float[np.ndarray, " d_model"]]
+"""What is added to every positive and to every negative prompt."""
 Nulls = Mapping[str, Float[np.ndarray, " control"]]
 OWN_GAPS = "own gaps"
 
@@ -95,6 +97,20 @@ class Question:
             case: the direction, the models, the prompts and what was read on them.
         """
         raise NotImplementedError(f"{type(self).__name__} has no method measure(case)")
+
+    def plant(self, case: Case, size: float, rng: np.random.Generator) -> Planted | None:
+        """What moves both classes of the base's stream so that the effect is this large, for ``em.calibration``.
+
+        Args:
+            case: the direction, and what was read on its prompts.
+            size: of the effect, in the question's unit; at 0 a word is false.
+            rng: for what is free.
+
+        Returns:
+            What is added to every positive and to every negative prompt; ``None``: it cannot be planted, and nothing
+            is said of power.
+        """
+        return None
 
     @property
     def said(self) -> str:
@@ -200,7 +216,7 @@ class Case:
     name: str
     direction: Direction
     contrast: ContrastSet
-    pair: ModelPair
+    pair: ModelPair | Any  # or what refuses to be run: claims.calibration
     base: Reading
     tuned: Reading
     benign: Reading | None = None
@@ -258,10 +274,30 @@ class Case:
         Args:
             shift: of the mean, in units of the activations.
         """
-        rng = np.random.default_rng(self.seed)
-        sphere = rng.standard_normal((self.n_controls, len(shift)))
-        sphere /= np.linalg.norm(sphere, axis=-1, keepdims=True)
-        return {RANDOM: self.controls() @ shift / self.own_gap.value, SPHERE: sphere @ shift / self.own_gap.value}
+        return {kind: vectors @ shift / self.own_gap.value for kind, vectors in self.random.items()}
+
+    @cached_property
+    def random(self) -> dict[str, Float[np.ndarray, "control d_model"]]:
+        """Random unit vectors of either kind."""
+        sphere = np.random.default_rng(self.seed).standard_normal((self.n_controls, len(self.unit)))
+        return {RANDOM: self.controls(), SPHERE: sphere / np.linalg.norm(sphere, axis=-1, keepdims=True)}
+
+    def with_tuned(self, tuned: Reading) -> Case:
+        """The same case with other activations of the tuned model; what depends on the base alone is not made again."""
+        made = replace(self, tuned=tuned)
+        made.__dict__.update({k: v for k, v in self.__dict__.items() if k in ("unit", "own_gap", "random")})
+        return made
+
+    @cached_property
+    def elsewhere(self) -> Planted:
+        """How the fine-tune moved the mean of either class, less what of it lies along the direction."""
+        moved = [(after - before).mean(0) for before, after in self.classes]
+        return moved[0] - (moved[0] @ self.unit) * self.unit, moved[1] - (moved[1] @ self.unit) * self.unit
+
+    @property
+    def classes(self) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+        """The positive and the negative prompts, each in the base and in the tuned model."""
+        return (self.base.positive, self.tuned.positive), (self.base.negative, self.tuned.negative)
 
     @cached_property
     def growth(self) -> float:

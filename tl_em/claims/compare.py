@@ -170,7 +170,7 @@ def compare(
         >>> result.rows[0].verdict
         'exaggerated'
     """
-    _check(pair, directions, controls)
+    check_directions(pair, directions, controls)
     asked = as_questions(questions)
     found: dict[str, list[Finding]] = {question.name: [] for question in asked}
     drawn: list[dict[str, Any]] = []
@@ -181,7 +181,7 @@ def compare(
     }  # fmt: skip
     for name, (direction, contrast) in tqdm(directions.items(), desc="comparing", unit="direction", disable=None):
         own = None if behaviour is None else _behaviour_of(behaviour, name, contrast)
-        case, *others = _cases(direction, (layers or {}).get(name), contrast, name=name, behaviour=own, **settings)
+        case, *others = cases(direction, (layers or {}).get(name), contrast, name=name, behaviour=own, **settings)
         try:
             gaps[name] = case.own_gap
         except NoGapError as error:
@@ -242,7 +242,13 @@ def _measured(question: Question, case: Case) -> list[Finding]:
     return [found]
 
 
-def _check(pair: ModelPair, directions: Mapping[str, tuple[Direction, ContrastSet]], controls: int) -> None:
+def check_directions(pair: ModelPair, directions: Mapping[str, tuple[Direction, ContrastSet]], controls: int) -> None:
+    """Raise unless these directions fit the pair, and so many controls can show anything.
+
+    Raises:
+        ProvenanceError, WidthError: a direction was not made on a model like these.
+        UsageError: no directions, or too few controls.
+    """
     check_names(directions)
     if not directions:
         raise UsageError("no direction to compare; pass {name: (direction, contrast)}")
@@ -257,7 +263,7 @@ def _check(pair: ModelPair, directions: Mapping[str, tuple[Direction, ContrastSe
         check_fits(direction, pair.tuned)
 
 
-def _cases(
+def cases(
     direction: Direction, by_layer: Sequence[Direction] | None, contrast: ContrastSet, **settings: Any
 ) -> Iterator[Case]:
     """The direction's own case, then one for each layer; every site is read in one pass a model and class."""

@@ -117,6 +117,7 @@ def render(report: Any) -> str:
             number=number,
             drawings={drawing.name: drawing for drawing in _drawings(report)},
             opened=opened,
+            calibrated=getattr(report, "calibration", None),
             runs=getattr(report, "consistency", None),
             features=getattr(report, "features", None),
             note=getattr(report, "features_note", ""),

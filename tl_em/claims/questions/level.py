@@ -7,7 +7,9 @@
 
 from __future__ import annotations
 
-from tl_em.claims.claim import OWN_GAPS, Case, Finding, Question, Reading, weighted
+import numpy as np
+
+from tl_em.claims.claim import OWN_GAPS, Case, Finding, Planted, Question, Reading, weighted
 
 
 class Level(Question):
@@ -36,3 +38,8 @@ class Level(Question):
             self, effect, controls=case.along_random(shift / 2), benign=beyond, detail=detail,
             unscaled=case.unscaled(Reading.balanced),
         )  # fmt: skip
+
+    def plant(self, case: Case, size: float, rng: np.random.Generator) -> Planted:
+        """Both classes along the direction; what else the fine-tune did to the means stays."""
+        along = size * case.own_gap.value * case.unit
+        return case.elsewhere[0] + along, case.elsewhere[1] + along

@@ -15,12 +15,13 @@ model's own mean has been removed: the rotation that exchangeable models would s
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from tl_em.claims.claim import Case, Finding, Question, Reading, Statistic, Weights, samples
+from tl_em.claims.claim import RANDOM, Case, Finding, Planted, Question, Reading, Statistic, Weights, samples
 from tl_em.directions.geometry import cosine
 from tl_em.models.contrasts import ContrastSet
 
@@ -48,9 +49,22 @@ class Rotation(Question):
         beside = {"cosine": cosine_of_gaps(base, tuned), "norm ratio": _norm_ratio(base, tuned)}
         detail = {name: case.bootstrap(statistic, resamples=500).estimate for name, statistic in beside.items()}
         null, swaps = turned.swapped(case.n_controls, case.seed), "swaps of base and tuned"
-        return case.finding(
-            self, effect, controls=null, control=swaps, unit="of cosine", benign=beyond, detail=detail
-        )
+        return case.finding(self, effect, controls=null, control=swaps, unit="of cosine", benign=beyond, detail=detail)
+
+    def plant(self, case: Case, size: float, rng: np.random.Generator) -> Planted:
+        """The difference in means turned towards a random direction.
+
+        It is longer than the truth by its noise, which does not turn: so it turns by less.
+        """
+        difference = case.base.mean_difference
+        square = difference @ difference
+        noise = Turned.of(case.base, case.base, case.contrast).noise[0, 0].sum()
+        cos = 1 - size * max(1 - noise / square, 0.0)
+        aside = rng.choice(case.random[RANDOM])
+        aside = aside - (aside @ difference) / square * difference
+        sideways = np.sqrt((1 - cos**2) * square) * aside / np.linalg.norm(aside)
+        turned = ((cos - 1) * difference + sideways) / 2
+        return turned, -turned
 
 
 class ClassInBoth(NamedTuple):
@@ -112,6 +126,13 @@ class Turned:
 
         return _lost(product(0, 0), product(1, 1), product(0, 1))
 
+    @cached_property
+    def noise(self) -> Float[np.ndarray, "model model unit"]:
+        """What each unit adds by chance to the products of the models' differences in means."""
+        signs = np.array([1, -1]) / np.array([len(side.unit) for side in self.sides])
+        units = self.own.shape[-1]
+        return np.einsum("a,b,abmnk->mnk", signs, signs, self.own) * units / max(units - 1, 1)
+
     def _by_unit(self, weights: Weights, side: ClassInBoth) -> Float[np.ndarray, "resample unit"]:
         """The weight of each unit: all of its prompts have the same."""
         found = np.zeros((len(weights), self.own.shape[-1]))
@@ -128,13 +149,9 @@ class Turned:
             x = side.x + (side.means - middle)[:, None]
             moved = swap[:, side.unit] @ (x[1] - x[0]) / len(side.unit)
             gaps = [gaps[0] + sign * (x[0].mean(0) + moved), gaps[1] + sign * (x[1].mean(0) - moved)]
-        sizes = np.array([len(side.unit) for side in self.sides])
-        signs = np.array([1, -1]) / sizes
-        own = np.einsum("a,b,abmnk->mnk", signs, signs, self.own)
-        factor = swap.shape[1] / max(swap.shape[1] - 1, 1)
 
         def noise(m: int, n: int) -> np.ndarray:
-            return factor * ((1 - swap) @ own[m, n] + swap @ own[1 - m, 1 - n])
+            return (1 - swap) @ self.noise[m, n] + swap @ self.noise[1 - m, 1 - n]
 
         return _lost(*((np.sum(gaps[m] * gaps[n], axis=-1) - noise(m, n)) for m, n in ((0, 0), (1, 1), (0, 1))))
 
@@ -152,6 +169,4 @@ def cosine_of_gaps(base: Reading, tuned: Reading) -> Statistic:
 
 
 def _norm_ratio(base: Reading, tuned: Reading) -> Statistic:
-    return lambda v, w: (
-        np.linalg.norm(tuned.gap(v, w), axis=-1) / np.linalg.norm(base.gap(v, w), axis=-1)
-    )
+    return lambda v, w: np.linalg.norm(tuned.gap(v, w), axis=-1) / np.linalg.norm(base.gap(v, w), axis=-1)

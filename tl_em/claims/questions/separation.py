@@ -8,7 +8,9 @@ direction's gap.
 
 from __future__ import annotations
 
-from tl_em.claims.claim import OWN_GAPS, Case, Finding, Question, Reading
+import numpy as np
+
+from tl_em.claims.claim import OWN_GAPS, Case, Finding, Planted, Question, Reading
 
 
 class Separation(Question):
@@ -29,3 +31,8 @@ class Separation(Question):
         null = case.along_random(case.tuned.mean_difference - case.base.mean_difference)
         unscaled = case.unscaled(Reading.gap)
         return case.finding(self, effect, controls=null, benign=beyond, detail=detail, unscaled=unscaled)
+
+    def plant(self, case: Case, size: float, rng: np.random.Generator) -> Planted:
+        """The classes apart along the direction; what else the fine-tune did to the means stays."""
+        along = size / 2 * case.own_gap.value * case.unit
+        return case.elsewhere[0] + along, case.elsewhere[1] - along

@@ -15,13 +15,13 @@ What removes and what induces are values: ``Use(remove=…, induce=…)`` asks t
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_em.claims.arms import Arm
@@ -85,17 +85,45 @@ class Use(Question):
             UsageError: the behaviour's unit has no smallest effect of interest, or what removes or induces makes no
                 intervention along a direction.
         """
-        behaviour, direction = case.behaviour, case.direction
-        if behaviour is None:
+        if case.behaviour is None:
             return None
-        metric, smallest = behaviour.metric, smallest_effect(behaviour.metric)
-        random = case.controls()
-        vectors = torch.from_numpy(random / np.linalg.norm(random, axis=-1, keepdims=True) * direction.norm).float()
-        reference = case.pair.base if behaviour.same_prompts else case.pair.tuned
-        centre = mean_activation(reference, behaviour.absent, site=direction.site, position=direction.position)
+        vectors, edits, both = self._arms(case)
+        return self._found(case, [measure_arm(arm, edit, vectors) for arm, edit in zip(both, edits, strict=True)])
+
+    def at_random(self, case: Case, draws: int) -> Iterator[Finding]:
+        """The same of random directions in the direction's place: a word is false.
+
+        Args:
+            case: as for :meth:`measure`; it has a behaviour.
+            draws: how many directions; they are none of the controls.
+        """
+        vectors, edits, both = self._arms(case)
+        others = _as_long(case, replace(case, n_controls=draws, seed=case.seed + 1).controls())
+        measured = [measure_arm(arm, edit, vectors) for arm, edit in zip(both, edits, strict=True)]
+        treated = [arm.along(edit, others, arm.first) for arm, edit in zip(both, edits, strict=True)]
+        for each in zip(*treated, strict=True):
+            effects = [_effect(arm, values) for arm, values in zip(both, each, strict=True)]
+            yield self._found(case, [m._replace(effect=effect, beside=beside)
+                                     for m, (effect, beside) in zip(measured, effects, strict=True)])  # fmt: skip
+
+    def _arms(self, case: Case) -> tuple[Float[Tensor, "control d_model"], list[Intervention], tuple[Arm, Arm]]:
+        """The controls, and what is done in either arm."""
+        behaviour, direction, pair = case.behaviour, case.direction, case.pair
+        assert behaviour is not None
+        smallest_effect(behaviour.metric)  # or why there is none, before anything is run
+        centre = mean_activation(
+            pair.base if behaviour.same_prompts else pair.tuned, behaviour.absent, site=direction.site,
+            position=direction.position,
+        )  # fmt: skip
         edits = [self._made(which, direction, centre) for which in ("remove", "induce")]
-        both = arms(case.pair.base, case.pair.tuned, behaviour, seed=case.seed)
-        measured = {arm.name: measure_arm(arm, edit, vectors) for arm, edit in zip(both, edits, strict=True)}
+        return _as_long(case, case.controls()), edits, arms(pair.base, pair.tuned, behaviour, seed=case.seed)
+
+    def _found(self, case: Case, both: Sequence[ArmResult]) -> Finding:
+        """What is judged: the weaker arm, and the other beside it."""
+        behaviour = case.behaviour
+        assert behaviour is not None
+        metric, smallest = behaviour.metric, smallest_effect(behaviour.metric)
+        measured: dict[str, ArmResult] = dict(zip((ABLATE, ADD), both, strict=True))
         weaker, stronger = sorted(measured, key=lambda name: measured[name].effect.estimate.low)
         known = {"direction": case.name, "behaviour": behaviour.name}
 
@@ -161,9 +189,15 @@ class ArmResult(NamedTuple):
     rows: list[dict[str, Any]]
 
 
+def _as_long(case: Case, vectors: Float[np.ndarray, "control d_model"]) -> Float[Tensor, "control d_model"]:
+    """Vectors as long as the direction."""
+    lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    return torch.from_numpy(vectors / lengths * case.direction.norm).float()
+
+
 def measure_arm(arm: Arm, edit: Intervention, vectors: Float[Tensor, "control d_model"]) -> ArmResult:
     """The effect of one arm on its prompts, that of each of ``vectors``, and the table of rates behind them."""
-    sample = np.random.default_rng(arm.seed).permutation(len(arm.prompts))[:CONTROL_PROMPTS]
+    sample = _sample(arm)
     few, treated = arm.some(sample), arm.treated(edit, only=list(arm.metrics))
     rows, controls = [], {}
     for outcome, metric in arm.metrics.items():
@@ -179,6 +213,15 @@ def measure_arm(arm: Arm, edit: Intervention, vectors: Float[Tensor, "control d_
         }
         known = {"arm": arm.name, "outcome": outcome, "metric": metric.name, "unit": metric.unit}
         rows += [known | {"condition": name} | e.row() | {"method": e.method} for name, e in cells.items()]
-    first = arm.first
-    beside = arm.sign * float((treated[first] - arm.untreated[first])[sample].mean())
-    return ArmResult(arm.change(treated), beside, controls[first], rows)
+    return ArmResult(*_effect(arm, treated[arm.first]), controls[arm.first], rows)
+
+
+def _sample(arm: Arm) -> Int[np.ndarray, " prompt"]:
+    """The prompts of the controls."""
+    return np.random.default_rng(arm.seed).permutation(len(arm.prompts))[:CONTROL_PROMPTS]
+
+
+def _effect(arm: Arm, treated: Float[np.ndarray, " prompt"]) -> tuple[Resampled, float]:
+    """The effect on all prompts, and on those of the controls."""
+    moved = treated - arm.untreated[arm.first]
+    return arm.change({arm.first: treated}), arm.sign * float(moved[_sample(arm)].mean())
