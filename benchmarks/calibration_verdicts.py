@@ -70,7 +70,9 @@ class Row:
 
 def rows() -> list[Row]:
     """Every scenario, in the order of the table."""
-    return [*_changes(), *_many(), *_use(), *_entangled()]
+    from calibration_selection import rows as of_selection
+
+    return [*_changes(), *_many(), *_use(), *_entangled(), *of_selection()]
 
 
 @dataclass(frozen=True)
