@@ -1,9 +1,11 @@
-"""Directions that are chosen among many: rows of ``calibration.py`` on the toy model.
+"""Directions that are chosen among many: rows of ``calibration.py`` on the toy model's activations.
 
     candidates   mean differences of random halves of each class against the rest: what a search finds in noise
     planted      the same, and the true direction among them
 
-A word is a p below .05 for the bypass of the chosen direction.
+    behaviour    x . g     at the end of the last block; g what tells the classes apart there
+
+so that x loses (x . u) (u . g) by an ablation of u.  A word is a p below .05 for the bypass of the chosen direction.
 """
 
 from __future__ import annotations
@@ -11,12 +13,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cache, partial
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from calibration_verdicts import Row
 
 import tl_em as em
+from tl_em.claims import selection
 from tl_em.directions.geometry import control_directions
 
 SITES = tuple(em.Site(layer, stream) for layer, stream in ((1, "resid_pre"), (2, "resid_pre"), (2, "resid_post")))
@@ -44,7 +48,8 @@ def toy() -> em.ModelPair:
 @cache
 def read() -> dict[Any, np.ndarray]:
     """[class, prompt, d_model] of all prompts at each position and site."""
-    contrast, found = toy().contrasts["refusal"], dict[Any, np.ndarray]()
+    contrast: Any = (toy().contrasts or {})["refusal"]
+    found: dict[Any, np.ndarray] = {}
     for position in POSITIONS:
         acts = [
             em.capture(toy().base, each, SITES, position=position) for each in (contrast.positive, contrast.negative)
@@ -55,7 +60,7 @@ def read() -> dict[Any, np.ndarray]:
 
 
 def _winner(rng: np.random.Generator, seed: int, *, held_out: bool, of: str, planted: bool) -> dict[str, bool]:
-    contrast: Any = toy().contrasts["refusal"]
+    contrast: Any = (toy().contrasts or {})["refusal"]
     metric = (toy().behaviours or {})["refusal"].metric
     shuffled = [rng.permutation(len(contrast.positive)) for _ in range(2)]
 
@@ -73,11 +78,34 @@ def _winner(rng: np.random.Generator, seed: int, *, held_out: bool, of: str, pla
         true = x[0].mean(0) - x[1].mean(0)
         vector = true if planted and k == CANDIDATES // 2 - 1 else _noise(rng, x, of) * np.linalg.norm(true)
         found.append(em.Direction(torch.from_numpy(vector).float(), site, position))
-    pick = em.select_direction(
-        toy().base, found, part(0), metric=metric, test=part(24) if held_out else None,
-        max_kl=99.0, min_induce=-99.0, max_depth=1.0, seed=seed,
-    )  # fmt: skip
+    with patch.object(selection, "_along_each", _read_off):
+        pick = em.select_direction(
+            toy().base, found, part(0), metric=metric, test=part(24) if held_out else None,
+            max_kl=99.0, min_induce=-99.0, max_depth=1.0, seed=seed,
+        )  # fmt: skip
     return {"bypass": pick.p["bypass"] < 0.05}
+
+
+def _read_off(model: Any, edit: Any, directions: Any, prompts: Any, measure: Any) -> np.ndarray:
+    """[direction, prompt]: the behaviour under each; no harm."""
+    if not isinstance(prompts[0], tuple):  # encoded, for the KL
+        return np.zeros((len(directions), len(prompts)))
+    x, u = np.stack([ends()[str(each)] for each in prompts]), np.stack([each.unit.numpy() for each in directions])
+    g = ends()["what tells the classes apart"]
+    if edit is em.Add:
+        return x @ g + np.array([each.norm for each in directions])[:, None] * (u @ g)[:, None]
+    return x @ g - (u @ x.T) * (u @ g)[:, None]
+
+
+@cache
+def ends() -> dict[str, np.ndarray]:
+    """The last activation of every prompt, and the unit vector that tells the classes apart."""
+    contrast: Any = (toy().contrasts or {})["refusal"]
+    x = read()[POSITIONS[1], SITES[-1]]
+    found = {str(prompt): row for acts, side in zip(x, (contrast.positive, contrast.negative), strict=True)
+             for prompt, row in zip(side, acts, strict=True)}  # fmt: skip
+    g = x[0].mean(0) - x[1].mean(0)
+    return {**found, "what tells the classes apart": g / np.linalg.norm(g)}
 
 
 def _noise(rng: np.random.Generator, x: list[np.ndarray], of: str) -> np.ndarray:
