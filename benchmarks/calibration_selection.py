@@ -90,11 +90,10 @@ def _read_off(model: Any, edit: Any, directions: Any, prompts: Any, measure: Any
     """[direction, prompt]: the behaviour under each; no harm."""
     if not isinstance(prompts[0], tuple):  # encoded, for the KL
         return np.zeros((len(directions), len(prompts)))
-    x, u = np.stack([ends()[str(each)] for each in prompts]), np.stack([each.unit.numpy() for each in directions])
+    x, r = np.stack([ends()[str(each)] for each in prompts]), torch.stack([each.vector for each in directions]).numpy()
     g = ends()["what tells the classes apart"]
-    if edit is em.Add:
-        return x @ g + np.array([each.norm for each in directions])[:, None] * (u @ g)[:, None]
-    return x @ g - (u @ x.T) * (u @ g)[:, None]
+    along = (r @ g)[:, None]
+    return x @ g + along if edit is em.Add else x @ g - (r @ x.T) * along / np.square(r).sum(-1, keepdims=True)
 
 
 @cache

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import tl_em as em
 from tests.conftest import SURFACES, cached_model, make_hf_model, make_tokenizer
+from tl_em.claims.controls import random_in_place
 from tl_em.claims.selection import (
     CHOSEN,
     DEPTH,
@@ -217,7 +218,7 @@ def test_the_controls_have_the_same_treatment_and_the_result_says_all_of_it(sele
     assert selection.controls.std().min() > 0
     assert 1 / 20 <= min(selection.p.values()) <= max(selection.p.values()) <= 1
     said = repr(selection)
-    assert "optimism" in said and "against 19 random directions" in said and "log-odds" in said
+    assert "optimism" in said and "against 19 rounds of random directions" in said and "log-odds" in said
     frame = selection.to_pandas()
     frame["layer"] = 0
     assert selection.table["layer"].max() > 0  # a copy was changed
@@ -267,7 +268,7 @@ def ends(model_words: Sequence[str]) -> em.ContrastSet:
 def planted_pick(surface: str, strength: float, **bounds: Any) -> Any:
     model = planted_model(surface, strength)
     found = em.candidate_directions(model, ends(THINGS[:3]), positions=["prompt_end", -2])
-    options = {"metric": METRIC, "test": ends(OTHERS), "controls": 39} | bounds
+    options = {"metric": METRIC, "test": ends(OTHERS), "controls": 19} | bounds
     return em.select_direction(model, found, ends(THINGS[3:]), **options)
 
 
@@ -278,7 +279,31 @@ def test_a_planted_direction_is_found_and_beats_random_ones(surface: str) -> Non
     # What little of the axis the cosine of .99 leaves is blown up by the final norm, which has lost most of its input.
     untreated = pick.held_out["untreated"].value
     assert untreated > 5 and abs(pick.estimate.value) < 0.2 * untreated
-    assert pick.p["bypass"] == pytest.approx(1 / 40) and pick.p["induce"] == pytest.approx(1 / 40)
+    assert pick.p["bypass"] == pytest.approx(1 / 20) and pick.p["induce"] == pytest.approx(1 / 20)
+
+
+def test_the_best_of_many_random_candidates_is_held_against_the_best_of_as_many(small_model: LensModel) -> None:
+    """One candidate in ten is rare among single random directions, and what every search among ten finds."""
+    at = [em.Direction(torch.ones(32), em.Site(layer, "resid_pre")) for layer in (1, 2)]
+    loose: dict[str, Any] = {"metric": METRIC, "max_kl": 99.0, "min_induce": -99.0, "max_depth": 1.0, "controls": 9}
+    lone, of_many = [], []
+    for seed in range(3):
+        noise = [each for own in random_in_place(small_model, at, TRAIN, count=5, seed=90 + seed) for each in own]
+        pick = em.select_direction(small_model, noise, CHOOSE, seed=seed, **loose)
+        lone.append(em.select_direction(small_model, [pick.direction], CHOOSE, seed=seed, **loose).p["bypass"])
+        of_many.append(pick.p["bypass"])
+    assert np.mean(lone) < 0.25 < np.mean(of_many)
+
+
+def test_random_directions_that_break_the_model_are_no_rivals(small_model: LensModel) -> None:
+    found = em.candidate_directions(small_model, TRAIN, positions=["prompt_end"])
+    options: dict[str, Any] = {"metric": METRIC, "min_induce": -99.0, "max_depth": 1.0, "controls": 9}
+    free = em.select_direction(small_model, found, CHOOSE, max_kl=99.0, **options)
+    tight = float(free.table["kl"].min()) + 1e-6
+    spared = em.select_direction(small_model, found, CHOOSE, max_kl=tight, **options)
+    assert (spared.controls["bypass"] >= free.controls["bypass"] - 1e-6).all()
+    assert (spared.controls["bypass"] > free.controls["bypass"] + 1e-3).any()
+    np.testing.assert_allclose(spared.controls["induce"], free.controls["induce"], atol=1e-5)
 
 
 def test_an_absent_direction_is_not_found(surface: str) -> None:

@@ -27,6 +27,7 @@ from tl_em.errors import PositionError, UsageError
 from tl_em.models.contrasts import ContrastSet, Prompt
 from tl_em.models.hooks import LensModel
 from tl_em.models.prompts import EncodedPrompt
+from tl_em.models.sites import Position, Site
 from tl_em.models.stream import capture
 
 NEAREST = 32
@@ -58,17 +59,44 @@ def random_directions(
     """
     both = isinstance(drawn_from, ContrastSet)
     classes = (drawn_from.positive, drawn_from.negative) if both else (drawn_from, drawn_from)
-    x = [_read(model, prompts, direction) for prompts in classes]
-    vectors = torch.from_numpy(control_directions(x[0], x[1], count=count, norm=direction.norm, seed=seed)).float()
-    return [replace(direction, vector=vector, name="random", neutral=None) for vector in vectors]
+    x = [_read(model, prompts, [direction.site], direction.position)[:, 0] for prompts in classes]
+    return _random(direction, x[0], x[1], count, seed)
 
 
-def _read(model: LensModel, prompts: Sequence[Any], direction: Direction) -> Float[np.ndarray, "prompt d_model"]:
+def random_in_place(
+    model: LensModel, directions: Sequence[Direction], drawn_from: ContrastSet, *, count: int, seed: int = 0
+) -> list[list[Direction]]:
+    """:func:`random_directions` in place of each of several, in one pass for each position.
+
+    Where activations do not vary within the classes (one token at the first layer), of the whole space.
+    """
+    found: dict[int, list[Direction]] = {}
+    positions: dict[Any, None] = dict.fromkeys(each.position for each in directions)
+    for position in positions:
+        here = {i: each for i, each in enumerate(directions) if each.position == position}
+        sites = [each.site for each in here.values()]
+        x = [_read(model, prompts, sites, position) for prompts in (drawn_from.positive, drawn_from.negative)]
+        whole = np.eye(x[0].shape[-1])
+        for column, (i, own) in enumerate(here.items()):
+            classes = [each[:, column] for each in x]
+            varied = max(np.ptp(each, axis=0).max() for each in classes) > 0
+            positive, negative = classes if varied else (whole, whole)
+            found[i] = _random(own, positive, negative, count, [seed, i])
+    return [found[i] for i in range(len(directions))]
+
+
+def _random(own: Direction, positive: np.ndarray, negative: np.ndarray, count: int, seed: Any) -> list[Direction]:
+    vectors = torch.from_numpy(control_directions(positive, negative, count=count, norm=own.norm, seed=seed)).float()
+    return [replace(own, vector=vector, name="random", neutral=None) for vector in vectors]
+
+
+def _read(
+    model: LensModel, prompts: Sequence[Any], sites: Sequence[Site], position: Position
+) -> Float[np.ndarray, "prompt site d_model"]:
     try:
-        acts = capture(model, prompts, [direction.site], position=direction.position)
+        return capture(model, prompts, sites, position=position).double().numpy()
     except PositionError:
-        acts = capture(model, prompts, [direction.site], position="prompt_end")
-    return acts[:, 0].double().numpy()
+        return capture(model, prompts, sites, position="prompt_end").double().numpy()
 
 
 def matched_sets(

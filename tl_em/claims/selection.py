@@ -13,8 +13,13 @@ with every score of every candidate (``full=True``).
 
 The lowest of many scores on few prompts is too low (the winner's curse), so a pick is evidence of nothing until it was
 measured on other prompts.  *Optimism* is the winner's bypass on the selection prompts minus that on held-out prompts
-(negative: the selection flattered it); the control is random directions of the within-class covariance with the same
-treatment.  ``select_candidate`` is the rule alone, on a table of scores.
+(negative: the selection flattered it).  ``select_candidate`` is the rule alone, on a table of scores.
+
+**Control.**  The winner of many beats most single random directions even where all candidates are noise.  So the search
+is repeated: in each *round* a random direction of the within-class covariance stands in place of every candidate that
+is not too deep, as long as that.  p is the share of rounds, the search itself among them, of which some direction does
+at least as well (for bypass: one whose KL is not too large) on the prompts that the winner is tested on.  It counts for
+less than a winner's p alone would, and holds however the choice was made.
 
 Source: Arditi et al. 2024, arXiv:2406.11717, section 2.3 and appendix C; its procedure has neither of the two controls.
 """
@@ -28,10 +33,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float
 
 from tl_em.arguments import COUNT, FRACTION, NATURAL, NOT_NEGATIVE, SEED, checked, finite
 from tl_em.claims.arms import KL, Arm, Values
-from tl_em.claims.controls import random_directions
+from tl_em.claims.controls import random_in_place
+from tl_em.claims.questions.use import CONTROL_PROMPTS
 from tl_em.directions.candidates import Candidates
 from tl_em.directions.direction import Direction, check_fits
 from tl_em.errors import NoCandidateError, UsageError
@@ -80,9 +87,9 @@ class Selection:
         untreated: the metric as the model is: ``bypass`` on the positive prompts, ``induce`` on the negative ones.
         held_out: bypass, induce, kl and untreated of the winner on the test prompts; empty without a test set.
         optimism: bypass on the selection prompts minus bypass on the test prompts; ``None`` without a test set.
-        controls: a row a random direction: its bypass and induce, on the test prompts (else on those of the selection);
-            none where activations at the winner's site do not vary within the classes.
-        p: share of directions, the winner among them, that do at least as well as the winner; by score.
+        controls: a row a round of random directions in place of the candidates: the lowest bypass and the highest
+            induce among them, on at most 16 of the test prompts (else of those of the selection).
+        p: share of rounds, the search itself among them, that do at least as well as the winner; by score.
         criteria: the rule's bounds.
         metric: the metric's name and unit.
 
@@ -139,7 +146,8 @@ class Selection:
             else "  held out: not measured, so the bypass above is too low; pass test=",
         ]
         found = ", ".join(f"{name} p = {value:.3g}" for name, value in self.p.items())
-        lines.append(f"  against {len(self.controls)} random directions: {found or 'not measured'}")
+        rounds = f"{len(self.controls)} rounds of random directions in place of the candidates"
+        lines.append(f"  against {rounds}: {found or 'not measured'}")
         return showable("\n".join(lines), lines=True)
 
 
@@ -172,7 +180,8 @@ def select_direction(
         full: measure every score of every candidate; the choice is the same.
         seed: seed of the intervals and of the random directions.
         test: prompts for the held-out estimate of the winner; none of them may be in ``contrast``.
-        controls: number of random directions that the winner is held against; 0 for none.
+        controls: number of rounds of random directions, one in place of every candidate, that the winner is held
+            against; 20 are needed for p < .05. A round costs two passes over 16 prompts a candidate; 0 for none.
 
     Returns:
         A Selection.
@@ -199,7 +208,9 @@ def select_direction(
     index = winner(table, criteria)
     direction = candidates[index]
     held_out, again = ({}, None) if test is None else _held_out(model, direction, test, metric, seed)
-    random, p = _controls(model, direction, contrast, test or contrast, metric, controls, seed)
+    random, p = _controls(
+        model, list(candidates), direction, contrast, test or contrast, metric, criteria, controls, seed
+    )
     return Selection(
         direction,
         _with_fates(table, index, criteria, candidates.without if isinstance(candidates, Candidates) else ()),
@@ -296,23 +307,41 @@ def _held_out(
 
 
 def _controls(
-    model: LensModel, direction: Direction, drawn: ContrastSet, on: ContrastSet, metric: Metric, count: int, seed: int
-) -> tuple[pd.DataFrame, dict[str, float]]:
-    """Bypass and induce of random directions, and how many of them do as well as the winner on the same prompts."""
-    none = pd.DataFrame({"bypass": [], "induce": []}), {}
+    model: LensModel, candidates: Sequence[Direction], chosen: Direction, contrast: ContrastSet, on: ContrastSet,
+    metric: Metric, criteria: Criteria, count: int, seed: int,
+) -> tuple[pd.DataFrame, dict[str, float]]:  # fmt: skip
+    """The best of every round of random directions, and how many rounds have one that does as well as the chosen one.
+
+    The best on the very prompts that it stands beside the chosen one on: at least what any rule could have chosen.
+    """
+    reached = [each for each in candidates if each.site.layer < criteria.first_deep_layer]
     if not count:
-        return none
-    try:
-        both = [direction, *random_directions(model, direction, drawn, count=count, seed=seed)]
-    except UsageError:  # one token at the first layer, in every prompt
-        return none
-    measured = {
-        "bypass": _along_each(model, Ablate, both, on.positive, metric).mean(1),
-        "induce": _along_each(model, Add, both, on.negative, metric).mean(1),
-    }
-    better = {"bypass": -1, "induce": 1}
-    p = {name: control_p(better[name] * v[0], better[name] * v[1:], two_sided=False) for name, v in measured.items()}
-    return pd.DataFrame({name: v[1:] for name, v in measured.items()}), p
+        return pd.DataFrame({"bypass": [], "induce": []}), {}
+    random = random_in_place(model, reached, contrast, count=count, seed=seed)
+    flat, best, p = [each for own in random for each in own], {}, {}
+    for name, edit, sign, prompts in (("bypass", Ablate, -1, on.positive), ("induce", Add, 1, on.negative)):
+        some = [prompts[i] for i in np.random.default_rng(seed).permutation(len(prompts))[:CONTROL_PROMPTS]]
+        own, *gains = sign * _along_each(model, edit, [chosen, *flat], some, metric).mean(1)
+        rounds = np.nan_to_num(np.reshape(gains, (-1, count)), nan=-np.inf)
+        rounds[np.isneginf(rounds)] = rounds[np.isfinite(rounds)].min(initial=own)
+        if name == "bypass":
+            _harmful_last(model, rounds, random, contrast.negative, criteria.max_kl)
+        best[name], p[name] = sign * rounds.max(0), control_p(own, rounds.max(0), two_sided=False)
+    return pd.DataFrame(best), p
+
+
+def _harmful_last(
+    model: LensModel, gains: Float[np.ndarray, "candidate round"], random: Sequence[Sequence[Direction]],
+    prompts: Sequence[Any], max_kl: float,
+) -> None:  # fmt: skip
+    """Give the least of all gains to random directions that do more harm than a candidate may, best ones first."""
+    negative, least, looked_at = encode(model, prompts), gains.min(), set[tuple[int, int]]()
+    kl = kl_from_now(model, negative)
+    while ahead := [at for at in enumerate(gains.argmax(0).tolist()) if at not in looked_at]:
+        harm = _along_each(model, Ablate, [random[i][r] for r, i in ahead], negative, kl).mean(1)
+        for (r, i), each in zip(ahead, harm, strict=True):
+            gains[i, r] = gains[i, r] if each <= max_kl else least
+        looked_at.update(ahead)
 
 
 # --- The rule ---------------------------------------------------------------------------------------------------------

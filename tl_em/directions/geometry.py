@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -60,7 +61,7 @@ def separation(positive: Float[np.ndarray, " prompt"], negative: Float[np.ndarra
 
 
 def control_directions(
-    positive: Activations, negative: Float[np.ndarray, "other d_model"], *, count: int, norm: float, seed: int
+    positive: Activations, negative: Float[np.ndarray, "other d_model"], *, count: int, norm: float, seed: Any
 ) -> Float[np.ndarray, "control d_model"]:
     """Random directions from the pooled within-class covariance, each scaled to the length ``norm``.
 
