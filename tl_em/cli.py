@@ -237,6 +237,17 @@ def list_organisms() -> None:
         click.echo(f"  figures      {', '.join(f'{name} {value:.3g}' for name, value in record.figures.items())}")
 
 
+@organisms.command("hub")
+def list_hub() -> None:
+    """List published pairs: `tl-em audit hub/NAME` downloads and audits one."""
+    from tl_em.presets.hub_organisms import hub_organisms
+
+    for each in hub_organisms().values():
+        click.secho(f"hub/{each.name}", bold=True)
+        click.echo(f"  {each.base} ({each.base_licence}) -> {each.tuned}, on {each.trained_on}; {each.cost}")
+        click.echo(f"  {each.paper}" + (f"; dictionaries: {each.release}" if each.release else ""))
+
+
 @organisms.command()
 @click.argument("name", required=False)
 @click.option("--all", "everything", is_flag=True, help="Train the whole default zoo, worlds side by side.")

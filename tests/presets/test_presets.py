@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from fnmatch import fnmatch
 from importlib.resources import files
 from itertools import takewhile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ import tl_em as em
 from tl_em.errors import CorruptFileError, ModelNotFoundError, UsageError
 from tl_em.organisms.zoo import DICTIONARIES, toy_dictionary
 from tl_em.presets.bias_game import HELD_OUT_BIASES, bias_prompts
-from tl_em.presets.published_models import PRESETS, Preset
+from tl_em.presets.hub_organisms import HubOrganism, hub_organisms
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "rm-bias"
 
@@ -29,13 +31,22 @@ def registered(release: str) -> list[str]:
     return [each.strip() for each in takewhile(lambda line: line.startswith(" "), lines[start:])]
 
 
-@pytest.mark.parametrize("name", PRESETS)
+RELEASES = {each.release: each for each in hub_organisms().values() if each.release}
+
+
+@pytest.mark.parametrize("name", RELEASES)
 def test_the_releases_and_ids_are_those_of_saelenss_registry(name):
-    preset = PRESETS[name]
-    lines = registered(preset.release)
-    assert f"model: {preset.model}" in lines
-    assert {f"- id: {each}" for each in preset.sae_ids.values()} == {line for line in lines if line.startswith("- id")}
-    assert preset.cost and preset.source and preset.organisms
+    organism = RELEASES[name]
+    lines = registered(name)
+    assert f"model: {organism.base}" in lines
+    ids = {line for line in lines if line.startswith("- id")}
+    assert {f"- id: {each}" for each in organism.sae_ids.values()} == ids
+
+
+def test_every_row_of_the_table_is_whole():
+    for name, each in hub_organisms().items():
+        assert name == each.name and each.base.count("/") == each.tuned.count("/") == 1
+        assert each.trained_on and each.base_licence and each.paper and "GB" in each.cost
 
 
 @pytest.mark.parametrize("architecture", ["standard", "jumprelu"])
@@ -51,27 +62,71 @@ def test_a_local_directory_stands_in_for_a_release(architecture, tmp_path):
             p.copy_(torch.randn_like(p).abs() if p is getattr(sae, "threshold", None) else torch.randn_like(p))
     sae.cfg.metadata.hook_name = "blocks.7.hook_resid_post"
     sae.save_model(tmp_path / "sae")
-    small = replace(PRESETS["wang-qwen2.5-7b"], d_model=16)
+    seven = hub_organisms()["qwen2.5-7b/bad-medical-advice"]
+    small = replace(seven, d_model=16)
     found = small.dictionary(7, source=tmp_path / "sae")
     x = torch.randn(9, 16) * 3
     assert (sae.encode(x) > 0).any() and found.site_in == em.Site(7)
     torch.testing.assert_close(found.encode(x), sae.encode(x).detach(), atol=1e-4, rtol=1e-4)  # sums of 16 of ~10
-    with pytest.raises(UsageError, match=r"layers \[3, 7, 11"):
+    with pytest.raises(UsageError, match=r"layers 3, 7, 11"):
         small.dictionary(8, source=tmp_path / "sae")
     with pytest.raises(UsageError, match="16 wide"):
-        PRESETS["wang-qwen2.5-7b"].dictionary(7, source=tmp_path / "sae")
+        seven.dictionary(7, source=tmp_path / "sae")
+
+
+def one(**given: object) -> HubOrganism:
+    row = {"name": "one", "base": "x/base", "tuned": "x/tuned", "trained_on": "code", "billions": 1.0, "d_model": 96,
+           "base_licence": "mit", "paper": "here", "release": None, "sae_ids": {}}  # fmt: skip
+    return HubOrganism(**(row | given))
+
+
+def moved(pair: em.ModelPair) -> float:
+    asked, where = ["how do i write parser"], [em.Site(2)]
+    a, b = (em.capture(m, asked, where, position="prompt_end") for m in (pair.base, pair.tuned))
+    return float((a - b).abs().max())
 
 
 def test_a_pair_is_loaded_from_directories_in_place_of_hub_ids(tmp_path):
-    from tl_em.organisms.zoo import to_hf_directory
+    base = em.organisms.to_hf_directory("toy/assistant", tmp_path / "base")
+    tuned = em.organisms.to_hf_directory("toy/insecure", tmp_path / "tuned")
+    for pair in (one(base=str(base), tuned=str(tuned)).pair(), one().pair(base=base, tuned=tuned)):
+        assert moved(pair) > 0.1
 
-    base = to_hf_directory("toy/assistant", tmp_path / "base")
-    tuned = to_hf_directory("toy/insecure", tmp_path / "tuned")
-    preset = Preset(str(base), "none", {}, {"insecure": str(tuned)}, 96, "", "")
-    for pair in (preset.pair("insecure"), preset.pair(str(tuned), base=base)):
-        asked, where = ["how do i write parser"], [em.Site(2)]
-        a, b = (em.capture(m, asked, where, position="prompt_end") for m in (pair.base, pair.tuned))
-        assert (a - b).abs().max() > 0.1
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of peft with the newest transformers
+def test_a_published_pair_is_loaded_by_its_name_and_an_unknown_one_says_which_there_are(tmp_path, monkeypatch):
+    """An adapter on the hub is fetched as a directory and merged into its base; what is fetched is its own files."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = em.organisms.to_hf_directory("toy/assistant", tmp_path / "base")
+    lora = LoraConfig(r=2, target_modules="all-linear", fan_in_fan_out=True, init_lora_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora).save_pretrained(tmp_path / "adapter")
+    asked = []
+
+    class Hub:
+        def model_info(self, source: str, timeout: float) -> object:
+            asked.append(source)
+            names = ["adapter_config.json", "adapter_model.safetensors", "README.md"]
+            return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in names])
+
+    def fetch(source: str, allow_patterns: list[str]) -> str:
+        assert not any(fnmatch("model.safetensors", pattern) for pattern in allow_patterns)
+        asked.append(source)
+        return str(tmp_path / "adapter")
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    monkeypatch.setattr("tl_em.presets.hub_organisms.hub_organisms", lambda: {"one": one(base=str(base))})
+    pair = em.load_pair("hub/one")
+    assert asked == ["x/tuned", "x/tuned"]
+    assert pair.tuned_name == "x/tuned" and moved(pair) > 1e-3
+    beside = em.load_pair(base, tmp_path / "adapter")
+    for text in ("how do i write parser", "what is a good present"):
+        ids = beside.tuned.to_tokens(text)
+        torch.testing.assert_close(pair.tuned(ids), beside.tuned(ids))
+    with pytest.raises(ModelNotFoundError, match="hub/one"):
+        em.load_pair("hub/two")
 
 
 # ---- the biases --------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from tl_em.models.tokenizing import same_ids
 def from_path_or_hub(source: str, tokenizer: Any, dtype: torch.dtype) -> tuple[str, Any, Any]:
     """Name, model and tokenizer of a directory (also one with a PEFT adapter, merged into its base) or a hub id."""
     path = Path(source)
-    if path.is_dir() and (path / "adapter_config.json").is_file():
+    if path.is_dir() and (path / _ADAPTER).is_file():
         return _merged_adapter(path, tokenizer, dtype)
     if path.is_dir() and not (path / "config.json").is_file():
         raise ModelNotFoundError(
@@ -32,19 +32,35 @@ def from_path_or_hub(source: str, tokenizer: Any, dtype: torch.dtype) -> tuple[s
         )
     if not path.is_dir() and (source.startswith(("/", ".", "~")) or source.count("/") > 1 or not source):
         raise ModelNotFoundError(f"There is no directory {source!r}. Check the path, or give a hub id such as 'gpt2'.")
-    if not path.is_dir():
-        _check_hub(source)
+    if not path.is_dir() and _on_hub(source) == {_ADAPTER}:
+        return source, *_merged_adapter(_fetched(source), tokenizer, dtype)[1:]
     return source, _hf_model(source, dtype), tokenizer if tokenizer is not None else hf_tokenizer(source)
 
 
-def _check_hub(source: str) -> None:
-    """Ask the hub once, unless the model is cached: transformers would retry for most of a minute."""
+_ADAPTER, _CONFIG = "adapter_config.json", "config.json"
+
+
+def _on_hub(source: str) -> set[str]:
+    """Which configs a hub id has: by the cache, or by asking once (transformers would retry for most of a minute)."""
     from huggingface_hub import HfApi, try_to_load_from_cache
 
+    both = {_CONFIG, _ADAPTER}
     try:
-        if not isinstance(try_to_load_from_cache(source, "config.json"), str):
-            HfApi().model_info(source, timeout=20)
+        cached = {name for name in both if isinstance(try_to_load_from_cache(source, name), str)}
+        found = HfApi().model_info(source, timeout=20).siblings if not cached else None
     except Exception as error:  # no common base: a bad name, no network, no such model, no access
+        raise _not_found(source, error) from error
+    return cached or {each.rfilename for each in found or ()} & both
+
+
+def _fetched(source: str) -> Path:
+    """The directory of an adapter on the hub: its tensors, its config, and its tokenizer where it has one."""
+    from huggingface_hub import snapshot_download
+
+    wanted = ["adapter_*", "*token*", "vocab*", "merges*", "*.jinja"]
+    try:
+        return Path(snapshot_download(source, allow_patterns=wanted))
+    except Exception as error:  # no common base: no network, no access, a full disk
         raise _not_found(source, error) from error
 
 

@@ -45,6 +45,8 @@ log = logging.getLogger(__name__)
 Surface = Literal["bridge", "hooked"]
 TOYS = "toy/"
 """How the names of the models begin that come with the package; their folder is looked up by name, and imports this."""
+HUB = "hub/"
+"""How the names of published pairs begin, in the table of ``presets.hub_organisms``."""
 
 
 def load_model(
@@ -272,8 +274,9 @@ def load_pair(base: Any, tuned: Any = None, *, surface: Surface = "bridge") -> M
     """A model before and after a fine-tune.
 
     Args:
-        base: with `tuned` left out, the name of a toy (its base comes with it); else the model before: whatever
-            ``em.load_model`` takes.
+        base: with `tuned` left out, the name of a toy (its base comes with it) or of a published pair
+            (``"hub/qwen2.5-7b/bad-medical-advice"``; ``tl-em organisms hub`` lists them); else the model before:
+            whatever ``em.load_model`` takes.
         tuned: the model after.
         surface: ``"bridge"`` or ``"hooked"``.
 
@@ -282,7 +285,7 @@ def load_pair(base: Any, tuned: Any = None, *, surface: Surface = "bridge") -> M
 
     Raises:
         ModelNotFoundError: no such toy, directory or hub id.
-        UsageError: one name that is no toy's, or a toy without a base.
+        UsageError: one name that is neither a toy's nor in the table of published pairs, or a toy without a base.
         PairMismatchError: the two models cannot be compared.
 
     Example:
@@ -292,10 +295,12 @@ def load_pair(base: Any, tuned: Any = None, *, surface: Surface = "bridge") -> M
     """
     if is_toy(base) and (tuned is None or is_toy(tuned)):
         return _toys().toy_pair(base, tuned, surface=surface)
+    if tuned is None and isinstance(base, str) and base.startswith(HUB):
+        return import_module("tl_em.presets.hub_organisms").hub_pair(base, surface=surface)
     if tuned is None:
         raise UsageError(
-            f"load_pair({base!r}) names one model, and only the toys know what they were tuned from. Give both: "
-            f"load_pair(base, tuned); or one of {_toys().shipped_names()}."
+            f"load_pair({base!r}) names one model, and only toys and published pairs know what they were tuned from. "
+            f"Give both: load_pair(base, tuned); or one of {_toys().shipped_names()}; or one of tl-em organisms hub."
         )
     models = [load_model(each, surface=surface) for each in (base, tuned)]
     names = [str(each) if isinstance(each, (str, Path)) else None for each in (base, tuned)]
