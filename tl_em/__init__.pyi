@@ -17,6 +17,8 @@ from . import stats as stats
 from . import training as training
 from .auditing.audit import audit as audit
 from .auditing.calibration import calibration as calibration
+from .auditing.plan import Plan as Plan
+from .auditing.plan import plan as plan
 from .auditing.report import Report as Report
 from .claims.calibration import Calibration as Calibration
 from .claims.claim import Question as Question

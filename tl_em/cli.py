@@ -141,6 +141,7 @@ def _asked(contrasts: tuple[str, ...], behaviour: str, **given: Any) -> dict[str
               help="An SAE (a file of 'features train'): which latents the behaviours share, and on what paths.")
 @click.option("--calibrate", default=0, callback=_as(NATURAL), metavar="DRAWS",
               help="Draws of 'tl-em calibrate' for the page; 200 take longer than the audit.")
+@click.option("--plan", type=FILE, help="What was to be asked: a file of 'tl-em plan', that is checked first.")
 @click.option("--out", type=PATH, help="Folder for report.html, report.json and the figures.")
 @seeded
 @as_json_too
@@ -163,6 +164,28 @@ def audit_command(
         dictionary=None if dictionary is None else load_dictionary(dictionary), out=out, **given,
     )  # fmt: skip
     _print(report, out, as_json)
+
+
+@main.command("plan")
+@click.argument("base")
+@click.argument("tuned", required=False)
+@click.option("--benign", multiple=True, metavar="MODEL", help="A benign fine-tune that is meant; repeatable.")
+@_all(ASKED)
+@_all(TRIGGERS)
+@click.option("--replicate", "replicates", multiple=True, metavar="MODEL",
+              help="A further fine-tune that is meant; repeatable.")
+@click.option("--out", type=PATH, default=Path("plan.json"), show_default=True, help="JSON file to write.")
+@click.option("--overwrite", is_flag=True, help="Write over a plan that is there already.")
+@seeded
+def plan_command(
+    base: str, tuned: str | None, benign: tuple[str, ...], replicates: tuple[str, ...], out: Path, overwrite: bool,
+    **asked: Any,
+) -> None:  # fmt: skip
+    """Write down what an audit of TUNED against BASE will ask, before any weights are read; then 'audit --plan'."""
+    from tl_em.auditing.plan import plan
+
+    found = plan(base, tuned, benign=benign, replicates=replicates, out=out, overwrite=overwrite, **_asked(**asked))
+    _echo(f"{found!r}\n{out}")
 
 
 @main.command("calibrate")

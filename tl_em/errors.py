@@ -28,6 +28,7 @@
     │   └── OutputError                 a path that cannot be written
     ├── StudyError                      cells of a study failed; the finished ones are kept
     └── UsageError                      arguments that contradict each other
+        ├── PlanError                   an audit that is not the one that was planned
         └── GraphTooLargeError          an attribution graph that would not fit into the memory that it may take
 
 And five warnings, all UserWarnings:
@@ -159,6 +160,10 @@ class StudyError(TlEmError, RuntimeError):
 
 class UsageError(TlEmError, ValueError):
     """Arguments that contradict each other."""
+
+
+class PlanError(UsageError):
+    """An audit that asks otherwise than its plan says."""
 
 
 class GraphTooLargeError(UsageError):

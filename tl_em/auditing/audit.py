@@ -21,6 +21,7 @@ from tl_em.arguments import COUNT, NATURAL, SEED, checked
 from tl_em.artefacts import check_writable
 from tl_em.auditing.calibration import calibrate_audit
 from tl_em.auditing.latents import shared_latents
+from tl_em.auditing.plan import Plan, names_of, trigger_of, what_is_asked
 from tl_em.auditing.report import Report
 from tl_em.auditing.site_selection import at_their_sites
 from tl_em.auditing.splits import SIDES, Subject, subjects_of
@@ -69,6 +70,7 @@ def audit(
     method: Any = "difference_in_means",
     controls: int = CONTROLS,
     calibrate: int = 0,
+    plan: Plan | str | Path | None = None,
     out: str | Path | None = None,
     seed: int = 0,
 ) -> Report:
@@ -99,6 +101,8 @@ def audit(
         controls: number of random directions for each test.
         calibrate: draws of ``em.calibration``, whose sentence then stands on the page: how often this audit would be
             wrong, and what it would have found.  200 take longer than the audit.
+        plan: what was to be asked, from ``em.plan``, or its file: it is checked before anything is run, and what is
+            asked beyond it is *exploratory*.  Without one all is.
         out: folder for page, JSON and figures; checked before the work starts.
         seed: seed of splits, resampling and controls.
 
@@ -110,6 +114,7 @@ def audit(
         NoGapError: no direction separates its own contrast set in the base.
         EmptyContrastError, UnknownTokenError, PromptTooLongError: the prompts, or the trigger, do not fit the model.
         PairMismatchError: ``benign`` or a replicate has another shape or vocabulary.
+        PlanError: it is not the audit that was planned.
         UsageError: an unknown method or question, or a malformed one.
         WidthError, ProvenanceError, DictionaryFitError: the dictionary is another model's, or explains too little.
 
@@ -128,53 +133,45 @@ def audit(
         ModelPair(pair.base, benign_model)
     judged = judged if judged is not None or contrasts is not None else pair.judged
     latents = None if dictionary is None else as_dictionary(dictionary).check(pair.tuned)
-    plan = _Plan(
+    work = _Plan(
         subjects_of(pair, contrasts, behaviours, judged or {}, positions, seed), as_questions(questions),
         as_method("method", method), tuning_data if tuning_data is not None else pair.tuning_data,
-        _trigger(pair, trigger, other_triggers), controls, seed,
+        trigger_of(pair, trigger, other_triggers), controls, seed,
     )  # fmt: skip
     others = _replicates(pair, replicates)
-    if plan.trigger is not None:
-        check_known(pair.base, plan.trigger, plan.subjects[0].judged.present[0])
-    layers, picked = plan.extract(pair.base)
-    comparison, opened = plan.judge(pair, benign_model, picked, layers)
+    planned = Plan.load(plan) if isinstance(plan, str | Path) else plan
+    if planned is not None:
+        planned.check(work.as_asked(pair, benign, replicates))
+    if work.trigger is not None:
+        check_known(pair.base, work.trigger, work.subjects[0].judged.present[0])
+    layers, picked = work.extract(pair.base)
+    comparison, opened = work.judge(pair, benign_model, picked, layers)
     runs = [Run(str(pair.tuned_name), pair, True, _rows(comparison, opened))]
     for name, each in others.items():
         same = same_weights(pair.base, each.base)
-        own = picked if same else plan.extract(each.base)[1]
-        runs.append(Run(name, each, same, _rows(*plan.judge(each, benign_model if same else None, own))))
-    asked = {q.name: (direction, q.judged) for q, direction in zip(plan.subjects, picked, strict=True)}
+        own = picked if same else work.extract(each.base)[1]
+        runs.append(Run(name, each, same, _rows(*work.judge(each, benign_model if same else None, own))))
+    judged_by = {q.name: (direction, q.judged) for q, direction in zip(work.subjects, picked, strict=True)}
     report = Report(
         comparison,
-        _rates(pair, benign_model, plan),
-        _provenance(pair, benign, plan, picked, runs[1:]),
-        _limits(comparison, pair, benign_model, plan, contrasts is None and pair.contrasts is None, runs[1:]),
+        _rates(pair, benign_model, work),
+        _provenance(pair, benign, work, picked, runs[1:]),
+        _limits(comparison, pair, benign_model, work, contrasts is None and pair.contrasts is None, runs[1:]),
         opened,
-        consistency(runs, asked, controls=controls, seed=seed) if others else None,
+        consistency(runs, judged_by, controls=controls, seed=seed) if others else None,
+        plan=planned,
     )
     if calibrate:
-        directions = list(zip(plan.subjects, picked, strict=True))
+        directions = list(zip(work.subjects, picked, strict=True))
         report = report.with_calibration(calibrate_audit(
-            pair, directions, plan.questions, plan.method, benign=benign_model, controls=controls, draws=calibrate,
+            pair, directions, work.questions, work.method, benign=benign_model, controls=controls, draws=calibrate,
             seed=seed,
         ))  # fmt: skip
     if latents is not None:
-        report = shared_latents(report, pair, latents, plan.subjects, seed=seed)
+        report = shared_latents(report, pair, latents, work.subjects, seed=seed)
     if out is not None:
         report.save(out)
     return report
-
-
-def _trigger(pair: ModelPair, text: str | None, others: Sequence[str] | None) -> Trigger | None:
-    """The trigger that was given, or the pair's own, with the tokens that stand in its place."""
-    text = text if text is not None else pair.trigger
-    if text is None:
-        if others:
-            raise UsageError(f"other_triggers={list(others)} control for a trigger, and there is none; pass trigger=")
-        return None
-    if others is None:
-        others = [mark for mark in pair.other_triggers or () if mark != text]
-    return Trigger(text, tuple(others))
 
 
 def _replicates(pair: ModelPair, given: Sequence[LensModel | ModelPair]) -> dict[str, ModelPair]:
@@ -204,6 +201,15 @@ class _Plan(NamedTuple):
     trigger: Trigger | None
     controls: int
     seed: int
+
+    def as_asked(self, pair: ModelPair, benign: Any, replicates: Sequence[Any]) -> dict[str, Any]:
+        """What is asked, as a plan holds it."""
+        models = {"base": pair.base_name, "tuned": pair.tuned_name}
+        models |= {"benign": names_of(benign), "replicates": names_of(replicates)}
+        return what_is_asked(
+            models, self.subjects, self.questions, method=self.method.name, trigger=self.trigger,
+            tuning_data=self.tuning_data, controls=self.controls, seed=self.seed,
+        )  # fmt: skip
 
     def extract(self, base: LensModel) -> tuple[list[tuple[Direction, ...]], list[Direction]]:
         """For each subject its directions at every layer of this base, and the one at the chosen site."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tl_em.arguments import COUNT, checked
+from tl_em.auditing.plan import EXPLORATORY, Plan
 from tl_em.claims.calibration import Calibration
 from tl_em.claims.claim import Row
 from tl_em.claims.compare import Comparison
@@ -47,6 +48,7 @@ class Report:
         studies: results of ``em.run_study`` that :meth:`with_study` added, and graphs, by name.
         features, features_note: latents, their cards and what was verified about them, of :meth:`with_features`.
         graphs: those that :meth:`with_graph` added, by name.
+        plan: what was to be asked, where that was written down.
         calibration: how often this audit would be wrong, and what it would have found, where that was measured.
 
     Example:
@@ -68,6 +70,7 @@ class Report:
     features_note: str = ""
     graphs: Mapping[str, AttributionGraph | GraphDiff] = field(default_factory=dict)
     calibration: Calibration | None = None
+    plan: Plan | None = None
 
     @property
     def verdicts(self) -> tuple[Row, ...]:
@@ -94,6 +97,17 @@ class Report:
             found["features"] = self.features.to_pandas()
             found |= {f"feature_check_{i}": check.to_pandas() for i, check in enumerate(self.features.checks, 1)}
         return found | {f"study_{name}": study.table for name, study in self.studies.items()}
+
+    def status(self, row: Row) -> str:
+        """``"planned"`` where a plan has it, else ``"exploratory"``."""
+        return EXPLORATORY if self.plan is None else self.plan.status(row)
+
+    @property
+    def registration(self) -> str:
+        """Whether what was asked was written down before."""
+        if self.plan is None:
+            return "Exploratory: what is asked was not written down before the tuned model was read (em.plan)."
+        return self.plan.said(self.verdicts)
 
     def with_study(self, name: str, table: pd.DataFrame, *, plot: Any = None, note: str = "") -> Report:
         """The report with a section for a study: its table and, where there is one, its figure.
@@ -143,15 +157,19 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain values (schema ``tl-em/report/1``)."""
-        calibrated = {} if self.calibration is None else {"calibration": self.calibration.to_json()}
+        added = {} if self.calibration is None else {"calibration": self.calibration.to_json()}
+        rows = [row.to_json() for row in self.verdicts]
+        if self.plan is not None:
+            added["plan"] = self.plan.to_json()
+            rows = [row | {"status": self.status(own)} for row, own in zip(rows, self.verdicts, strict=True)]
         return {
             "schema": SCHEMA,
             "summary": self.summary,
-            "verdicts": [row.to_json() for row in self.verdicts],
+            "verdicts": rows,
             "tables": {name: plain_rows(table) for name, table in self.tables.items()},
             "limits": list(self.limits),
             "provenance": self.provenance,
-            **calibrated,
+            **added,
         }
 
     def save(self, path: str | Path) -> Path:

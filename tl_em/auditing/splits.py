@@ -38,7 +38,7 @@ class Subject:
 
 
 def subjects_of(
-    pair: ModelPair,
+    pair: ModelPair | Any,
     contrasts: Mapping[str, ContrastSet] | None,
     behaviours: Mapping[str, Behaviour | Metric] | None,
     judged: Mapping[str, ContrastSet],

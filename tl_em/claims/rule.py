@@ -35,6 +35,8 @@ from tl_em.claims.claim import SCALED, Finding, Row
 from tl_em.stats import Estimate, Resampled, control_p, holm, middle_95
 
 ALPHA = 0.05
+VERSION = 2
+"""Of the rule, as plans name it; raised whenever a row could get another word."""
 
 
 def judge(findings: Sequence[Finding]) -> tuple[Row, ...]:

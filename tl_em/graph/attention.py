@@ -24,7 +24,7 @@ from torch import Tensor
 
 from tl_em.errors import UsageError
 from tl_em.graph.build import MAX_NODES, prepared
-from tl_em.graph.edges import Plan
+from tl_em.graph.edges import Wiring
 from tl_em.graph.gradients import Reader, gradients, linearise
 from tl_em.graph.inputs import check_model
 from tl_em.graph.latents import is_exact, keeping, latent_plan, listed
@@ -133,7 +133,7 @@ def _by_head(gradient: Tensor, heads: int) -> Tensor:
     return gradient.expand(heads, length, width) * mask[:, None]
 
 
-def _reader_of(plan: Plan, row: int) -> Reader:
+def _reader_of(plan: Wiring, row: int) -> Reader:
     if row >= len(plan.written):
         at: Int[Tensor, " node"] = torch.tensor([row - len(plan.written)])
         return Reader(plan.goal.point, at, plan.goal.vectors[at])

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from tl_em.errors import UsageError
 from tl_em.graph.adapters import adapter_writes
-from tl_em.graph.edges import CHUNK, MAX_BYTES, Pass, Plan, Written, room, timed, total_gradients, totals_of
+from tl_em.graph.edges import CHUNK, MAX_BYTES, Pass, Wiring, Written, room, timed, total_gradients, totals_of
 from tl_em.graph.gradients import MANY, STREAM, Reader, linearise
 from tl_em.graph.inputs import ids_of, is_chat, is_ids
 from tl_em.graph.nodes import Node
@@ -47,7 +47,7 @@ def component_plan(
     adapter: LensModel | None = None,
     chunk: int = CHUNK,
     max_bytes: int = MAX_BYTES,
-) -> Plan:
+) -> Wiring:
     """Nodes, reads and writes of a graph of components; what it will cost is told before the work.
 
     Raises:
@@ -76,7 +76,7 @@ def component_plan(
         "approximation": f"first order ({rule.name} gradients) of replacing each node by its reference",
         "edges": "into a component: the part of the source's effect on the weighted target that passes directly to it",
     }  # fmt: skip
-    return Plan(encoded, tuple(passes), tuple(written), goal, settings, totals=totals, references=reference,
+    return Wiring(encoded, tuple(passes), tuple(written), goal, settings, totals=totals, references=reference,
                 seconds=seconds)  # fmt: skip
 
 

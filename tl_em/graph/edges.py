@@ -48,7 +48,7 @@ class Pass(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class Wiring:
     """What is needed for the edges, and again for their validation.
 
     Args:
@@ -73,7 +73,7 @@ class Plan:
     seconds: float | None = None
 
 
-def drawn(model: LensModel, plan: Plan, *, chunk: int = CHUNK, max_bytes: int = MAX_BYTES) -> AttributionGraph:
+def drawn(model: LensModel, plan: Wiring, *, chunk: int = CHUNK, max_bytes: int = MAX_BYTES) -> AttributionGraph:
     """The graph of a plan, not validated.
 
     Raises:
@@ -166,7 +166,7 @@ def room(
     return chunk, edges + chunk * row
 
 
-def told_seconds(plan: Plan, goal: Reader, chunk: int, size: int) -> float | None:
+def told_seconds(plan: Wiring, goal: Reader, chunk: int, size: int) -> float | None:
     """What the edges should take, from one chunk in the middle; said on stderr where that is long. None where short."""
     if plan.seconds is not None:
         return plan.seconds

@@ -23,7 +23,7 @@ from tl_em.dictionaries import Dictionary
 from tl_em.dictionaries.protocol import as_dictionary
 from tl_em.errors import UsageError
 from tl_em.graph.adapters import adapter_writes
-from tl_em.graph.edges import Pass, Plan, Written, total_gradients, totals_of
+from tl_em.graph.edges import Pass, Wiring, Written, total_gradients, totals_of
 from tl_em.graph.gradients import STREAM, Linearised, Reader, linearise
 from tl_em.graph.nodes import STAGES, Node
 from tl_em.graph.rules import as_rule
@@ -208,7 +208,7 @@ def latent_plan(
     adapter: LensModel | None,
     skip: Sequence[int],
     max_nodes: int,
-) -> Plan:
+) -> Wiring:
     """Nodes, reads and writes of a graph with dictionaries."""
     exact = is_exact(dictionaries)
     kind = "transcoders" if exact else "SAEs"
@@ -242,7 +242,7 @@ def latent_plan(
     if not exact:  # edges stop at each error node, gradients pass every dictionary, its error included
         taps = list(dict.fromkeys(each.point for each in written))
         totals = totals_of(written, total_gradients(model, tokens, taps, goal, rule), goal)
-    return Plan(encoded, passes, tuple(written), goal, settings, totals=totals, sheets=tuple(sheets))
+    return Wiring(encoded, passes, tuple(written), goal, settings, totals=totals, sheets=tuple(sheets))
 
 
 def _approximation(exact: bool, goal: Goal, rule: Rule) -> str:

@@ -28,7 +28,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_em.graph.edges import Plan
+from tl_em.graph.edges import Wiring
 from tl_em.graph.latents import Sheet
 from tl_em.graph.nodes import G, Graph, Kind
 from tl_em.graph.pruning import scores
@@ -51,7 +51,7 @@ class _Read(Exception):
 Edit = Callable[[Tensor, Any], Tensor | None]
 
 
-def validated(model: LensModel, graph: G, plan: Plan, *, seed: int = 0) -> G:
+def validated(model: LensModel, graph: G, plan: Wiring, *, seed: int = 0) -> G:
     """The graph with exact effects at some nodes and, in ``validation``, how well it agrees with them.
 
     Args:
@@ -142,7 +142,7 @@ def correlation(x: np.ndarray, y: np.ndarray, *, seed: int = 0) -> Estimate | No
 # --- Exact ablation ---------------------------------------------------------------------------------------------------
 
 
-def ablated(model: LensModel, plan: Plan, rows: Sequence[int]) -> Float[Tensor, " node"]:
+def ablated(model: LensModel, plan: Wiring, rows: Sequence[int]) -> Float[Tensor, " node"]:
     """Exact effect of each node on the weighted targets: what is lost when its write is taken away.
 
     Args:
@@ -161,7 +161,7 @@ def ablated(model: LensModel, plan: Plan, rows: Sequence[int]) -> Float[Tensor, 
 
 
 def _subtracting(
-    plan: Plan, point: str, out: Bool[Tensor, "prompt node"], kinds: Sequence[str] = get_args(Kind)
+    plan: Wiring, point: str, out: Bool[Tensor, "prompt node"], kinds: Sequence[str] = get_args(Kind)
 ) -> Edit:
     """Take away, in each copy, what its nodes of these kinds wrote at a point."""
     rows = [row for row, each in enumerate(plan.written) if each.point == point and each.node.kind in kinds]
@@ -176,7 +176,7 @@ def _subtracting(
     return edit
 
 
-def valued(model: LensModel, plan: Plan, copies: int, hooks: Sequence[tuple[str, Edit]]) -> Float[Tensor, " prompt"]:
+def valued(model: LensModel, plan: Wiring, copies: int, hooks: Sequence[tuple[str, Edit]]) -> Float[Tensor, " prompt"]:
     """The weighted target of so many copies of the prompt under hooks."""
     seen: list[Tensor] = []
 
@@ -194,7 +194,7 @@ def valued(model: LensModel, plan: Plan, copies: int, hooks: Sequence[tuple[str,
 # --- Circuits ---------------------------------------------------------------------------------------------------------
 
 
-def faithfulness(model: LensModel, graph: Graph, plan: Plan, *, seed: int) -> dict[str, Any]:
+def faithfulness(model: LensModel, graph: Graph, plan: Wiring, *, seed: int) -> dict[str, Any]:
     """The curve over ``SHARES`` for the graph's order, the order of what writes most, and random ones; areas of each.
 
     Returns:
@@ -227,7 +227,7 @@ def faithfulness(model: LensModel, graph: Graph, plan: Plan, *, seed: int) -> di
 
 
 def only(
-    model: LensModel, plan: Plan, circuits: Sequence[Sequence[int]], nodes: Sequence[int]
+    model: LensModel, plan: Wiring, circuits: Sequence[Sequence[int]], nodes: Sequence[int]
 ) -> Float[Tensor, " prompt"]:
     """The weighted target with nothing but each circuit left of ``nodes``; what is no node stays."""
     out = torch.zeros(len(circuits), len(plan.written), dtype=torch.bool)
@@ -244,7 +244,7 @@ def only(
     return valued(model, plan, len(circuits), hooks)
 
 
-def _without_latents(plan: Plan, sheet: Sheet, out: Bool[Tensor, "prompt node"]) -> list[tuple[str, Edit]]:
+def _without_latents(plan: Wiring, sheet: Sheet, out: Bool[Tensor, "prompt node"]) -> list[tuple[str, Edit]]:
     """Hooks that take a circuit's complement out of one write, at the activations of the run itself."""
     one, source, length = sheet.dictionary, sheet.source, len(plan.encoded)
     own = [(row, each.node) for row, each in enumerate(plan.written) if each.point == sheet.out]
@@ -277,7 +277,7 @@ def _without_latents(plan: Plan, sheet: Sheet, out: Bool[Tensor, "prompt node"])
     return [*first, (sheet.out, edit)]
 
 
-def _put_to_reference(plan: Plan, point: str, out: Bool[Tensor, "prompt node"]) -> Edit:
+def _put_to_reference(plan: Wiring, point: str, out: Bool[Tensor, "prompt node"]) -> Edit:
     reference = plan.references[point]
     rows = [row for row, e in enumerate(plan.written) if e.point == point and e.node.kind != "adapter"]
     nodes = [plan.written[row].node for row in rows]

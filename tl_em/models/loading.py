@@ -307,6 +307,25 @@ def load_pair(base: Any, tuned: Any = None, *, surface: Surface = "bridge") -> M
     return ModelPair(models[0], models[1], base_name=names[0], tuned_name=names[1])
 
 
+def carried(base: Any, tuned: Any = None) -> dict[str, Any]:
+    """What the pair of these names will be called and carry, without reading any weights.
+
+    Args:
+        base, tuned: as of :func:`load_pair`; or a loaded base, by the name in its config.
+
+    Example:
+        >>> found = carried("toy/insecure")
+        >>> found["base_name"], sorted(found["contrasts"])
+        ('toy/assistant', ['harmfulness', 'persona', 'refusal', 'refusal_dissociated'])
+    """
+    if is_toy(base) and (tuned is None or is_toy(tuned)):
+        record = _toys().organism(base if tuned is None else tuned)
+        return {"base_name": record.base if tuned is None else base, "tuned_name": record.name, **record.asked()}
+    if not isinstance(base, (str, Path)):
+        base = str(getattr(base.cfg, "model_name", None) or "base")
+    return {"base_name": str(base), "tuned_name": None if tuned is None else str(tuned)}
+
+
 def is_toy(source: Any) -> bool:
     """Whether a source is the name of a model that comes with the package."""
     return isinstance(source, str) and source.startswith(TOYS)

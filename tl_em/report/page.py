@@ -14,8 +14,9 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -58,6 +59,7 @@ class JudgedCell(NamedTuple):
     p: str
     site: str
     glyph: Glyph | None
+    status: str
 
 
 class Drawing(NamedTuple):
@@ -90,7 +92,9 @@ def render(report: Any) -> str:
     """
     comparison, opened = report.comparison, getattr(report, "backdoor", None)
     questions: Sequence[Question] = getattr(comparison, "questions", SHIPPED)
-    cells = _cells(comparison.rows, questions)
+    planned = getattr(report, "plan", None)
+    judged = partial(_cells, status=None if planned is None else planned.status)
+    cells = judged(comparison.rows, questions)
     provenance = report.provenance
     models = {role: str(provenance[role]) for role in ("base", "tuned", "benign") if provenance.get(role)}
     how = {key: value for key, value in provenance.items() if key not in _WHERE | _ELSEWHERE}
@@ -122,7 +126,8 @@ def render(report: Any) -> str:
             features=getattr(report, "features", None),
             note=getattr(report, "features_note", ""),
             studies=getattr(report, "studies", {}),
-            judged=_cells,
+            judged=judged,
+            registration=getattr(report, "registration", ""),
             table=_table,
         )
     )
@@ -137,23 +142,26 @@ def save(report: Any, path: str | Path) -> Path:
     return html.write(path, render(report))
 
 
-def _cells(rows: Sequence[Any], questions: Sequence[Question]) -> list[JudgedCell]:
-    """The rows of each question in turn, drawn at one scale."""
+def _cells(
+    rows: Sequence[Any], questions: Sequence[Question], status: Callable[[Any], str] | None = None
+) -> list[JudgedCell]:
+    """The rows of each question in turn, drawn at one scale; ``status``: whether a row was planned."""
     found = []
     for question in questions:
         asked = [row for row in rows if row.question == question.name]
         scale = _scale(asked)
-        found += [_cell(row, scale) for row in asked]
+        found += [_cell(row, scale, "" if status is None else status(row)) for row in asked]
     return found
 
 
-def _cell(row: Any, scale: float) -> JudgedCell:
+def _cell(row: Any, scale: float, status: str) -> JudgedCell:
     e, control = row.estimate, row.control
     band = (control.get("low"), control.get("high"))
     p = row.p if row.p is not None else control.get("p")
     return JudgedCell(
         row, f"{number(e.value)} {interval(e.low, e.high)}", interval(*band) if _finite(*band) else "–",
         _probability(p), "–" if row.site is None else f"layer {row.site.layer}, {row.site.stream}", _glyph(row, scale),
+        status,
     )  # fmt: skip
 
 
