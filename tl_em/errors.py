@@ -187,7 +187,7 @@ class UnprovenWarning(UserWarning):
 
 
 class NuisanceWarning(UserWarning):
-    """The classes of a contrast set can be told apart by their prompts' lengths alone."""
+    """The classes of a contrast set can be told apart by their prompts' lengths alone, or some made the direction."""
 
 
 def first_line(error: BaseException) -> str:

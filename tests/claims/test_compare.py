@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from tl_em.claims.claim import Finding
 from tl_em.claims.compare import SHIPPED, Comparison
 from tl_em.claims.rule import judge
 from tl_em.directions.direction import Direction
-from tl_em.errors import NoGapError, ProvenanceError, UsageError
+from tl_em.errors import NoGapError, NuisanceWarning, ProvenanceError, UsageError
 from tl_em.metrics import Behaviour
 from tl_em.models.sites import Site
 from tl_em.models.stream import next_token_logits
@@ -107,8 +108,8 @@ def toy() -> em.ModelPair:
 
 def test_a_direction_without_a_gap_of_its_own_is_left_out_and_changes_nothing_else() -> None:
     pair = toy()
-    contrast = pair.contrasts["refusal"].split(seed=0).test  # pyright: ignore[reportOptionalSubscript]
-    good = em.difference_in_means(pair.base, contrast, site=Site(2), position="prompt_end")
+    train, _, contrast = pair.contrasts["refusal"].split(seed=0)  # pyright: ignore[reportOptionalSubscript]
+    good = em.difference_in_means(pair.base, train, site=Site(2), position="prompt_end")
     asked = {"flipped": (replace(good, vector=-good.vector), contrast), "refusal": (good, contrast)}
     both = em.compare(pair, asked, controls=99)
     alone = em.compare(pair, {"refusal": asked["refusal"]}, controls=99)
@@ -122,8 +123,8 @@ def test_a_direction_without_a_gap_of_its_own_is_left_out_and_changes_nothing_el
 
 def test_what_compare_refuses() -> None:
     pair = toy()
-    contrast = pair.contrasts["refusal"].split(seed=0).test  # pyright: ignore[reportOptionalSubscript]
-    good = em.difference_in_means(pair.base, contrast, site=Site(2), position="prompt_end")
+    train, _, contrast = pair.contrasts["refusal"].split(seed=0)  # pyright: ignore[reportOptionalSubscript]
+    good = em.difference_in_means(pair.base, train, site=Site(2), position="prompt_end")
     flipped = replace(good, vector=-good.vector)
     assert good.provenance is not None
     elsewhere = replace(good, provenance=replace(good.provenance, n_layers=12))
@@ -139,3 +140,27 @@ def test_what_compare_refuses() -> None:
         em.compare(pair, {"refusal": (good, contrast)}, behaviour={"persona": em.refusal_log_odds}, controls=99)
     with pytest.raises(UsageError, match="prompts that show it"):
         Behaviour("b", em.refusal_log_odds, present=[], absent=contrast.negative)
+
+
+def test_prompts_that_made_a_direction_do_not_judge_it(tmp_path: Path) -> None:
+    """All of them: refused, also under other labels and after a file; some of them: warned, and said on each row."""
+    pair = toy()
+    train, _, test = pair.contrasts["refusal"].split(seed=0)  # pyright: ignore[reportOptionalSubscript]
+    made = em.difference_in_means(pair.base, train, site=Site(2), position="prompt_end")
+    made.save(tmp_path / "made.safetensors")
+    kept = em.Direction.load(tmp_path / "made.safetensors")
+    relabelled = em.ContrastSet(
+        [*train.positive[::2], *train.negative[::2]], [*train.positive[1::2], *train.negative[1::2]]
+    )
+    for contrast in (train, relabelled):
+        with pytest.raises(UsageError, match=r"was made from.* contrast\.split\(\)"):
+            em.compare(pair, {"refusal": (kept, contrast)}, questions=["level"], controls=99)
+    leaky = em.ContrastSet([*test.positive, train.positive[0]], [*test.negative, train.negative[0]])
+    with pytest.warns(NuisanceWarning, match="made the direction"):
+        row = em.compare(pair, {"refusal": (kept, leaky)}, questions=["level"], controls=99).rows[0]
+    assert row.reason.endswith("prompts judged on made the direction")
+    apart = em.compare(pair, {"refusal": (kept, test)}, questions=["level"], controls=99).rows[0]
+    assert "made the direction" not in apart.reason
+    assert kept.provenance is not None
+    old = replace(kept, provenance=replace(kept.provenance, prompts=None))  # a file from before it was recorded
+    assert em.compare(pair, {"refusal": (old, train)}, questions=["level"], controls=99).rows

@@ -115,7 +115,7 @@ class NotFinite(Spread):
     ],
 )
 def test_malformed_questions_are_refused(questions: Any, said: str) -> None:
-    contrast = (pair().contrasts or {})["persona"].split(seed=0).test
-    direction = em.difference_in_means(pair().base, contrast, site=em.Site(2), position="prompt_end")
+    train, _, contrast = (pair().contrasts or {})["persona"].split(seed=0)
+    direction = em.difference_in_means(pair().base, train, site=em.Site(2), position="prompt_end")
     with pytest.raises(UsageError, match=said):
         em.compare(pair(), {"persona": (direction, contrast)}, questions=questions, controls=99)

@@ -6,6 +6,7 @@ activations, asks, and says the result in a sentence.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -25,9 +26,9 @@ from tl_em.claims.questions.use import Use
 from tl_em.claims.rule import judge
 from tl_em.directions.direction import Direction, check_fits
 from tl_em.directions.screening import answer_to_own_prompts
-from tl_em.errors import NoGapError, UsageError
+from tl_em.errors import NoGapError, NuisanceWarning, UsageError
 from tl_em.metrics import Behaviour, Metric, as_metric
-from tl_em.models.contrasts import ContrastSet
+from tl_em.models.contrasts import ContrastSet, hashed
 from tl_em.models.hooks import LensModel
 from tl_em.models.loading import ModelPair
 from tl_em.models.sites import Site
@@ -158,8 +159,9 @@ def compare(
     Raises:
         NoGapError: no direction separates its own contrast set in the base model.
         ProvenanceError, WidthError: a direction was not made on a model like these.
-        UsageError: no directions, too few controls, a name without a behaviour, an unknown or malformed question, or
-            none that there is anything to ask with.
+        UsageError: a direction is judged on the prompts that it was made from (on some of them: a NuisanceWarning, and
+            its rows say so), no directions, too few controls, a name without a behaviour, an unknown or malformed
+            question, or none that there is anything to ask with.
 
     Example:
         >>> import tl_em as em
@@ -201,7 +203,9 @@ def compare(
     behind = {name: [row for f in each for row in f.table] for name, each in found.items()}
     tables = {name: pd.DataFrame(rows) for name, rows in behind.items() if rows}
     use = tables.pop("use", pd.DataFrame())
-    return Comparison(judge(findings), pd.DataFrame(drawn), use, unmeasured, asked, gaps, tables)
+    leaks = {name: f"; {said}" for name, on in directions.items() if (said := already_used(*on))}
+    rows = tuple(replace(row, reason=row.reason + leaks.get(row.direction, "")) for row in judge(findings))
+    return Comparison(rows, pd.DataFrame(drawn), use, unmeasured, asked, gaps, tables)
 
 
 def as_questions(given: Sequence[Any] | None) -> tuple[Question, ...]:
@@ -242,6 +246,24 @@ def _measured(question: Question, case: Case) -> list[Finding]:
     return [found]
 
 
+def already_used(direction: Direction, contrast: ContrastSet) -> str:
+    """Which of the prompts to be judged on made the direction, in words, whatever their class; "" where none did.
+
+    Raises:
+        UsageError: all of them did.
+    """
+    judged = set(hashed([*contrast.positive, *contrast.negative]).split())
+    origin = direction.provenance
+    seen = judged & set(((origin and origin.prompts) or "").split())
+    if seen == judged:
+        raise UsageError(
+            f"all {len(judged)} prompts that {direction.name or 'the direction'} is to be judged on are among those it "
+            "was made from, and it separates these by construction, whatever it means; part them first: train, "
+            "select, test = contrast.split(), make it from train, judge it on test"
+        )
+    return f"{len(seen)} of the {len(judged)} prompts judged on made the direction" if seen else ""
+
+
 def check_directions(pair: ModelPair, directions: Mapping[str, tuple[Direction, ContrastSet]], controls: int) -> None:
     """Raise unless these directions fit the pair, and so many controls can show anything.
 
@@ -258,7 +280,9 @@ def check_directions(pair: ModelPair, directions: Mapping[str, tuple[Direction, 
             f"{controls} controls cannot show anything for {len(directions)} directions at p < .05 after Holm; pass "
             f"controls={fewest} or more"
         )
-    for direction, _ in directions.values():
+    for name, (direction, contrast) in directions.items():
+        if said := already_used(direction, contrast):
+            warnings.warn(f"{name}: {said}: they flatter it; judge on a part of its own", NuisanceWarning, stacklevel=2)
         check_fits(direction, pair.base)
         check_fits(direction, pair.tuned)
 

@@ -29,7 +29,7 @@ from tl_em.directions.methods.base import Method, fitted
 from tl_em.directions.reliability import agreement, halved_means, neutral_at, neutral_z
 from tl_em.errors import EmptyContrastError, ZeroDirectionError
 from tl_em.models.class_means import PARTS, Blocks, as_contrast, class_moments, dealt, halves
-from tl_em.models.contrasts import ContrastSet, inseparable, warn_of_nuisance
+from tl_em.models.contrasts import ContrastSet, hashed, inseparable, warn_of_nuisance
 from tl_em.models.hooks import LensModel
 from tl_em.models.sites import Position, Provenance, Site, as_position, as_positions, as_site, as_sites
 from tl_em.models.stream import captured, encoded_prompts
@@ -145,7 +145,8 @@ class Extraction:
 
     def made(self) -> Iterator[Made]:
         """A direction for each position and site, None where the classes do not differ."""
-        origin = Provenance.of(self.model, data=self.contrast.hash, seed=self.seed)
+        prompts = hashed([*self.contrast.positive, *self.contrast.negative])
+        origin = Provenance.of(self.model, data=self.contrast.hash, seed=self.seed, prompts=prompts)
         about = {"name": self.contrast.label, "provenance": origin, "method": self.method.name}
         found = self._streamed() if self.method.means_over else self._fitted()
         at = product(self.positions, self.sites)

@@ -6,6 +6,7 @@ two equal prompts) never falls into two parts: else the third part is no test.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import random
@@ -290,6 +291,17 @@ def _label(group: Any, side: str) -> Hashable:
 
 def _key(prompt: Prompt) -> str:
     return json.dumps(prompt if isinstance(prompt, str) else [dict(message) for message in prompt], sort_keys=True)
+
+
+def hashed(prompts: Iterable[Prompt]) -> str:
+    """Short hashes of prompts, each once, in order: by them a prompt is known again, whatever its class or label.
+
+    Example:
+        >>> hashed(["steal a car", "wash a car", "steal a car"])
+        '-irRyagY zrJmFqjR'
+    """
+    digests = {hashlib.sha256(_key(prompt).encode()).digest()[:6] for prompt in prompts}
+    return " ".join(sorted(base64.urlsafe_b64encode(digest).decode() for digest in digests))
 
 
 def as_prompts(prompts: Any) -> Sequence[Any]:

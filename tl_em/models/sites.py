@@ -153,6 +153,7 @@ class Provenance:
             ready-made.
         chat_template: hash of the chat template, ``"none"`` without one; None where it was not recorded.
         chat_template_kwargs: arguments that the template was given; None where they were not recorded.
+        prompts: hashes of the prompts that were used, as ``contrasts.hashed`` gives them; None where not recorded.
 
     Example:
         >>> import tl_em as em
@@ -175,9 +176,10 @@ class Provenance:
     proven: bool | None = None
     chat_template: str | None = None
     chat_template_kwargs: Mapping[str, Any] | None = field(default=None, hash=False)
+    prompts: str | None = field(default=None, repr=False)
 
     @classmethod
-    def of(cls, model: Any, data: str | None = None, seed: int | None = None) -> Provenance:
+    def of(cls, model: Any, data: str | None = None, seed: int | None = None, prompts: str | None = None) -> Provenance:
         """The provenance of something made on ``model`` now."""
         cfg, tokenizer = model.cfg, getattr(model, "tokenizer", None)
         template, kwargs = template_record(tokenizer)
@@ -197,6 +199,7 @@ class Provenance:
             proven=was_proven(model),
             chat_template=template,
             chat_template_kwargs=kwargs,
+            prompts=prompts,
         )
 
     def differences(self, model: Any) -> list[str]:
