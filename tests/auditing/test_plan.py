@@ -35,6 +35,8 @@ def test_no_weights_are_read_for_a_plan(monkeypatch: pytest.MonkeyPatch) -> None
     toy = em.plan("toy/insecure")
     assert (toy.asked["base"], toy.asked["tuned"]) == ("toy/assistant", "toy/insecure")
     assert {"persona", "refusal"} <= set(toy.asked["directions"]) and toy.asked["tuning_data"] is not None
+    published = loading.carried("hub/qwen2.5-7b/bad-medical-advice")
+    assert published["base_name"] == "Qwen/Qwen2.5-7B-Instruct" and published["tuned_name"]
     loaded = SimpleNamespace(cfg=SimpleNamespace(model_name="mine"))
     assert loading.carried(loaded) == {"base_name": "mine", "tuned_name": None}
 

@@ -321,6 +321,9 @@ def carried(base: Any, tuned: Any = None) -> dict[str, Any]:
     if is_toy(base) and (tuned is None or is_toy(tuned)):
         record = _toys().organism(base if tuned is None else tuned)
         return {"base_name": record.base if tuned is None else base, "tuned_name": record.name, **record.asked()}
+    if tuned is None and isinstance(base, str) and base.startswith(HUB):
+        named = import_module("tl_em.presets.hub_organisms").named_hub(base)
+        base, tuned = named.base, named.tuned
     if not isinstance(base, (str, Path)):
         base = str(getattr(base.cfg, "model_name", None) or "base")
     return {"base_name": str(base), "tuned_name": None if tuned is None else str(tuned)}

@@ -104,6 +104,15 @@ def hub_pair(name: str, **options: Any) -> ModelPair:
     Raises:
         ModelNotFoundError: there is none of that name in the table, or its models cannot be had.
     """
+    return named_hub(name).pair(**options)
+
+
+def named_hub(name: str) -> HubOrganism:
+    """The record of ``hub/NAME``.
+
+    Raises:
+        ModelNotFoundError: there is none of that name in the table.
+    """
     known = hub_organisms()
     found = known.get(name.removeprefix(HUB))
     if found is None:
@@ -112,4 +121,4 @@ def hub_pair(name: str, **options: Any) -> ModelPair:
             f"There is no {name!r} in the table of published pairs, which has {there}. "
             f"Any other pair is loaded by its hub ids: em.load_pair(base, tuned)."
         )
-    return found.pair(**options)
+    return found
