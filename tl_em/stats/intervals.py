@@ -13,6 +13,7 @@ Intervals are percentile intervals at the level that corrects their known narrow
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -85,15 +86,17 @@ def _draw(statistic: Callable[..., np.ndarray], units: Units, *, seed: int, resa
         values = statistic(*[counts[stratum][:, index] for stratum, index in units.members])
         return values if drawn[0].ndim > 1 else values[0]
 
-    result = scipy_stats.bootstrap(
-        [np.arange(size) for size in units.strata],
-        of_draw,
-        n_resamples=resamples,
-        batch=min(resamples, 250),
-        vectorized=True,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    )
+    with warnings.catch_warnings():  # of draws without a value, as if of an interval that is not used
+        warnings.simplefilter("ignore", scipy_stats.DegenerateDataWarning)
+        result = scipy_stats.bootstrap(
+            [np.arange(size) for size in units.strata],
+            of_draw,
+            n_resamples=resamples,
+            batch=min(resamples, 250),
+            vectorized=True,
+            method="percentile",
+            rng=np.random.default_rng(seed),
+        )
     drawn = np.asarray(result.bootstrap_distribution)
     return drawn[np.isfinite(drawn)]
 

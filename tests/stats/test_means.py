@@ -1,0 +1,224 @@
+"""Means and differences have Student's interval or the wider studentised one, in every arrangement of units."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats as scipy_stats
+
+from tl_em import stats
+from tl_em.errors import UsageError
+from tl_em.stats.intervals import p_of_tail, tails
+from tl_em.stats.means import FARTHEST, FEWEST, RESAMPLES, _parts, _studentised
+
+RNG = np.random.default_rng(0)
+SKEWED, OTHER = np.exp(RNG.normal(size=24)), np.exp(RNG.normal(size=15)) + 0.5
+
+
+def repeated(x: np.ndarray, times: int = 3) -> tuple[np.ndarray, list[str]]:
+    return np.repeat(x, times), np.repeat([f"{len(x)} {i}" for i in range(len(x))], times).tolist()
+
+
+def test_a_few_prompts_have_students_and_welchs_interval() -> None:
+    x, y = SKEWED[: FEWEST - 1], OTHER[:5]
+    one = scipy_stats.ttest_1samp(x, 0.3)
+    e = stats.mean(x)
+    assert (e.low, e.high) == pytest.approx(tuple(one.confidence_interval()))
+    assert (e.n, e.n_effective, e.method, e.seed) == (7, 7.0, "Student's t", 0)
+    paired = stats.paired_difference(np.zeros(7), x)
+    assert paired.at is not None and paired.at(0.3) == pytest.approx(one.pvalue)
+    welch = scipy_stats.ttest_ind(x, y, equal_var=False)
+    found = stats.difference(y, x)
+    assert (found.estimate.low, found.estimate.high) == pytest.approx(tuple(welch.confidence_interval()))
+    assert found.p == pytest.approx(welch.pvalue)
+    assert found.estimate.value == pytest.approx(x.mean() - y.mean()) and found.estimate.n == 12
+
+
+@pytest.mark.parametrize("side", [1, -1])
+def test_from_eight_on_the_studentised_end_counts_where_it_is_wider(side: int) -> None:
+    """(m* - m) / se* by a loop over resamples of its own; the end on the long tail's side is the resampled one."""
+    x, n = side * SKEWED, len(SKEWED)
+    drawn = x[np.random.default_rng(7).integers(0, n, (20_000, n))]
+    ratios = (drawn.mean(1) - x.mean()) / (drawn.std(1, ddof=1) / math.sqrt(n))
+    error = x.std(ddof=1) / math.sqrt(n)
+    low, high = np.quantile(ratios, tails(n))
+    reach = scipy_stats.t.ppf(0.975, n - 1)
+    e = stats.mean(x)
+    ends = ((x.mean() - e.low) / error, (e.high - x.mean()) / error)
+    assert ends == pytest.approx((max(reach, high), max(reach, -low)), rel=0.12)
+    assert max(ends) > 1.2 * reach and min(ends) == pytest.approx(reach)
+    assert e.method == "Student's t and studentised bootstrap, 2000 draws, the wider ends"
+    assert "bootstrap" in stats.mean(x[:FEWEST]).method and "bootstrap" not in stats.mean(x[: FEWEST - 1]).method
+
+
+@pytest.mark.parametrize("side", [1, -1])
+def test_it_is_followed_to_twice_students_reach(side: int) -> None:
+    """Nine alike and one apart: resamples without it hardly vary, so their ratios grow without end."""
+    x = side * np.array([0.0, 1e-6, 2e-6, 1e-6, 0.0, 3e-6, 1e-6, 2e-6, 0.0, 1.0])
+    reach = scipy_stats.t.ppf(0.975, 9) * x.std(ddof=1) / math.sqrt(10)
+    found = stats.paired_difference(np.zeros(10), x)
+    ends = sorted((abs(found.estimate.low - x.mean()), abs(found.estimate.high - x.mean())))
+    assert ends == pytest.approx([reach, FARTHEST * reach])
+    assert found.at is not None
+    for steps in (1.5, 2.5, 4):
+        p = found.at(x.mean() + side * steps * reach)
+        assert p <= 2 * scipy_stats.t.sf(steps * scipy_stats.t.ppf(0.975, 9) / FARTHEST, 9) + 1e-12
+        assert (p < 0.05) == (steps > 2)
+
+
+def test_p_is_the_share_of_resamples_beyond_or_students_whichever_is_more() -> None:
+    found, n = stats.paired_difference(np.zeros(24), SKEWED), 24
+    error = SKEWED.std(ddof=1) / math.sqrt(n)
+    ratios = _studentised(_parts([SKEWED], [1], [None]), 0)
+    assert len(ratios) == RESAMPLES
+    assert found.at is not None
+    for steps in (-2.5, -1.0, -0.2, 0.2, 1.0, 2.5):
+        share = np.mean(ratios >= steps) if steps > 0 else np.mean(ratios <= steps)
+        expected = max(2 * scipy_stats.t.sf(abs(steps), n - 1), p_of_tail(float(share), n))
+        assert found.at(SKEWED.mean() - steps * error) == pytest.approx(expected)
+    assert found.at(SKEWED.mean()) == 1.0
+    assert found.at(SKEWED.mean() - 40 * error) == pytest.approx(2 * scipy_stats.t.sf(40, n - 1))
+    assert found.p == found.at(0.0)
+
+
+def test_the_sum_at_weights_is_that_of_the_sample_repeated_so_often() -> None:
+    """Of two samples that share some of their questions, and of one: [2 resamples, unit] weights."""
+    first, second = ["a", "a", "b", "c", "d"], ["b", "c", "c", "e"]
+    x, y = RNG.normal(size=5), RNG.normal(size=4)
+    parts = _parts([x, y], [-1, 1], [first, second])
+    assert parts.sizes == [5] and parts.value == pytest.approx(y.mean() - x.mean())
+    for weights in (np.array([[1.0, 1, 1, 1, 1], [2, 0, 1, 1, 1], [1, 2, 1, 0, 1]]),):
+        values, variances = parts.at([weights])
+        assert variances.shape == (1, 3)
+        for w, value, variance in zip(weights, values, variances[0], strict=True):
+            copies = [np.concatenate([np.repeat(part, int(w["abcde".index(label)])) for part, label in zip(z, labels, strict=True)])
+                      for z, labels in ((x[:, None], first), (y[:, None], second))]  # fmt: skip
+            assert value == pytest.approx(copies[1].mean() - copies[0].mean())
+            added = np.zeros(5)
+            for z, labels, sign, drawn in ((x, first, -1, copies[0]), (y, second, 1, copies[1])):
+                for each, label in zip(z, labels, strict=True):
+                    added["abcde".index(label)] += sign * (each - drawn.mean()) / len(drawn)
+            assert variance == pytest.approx(5 / 4 * float(w @ added**2))
+    assert parts.variances == pytest.approx(variances_at_one(parts))
+
+
+def variances_at_one(parts) -> np.ndarray:
+    return parts.at([np.ones((1, size)) for size in parts.sizes])[1][:, 0]
+
+
+@pytest.mark.parametrize("n", [5, 24])
+def test_prompts_that_are_repeated_add_nothing(n: int) -> None:
+    x, y, z = SKEWED[:n], OTHER[:n], np.sqrt(OTHER[:n])
+    (many, labels), (others, names) = repeated(x), repeated(y)
+    names = [f"other {name}" for name in names]
+    pairs = [
+        (stats.paired_difference(z[:5], x[:5]), stats.paired_difference(np.repeat(z[:5], 3), many[:15], groups=labels[:15])),
+        (stats.difference(x, y), stats.difference(many, others, groups=(labels, names))),
+    ]
+    for once, again in pairs:
+        a, b = once.estimate, again.estimate
+        assert (b.value, b.low, b.high, again.p) == pytest.approx((a.value, a.low, a.high, once.p))
+        assert (b.n, b.n_effective) == (3 * a.n, pytest.approx(a.n_effective))
+        assert b.method == f"question-clustered {a.method}"
+    a, b = stats.mean(x), stats.mean(many, groups=labels)
+    assert (b.value, b.low, b.high, b.n_effective) == pytest.approx((a.value, a.low, a.high, a.n_effective))
+    a, b = (stats.mean(v / 20, bounds=(0, 1), groups=g) for v, g in ((x, None), (many, labels)))
+    assert (b.value, b.low, b.high, b.n_effective) == pytest.approx((a.value, a.low, a.high, n))
+    assert b.method.startswith("question-clustered, ")
+
+
+@pytest.mark.parametrize("n", [6, 15])
+def test_the_same_questions_in_both_classes_are_pairs(n: int) -> None:
+    labels = [str(i) for i in range(n)]
+    joint = stats.difference(SKEWED[:n], OTHER[:n], groups=(labels, labels))
+    paired = stats.paired_difference(SKEWED[:n], OTHER[:n])
+    assert (joint.estimate.low, joint.estimate.high, joint.p) == pytest.approx(
+        (paired.estimate.low, paired.estimate.high, paired.p)
+    )
+    assert joint.estimate.value == pytest.approx(paired.estimate.value)
+    coin = (SKEWED[:n] > 1).astype(float), (OTHER[:n] > 1.5).astype(float)
+    shared = stats.difference(*coin, groups=(labels, labels)).estimate  # no two independent rates
+    assert "Agresti" not in shared.method
+    assert "Agresti" in stats.difference(*coin, groups=(labels, [f"other {x}" for x in labels])).estimate.method
+
+
+def test_a_group_that_lies_in_both_sets_counts_where_others_do_not() -> None:
+    """One question of several in common is enough for one stratum."""
+    x, y = SKEWED[:6], OTHER[:6]
+    some = stats.difference(x, y, groups=(list("abcdef"), list("fghijk"))).estimate
+    none = stats.difference(x, y, groups=(list("abcdef"), list("lghijk"))).estimate
+    assert some.value == none.value and some.low != none.low
+
+
+def test_an_outcome_that_does_not_vary_has_its_value_for_ends() -> None:
+    found = stats.paired_difference(np.arange(9.0), np.arange(9.0) + 0.3)
+    e = found.estimate
+    assert e.low == e.high == e.value == pytest.approx(0.3)
+    assert found.p == 0.0 and found.at is not None and found.at(e.value) == 1.0 and found.at(0.2) == 0.0
+    assert "does not vary" in e.method
+    assert stats.paired_difference(np.arange(9.0), np.arange(9.0)).p == 1.0
+    tiny = stats.mean(1e-9 * SKEWED)  # small is not the same as constant
+    assert tiny.high > 1.1 * tiny.value
+
+
+def test_a_bounded_mean_has_the_wider_of_both_shapes_within_its_range() -> None:
+    x = np.clip(SKEWED / 12, 0, 1)
+    e, skewed = stats.mean(x, bounds=(0, 1), seed=2), stats.mean(x, seed=2)
+    beta = stats.mean_over_units(x, list(range(24)), bounds=(0, 1))
+    assert (e.low, e.high) == pytest.approx((min(beta.low, skewed.low), max(beta.high, skewed.high)))
+    assert e.high == skewed.high > beta.high and "studentised" in e.method and "Korn" in e.method and e.seed == 2
+    few = stats.mean(x[:7], bounds=(0, 1))
+    assert few.high == stats.mean_over_units(x[:7], list(range(7)), bounds=(0, 1)).high
+    assert "studentised" in stats.mean(x[:8], bounds=(0, 1)).method and "studentised" not in few.method
+    near = stats.mean(1 - np.clip(SKEWED / 400, 0, 1), bounds=(0, 1))
+    assert near.high <= 1
+    scaled = stats.mean(10 * x - 5, bounds=(-5, 5), seed=2)
+    assert (scaled.low, scaled.high) == pytest.approx((10 * e.low - 5, 10 * e.high - 5))
+    assert "exact" in stats.mean(np.array([0.0, 10.0] * 5), bounds=(0, 10)).method
+
+
+def test_bounds_hold_the_values_and_are_in_order() -> None:
+    for bounds in ((0, 0.9), (0.2, 1), (1, 0), (0.5, 0.5)):
+        with pytest.raises(UsageError, match="do not lie in bounds"):
+            stats.mean([0.1, 0.5, 1.0], bounds=bounds)
+    assert stats.mean([0.1, 0.5, 1.0 + 1e-9], bounds=(0.1, 1)).value > 0.5  # rounding
+    with pytest.raises(UsageError, match="do not lie in bounds"):
+        stats.mean_over_units([0.1, 0.5, 1.2], [1, 2, 3], bounds=(0, 1))
+
+
+def test_one_unit_has_no_interval_and_one_answer_has() -> None:
+    alone = stats.mean([1.0])
+    assert (alone.low, alone.high) == pytest.approx((0.025, 1.0))  # one answer of a coin
+    for none in (stats.mean([0.4]), stats.mean([1.0, 0.0], groups=["a", "a"]), stats.mean([1.0, 0.3], groups=["a", "a"])):
+        assert math.isnan(none.low) and math.isnan(none.high) and "fewer than two units" in none.method
+    found = stats.difference([0.1, 0.2, 0.4], [0.3])
+    assert math.isnan(found.estimate.low) and math.isnan(found.p) and found.at is None
+    assert found.estimate.value == pytest.approx(0.3 - 0.7 / 3) and found.estimate.n == 4
+    assert math.isfinite(stats.mean([0.4, 0.5]).low)
+
+
+def test_each_seed_of_several_rows_counts_once() -> None:
+    x, units = [0.1, 0.3, 0.5, 0.6, 0.8, 0.2], ["a", "a", "b", "c", "c", "d"]
+    means = [0.2, 0.5, 0.7, 0.2]
+    expected = scipy_stats.ttest_1samp(means, 0).confidence_interval()
+    e = stats.mean_over_units(x, units)
+    assert (e.value, e.low, e.high, e.n, e.n_effective) == pytest.approx((np.mean(means), *expected, 4, 4))
+    assert e.method == "Student's t over 4 units"
+    within = stats.mean_over_units(x, units, bounds=(0, 1))
+    assert within == stats.mean_over_units(means, [1, 2, 3, 4], bounds=(0, 1))
+    assert within.low > 0 and within.n == 4 and within.method.startswith("over 4 units, ")
+    one = stats.mean_over_units([0.2, 0.4], ["a", "a"])
+    assert one.value == pytest.approx(0.3) and math.isnan(one.low) and math.isnan(one.high)
+    assert (one.n, one.n_effective, one.method) == (1, 1.0, "one unit, no interval")
+
+
+def test_the_seed_is_that_of_the_draws() -> None:
+    for call in (
+        lambda seed: stats.mean(SKEWED, seed=seed),
+        lambda seed: stats.paired_difference(np.zeros(24), SKEWED, seed=seed).estimate,
+        lambda seed: stats.difference(OTHER, SKEWED, seed=seed).estimate,
+    ):
+        assert call(3) == call(3) and call(3).seed == 3
+        assert (call(3).low, call(3).high) != (call(4).low, call(4).high)
