@@ -34,13 +34,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 STATS = ("tests/stats", "tests/test_stats.py", "tests/features/test_p_values.py", "tl_em/stats")
+EDITS = ("tests/interventions/test_edits.py", "tests/interventions/test_hidden.py", "tl_em/interventions/edits.py")
 TARGETS: dict[str, tuple[str, ...]] = {
-    **{f"stats/{name}.py": STATS for name in ("estimate", "intervals", "means", "multiplicity", "ranks", "rates", "units")},
+    **{f"stats/{each.name}": STATS for each in sorted((ROOT / "tl_em/stats").glob("[!_]*.py"))},
     "claims/controls.py": ("tests/claims/test_controls.py", "tl_em/claims/controls.py"),
+    "interventions/edits.py": EDITS,
     "claims/rule.py": ("tests/claims/test_rule.py", "tests/claims/test_changes.py"),
-    "interventions/edits.py": ("tests/interventions/test_edits.py", "tests/interventions/test_hidden.py",
-                               "tl_em/interventions/edits.py"),
-}  # fmt: skip
+}
 """Each module and the tests that it is to be held by."""
 BUDGET = 4.0
 """Seconds of tests that a mutant meets at most."""
@@ -117,7 +117,9 @@ def edits(node: ast.AST) -> Iterator[tuple[str, Edit]]:
 
 def _without_sign(node: ast.UnaryOp) -> None:
     node.op, node.operand = (
-        (ast.Not(), ast.UnaryOp(ast.Not(), node.operand)) if isinstance(node.op, ast.Not) else (ast.UAdd(), node.operand)
+        (ast.Not(), ast.UnaryOp(ast.Not(), node.operand))
+        if isinstance(node.op, ast.Not)
+        else (ast.UAdd(), node.operand)
     )
 
 
@@ -146,7 +148,10 @@ def mutants(file: str) -> list[Mutant]:
     """Every change of a module, each with words of its own."""
     found, times = [], Counter()
     for number, (node, parent, where, inside) in enumerate(nodes(parsed(file))):
-        spans = next((each for each in (getattr(node, "test", node), getattr(node, "target", node)) if hasattr(each, "lineno")), node)
+        spans = next(
+            (each for each in (getattr(node, "test", node), getattr(node, "target", node)) if hasattr(each, "lineno")),
+            node,
+        )
         for operator, edit in edits(node):
             changed = copy.deepcopy(node)
             edit(changed)
@@ -197,7 +202,9 @@ class Loop:
             line = {"file": mutant.file, "key": mutant.key, "operator": mutant.operator, "by": by, "tests": len(tests)}
             with (self.out / "mutants.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            print(f"\r{i + 1}/{len(self.wanted)} {mutant.file}:{mutant.lines.start} {by[-60:] or 'SURVIVES'}", flush=True)
+            print(
+                f"\r{i + 1}/{len(self.wanted)} {mutant.file}:{mutant.lines.start} {by[-60:] or 'SURVIVES'}", flush=True
+            )
         return True
 
     def _reached(self, files: dict[str, str]) -> dict[str, tuple[float, dict[str, list[int]]]]:
@@ -272,7 +279,11 @@ def install(tree: ast.Module, module: ModuleType, held: Sequence[FunctionType]) 
 
 def _is_of(f: Any, module: ModuleType) -> bool:
     """A function of a module, those of its dataclasses included."""
-    return type(f) is FunctionType and f.__globals__ is vars(module) and f.__code__.co_filename in (module.__file__, "<string>")
+    return (
+        type(f) is FunctionType
+        and f.__globals__ is vars(module)
+        and f.__code__.co_filename in (module.__file__, "<string>")
+    )
 
 
 def _meets(mutant: Mutant, lines: Sequence[int]) -> bool:
@@ -346,7 +357,9 @@ def page(out: Path) -> str:
         for mutant in alive:
             where, change = mutant.key.split(": ", 1)
             shown = " → ".join(f"`{each}`" for each in change.replace("|", "\\|").split(" → "))
-            text.append(f"| {where}, {mutant.lines.start} | {shown} | {reasons.get(file, {}).get(mutant.key, '**no reason yet**')} |")
+            text.append(
+                f"| {where}, {mutant.lines.start} | {shown} | {reasons.get(file, {}).get(mutant.key, '**no reason yet**')} |"
+            )
         text.append("")
     return "\n".join(text).strip()
 

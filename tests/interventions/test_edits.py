@@ -29,7 +29,9 @@ def rest(x: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
 
 def close(found: torch.Tensor, expected: Any, dtype: torch.dtype = torch.float32) -> None:
     digits = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 3e-2}[dtype]
-    torch.testing.assert_close(found.double(), torch.as_tensor(expected).double().expand(found.shape), rtol=digits, atol=digits)
+    torch.testing.assert_close(
+        found.double(), torch.as_tensor(expected).double().expand(found.shape), rtol=digits, atol=digits
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -67,7 +69,9 @@ def test_rows_lose_their_component_or_get_the_centres(dtype: torch.dtype) -> Non
     without, around = without_rows(x, units), around_rows(x, units, CENTRES[Site(1)])
     for row, unit in enumerate(units):
         close(without[row].double() @ unit.double(), 0.0, torch.float32 if dtype == torch.float64 else dtype)
-        close(around[row].double() @ unit.double(), float(CENTRES[Site(1)] @ unit), min(dtype, torch.float32, key=_digits))
+        close(
+            around[row].double() @ unit.double(), float(CENTRES[Site(1)] @ unit), min(dtype, torch.float32, key=_digits)
+        )
         for after in (without, around):
             assert after.dtype == dtype
             close(rest(after[row], unit), rest(x[row], unit), min(dtype, torch.float32, key=_digits))
@@ -78,7 +82,11 @@ def _digits(dtype: torch.dtype) -> int:
 
 
 def test_ablation_acts_at_every_write_and_around_a_centre_at_its_site() -> None:
-    zero, single, several = Ablate(DIRECTION), Ablate(DIRECTION, around=CENTRES[Site(1)]), Ablate(DIRECTION, around=CENTRES)
+    zero, single, several = (
+        Ablate(DIRECTION),
+        Ablate(DIRECTION, around=CENTRES[Site(1)]),
+        Ablate(DIRECTION, around=CENTRES),
+    )
     assert (zero.sites, single.sites, several.sites) == (EVERY_WRITE, (Site(1),), tuple(CENTRES))
     assert [each.linear for each in (zero, single, several)] == [True, False, False]
     assert Ablate(replace(DIRECTION, site=Site(4)), around=CENTRES[Site(1)]).sites == (Site(4),)

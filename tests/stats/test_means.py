@@ -114,7 +114,10 @@ def test_prompts_that_are_repeated_add_nothing(n: int) -> None:
     (many, labels), (others, names) = repeated(x), repeated(y)
     names = [f"other {name}" for name in names]
     pairs = [
-        (stats.paired_difference(z[:5], x[:5]), stats.paired_difference(np.repeat(z[:5], 3), many[:15], groups=labels[:15])),
+        (
+            stats.paired_difference(z[:5], x[:5]),
+            stats.paired_difference(np.repeat(z[:5], 3), many[:15], groups=labels[:15]),
+        ),
         (stats.difference(x, y), stats.difference(many, others, groups=(labels, names))),
     ]
     for once, again in pairs:
@@ -191,7 +194,11 @@ def test_bounds_hold_the_values_and_are_in_order() -> None:
 def test_one_unit_has_no_interval_and_one_answer_has() -> None:
     alone = stats.mean([1.0])
     assert (alone.low, alone.high) == pytest.approx((0.025, 1.0))  # one answer of a coin
-    for none in (stats.mean([0.4]), stats.mean([1.0, 0.0], groups=["a", "a"]), stats.mean([1.0, 0.3], groups=["a", "a"])):
+    for none in (
+        stats.mean([0.4]),
+        stats.mean([1.0, 0.0], groups=["a", "a"]),
+        stats.mean([1.0, 0.3], groups=["a", "a"]),
+    ):
         assert math.isnan(none.low) and math.isnan(none.high) and "fewer than two units" in none.method
     found = stats.difference([0.1, 0.2, 0.4], [0.3])
     assert math.isnan(found.estimate.low) and math.isnan(found.p) and found.at is None

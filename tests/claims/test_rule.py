@@ -1,0 +1,165 @@
+"""Each condition of the rule can veto alone, on either side and in any arm; what passes all of them gets its word."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tl_em.claims.claim import NOT_SHOWN, SCALED, Finding, Row
+from tl_em.claims.compare import SHIPPED
+from tl_em.claims.rule import ALPHA, adjusted, control_row, judge, too_few, unlikely
+from tl_em.models.sites import Site
+from tl_em.stats import Estimate, Resampled
+
+LEVEL, SEPARATION, USE = SHIPPED[0], SHIPPED[1], SHIPPED[3]
+SMALL = np.linspace(-0.05, 0.05, 999)
+"""Controls that do nothing much: p = .001 beside anything larger."""
+
+
+def effect(value: float, *, half: float = 0.05, p: float = 0.002) -> Resampled:
+    """An effect with the p of "no farther than ...": small just where the interval lies beyond."""
+    estimate = Estimate(value, value - half, value + half, 64, 64.0, "made up")
+    return Resampled(estimate, p, lambda other: p if abs(value) - half > abs(other) else 0.6)
+
+
+def finding(value: float = 0.5, name: str = "a", **changes: Any) -> Finding:
+    found = Finding(LEVEL, name, Site(2), effect(value), {"random": SMALL}, 0.1, "own gaps")
+    return replace(found, **changes)
+
+
+def one(value: float = 0.5, **changes: Any) -> Row:
+    return judge([finding(value, **changes)])[0]
+
+
+@pytest.mark.parametrize(("value", "word"), [(0.5, "exaggerated"), (-0.5, "diminished")])
+def test_what_passes_gets_the_word_of_its_side(value: float, word: str) -> None:
+    detail = {"cosine": Estimate(1.0, 0.9, 1.1, 64, 64.0, "made up")}
+    row = one(value, detail=detail)
+    assert (row.verdict, row.question, row.direction, row.site) == (word, "level", "a", Site(2))
+    assert (row.estimate, row.p, row.smallest, row.unit) == (effect(value).estimate, 0.002, 0.1, "own gaps")
+    assert row.control == {"kind": "random", "n": 999, "low": pytest.approx(-0.0475), "high": pytest.approx(0.0475),
+                           "p": pytest.approx(0.001)}  # fmt: skip
+    assert row.reason == "interval wholly beyond 0.1 own gaps, Holm p = 0.002"
+    assert row.benign is None and row.detail is detail
+
+
+@pytest.mark.parametrize("value", [0.15, -0.15, 0.12, 0.0])
+def test_an_interval_that_is_not_wholly_beyond_gives_none(value: float) -> None:
+    row = one(value)
+    assert row.verdict == NOT_SHOWN and "the interval is not wholly beyond 0.1 own gaps" in row.reason
+    assert "limited by resampling the prompts" in row.reason
+    assert one(math.copysign(0.151, value)).shown
+
+
+@pytest.mark.parametrize(("p", "shown"), [(0.0499, True), (0.05, False), (0.2, False)])
+def test_a_word_needs_a_p_below_alpha(p: float, shown: bool) -> None:
+    row = one(effect=effect(0.5, p=p))
+    assert row.shown is shown and row.p == p
+    assert ("Holm p = 0.2, limited by resampling the prompts" in row.reason) is (p == 0.2)
+
+
+@pytest.mark.parametrize("side", [1, -1])
+def test_the_kind_of_controls_that_does_more_can_veto(side: int) -> None:
+    wild = np.linspace(-0.8, 0.8, 99)
+    for controls in ({"random": SMALL, "wild": wild}, {"wild": wild, "random": SMALL}):
+        row = one(side * 0.5, controls=controls)
+        share = (1 + np.sum(np.abs(wild) >= 0.5)) / 100
+        assert row.verdict == NOT_SHOWN and row.p == row.control["p"] == pytest.approx(share)
+        assert row.control["kind"] == "wild" and row.control["n"] == 99 and "limited by wild" in row.reason
+        assert "not wholly" not in row.reason
+    assert one(side * 0.9, controls={"wild": wild}).shown
+    assert one(side * 0.9, controls={"wild": wild}, beside=side * 0.3).p > 0.5  # on the prompts of the controls
+
+
+def test_controls_of_the_side_without_a_word_do_not_count() -> None:
+    other = -np.linspace(0.4, 0.9, 99)
+    assert one(question=USE, controls={"random": other}).verdict == "causal"
+    assert one(question=LEVEL, controls={"random": other}).verdict == NOT_SHOWN
+    wrong = one(-0.5, question=USE)
+    assert wrong.verdict == NOT_SHOWN and "the effect has the other sign (-0.50 own gaps)" in wrong.reason
+
+
+@pytest.mark.parametrize("side", [1, -1])
+def test_benign_vetoes_what_does_not_go_beyond_it_on_the_same_side(side: int) -> None:
+    beyond = one(side * 0.5, benign=effect(side * 0.4))
+    assert beyond.shown and beyond.benign == effect(side * 0.4).estimate
+    assert beyond.reason.endswith(f"{beyond.benign} beyond the benign fine-tune")
+    assert one(side * 0.5, benign=effect(side * 0.4, p=0.03)).p == 0.03  # its p counts too
+    for benign, p in ((side * 0.15, 0.6), (side * 0.05, 1.0), (side * -0.4, 1.0), (0.0, 1.0)):
+        row = one(side * 0.5, benign=effect(benign))
+        assert row.verdict == NOT_SHOWN and row.p == p and "limited by the benign fine-tune" in row.reason
+        assert f"beyond the benign fine-tune by {effect(benign).estimate} only" in row.reason
+    unsure = Resampled(Estimate(side * 0.4, math.nan, math.nan, 1, 1.0, ""), math.nan)
+    assert one(side * 0.5, benign=unsure).p == 1.0 and not one(side * 0.5, benign=unsure).shown
+
+
+def arm(value: float = 0.4, **changes: Any) -> Finding:
+    return finding(value, **{"unit": "nats", "smallest": 0.2} | changes)
+
+
+@pytest.mark.parametrize("side", [1, -1])
+def test_every_arm_must_pass_on_the_same_side(side: int) -> None:
+    passing = one(side * 0.5, arms=(arm(side * 0.4), arm(side * 0.9)))
+    assert passing.shown and passing.p == 0.002 and passing.smallest == 0.1
+    assert one(side * 0.5, arms=(arm(side * 0.4, effect=effect(side * 0.4, p=0.04)),)).p == 0.04
+    vetoes = [
+        (arm(side * 0.25), "nats: the interval is not wholly beyond 0.2 nats", 0.6, "nats: resampling the prompts"),
+        (arm(side * -0.4), f"nats: the effect has the other sign ({side * -0.4:+.2f} nats)", 0.002, ""),
+        (arm(side * 0.4, controls={"wild": np.linspace(-1, 1, 99)}), "Holm p = 0.6", 0.6, "nats: wild"),
+        (arm(side * 0.4, benign=effect(side * 0.24)), "nats: beyond the benign fine-tune by", 0.6,
+         "nats: the benign fine-tune"),
+    ]  # fmt: skip
+    for each, said, p, blamed in vetoes:
+        row = one(side * 0.5, arms=(arm(side * 0.4), each))
+        assert row.verdict == NOT_SHOWN and said in row.reason and row.p == pytest.approx(p, abs=0.02)
+        assert (f"limited by {blamed}" in row.reason) is bool(blamed)
+        assert row.estimate.value == side * 0.5 and row.control["kind"] == "random"
+    weak = one(side * 0.12, arms=(arm(side * 0.4),))  # its own interval, named by nothing before it
+    assert weak.reason.startswith("the interval is not wholly") and "limited by own gaps: resampling" in weak.reason
+
+
+def test_holm_runs_over_the_directions_of_each_question_alone() -> None:
+    ps = (0.01, 0.02, 0.03)
+    level = [finding(name=name, effect=effect(0.5, p=p)) for name, p in zip("abc", ps, strict=True)]
+    other = finding(name="a", question=SEPARATION, effect=effect(0.5, p=0.04))
+    rows = judge([level[0], other, level[1], level[2]])
+    assert [(row.question, row.direction) for row in rows] == [
+        ("level", "a"), ("level", "b"), ("level", "c"), ("separation", "a")
+    ]  # fmt: skip
+    assert [row.p for row in rows] == pytest.approx([0.03, 0.04, 0.04, 0.04])
+    assert all(row.shown for row in rows)
+    assert judge([]) == ()
+
+
+@pytest.mark.parametrize("side", [1, -1])
+def test_what_is_gone_in_a_stream_of_the_bases_size_is_scaled(side: int) -> None:
+    for left, word in ((0.4, "sharper" if side > 0 else "blurred"), (0.12, SCALED), (0.0, SCALED), (-0.4, SCALED)):
+        row = one(side * 0.5, question=SEPARATION, unscaled=effect(side * left))
+        assert row.verdict == word
+        said = f"of it, {effect(side * left).estimate} in a tuned stream made as large as the base's"
+        assert (said in row.reason) is (word == SCALED) and row.reason.startswith("interval wholly beyond")
+    failed = one(side * 0.12, question=SEPARATION, unscaled=effect(0.0))
+    assert failed.verdict == NOT_SHOWN and "made as large" not in failed.reason
+
+
+def test_without_an_interval_or_a_p_there_is_no_word() -> None:
+    nan = math.nan
+    none = Resampled(Estimate(0.5, nan, nan, 1, 1.0, "one unit"), nan, lambda other: 0.0)
+    assert one(effect=none).p == 1.0 and not one(effect=none).shown
+    unknown = Resampled(effect(0.5).estimate, nan, lambda other: nan)
+    assert one(effect=unknown).p == 1.0 and not one(effect=unknown).shown
+
+
+def test_the_parts_that_others_judge_with() -> None:
+    assert ALPHA == 0.05
+    assert unlikely(0.049) == [] and unlikely(0.05) == ["Holm p = 0.05"]
+    assert unlikely(0.3, "few draws", name="p") == ["p = 0.3, limited by few draws"]
+    assert adjusted([0.04]) == [0.04] and adjusted([0.03, 0.01]) == pytest.approx([0.03, 0.02]) and adjusted([]) == []
+    assert (
+        too_few(19) == " (19 allow none below 0.05)" and too_few(20) == "" and too_few(4) == " (4 allow none below 0.2)"
+    )
+    assert control_row("any", np.arange(101.0), None) == {"kind": "any", "n": 101, "low": 2.5, "high": 97.5, "p": None}
