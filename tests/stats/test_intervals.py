@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -86,6 +87,31 @@ def test_samples_are_drawn_apart_and_those_of_the_same_questions_together() -> N
     assert (same.low, same.high) == pytest.approx((-1, -1))
 
 
+def test_the_smaller_sample_says_how_far_the_ends_lie() -> None:
+    y = np.random.default_rng(1).normal(0, 2, 4)
+
+    def gap(w: np.ndarray, v: np.ndarray) -> np.ndarray:
+        return v @ y / v.sum(-1) - 0.01 * w @ X / w.sum(-1)
+
+    found = stats.bootstrap(gap, [60, 4])
+    draws = y[np.random.default_rng(2).integers(0, 4, (4000, 4))].mean(1)
+    low, high = np.quantile(draws, tails(4)) - 0.01 * X.mean()
+    assert (found.estimate.low, found.estimate.high) == pytest.approx((low, high), abs=0.1)
+    assert abs(np.quantile(draws, tails(60)[0]) - 0.01 * X.mean() - low) > 0.2
+    assert found.at is not None and 0.03 < found.at(found.estimate.low) < 0.09  # of 60 units, it would be .002
+    none = stats.bootstrap(gap, [60, ["a"] * 4])  # where either has one unit
+    assert math.isnan(none.p) and math.isnan(none.estimate.low)
+
+
+def test_a_warning_of_the_statistics_own_is_heard() -> None:
+    def loud(w: np.ndarray) -> np.ndarray:
+        warnings.warn("mine", stacklevel=1)
+        return w @ X / w.sum(-1)
+
+    with pytest.warns(UserWarning, match="mine"):
+        stats.bootstrap(loud, [60], resamples=10)
+
+
 def test_draws_and_seed_are_what_is_asked() -> None:
     few = stats.bootstrap(of_mean(X), [60], resamples=300, seed=5)
     assert few.estimate.method == "bootstrap, 300 draws, percentile" and few.estimate.seed == 5
@@ -110,7 +136,7 @@ def test_one_unit_has_no_interval() -> None:
         n = 1 if sample == 1 else 3
         found = stats.bootstrap(of_mean(X[:n]), [sample])
         assert math.isnan(found.estimate.low) and math.isnan(found.estimate.high) and math.isnan(found.p)
-        assert found.estimate.value == pytest.approx(X[:n].mean()) and found.at is None
+        assert found.estimate.value == pytest.approx(X[:n].mean()) and found.at is None and found.estimate.seed == 0
     assert math.isfinite(stats.bootstrap(of_mean(X[:2]), [2]).estimate.low)
 
 

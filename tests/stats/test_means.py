@@ -89,18 +89,19 @@ def test_the_sum_at_weights_is_that_of_the_sample_repeated_so_often() -> None:
     x, y = RNG.normal(size=5), RNG.normal(size=4)
     parts = _parts([x, y], [-1, 1], [first, second])
     assert parts.sizes == [5] and parts.value == pytest.approx(y.mean() - x.mean())
-    for weights in (np.array([[1.0, 1, 1, 1, 1], [2, 0, 1, 1, 1], [1, 2, 1, 0, 1]]),):
-        values, variances = parts.at([weights])
-        assert variances.shape == (1, 3)
-        for w, value, variance in zip(weights, values, variances[0], strict=True):
-            copies = [np.concatenate([np.repeat(part, int(w["abcde".index(label)])) for part, label in zip(z, labels, strict=True)])
-                      for z, labels in ((x[:, None], first), (y[:, None], second))]  # fmt: skip
-            assert value == pytest.approx(copies[1].mean() - copies[0].mean())
-            added = np.zeros(5)
-            for z, labels, sign, drawn in ((x, first, -1, copies[0]), (y, second, 1, copies[1])):
-                for each, label in zip(z, labels, strict=True):
-                    added["abcde".index(label)] += sign * (each - drawn.mean()) / len(drawn)
-            assert variance == pytest.approx(5 / 4 * float(w @ added**2))
+    weights = np.array([[1.0, 1, 1, 1, 1], [2, 0, 1, 1, 1], [1, 2, 1, 0, 1]])
+    values, variances = parts.at([weights])
+    assert variances.shape == (1, 3)
+    for w, value, variance in zip(weights, values, variances[0], strict=True):
+        copies = [
+            np.repeat(z, [int(w["abcde".index(label)]) for label in labels]) for z, labels in ((x, first), (y, second))
+        ]
+        assert value == pytest.approx(copies[1].mean() - copies[0].mean())
+        added = np.zeros(5)
+        for z, labels, sign, drawn in ((x, first, -1, copies[0]), (y, second, 1, copies[1])):
+            for each, label in zip(z, labels, strict=True):
+                added["abcde".index(label)] += sign * (each - drawn.mean()) / len(drawn)
+        assert variance == pytest.approx(5 / 4 * float(w @ added**2))
     assert parts.variances == pytest.approx(variances_at_one(parts))
 
 
@@ -186,12 +187,19 @@ def test_bounds_hold_the_values_and_are_in_order() -> None:
     for bounds in ((0, 0.9), (0.2, 1), (1, 0), (0.5, 0.5)):
         with pytest.raises(UsageError, match="do not lie in bounds"):
             stats.mean([0.1, 0.5, 1.0], bounds=bounds)
+    with pytest.raises(UsageError, match="do not lie in bounds"):
+        stats.mean([0.5, 0.5], bounds=(0.5, 0.5))
     assert stats.mean([0.1, 0.5, 1.0 + 1e-9], bounds=(0.1, 1)).value > 0.5  # rounding
     with pytest.raises(UsageError, match="do not lie in bounds"):
         stats.mean_over_units([0.1, 0.5, 1.2], [1, 2, 3], bounds=(0, 1))
 
 
 def test_one_unit_has_no_interval_and_one_answer_has() -> None:
+    for two in (stats.mean([1.0, 0.0], groups=["a", "b"]), stats.mean([1.0, 0.0, 0.0], groups=["a", "b", "b"])):
+        assert 0 <= two.low < two.high <= 1
+    assert math.isfinite(stats.mean_over_units([0.2, 0.4], [1, 2]).low)
+    coin = stats.mean([1.0, 0.0], groups=["a", "a"])
+    assert (coin.value, coin.n, coin.n_effective) == (0.5, 2, 2.0)
     alone = stats.mean([1.0])
     assert (alone.low, alone.high) == pytest.approx((0.025, 1.0))  # one answer of a coin
     for none in (
@@ -215,10 +223,17 @@ def test_each_seed_of_several_rows_counts_once() -> None:
     assert e.method == "Student's t over 4 units"
     within = stats.mean_over_units(x, units, bounds=(0, 1))
     assert within == stats.mean_over_units(means, [1, 2, 3, 4], bounds=(0, 1))
-    assert within.low > 0 and within.n == 4 and within.method.startswith("over 4 units, ")
+    assert within.low > 0 and within.n == within.n_effective == 4 and within.method.startswith("over 4 units, ")
     one = stats.mean_over_units([0.2, 0.4], ["a", "a"])
     assert one.value == pytest.approx(0.3) and math.isnan(one.low) and math.isnan(one.high)
     assert (one.n, one.n_effective, one.method) == (1, 1.0, "one unit, no interval")
+
+
+def test_a_rate_is_one_where_all_values_of_both_sides_are() -> None:
+    coin, other = np.array([0.0, 1.0, 1.0, 0.0]), np.array([0.5, 1.0, 0.0, 1.0])
+    for first, second in ((coin, other), (other, coin)):
+        for found in (stats.paired_difference(first, second), stats.difference(first, second)):
+            assert found.estimate.method == "Student's t"
 
 
 def test_the_seed_is_that_of_the_draws() -> None:

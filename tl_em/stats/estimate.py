@@ -88,7 +88,7 @@ class Estimate:
             >>> Estimate.band(range(101)).low, Estimate.band(range(101)).high
             (2.5, 97.5)
         """
-        x = np.asarray(list(values) if isinstance(values, range) else values, dtype=float)
+        x = np.asarray(values, dtype=float)
         low, high = middle_95(x)
         said = f"2.5-97.5 % band of {of}"
         return cls(float(x.mean()), float(low), float(high), len(x), float(len(x)), said, seed)

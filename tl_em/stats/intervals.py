@@ -81,10 +81,9 @@ def bootstrap(
 def _draw(statistic: Callable[..., np.ndarray], units: Units, *, seed: int, resamples: int) -> np.ndarray:
     """The bootstrap distribution, from scipy, with the drawn unit numbers turned into weights."""
 
-    def of_draw(*drawn: np.ndarray, axis: int = -1) -> np.ndarray:
-        counts = [as_counts(np.atleast_2d(d), size) for d, size in zip(drawn, units.strata, strict=True)]
-        values = statistic(*[counts[stratum][:, index] for stratum, index in units.members])
-        return values if drawn[0].ndim > 1 else values[0]
+    def of_draw(*drawn: np.ndarray, axis: int) -> np.ndarray:
+        counts = [as_counts(d, size) for d, size in zip(drawn, units.strata, strict=True)]
+        return statistic(*[counts[stratum][:, index] for stratum, index in units.members])
 
     with warnings.catch_warnings():  # of draws without a value, as if of an interval that is not used
         warnings.simplefilter("ignore", scipy_stats.DegenerateDataWarning)
@@ -116,7 +115,7 @@ def p_of_tail(share: float, units: int) -> float:
         units: drawn.
     """
     quantile = scipy_stats.norm.ppf(min(share, 0.5)) / math.sqrt(units / (units - 1))
-    return min(1.0, 2 * float(scipy_stats.t.cdf(quantile, units - 1)))
+    return 2 * float(scipy_stats.t.cdf(quantile, units - 1))
 
 
 def vector(values: ArrayLike) -> Float[np.ndarray, " prompt"]:

@@ -57,13 +57,14 @@ def mean(values: ArrayLike, *, groups: Groups | None = None, bounds: Bounds | No
     if bounds is None and not binary(x):
         return _contrast([x], [1], [groups], seed).estimate
     parts = _parts([x], [1], [groups])
-    _check_bounds(x, bounds)
+    limits = bounds or (0.0, 1.0)
+    _check_bounds(x, limits)
     units = parts.sizes[0]
     worth = len(x) if groups is None else len(x) / design_effect(x, groups)
     if units < 2 and len(x) > 1:
         return _none(float(x.mean()), len(x), worth)
     said = "" if units == len(x) else "question-clustered, "
-    found = bounded_mean(x, float(parts.variances[0]), units, bounds or (0.0, 1.0), worth=worth, method=said)
+    found = bounded_mean(x, float(parts.variances[0]), units, limits, worth=worth, method=said)
     if bounds is None or units < FEWEST or binary((x - bounds[0]) / (bounds[1] - bounds[0])):
         return found
     skewed = _contrast([x], [1], [groups], seed).estimate  # which the Beta's shape need not be
@@ -71,8 +72,8 @@ def mean(values: ArrayLike, *, groups: Groups | None = None, bounds: Bounds | No
     return replace(found, low=low, high=high, method=f"{found.method} and {skewed.method}", seed=seed)
 
 
-def _check_bounds(x: np.ndarray, bounds: Bounds | None) -> None:
-    low, high = bounds or (0.0, 1.0)
+def _check_bounds(x: np.ndarray, bounds: Bounds) -> None:
+    low, high = bounds
     if not low < high or x.min() < low - 1e-6 or x.max() > high + 1e-6:
         raise UsageError(
             f"values from {x.min():g} to {x.max():g} do not lie in bounds={bounds}, so an interval within them would "
@@ -187,7 +188,7 @@ class Parts(NamedTuple):
                 moved, scale = parts[:, :c] / parts[:, c:], 1 / parts[:, c:]
                 # sum_k w_k (sum_j (S_jk - moved_j N_jk) / N_j)^2
                 factors = np.concatenate([scale, -moved * scale], axis=1)
-                variances.append(k / max(k - 1, 1) * np.einsum("bi,bij,bj->b", factors, pairs, factors))
+                variances.append(k / (k - 1) * np.einsum("bi,bij,bj->b", factors, pairs, factors))
                 total = total + moved.sum(1)
         return total, np.array(variances)
 
