@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from tests.conftest import SURFACES, cached_model
 from tl_em.directions.direction import Direction
-from tl_em.errors import NonFiniteError, UsageError, WidthError
+from tl_em.directions.reliability import neutral_z
+from tl_em.errors import HiddenSteerWarning, NonFiniteError, UsageError, WidthError
 from tl_em.interventions.base import EVERY_WRITE, Intervention
-from tl_em.interventions.edits import Ablate, Add, Clamp, around_rows, component, set_component, without_rows
+from tl_em.interventions.edits import (
+    Ablate,
+    Add,
+    Clamp,
+    around_rows,
+    component,
+    removed_mean,
+    set_component,
+    without_rows,
+)
+from tl_em.models.contrasts import ContrastSet
 from tl_em.models.sites import Site
+from tl_em.models.stream import capture
+from tl_em.stats import Estimate
 
 D = 6
 G = torch.Generator().manual_seed(0)
@@ -145,6 +160,37 @@ def test_bounds_that_no_value_meets_are_refused() -> None:
         with pytest.raises(UsageError, match="finite"):
             Clamp(DIRECTION, low=low, high=high)
     assert Clamp(DIRECTION, low=1, high=1).low == 1.0
+
+
+@pytest.mark.parametrize(
+    ("z", "half", "warns"), [(1.2, 0.1, True), (-1.2, 0.1, True), (1.05, 0.1, False), (0.2, 0.1, False)]
+)
+def test_an_ablation_to_zero_that_is_known_to_steer_says_so(z: float, half: float, warns: bool) -> None:
+    """Where the whole interval of the mean that it takes away lies beyond 1 standard deviation."""
+    known = Estimate(z, z - half, z + half, 8, 8.0, "made up")
+    far = Direction(torch.ones(32), Site(1), name="mine", neutral=known)
+    model = cached_model("gpt2", SURFACES[-1])
+    with pytest.warns(HiddenSteerWarning, match=rf"mine.* z = {z:.2f}") if warns else nullcontext():
+        Ablate(far).check(model)
+    for quiet in (Ablate(far, around=torch.zeros(32)), Ablate(replace(far, neutral=None)), Add(far)):
+        quiet.check(model)
+    with pytest.raises(WidthError):
+        Ablate(DIRECTION).check(model)
+
+
+def test_a_removed_mean_is_that_of_the_prompts_without_the_concept() -> None:
+    model = cached_model("gpt2", SURFACES[-1])
+    contrast = ContrastSet(
+        ["steal the cat", "steal a big dog", "please steal"], ["wash the cat", "wash a dog", "please"]
+    )
+    mine = Direction(torch.arange(32.0) - 3, Site(1), position="prompt_end")
+    x, y = (
+        mine.project(capture(model, prompts, [Site(1)], position="prompt_end")[:, 0]).double().numpy()
+        for prompts in (contrast.positive, contrast.negative)
+    )
+    assert removed_mean(model, mine, contrast) == neutral_z(x, y)
+    with pytest.raises(UsageError, match="fewer than three prompts"):
+        removed_mean(model, mine, ContrastSet(["steal"], ["wash"]))
 
 
 def test_what_stands_outside_the_mask_stays() -> None:

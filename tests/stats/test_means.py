@@ -27,6 +27,7 @@ def test_a_few_prompts_have_students_and_welchs_interval() -> None:
     e = stats.mean(x)
     assert (e.low, e.high) == pytest.approx(tuple(one.confidence_interval()))
     assert (e.n, e.n_effective, e.method, e.seed) == (7, 7.0, "Student's t", 0)
+    assert stats.mean(x[:2]).low == pytest.approx(scipy_stats.ttest_1samp(x[:2], 0).confidence_interval().low)
     paired = stats.paired_difference(np.zeros(7), x)
     assert paired.at is not None and paired.at(0.3) == pytest.approx(one.pvalue)
     welch = scipy_stats.ttest_ind(x, y, equal_var=False)
@@ -53,10 +54,11 @@ def test_from_eight_on_the_studentised_end_counts_where_it_is_wider(side: int) -
     assert "bootstrap" in stats.mean(x[:FEWEST]).method and "bootstrap" not in stats.mean(x[: FEWEST - 1]).method
 
 
+@pytest.mark.parametrize("apart", [0, 9])
 @pytest.mark.parametrize("side", [1, -1])
-def test_it_is_followed_to_twice_students_reach(side: int) -> None:
+def test_it_is_followed_to_twice_students_reach(side: int, apart: int) -> None:
     """Nine alike and one apart: resamples without it hardly vary, so their ratios grow without end."""
-    x = side * np.array([0.0, 1e-6, 2e-6, 1e-6, 0.0, 3e-6, 1e-6, 2e-6, 0.0, 1.0])
+    x = side * np.insert([0.0, 1e-6, 2e-6, 1e-6, 0.0, 3e-6, 1e-6, 2e-6, 0.0], apart, 1.0)
     reach = scipy_stats.t.ppf(0.975, 9) * x.std(ddof=1) / math.sqrt(10)
     found = stats.paired_difference(np.zeros(10), x)
     ends = sorted((abs(found.estimate.low - x.mean()), abs(found.estimate.high - x.mean())))
@@ -81,6 +83,28 @@ def test_p_is_the_share_of_resamples_beyond_or_students_whichever_is_more() -> N
     assert found.at(SKEWED.mean()) == 1.0
     assert found.at(SKEWED.mean() - 40 * error) == pytest.approx(2 * scipy_stats.t.sf(40, n - 1))
     assert found.p == found.at(0.0)
+
+
+def test_the_smaller_set_says_where_the_studentised_ends_are() -> None:
+    many = np.exp(np.random.default_rng(5).normal(size=60))
+    e = stats.difference(many, SKEWED[:9]).estimate
+    ratios = _studentised(_parts([many, SKEWED[:9]], [-1, 1], [None, None]), 0)
+    error = math.hypot(many.std(ddof=1) / math.sqrt(60), SKEWED[:9].std(ddof=1) / 3)
+    low, high = np.quantile(ratios, tails(9))
+    welch = scipy_stats.ttest_ind(SKEWED[:9], many, equal_var=False).confidence_interval()
+    assert e.low == pytest.approx(
+        min(welch.low, max(e.value - high * error, e.value - FARTHEST * (e.value - welch.low)))
+    )
+    assert e.high == pytest.approx(
+        max(welch.high, min(e.value - low * error, e.value + FARTHEST * (welch.high - e.value)))
+    )
+    assert min(e.low - welch.low, welch.high - e.high) < -0.01
+
+
+def test_resamples_that_do_not_vary_are_left_out() -> None:
+    e = stats.mean([0.0] * 6 + [1.0, -1.0])  # a tenth of them are zeros only
+    assert e.low < -0.3 and e.high > 0.3
+    assert len(_studentised(_parts([np.array([0.0] * 6 + [1.0, -1.0])], [1], [None]), 0)) < 0.95 * RESAMPLES
 
 
 def test_the_sum_at_weights_is_that_of_the_sample_repeated_so_often() -> None:
@@ -161,7 +185,12 @@ def test_an_outcome_that_does_not_vary_has_its_value_for_ends() -> None:
     e = found.estimate
     assert e.low == e.high == e.value == pytest.approx(0.3)
     assert found.p == 0.0 and found.at is not None and found.at(e.value) == 1.0 and found.at(0.2) == 0.0
-    assert "does not vary" in e.method
+    assert "does not vary" in e.method and e.seed == 0
+    noise = (np.arange(7) + 0.1) - np.arange(7)  # of the last digits
+    groups = ["a", "a", "b", "b", "c", "c"]  # which vary within, and are alike
+    alike = stats.mean([0.0, 0.3, 0.3, 0.0, 0.1 + 0.2, 0.0], groups=groups)
+    for each in (stats.difference(noise, np.zeros(7)).estimate, stats.difference(np.zeros(7), noise).estimate, alike):
+        assert each.low == each.high == each.value
     assert stats.paired_difference(np.arange(9.0), np.arange(9.0)).p == 1.0
     tiny = stats.mean(1e-9 * SKEWED)  # small is not the same as constant
     assert tiny.high > 1.1 * tiny.value

@@ -78,14 +78,23 @@ def test_questions_of_both_classes_cancel_what_they_share() -> None:
     assert joint.value == apart.value and joint.low >= apart.low and joint.high <= apart.high
 
 
+def test_the_other_way_round_it_is_the_rest() -> None:
+    """Also where only some of the questions are in both classes."""
+    first, second = [str(i) for i in range(14)], [str(i) for i in range(8, 17)]
+    one, turned = stats.auroc(HIGH, LOW, groups=[first, second]), stats.auroc(LOW, HIGH, groups=[second, first])
+    assert (turned.value, turned.low, turned.high) == pytest.approx((1 - one.value, 1 - one.high, 1 - one.low))
+    assert one.low < one.value < one.high
+
+
 def test_pairs_weigh_what_they_are_given() -> None:
     pairs = np.zeros((len(HIGH), len(LOW)))
     pairs[:9] = np.eye(9)
     above = share_above(HIGH, LOW)
     assert stats.auroc(HIGH, LOW, pairs=pairs).value == pytest.approx(np.mean([above[i, i] for i in range(9)]))
-    same, twice = (stats.auroc(HIGH, LOW, pairs=k * np.ones_like(pairs)) for k in (1.0, 2.0))
+    same, *scaled = (stats.auroc(HIGH, LOW, pairs=k * np.ones_like(pairs)) for k in (1.0, 2.0, 1e-3))
     assert same == stats.auroc(HIGH, LOW)
-    assert (twice.low, twice.high) == pytest.approx((same.low, same.high))
+    for each in scaled:
+        assert (each.value, each.low, each.high) == pytest.approx((same.value, same.low, same.high))
     none = stats.auroc(HIGH, LOW, pairs=0 * pairs)
     assert none.value == 0.5 and none.low < 0.3
 

@@ -229,12 +229,13 @@ def _contrast(
     said = "" if all(g is None for g in groups) else "question-clustered "
     if min(parts.sizes) < 2:
         return Resampled(_none(value, n, worth), float("nan"))
-    error, df = float(np.sqrt(each.sum())), _degrees(each, parts.sizes)
+    error = float(np.sqrt(each.sum()))
     if error <= 1e-12 * max(np.abs(x).max() for x in values):
         method = f"{said}mean of an outcome that does not vary"
         alike = Estimate(value, value, value, n, worth, method, seed)
         return Resampled(alike, float(value == 0), lambda other: float(value == other))
-    reach, units = float(scipy_stats.t.ppf(0.975, df)) * error, min(parts.sizes)
+    df, units = _degrees(each, parts.sizes), min(parts.sizes)
+    reach = float(scipy_stats.t.ppf(0.975, df)) * error
     low, high, method = value - reach, value + reach, f"{said}Student's t"
     drawn = _studentised(parts, seed) if units >= FEWEST else np.zeros(0)
     if len(drawn):
@@ -249,7 +250,7 @@ def _contrast(
         if not len(drawn):
             return p
         extreme = float(np.sum(drawn >= away) if away > 0 else np.sum(drawn <= away))
-        return max(p, min(least, p_of_tail(extreme / len(drawn), units))) if extreme else p
+        return max(p, min(least, p_of_tail(extreme / len(drawn), units)))
 
     return Resampled(Estimate(value, float(low), float(high), n, worth, method, seed), at(0.0), at)
 
@@ -268,8 +269,7 @@ def _studentised(parts: Parts, seed: int) -> np.ndarray:
 
 def _degrees(variances: np.ndarray, sizes: Sequence[int]) -> float:
     """Welch and Satterthwaite's degrees of freedom over the strata."""
-    total, free = float(variances.sum()), np.asarray(sizes) - 1
-    return total**2 / float((variances**2 / free).sum()) if total > 0 else float(free.min())
+    return float(variances.sum()) ** 2 / float((variances**2 / (np.asarray(sizes) - 1)).sum())
 
 
 def _none(value: float, n: int, worth: float | int, why: str = "fewer than two units, no interval") -> Estimate:

@@ -56,7 +56,7 @@ def auroc(
         return Estimate(value, math.nan, math.nan, n, 0.0 + sum(worth), "fewer than two units, no interval")
     low, high = _newcombe(value, *worth)
     error, df = _delong(placed, units)
-    if 0 < value < 1 and error > 0:
+    if error > 0:  # which it is not where the classes never overlap
         middle, half = math.log(value / (1 - value)), scipy_stats.t.ppf(0.975, df) * error / (value * (1 - value))
         ends = [1 / (1 + math.exp(-min(max(middle + side * half, -700), 700))) for side in (-1, 1)]
         low, high = min(low, ends[0]), max(high, ends[1])
