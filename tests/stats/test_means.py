@@ -29,11 +29,11 @@ def test_a_few_prompts_have_students_and_welchs_interval() -> None:
     assert (e.n, e.n_effective, e.method, e.seed) == (7, 7.0, "Student's t", 0)
     assert stats.mean(x[:2]).low == pytest.approx(scipy_stats.ttest_1samp(x[:2], 0).confidence_interval().low)
     paired = stats.paired_difference(np.zeros(7), x)
-    assert paired.at is not None and paired.at(0.3) == pytest.approx(one.pvalue)
+    assert paired.at is not None and paired.at(0.3) == pytest.approx(one.pvalue) and paired.estimate.seed == 0
     welch = scipy_stats.ttest_ind(x, y, equal_var=False)
     found = stats.difference(y, x)
     assert (found.estimate.low, found.estimate.high) == pytest.approx(tuple(welch.confidence_interval()))
-    assert found.p == pytest.approx(welch.pvalue)
+    assert found.p == pytest.approx(welch.pvalue) and found.estimate.seed == 0
     assert found.estimate.value == pytest.approx(x.mean() - y.mean()) and found.estimate.n == 12
 
 
