@@ -104,7 +104,7 @@ def edits(node: ast.AST) -> Iterator[tuple[str, Edit]]:
             yield "condition", lambda n, value=value: put(n, "test", ast.Constant(value))
     elif isinstance(node, ast.comprehension) and node.ifs:
         yield "condition", lambda n: put(n, "ifs", [])
-    elif isinstance(node, ast.Return) and node.value is not None:
+    elif isinstance(node, ast.Return) and getattr(node.value, "value", ...) is not None:
         yield "return", lambda n: put(n, "value", ast.Constant(None))
     elif isinstance(node, ast.Call):
         if (called := _called(node)) in NAMES:
@@ -339,17 +339,16 @@ def read(out: Path) -> dict[tuple[str, str], dict[str, Any]]:
 def page(out: Path) -> str:
     """Tables by module and by kind of change, and every survivor with its reason."""
     known, reasons = read(out), json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
-    ran = [(m, known[m.file, m.key]) for file in TARGETS for m in mutants(file) if (m.file, m.key) in known]
+    every = [(m, known.get((m.file, m.key))) for file in TARGETS for m in mutants(file)]
+    ran = [(m, line) for m, line in every if line]
     text = []
     for title, of in (("module", lambda m: f"`{m.file}`"), ("change", lambda m: m.operator)):
-        text.append(f"| {title} | mutants | killed | share | survive |\n|---|---|---|---|---|")
-        groups: dict[str, list[bool]] = defaultdict(list)
-        for mutant, line in ran:
-            groups[of(mutant)].append(bool(line["by"]))
-        groups["all"] = [each for group in groups.values() for each in group]
-        for name, killed in groups.items():
-            alive = len(killed) - sum(killed)
-            text.append(f"| {name} | {len(killed)} | {sum(killed)} | {sum(killed) / len(killed):.1%} | {alive} |")
+        text.append(f"| {title} | mutants | run | killed | share of those run | survive |\n|---|---|---|---|---|---|")
+        groups: dict[str, list[Any]] = defaultdict(list)
+        for mutant, line in every:
+            groups[of(mutant)].append(line)
+        for name, lines in {**groups, "all": [line for _, line in every]}.items():
+            text.append(f"| {name} | {len(lines)} | {_killed([bool(line['by']) for line in lines if line])} |")
         text.append("")
     for file in TARGETS:
         alive = [mutant for mutant, line in ran if mutant.file == file and not line["by"]]
@@ -362,6 +361,11 @@ def page(out: Path) -> str:
             text.append(f"| {where}, {mutant.lines.start} | {shown} | {why} |")
         text.append("")
     return "\n".join(text).strip()
+
+
+def _killed(killed: Sequence[bool]) -> str:
+    hits, n = sum(killed), len(killed)
+    return f"{n} | {hits} | {f'{hits / n:.1%}' if n else ''} | {n - hits}"
 
 
 def write(place: Path, text: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -92,6 +92,15 @@ def test_rows_lose_their_component_or_get_the_centres(dtype: torch.dtype) -> Non
             close(rest(after[row], unit), rest(x[row], unit), min(dtype, torch.float32, key=_digits))
 
 
+def test_rows_in_double_precision_keep_their_digits() -> None:
+    x, axis = X.double() / 3, torch.eye(D)[torch.tensor([1, 0, 2, 2, 5])]
+    expected, zero = x.clone(), x.clone()
+    for row, k in enumerate((1, 0, 2, 2, 5)):
+        expected[row, :, k], zero[row, :, k] = float(CENTRES[Site(1)][k]), 0.0
+    close(around_rows(x, axis, CENTRES[Site(1)]), expected, torch.float64)
+    close(without_rows(x, axis), zero, torch.float64)
+
+
 def _digits(dtype: torch.dtype) -> int:
     return torch.finfo(dtype).bits
 
@@ -170,10 +179,14 @@ def test_an_ablation_to_zero_that_is_known_to_steer_says_so(z: float, half: floa
     known = Estimate(z, z - half, z + half, 8, 8.0, "made up")
     far = Direction(torch.ones(32), Site(1), name="mine", neutral=known)
     model = cached_model("gpt2", SURFACES[-1])
-    with pytest.warns(HiddenSteerWarning, match=rf"mine.* z = {z:.2f}") if warns else nullcontext():
-        Ablate(far).check(model)
-    for quiet in (Ablate(far, around=torch.zeros(32)), Ablate(replace(far, neutral=None)), Add(far)):
-        quiet.check(model)
+    if warns:
+        with pytest.warns(HiddenSteerWarning, match=rf"mine.* z = {z:.2f}"):
+            Ablate(far).check(model)
+    silent = [Ablate(far, around=torch.zeros(32)), Ablate(replace(far, neutral=None)), Add(far)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", HiddenSteerWarning)
+        for edit in silent if warns else [*silent, Ablate(far)]:
+            edit.check(model)
     with pytest.raises(WidthError):
         Ablate(DIRECTION).check(model)
 
@@ -191,6 +204,12 @@ def test_a_removed_mean_is_that_of_the_prompts_without_the_concept() -> None:
     assert removed_mean(model, mine, contrast) == neutral_z(x, y)
     with pytest.raises(UsageError, match="fewer than three prompts"):
         removed_mean(model, mine, ContrastSet(["steal"], ["wash"]))
+
+
+def test_a_direction_is_wanted() -> None:
+    for make in (Ablate, Add, lambda given: Clamp(given, low=0.0)):
+        with pytest.raises(UsageError, match="direction"):
+            make("persona")
 
 
 def test_what_stands_outside_the_mask_stays() -> None:
