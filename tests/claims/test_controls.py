@@ -115,6 +115,7 @@ def test_as_many_as_there_are_and_no_more() -> None:
     dictionary, density = latents(12)
     assert matched_sets(dictionary, [0, 1], density, count=8).shape == (8, 2)
     assert matched_sets(dictionary, [0, 1], density, count=1, without=[2]).shape == (1, 2)
+    assert any(1 in matched_sets(dictionary, [0], density, count=10, seed=seed) for seed in range(4))
     for count, without in ((9, []), (8, [5]), (0, [])):
         with pytest.raises(UsageError, match=f"cannot give {count} placebos of 2"):
             matched_sets(dictionary, [0, 1], density, count=count, without=without)
