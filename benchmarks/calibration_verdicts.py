@@ -70,9 +70,10 @@ class Row:
 
 def rows() -> list[Row]:
     """Every scenario, in the order of the table."""
+    from calibration_fine_tunes import rows as of_fine_tunes
     from calibration_selection import rows as of_selection
 
-    return [*_changes(), *_many(), *_use(), *_entangled(), *of_selection()]
+    return [*_changes(), *_many(), *_use(), *_entangled(), *of_selection(), *of_fine_tunes()]
 
 
 @dataclass(frozen=True)
@@ -171,12 +172,12 @@ def cases(
     benign: float | None = None, directions: int = 2,
 ) -> list[Case]:  # fmt: skip
     """What is asked about a pair: one case a direction, on prompts of its own; drifts are the model's, in gaps."""
-    moved = _away(rng, world, drift, of)
-    harmless = None if benign is None else _away(rng, world, benign, of)
+    moved = away(rng, world, drift, of)
+    harmless = None if benign is None else away(rng, world, benign, of)
     return [_case(rng, seed, world, plant, moved, harmless, f"direction {i}") for i in range(directions)]
 
 
-def _away(rng: np.random.Generator, world: World, size: float, of: str) -> np.ndarray:
+def away(rng: np.random.Generator, world: World, size: float, of: str) -> np.ndarray:
     """A random shift of so many gaps: uniform on the sphere, of the spectrum's covariance, or where nothing varies."""
     v = rng.standard_normal(WIDTH)
     if of != "sphere":
@@ -203,7 +204,7 @@ def _case(
     contrast = ContrastSet(texts[0], texts[1], positive_groups=world.groups(0), negative_groups=world.groups(10_000))
     return Case(
         name, Direction(torch.from_numpy(extracted).float(), Site(1)), contrast, pair=NOBODY,
-        base=Reading(*base), tuned=tune(plant, moved), benign=None if harmless is None else tune(nothing, harmless),
+        base=Reading(*base), tuned=tune(plant, moved), benign=() if harmless is None else (tune(nothing, harmless),),
         n_controls=max(199, 20 * 20), seed=seed,
     )  # fmt: skip
 
