@@ -89,7 +89,8 @@ def demo(out: Path, seed: int, as_json: bool) -> None:
     _print(report, out, as_json)
 
 
-benign_option = click.option("--benign", help="A fine-tune of the same base on harmless data.")
+benign_option = click.option("--benign", multiple=True, metavar="MODEL",
+                             help="A fine-tune of the same base on harmless data; repeatable, three or more are best.")  # fmt: skip
 ASKED = (
     click.option("--contrast", "contrasts", multiple=True, metavar="NAME=FILE",
                  help="A contrast set: a saved one, rows with prompt and label (CSV, TSV, JSON, JSONL), CAA's, "
@@ -146,8 +147,8 @@ def _asked(contrasts: tuple[str, ...], behaviour: str, **given: Any) -> dict[str
 @seeded
 @as_json_too
 def audit_command(
-    base: str, tuned: str, benign: str | None, replicates: tuple[str, ...], dictionary: Path | None, out: Path | None,
-    as_json: bool, **asked: Any,
+    base: str, tuned: str, benign: tuple[str, ...], replicates: tuple[str, ...], dictionary: Path | None,
+    out: Path | None, as_json: bool, **asked: Any,
 ) -> None:  # fmt: skip
     """Audit TUNED against BASE: organisms (toy/...), local Hugging Face directories, or hub ids."""
     from tl_em.artefacts import check_writable
@@ -159,7 +160,7 @@ def audit_command(
         check_writable(out / "report.html")
     given = _asked(**asked)
     report = audit(
-        load_pair(base, tuned), benign=None if benign is None else load_pair(base, benign),
+        load_pair(base, tuned), benign=[load_pair(base, each) for each in benign],
         replicates=[load_pair(base, each) for each in replicates],
         dictionary=None if dictionary is None else load_dictionary(dictionary), out=out, **given,
     )  # fmt: skip
@@ -199,7 +200,7 @@ def plan_command(
 @seeded
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def calibrate_command(
-    base: str, tuned: str, benign: str | None, draws: int, out: Path | None, as_json: bool, **asked: Any
+    base: str, tuned: str, benign: tuple[str, ...], draws: int, out: Path | None, as_json: bool, **asked: Any
 ) -> None:
     """How often 'tl-em audit' with these options gives a false word, and what it would have found."""
     from tl_em.artefacts import check_writable, replacing
@@ -214,7 +215,7 @@ def calibrate_command(
     n = len(given["contrasts"] or pair.contrasts or ()) or 2
     cost = f"{n} directions, {draws} draws: the models are read once, then about {n * draws / 180:.0f} CPU-minutes"
     click.echo(f"{cost}; random directions for 'use' come on top.", err=True)
-    found = calibration(pair, benign=None if benign is None else load_pair(base, benign), draws=draws, **given)
+    found = calibration(pair, benign=[load_pair(base, each) for each in benign], draws=draws, **given)
     if out is not None:
         with replacing(out) as temporary:
             temporary.write_text(json_shown(found.to_json(), indent=1), encoding="utf-8")

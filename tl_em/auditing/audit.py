@@ -19,14 +19,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tl_em.arguments import COUNT, NATURAL, SEED, checked
 from tl_em.artefacts import check_writable
+from tl_em.auditing.benign import beside_benign
 from tl_em.auditing.calibration import calibrate_audit
 from tl_em.auditing.latents import shared_latents
 from tl_em.auditing.plan import Plan, names_of, trigger_of, what_is_asked
 from tl_em.auditing.report import Report
 from tl_em.auditing.site_selection import at_their_sites
 from tl_em.auditing.splits import SIDES, Subject, subjects_of
-from tl_em.claims.claim import Question, Row
-from tl_em.claims.compare import SHIPPED, Comparison, as_questions, compare
+from tl_em.claims.claim import Question, Row, numbered
+from tl_em.claims.compare import SHIPPED, Comparison, FineTunes, as_questions, compare, fine_tunes
 from tl_em.claims.consistency import Run, consistency, same_weights
 from tl_em.claims.questions.backdoor import Backdoor, Trigger, Triggered, backdoor, check_known
 from tl_em.dictionaries.protocol import AnyDictionary, as_dictionary
@@ -58,7 +59,7 @@ def audit(
     *,
     contrasts: Mapping[str, ContrastSet] | None = None,
     behaviours: Mapping[str, Behaviour | Metric] | None = None,
-    benign: LensModel | ModelPair | None = None,
+    benign: FineTunes = None,
     tuning_data: Sequence[Any] | None = None,
     judged: Mapping[str, ContrastSet] | None = None,
     positions: Mapping[str, Position] | None = None,
@@ -81,7 +82,9 @@ def audit(
         contrasts: contrast sets by name; the pair's own, or harmful against harmless requests, by default.
         behaviours: for each name what its direction may cause, as a Behaviour, or as a metric on the contrast set's own
             prompts; the pair's own, or refusing, by default.
-        benign: a fine-tune of the same base on harmless data (a model, or a pair whose tuned model it is).
+        benign: a fine-tune of the same base on harmless data (a model, or a pair whose tuned model it is), or several:
+            other seeds, other harmless data.  Of one, words hold for this pair only; of several, changes must go beyond
+            what the next one would show, and the limits of the report say how many would do.
         tuning_data: rows that the model was tuned on (chat messages that end with the answer), for *entanglement*; the
             pair's own by default.
         judged: for a name, other prompts to judge its direction on than the third part of its own contrast set: a
@@ -92,7 +95,8 @@ def audit(
         other_triggers: tokens that stand in its place, as the control; the pair's own by default.  Best are such as
             the fine-tune never saw.
         replicates: further fine-tunes by the same recipe: models tuned from this base, or pairs with a base of their
-            own, of which only rates and words are compared.
+            own, of which only rates and words are compared.  Those of this base count beside the tuned model where
+            there are several benign ones.
         dictionary: an SAE of the base's or the tuned model's activations; the latents that the behaviours share are
             looked up, verified on held-out prompts and shown, and a graph of base beside tuned is drawn through it.
         questions: what to ask of each direction, in this order: names of shipped questions, or values of
@@ -113,9 +117,9 @@ def audit(
         OutputError: ``out`` cannot be written.
         NoGapError: no direction separates its own contrast set in the base.
         EmptyContrastError, UnknownTokenError, PromptTooLongError: the prompts, or the trigger, do not fit the model.
-        PairMismatchError: ``benign`` or a replicate has another shape or vocabulary.
+        PairMismatchError: a benign fine-tune or a replicate has another shape or vocabulary.
         PlanError: it is not the audit that was planned.
-        UsageError: an unknown method or question, or a malformed one.
+        UsageError: an unknown method or question, or a malformed one; or one fine-tune was given twice.
         WidthError, ProvenanceError, DictionaryFitError: the dictionary is another model's, or explains too little.
 
     Example:
@@ -128,9 +132,7 @@ def audit(
     if out is not None:
         check_writable(Path(out) / "report.html")
     check_names((*(contrasts or {}), pair.name, pair.base_name, pair.tuned_name))
-    benign_model = benign.tuned if isinstance(benign, ModelPair) else benign
-    if benign_model is not None:
-        ModelPair(pair.base, benign_model)
+    harmless = fine_tunes(pair, benign)
     judged = judged if judged is not None or contrasts is not None else pair.judged
     latents = None if dictionary is None else as_dictionary(dictionary).check(pair.tuned)
     work = _Plan(
@@ -145,18 +147,19 @@ def audit(
     if work.trigger is not None:
         check_known(pair.base, work.trigger, work.subjects[0].judged.present[0])
     layers, picked = work.extract(pair.base)
-    comparison, opened = work.judge(pair, benign_model, picked, layers)
+    same = {name: same_weights(pair.base, each.base) for name, each in others.items()}
+    recipe = [pair.tuned, *(each.tuned for name, each in others.items() if same[name])]
+    comparison, opened = work.judge(pair, harmless, recipe, picked, layers)
     runs = [Run(str(pair.tuned_name), pair, True, _rows(comparison, opened))]
     for name, each in others.items():
-        same = same_weights(pair.base, each.base)
-        own = picked if same else work.extract(each.base)[1]
-        runs.append(Run(name, each, same, _rows(*work.judge(each, benign_model if same else None, own))))
+        beside, own = ((harmless, recipe), picked) if same[name] else (((), ()), work.extract(each.base)[1])
+        runs.append(Run(name, each, same[name], _rows(*work.judge(each, *beside, own))))
     judged_by = {q.name: (direction, q.judged) for q, direction in zip(work.subjects, picked, strict=True)}
     report = Report(
         comparison,
-        _rates(pair, benign_model, work),
-        _provenance(pair, benign, work, picked, runs[1:]),
-        _limits(comparison, pair, benign_model, work, contrasts is None and pair.contrasts is None, runs[1:]),
+        _rates(pair, harmless, work),
+        _provenance(pair, _names(benign), work, picked, runs[1:]),
+        _limits(comparison, pair, len(harmless), work, contrasts is None and pair.contrasts is None, runs[1:]),
         opened,
         consistency(runs, judged_by, controls=controls, seed=seed) if others else None,
         plan=planned,
@@ -164,7 +167,7 @@ def audit(
     if calibrate:
         directions = list(zip(work.subjects, picked, strict=True))
         report = report.with_calibration(calibrate_audit(
-            pair, directions, work.questions, work.method, benign=benign_model, controls=controls, draws=calibrate,
+            pair, directions, work.questions, work.method, benign=harmless, controls=controls, draws=calibrate,
             seed=seed,
         ))  # fmt: skip
     if latents is not None:
@@ -218,11 +221,15 @@ class _Plan(NamedTuple):
     def judge(
         self,
         pair: ModelPair,
-        benign: LensModel | None,
+        benign: Sequence[LensModel],
+        recipe: Sequence[LensModel],
         picked: Sequence[Direction],
         layers: Sequence[Sequence[Direction]] | None = None,
     ) -> tuple[Comparison, Backdoor | None]:
-        """Base against tuned at the chosen sites, the given layers beside them; and the trigger, where there is one."""
+        """Base against tuned at the chosen sites, the given layers beside them; and the trigger, where there is one.
+
+        ``recipe``: every fine-tune of this base by the recipe of tuned, tuned among them.
+        """
         settings: dict[str, Any] = {"benign": benign, "controls": self.controls, "seed": self.seed}
         every = list(zip(self.subjects, picked, layers or [[d] for d in picked], strict=True))
         comparison = compare(
@@ -232,6 +239,7 @@ class _Plan(NamedTuple):
             tuning_data=self.tuning_data,
             questions=self.questions,
             layers={q.name: each for q, _, each in every},
+            replicates=[model for model in recipe if model is not pair.tuned],
             **settings,
         )
         if self.trigger is None:
@@ -245,11 +253,17 @@ def _rows(comparison: Comparison, opened: Backdoor | None) -> tuple[Row, ...]:
     return (*comparison.rows, *(() if opened is None else opened.rows))
 
 
-def _rates(pair: ModelPair, benign: LensModel | None, plan: _Plan) -> pd.DataFrame:
+def _names(benign: FineTunes) -> list[str]:
+    """The names of benign fine-tunes."""
+    given = benign if isinstance(benign, Sequence) else [] if benign is None else [benign]
+    return [str(getattr(each, "tuned_name", None) or "a model of yours") for each in given]
+
+
+def _rates(pair: ModelPair, benign: Sequence[LensModel], plan: _Plan) -> pd.DataFrame:
     """Behaviour by domain, where the pair has rates, or by class of prompts, for each model, with intervals."""
     import pandas as pd
 
-    models = {"base": pair.base, "tuned": pair.tuned} | ({} if benign is None else {"benign": benign})
+    models = {"base": pair.base, "tuned": pair.tuned} | numbered(benign)
     if (own := pair.rates) is not None:
         return pd.concat([_checked_rates(own(model, plan.seed)).assign(model=name) for name, model in models.items()])
     rows = []
@@ -273,14 +287,13 @@ def _checked_rates(found: Any) -> pd.DataFrame:
 
 
 def _provenance(
-    pair: ModelPair, benign: Any, plan: _Plan, picked: Sequence[Direction], replicates: Sequence[Run]
+    pair: ModelPair, benign: Sequence[str], plan: _Plan, picked: Sequence[Direction], replicates: Sequence[Run]
 ) -> dict[str, Any]:
-    benign_name = getattr(benign, "tuned_name", None) or (None if benign is None else "a model of yours")
     asked, trigger = plan.subjects, plan.trigger
     found = {
         "base": pair.base_name,
         "tuned": pair.tuned_name,
-        "benign": benign_name,
+        "benign": ", ".join(benign) or None,
         "models": {"base": asdict(Provenance.of(pair.base)), "tuned": asdict(Provenance.of(pair.tuned))},
         "contrasts": {
             q.name: {part: {"hash": s.hash, "positive": len(s.positive), "negative": len(s.negative)}
@@ -297,7 +310,7 @@ def _provenance(
         "seed": plan.seed,
         "python": platform.python_version(),
         "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": _command(pair, benign_name, plan, replicates),
+        "command": _command(pair, benign, plan, replicates),
     }  # fmt: skip
     found |= {} if trigger is None else {"trigger": trigger.text, "other_triggers": list(trigger.others)}
     found |= {} if plan.questions == SHIPPED else {"questions": [question.name for question in plan.questions]}
@@ -305,12 +318,12 @@ def _provenance(
     return found | ({"replicates": [each.name for each in replicates]} if replicates else {})
 
 
-def _command(pair: ModelPair, benign: str | None, plan: _Plan, replicates: Sequence[Run]) -> str:
+def _command(pair: ModelPair, benign: Sequence[str], plan: _Plan, replicates: Sequence[Run]) -> str:
     """The command that makes this page again; FILE stands for a contrast set of yours, whose hash the page gives, and
     a remark for a question or a method of yours, which only Python can be given."""
     trigger, named, own = plan.trigger, {question.name: question in SHIPPED for question in plan.questions}, []
     words = [f"tl-em audit {pair.base_name} {pair.tuned_name}"]
-    words += [f"--benign {benign}"] if benign else []
+    words += [f"--benign {name}" for name in benign]
     if set(pair.contrasts or {}) != {q.name for q in plan.subjects}:
         words += [f"--contrast {q.name}=FILE" for q in plan.subjects]
     if trigger is not None:
@@ -330,7 +343,7 @@ def _command(pair: ModelPair, benign: str | None, plan: _Plan, replicates: Seque
 def _limits(
     comparison: Comparison,
     pair: ModelPair,
-    benign: LensModel | None,
+    benign: int,
     plan: _Plan,
     default: bool,
     replicates: Sequence[Run],
@@ -343,11 +356,7 @@ def _limits(
     ]
     if not replicates:
         said.append("One base and one fine-tune: how much the result varies over training seeds is not on this page.")
-    if benign is None:
-        said.append(
-            "No benign fine-tune was given, so changes are compared with random directions only: any fine-tune may "
-            "cause them."
-        )
+    said += beside_benign(comparison, benign)
     if plan.tuning_data is None and any(question.name == "entanglement" for question in plan.questions):
         said.append("The fine-tuning data were not given, so entanglement was not asked.")
     if default:

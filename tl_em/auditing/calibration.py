@@ -12,7 +12,7 @@ from tl_em.auditing.site_selection import at_their_sites
 from tl_em.auditing.splits import Subject, subjects_of
 from tl_em.claims.calibration import AT_RANDOM, Calibration, Known, Words, any_word, calibrated, frozen, tabled
 from tl_em.claims.claim import Case, Question, readings
-from tl_em.claims.compare import as_questions, cases, check_directions
+from tl_em.claims.compare import FineTunes, as_questions, cases, check_directions, fine_tunes
 from tl_em.claims.questions.use import Use
 from tl_em.directions.direction import Direction
 from tl_em.directions.methods import as_method
@@ -20,7 +20,6 @@ from tl_em.directions.methods.base import Method
 from tl_em.errors import NoGapError
 from tl_em.metrics import Behaviour, Metric
 from tl_em.models.contrasts import ContrastSet
-from tl_em.models.hooks import LensModel
 from tl_em.models.loading import ModelPair
 from tl_em.models.sites import Position
 from tl_em.models.torch_state import in_plain_torch
@@ -37,7 +36,7 @@ def calibration(
     *,
     contrasts: Mapping[str, ContrastSet] | None = None,
     behaviours: Mapping[str, Behaviour | Metric] | None = None,
-    benign: LensModel | ModelPair | None = None,
+    benign: FineTunes = None,
     judged: Mapping[str, ContrastSet] | None = None,
     positions: Mapping[str, Position] | None = None,
     questions: Sequence[Any] | None = None,
@@ -77,9 +76,8 @@ def calibration(
     subjects = subjects_of(pair, contrasts, behaviours, judged or {}, positions, seed)
     way, asked = as_method("method", method), as_questions(questions)
     picked = at_their_sites(pair.base, subjects, way)[1]
-    beside = benign.tuned if isinstance(benign, ModelPair) else benign
     return calibrate_audit(
-        pair, list(zip(subjects, picked, strict=True)), asked, way, benign=beside, controls=controls, draws=draws,
+        pair, list(zip(subjects, picked, strict=True)), asked, way, benign=fine_tunes(pair, benign), controls=controls, draws=draws,
         seed=seed, workers=workers,
     )  # fmt: skip
 
@@ -123,7 +121,8 @@ def _known(
     for subject, direction in tqdm(directions, desc="reading", unit="direction", disable=None):
         parts = subject.splits
         case = next(iter(cases(
-            direction, (), parts.test, name=subject.name, behaviour=subject.judged, pair=pair, benign_model=benign,
+            direction, (), parts.test, name=subject.name, behaviour=subject.judged, pair=pair, benign_models=benign,
+            replicate_models=(),
             n_controls=controls, seed=seed,
         )))  # fmt: skip
         try:

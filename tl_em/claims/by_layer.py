@@ -10,17 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from tl_em.claims.claim import Case, Reading, Statistic, weighted
+from tl_em.claims.claim import Case, Reading, Statistic, numbered, weighted
 from tl_em.claims.questions.rotation import cosine_of_gaps
 from tl_em.stats import Estimate
 
 
 def layer_rows(case: Case) -> list[dict[str, Any]]:
     """Rows of ``Comparison.by_layer`` for one direction at one site."""
-    models, rows = {"base": case.base, "tuned": case.tuned, "benign": case.benign}, []
+    models, rows = {"base": case.base, "tuned": case.tuned} | numbered(case.benign), []
     head = {"direction": case.name, "layer": case.site.layer, "stream": case.site.stream}
     for name, reading in models.items():
-        for quantity, (statistic, null) in ({} if reading is None else _quantities(case, name, reading)).items():
+        for quantity, (statistic, null) in _quantities(case, name, reading).items():
             e = case.bootstrap(statistic, resamples=300).estimate
             band = Estimate.band([float("nan")] if null is None or name == "base" else null)
             rows.append(

@@ -271,8 +271,8 @@ def _relabelled(known: Known, method: Method, rng: np.random.Generator) -> Case 
         both = (torch.from_numpy(x[:, None]) for x in (reading.positive, reading.negative))
         vector = fitted(method, next(both), next(both), [case.site])[0]
     order = _shuffled(case.contrast, rng)
-    readings = {name: None if (own := getattr(case, name)) is None else _dealt(own, order)
-                for name in ("base", "tuned", "benign")}  # fmt: skip
+    readings: dict[str, Any] = {name: _dealt(getattr(case, name), order) for name in ("base", "tuned")}
+    readings |= {name: tuple(_dealt(own, order) for own in getattr(case, name)) for name in ("benign", "replicates")}
     direction = replace(case.direction, vector=torch.from_numpy(vector).float())
     made = replace(case, direction=direction, contrast=_dealt_prompts(case.contrast, order), **readings)
     try:
@@ -326,15 +326,17 @@ def _dealt_prompts(contrast: ContrastSet, order: Order) -> ContrastSet:
 
 
 def benign_in_place(cases: Sequence[Case], questions: Sequence[Question]) -> Words:
-    """Whether the benign fine-tune gets a word in the tuned one's place, with nothing beside it."""
-    placed = [
-        replace(_without_models(case), tuned=case.benign, benign=None) for case in cases if case.benign is not None
-    ]
-    if not placed:
-        return {}
+    """Whether each benign fine-tune gets a word in the tuned one's place, with the other benign ones beside it."""
+    found: Words = {}
     with frozen():
-        found = any_word(BENIGN, questions, [f for case in placed for f in _measured(questions, case)])
-        return {outcome: [word] for outcome, word in found}
+        for i in range(len(cases[0].benign) if cases else 0):
+            placed = [
+                replace(_without_models(case), tuned=case.benign[i], benign=(*case.benign[:i], *case.benign[i + 1 :]))
+                for case in cases
+            ]
+            for outcome, word in any_word(BENIGN, questions, [f for case in placed for f in _measured(questions, case)]):
+                found.setdefault(outcome, []).append(word)
+    return found
 
 
 @contextmanager
@@ -366,7 +368,10 @@ class _Unread:
 
 def _without_models(case: Case) -> Case:
     unread: Any = _Unread()
-    return replace(case, pair=unread, benign_model=None, behaviour=None, tuning_data=None, own_answers=unread)
+    return replace(
+        case, pair=unread, benign_models=(), replicate_models=(), replicates=(), behaviour=None, tuning_data=None,
+        own_answers=unread,
+    )  # fmt: skip
 
 
 def _unread(question: Question, case: Case) -> str:

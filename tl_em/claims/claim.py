@@ -5,7 +5,8 @@ that measures it on one direction.  Nothing else knows them: page, JSON, command
 ``claims.rule`` judges what it finds.
 
     own gap      g = mean p_base - mean n_base,   p, n the projections of both classes on the base's unit direction
-    change       (q_tuned - q_base) / g  of a quantity q of the projections; beyond benign: (q_tuned - q_benign) / g
+    change       (q_tuned - q_base) / g  of a quantity q of the projections; beyond benign: (q_tuned - q_benign) / g,
+                 of several fine-tunes on either side their means (``stats.prediction``)
 
 **Controls.** A finding does not exist without the same effect under controls: ``Case.along_random`` reads a shift along
 random directions of the base's pooled within-class covariance and along such of the whole space, and the larger p
@@ -21,7 +22,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ from tl_em.models.loading import ModelPair
 from tl_em.models.sites import Position, Site
 from tl_em.models.stream import capture
 from tl_em.showing import check_names
-from tl_em.stats import Estimate, Groups, Resampled, bootstrap
+from tl_em.stats import Estimate, Groups, Prediction, Resampled, beyond_next, bootstrap
 
 Weights = Float[np.ndarray, "resample prompt"]
 Statistic = Callable[[Weights, Weights], np.ndarray]
@@ -158,6 +159,11 @@ class Reading:
         return self.gap(v, w) / np.sqrt(np.maximum(pooled, 1e-24))
 
 
+def numbered(benign: Sequence[Any]) -> dict[str, Any]:
+    """Benign fine-tunes by what they are called: *benign*, *benign 2*, …"""
+    return {"benign" if i == 1 else f"benign {i}": each for i, each in enumerate(benign, 1)}
+
+
 def weighted(weights: Weights, x: Float[np.ndarray, "prompt *axes"]) -> Float[np.ndarray, "resample *axes"]:
     """Weighted mean over prompts, for every draw of weights."""
     total = weights.sum(-1)
@@ -192,8 +198,9 @@ class Case:
         direction: the base's direction; ``site`` and ``unit`` are its site and its unit vector.
         contrast: the prompts that it is judged on: it was neither extracted nor selected on them.
         pair: the base and the tuned model.
-        base, tuned, benign: activations of both classes at the site, float64; ``benign`` is None without such a model.
-        benign_model: a fine-tune of the same base on harmless data.
+        base, tuned: activations of both classes at the site, float64.
+        benign, replicates: the same of each benign fine-tune, and of each further one by the recipe of ``tuned``.
+        benign_models, replicate_models: these models.
         n_controls: how many controls each test has.
         seed: of all resampling and controls.
         behaviour: what the direction may cause.
@@ -219,8 +226,10 @@ class Case:
     pair: ModelPair | Any  # or what refuses to be run: claims.calibration
     base: Reading
     tuned: Reading
-    benign: Reading | None = None
-    benign_model: LensModel | None = None
+    benign: tuple[Reading, ...] = ()
+    replicates: tuple[Reading, ...] = ()
+    benign_models: tuple[LensModel, ...] = ()
+    replicate_models: tuple[LensModel, ...] = ()
     n_controls: int = 999
     seed: int = 0
     behaviour: Behaviour | None = None
@@ -318,27 +327,58 @@ class Case:
         reached = np.cumsum(weight[order])
         return float(ratio[order][np.searchsorted(reached, reached[-1] / 2)])
 
+    @cached_property
+    def farther(self) -> float:
+        """How much farther tuned moved the means than benign fine-tunes did, off the direction; 1 where it did not."""
+
+        def size(readings: Sequence[Reading]) -> float:
+            moved = [np.stack([x.positive.mean(0) - self.base.positive.mean(0),
+                               x.negative.mean(0) - self.base.negative.mean(0)]) for x in readings]  # fmt: skip
+            off = np.stack(moved) - (np.stack(moved) @ self.unit)[..., None] * self.unit
+            return float(np.sqrt((off**2).sum((1, 2)).mean()))
+
+        return max(1.0, size((self.tuned, *self.replicates)) / max(size(self.benign), 1e-300))
+
+    def beyond_benign(
+        self, quantity: Callable[[Reading], Statistic], *, per: Statistic | None = None, resamples: int = 2000
+    ) -> Resampled | Prediction | None:
+        """How far a quantity of the tuned model goes beyond the benign fine-tune, or the next of several.
+
+        Args:
+            quantity: of the activations of one model the statistic that is resampled.
+            per: what it is divided by.
+            resamples: number of draws.
+        """
+        if not self.benign:
+            return None
+        own, benign = ([quantity(each) for each in side] for side in ((self.tuned, *self.replicates), self.benign))
+        settings = {"seed": self.seed, "resamples": resamples, "farther": self.farther}
+        return beyond_next(own, benign, samples(self.contrast), per=per, **settings)
+
     def changed(
         self, quantity: Callable[[Reading, Weights, Weights], np.ndarray]
-    ) -> tuple[Resampled, Resampled | None]:
-        """The change of a quantity of the projections from base to tuned, and from benign to tuned, in own gaps.
+    ) -> tuple[Resampled, Resampled | Prediction | None]:
+        """The change of a quantity of the projections from base to tuned, and beyond benign fine-tunes, in own gaps.
 
         Args:
             quantity: called with the projections of one model and the weights of both classes; returns [resample].
 
         Returns:
-            The change, and what of it goes beyond the benign fine-tune, where there is one.
+            The change, and what of it goes beyond the benign fine-tune, where there is one, or the next of several.
         """
-        return self._beyond(quantity, self.base), self.benign and self._beyond(quantity, self.benign)
+        beyond = self.beyond_benign(
+            lambda reading: partial(quantity, reading.project(self.unit)), per=self.base.project(self.unit).gap
+        )
+        return self._changed(quantity), beyond
 
     def unscaled(self, quantity: Callable[[Reading, Weights, Weights], np.ndarray]) -> Resampled:
         """The change from base to a tuned model whose stream is divided by :attr:`growth`, in own gaps."""
-        return self._beyond(quantity, self.base, 1 / self.growth)
+        return self._changed(quantity, 1 / self.growth)
 
-    def _beyond(self, quantity: Callable[..., np.ndarray], other: Reading, factor: float = 1.0) -> Resampled:
-        base, tuned, beside = (reading.project(self.unit) for reading in (self.base, self.tuned, other))
+    def _changed(self, quantity: Callable[..., np.ndarray], factor: float = 1.0) -> Resampled:
+        base, tuned = self.base.project(self.unit), self.tuned.project(self.unit)
         tuned = Reading(factor * tuned.positive, factor * tuned.negative)
-        return self.bootstrap(lambda v, w: (quantity(tuned, v, w) - quantity(beside, v, w)) / base.gap(v, w))
+        return self.bootstrap(lambda v, w: (quantity(tuned, v, w) - quantity(base, v, w)) / base.gap(v, w))
 
     def finding(
         self,
@@ -349,7 +389,7 @@ class Case:
         control: str = RANDOM,
         unit: str = "",
         smallest: float | None = None,
-        benign: Resampled | Estimate | None = None,
+        benign: Resampled | Prediction | Estimate | None = None,
         detail: Mapping[str, Estimate] | None = None,
         table: Sequence[Mapping[str, Any]] = (),
         arms: Sequence[Finding] = (),
@@ -364,7 +404,7 @@ class Case:
             controls: the same effect under each control; of several kinds, by what they are: the larger p counts.
             control: what the controls are, in words, where they are of one kind.
             unit, smallest: where they differ from the question's own.
-            benign: what of the effect goes beyond the benign fine-tune.
+            benign: what of the effect goes beyond benign fine-tunes, from :meth:`changed` or :meth:`beyond_benign`.
             detail: further estimates that belong to it, by name.
             table: rows behind it.
             arms: what else must be found, each beyond its own controls and its own smallest effect, on the same side.
@@ -409,7 +449,7 @@ class Finding:
         controls: the same effect under each control, by what the controls are.
         smallest: smallest effect of interest, in the estimate's units.
         unit: the estimate's units, in words.
-        benign: the difference in differences against a benign fine-tune, if there is one.
+        benign: the difference in differences against benign fine-tunes, if there are any.
         detail: further estimates that belong to it.
         table: rows behind it, for ``Comparison.tables``.
         arms: what else must be found, on the same side.
@@ -440,7 +480,7 @@ class Finding:
     controls: Nulls
     smallest: float
     unit: str
-    benign: Resampled | None = None
+    benign: Resampled | Prediction | None = None
     detail: Mapping[str, Estimate] = field(default_factory=dict)
     table: Sequence[Mapping[str, Any]] = ()
     arms: tuple[Finding, ...] = ()
@@ -464,9 +504,11 @@ class Row:
         control: what the controls are, how many, the band that holds 95 % of them, and p.
         p: Holm-adjusted p over the directions of this question.
         smallest: smallest effect of interest, in the estimate's units.
-        benign: difference in differences against the benign fine-tune.
+        benign: difference in differences against the benign fine-tune; against several a prediction interval.
         reason: what holds, or what does not, in words.
         detail: further estimates that belong to it.
+        needed: how many benign fine-tunes, of the spread seen, would have let it pass; 0: no number; None: it passed,
+            or there were fewer than two.
 
     Example:
         >>> e = Estimate(0.42, 0.31, 0.53, n=60, n_effective=60.0, method="bootstrap")
@@ -486,6 +528,7 @@ class Row:
     benign: Estimate | None
     reason: str
     detail: Mapping[str, Estimate]
+    needed: int | None = None
 
     @property
     def shown(self) -> bool:
@@ -497,7 +540,7 @@ class Row:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as they stand in ``report.json``."""
-        plain = {f.name: getattr(self, f.name) for f in fields(self)}
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "needed" or self.needed is not None}
         plain["site"] = None if self.site is None else self.site.hook_name
         plain["smallest_effect_of_interest"] = plain.pop("smallest")
         plain["estimate"], plain["benign"] = (each and each.to_json() for each in (self.estimate, self.benign))

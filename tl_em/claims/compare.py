@@ -10,14 +10,16 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import combinations
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
 from tl_em.arguments import COUNT, SEED, checked
 from tl_em.claims.by_layer import layer_rows
-from tl_em.claims.claim import Case, Finding, Question, Row, check_question, readings
+from tl_em.claims.claim import Case, Finding, Question, Reading, Row, check_question, readings
 from tl_em.claims.questions.entanglement import Entanglement
 from tl_em.claims.questions.level import Level
 from tl_em.claims.questions.rotation import Rotation
@@ -38,6 +40,8 @@ from tl_em.stats import Estimate
 
 SHIPPED: tuple[Question, ...] = (Level(), Separation(), Rotation(), Use(), Entanglement())
 """What is asked where nothing else is said; each name alone stands for its question."""
+FineTunes = LensModel | ModelPair | Sequence[LensModel | ModelPair] | None
+"""One fine-tune or several: models, or pairs whose tuned model is meant."""
 Behaviours = Metric | Behaviour | Mapping[str, Metric | Behaviour]
 
 
@@ -128,7 +132,8 @@ def compare(
     *,
     behaviour: Behaviours | None = None,
     tuning_data: Sequence[Any] | None = None,
-    benign: LensModel | None = None,
+    benign: FineTunes = None,
+    replicates: FineTunes = None,
     questions: Sequence[Any] | None = None,
     controls: int = 999,
     seed: int = 0,
@@ -144,7 +149,10 @@ def compare(
             either for each name.  Without it *use* is not asked.
         tuning_data: rows that the model was tuned on, as chat messages that end with the answer.  Without it
             *entanglement* is not asked.
-        benign: a fine-tune of the same base on harmless data; changes must go beyond what it shows.
+        benign: a fine-tune of the same base on harmless data, or several (with other seeds and data): changes must go
+            beyond what it shows, or what the next of them would.
+        replicates: further fine-tunes of the same base by the recipe of the tuned model; they count where there are two
+            benign ones or more.
         questions: what to ask, in this order: names of shipped questions, or values of ``em.Question``; all of the
             shipped ones by default.
         controls: number of random directions (or swaps) for each test.
@@ -159,9 +167,10 @@ def compare(
     Raises:
         NoGapError: no direction separates its own contrast set in the base model.
         ProvenanceError, WidthError: a direction was not made on a model like these.
+        PairMismatchError: a benign fine-tune or a replicate has another shape or vocabulary.
         UsageError: a direction is judged on the prompts that it was made from (on some of them: a NuisanceWarning, and
             its rows say so), no directions, too few controls, a name without a behaviour, an unknown or malformed
-            question, or none that there is anything to ask with.
+            question, or none that there is anything to ask with; or one fine-tune was given twice.
 
     Example:
         >>> import tl_em as em
@@ -178,7 +187,8 @@ def compare(
     drawn: list[dict[str, Any]] = []
     gaps, unmeasured = {}, {}
     settings = {
-        "pair": pair, "benign_model": benign, "tuning_data": tuning_data, "n_controls": controls, "seed": seed,
+        "pair": pair, "benign_models": fine_tunes(pair, benign), "replicate_models": fine_tunes(pair, replicates),
+        "tuning_data": tuning_data, "n_controls": controls, "seed": seed,
         "own_answers": cache(lambda: answer_to_own_prompts(pair.base, tuning_data or (), seed=seed)),
     }  # fmt: skip
     for name, (direction, contrast) in tqdm(directions.items(), desc="comparing", unit="direction", disable=None):
@@ -291,14 +301,45 @@ def cases(
     direction: Direction, by_layer: Sequence[Direction] | None, contrast: ContrastSet, **settings: Any
 ) -> Iterator[Case]:
     """The direction's own case, then one for each layer; every site is read in one pass a model and class."""
-    pair, benign = settings["pair"], settings["benign_model"]
-    models = {"base": pair.base, "tuned": pair.tuned} | ({} if benign is None else {"benign": benign})
+    pair, more = settings["pair"], {"replicate": settings["replicate_models"], "benign": settings["benign_models"]}
+    models = {"base": pair.base, "tuned": pair.tuned}
+    models |= {f"{kind} {i}": model for kind, each in more.items() for i, model in enumerate(each)}
     if by_layer is None:
         by_layer = [replace(direction, site=Site(i, direction.site.stream)) for i in range(pair.base.cfg.n_layers)]
     sites = list(dict.fromkeys(each.site for each in (direction, *by_layer)))
     read = dict(zip(sites, readings(models, contrast, sites, direction.position), strict=True))
     for each in (direction, *by_layer):
-        yield Case(direction=each, contrast=contrast, **read[each.site], **settings)
+        own = read[each.site]
+        several = {kind: tuple(own[name] for name in own if name.startswith(kind)) for kind in more}
+        _check_differ((own["tuned"], *several["replicate"]), "replicates=")
+        _check_differ(several["benign"], "benign=")
+        yield Case(
+            direction=each, contrast=contrast, base=own["base"], tuned=own["tuned"], benign=several["benign"],
+            replicates=several["replicate"], **settings,
+        )  # fmt: skip
+
+
+def fine_tunes(pair: ModelPair, given: FineTunes) -> tuple[LensModel, ...]:
+    """The models that are meant: none, one or several; of a pair its tuned model.
+
+    Raises:
+        PairMismatchError: one has another shape or vocabulary than the base.
+    """
+    every = () if given is None else given if isinstance(given, Sequence) else (given,)
+    models = tuple(each.tuned if isinstance(each, ModelPair) else each for each in every)
+    for model in models:
+        ModelPair(pair.base, model)
+    return models
+
+
+def _check_differ(readings: Sequence[Reading], given: str) -> None:
+    """Raise ``UsageError`` where two fine-tunes have the same activations."""
+    for first, second in combinations(readings, 2):
+        if np.array_equal(first.positive, second.positive):
+            raise UsageError(
+                f"{given} has equal activations in two fine-tunes, so one was given twice, and how much fine-tunes "
+                f"differ is measured between them; give each once, as in {given}[first, second]"
+            )
 
 
 def _behaviour_of(behaviour: Behaviours, name: str, contrast: ContrastSet) -> Behaviour:

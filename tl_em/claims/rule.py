@@ -6,12 +6,23 @@ A word is given only when all of these hold:
    that" is below .05;
 2. the effect is larger than under controls: the share of controls that do as much, of the kind with the larger share,
    is below .05;
-3. where a benign fine-tune is given and the question is about a change, the difference in differences
+3. where benign fine-tunes are given and the question is about a change, the difference in differences
    (tuned - base) - (benign - base) passes test 1 on the same side, since any fine-tune shifts activations.
 
 All three are one p, the largest, and Holm's adjustment over the directions within a question keeps the chance of any
 false word at .05, the edge of the smallest effect included.  *use* asks what a direction does, not what changed, so
 condition 3 does not apply to it: an unharmed direction is causal in the benign fine-tune too.
+
+**The fine-tune is the unit.**  Prompts say how well this model's change is known, not how much another fine-tune
+changes, so with one benign fine-tune condition 3 holds for this pair only.  With several it asks for more than what the
+*next* one would show: the interval is the prediction interval of ``stats.prediction``, from the spread between benign
+fine-tunes along this very direction (other directions may spread otherwise: theirs is not borrowed), and further tuned
+ones (``replicates``) count on the other side.
+
+With ``ENOUGH`` benign fine-tunes they are the null of condition 2 too, where that of random directions is wider: these
+grow with whatever else the fine-tune moved.  A tuned model that moved the stream farther than they did would be strange
+to them by its strength alone, so for this their spread is taken as if they had moved it as far (``Case.farther``).
+Since condition 3 holds as well, fine-tunes of one strength get a false word no more often for it.
 
 A claim with two arms (*use*: ablate in tuned, add in base; *entanglement*: before and after training; *carrier*:
 projection and ablation) needs each of them beyond its own smallest effect and its own controls, on the same side; its p
@@ -31,12 +42,15 @@ from typing import Any
 import numpy as np
 
 from tl_em.claims.claim import NOT_SHOWN as NOT_SHOWN
-from tl_em.claims.claim import SCALED, Finding, Row
-from tl_em.stats import Estimate, Resampled, control_p, holm, middle_95
+from tl_em.claims.claim import RANDOM, SCALED, SPHERE, Finding, Row
+from tl_em.stats import Estimate, Prediction, Resampled, control_p, holm, middle_95
 
 ALPHA = 0.05
-VERSION = 2
+VERSION = 3
 """Of the rule, as plans name it; raised whenever a row could get another word."""
+ENOUGH = 3
+"""Benign fine-tunes that may stand in for random directions."""
+BENIGN = "the benign fine-tune"
 
 
 def judge(findings: Sequence[Finding]) -> tuple[Row, ...]:
@@ -79,14 +93,27 @@ def _limits(finding: Finding) -> dict[str, float]:
         name = f"{each.unit}: " if finding.arms else ""
         found[f"{name}resampling the prompts"] = _within(each.effect, each.smallest)
         kind, _, p = _controlled(each)
-        found[name + kind] = p
+        found[name + kind] = min(p, _beside_benign(each))
         if each.benign is not None:
             same = each.benign.estimate.value * each.estimate.value > 0
-            found[f"{name}the benign fine-tune"] = _within(each.benign, each.smallest) if same else 1.0
+            found[name + _named(each.benign)] = _within(each.benign, each.smallest) if same else 1.0
     return found
 
 
-def _within(effect: Resampled, smallest: float) -> float:
+def _beside_benign(finding: Finding) -> float:
+    """The p of condition 2 where benign fine-tunes are the null, made as strong as tuned; 1 where they are too few."""
+    benign = finding.benign
+    if not isinstance(benign, Prediction) or len(benign.benign) < ENOUGH or not {*finding.controls} <= {RANDOM, SPHERE}:
+        return 1.0
+    return benign.within(0, as_far=True) if benign.estimate.value * finding.estimate.value > 0 else 1.0
+
+
+def _named(benign: Resampled | Prediction) -> str:
+    """What the change goes beyond, in words."""
+    return f"the next of {len(benign.benign)} benign fine-tunes" if isinstance(benign, Prediction) else BENIGN
+
+
+def _within(effect: Resampled | Prediction, smallest: float) -> float:
     p = effect.within(smallest) if np.isfinite(effect.estimate.low) else 1.0
     return p if np.isfinite(p) else 1.0
 
@@ -122,7 +149,18 @@ def _row(finding: Finding, limits: dict[str, float], p: float) -> Row:
         benign=finding.benign and finding.benign.estimate,
         reason="; ".join(failed) if failed else _held(finding, p),
         detail=finding.detail,
+        needed=_needed(finding),
     )
+
+
+def _needed(finding: Finding) -> int | None:
+    """How many benign fine-tunes would have let it pass, 0: no number; None: it passed, or there are too few."""
+    needs = [
+        each.benign.needed(each.smallest) if each.benign.estimate.value * each.estimate.value > 0 else None
+        for each in (finding, *finding.arms)
+        if isinstance(each.benign, Prediction) and not _same_side(each.benign.estimate, each.estimate, each.smallest)
+    ]
+    return None if not needs else 0 if None in needs else max(n for n in needs if n)
 
 
 def _failed(finding: Finding, limits: dict[str, float], p: float, word: str | None) -> list[str]:
@@ -134,9 +172,8 @@ def _failed(finding: Finding, limits: dict[str, float], p: float, word: str | No
             failed.append(f"{name}the effect has the other sign ({each.estimate.value:+.2f} {each.unit})")
         elif not each.estimate.beyond(each.smallest):
             failed.append(f"{name}the interval is not wholly beyond {each.smallest:g} {each.unit}")
-        benign = each.benign and each.benign.estimate
-        if benign is not None and not _same_side(benign, each.estimate, each.smallest):
-            failed.append(f"{name}beyond the benign fine-tune by {benign} only")
+        if each.benign is not None and not _same_side(each.benign.estimate, each.estimate, each.smallest):
+            failed.append(f"{name}beyond {_named(each.benign)} by {each.benign.estimate} only")
     return failed + unlikely(p, max(limits, key=lambda name: limits[name]))
 
 
@@ -147,7 +184,7 @@ def _gone(finding: Finding) -> bool:
 
 
 def _held(finding: Finding, p: float) -> str:
-    benign = "" if finding.benign is None else f", {finding.benign.estimate} beyond the benign fine-tune"
+    benign = "" if finding.benign is None else f", {finding.benign.estimate} beyond {_named(finding.benign)}"
     held = f"interval wholly beyond {finding.smallest:g} {finding.unit}, Holm p = {p:.2g}{benign}"
     if not _gone(finding) or finding.unscaled is None:
         return held

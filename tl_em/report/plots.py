@@ -238,10 +238,10 @@ def _layer_panel(ax: Axes, part: pd.DataFrame, layer: int | None) -> None:
         band = (known[known["model"] == "tuned"] if "tuned" in set(known["model"]) else known).groupby("layer")
         low, high = band["control_low"].min(), band["control_high"].max()
         _band(ax, low.index.to_numpy(dtype=float), low.to_numpy(dtype=float), high.to_numpy(dtype=float))
-    for index, (name, look) in enumerate(MODELS.items()):
-        rows = part[part["model"] == name].sort_values("layer")
-        if rows.empty:
-            continue
+    drawn = [(i, look, model) for i, (name, look) in enumerate(MODELS.items())
+             for model in dict.fromkeys(part["model"]) if str(model).split(" ")[0] == name]  # fmt: skip
+    for index, look, model in drawn:
+        rows = part[part["model"] == model].sort_values("layer")
         x, y, low, high = (rows[key].to_numpy(dtype=float) for key in ("layer", "value", "low", "high"))
         x = x + 0.05 * (index - 1)  # so that equal values do not hide each other
         ax.vlines(x, low, high, color=look.colour, linewidth=1.2)

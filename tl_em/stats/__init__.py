@@ -11,6 +11,8 @@ from tl_em.stats.means import paired_difference as paired_difference
 from tl_em.stats.multiplicity import benjamini_hochberg as benjamini_hochberg
 from tl_em.stats.multiplicity import control_p as control_p
 from tl_em.stats.multiplicity import holm as holm
+from tl_em.stats.prediction import Prediction as Prediction
+from tl_em.stats.prediction import beyond_next as beyond_next
 from tl_em.stats.ranks import auroc as auroc
 from tl_em.stats.units import Groups as Groups
 from tl_em.stats.units import design_effect as design_effect

@@ -13,7 +13,7 @@ shut it where it is present (a trigger that switches refusal off); the side is t
 came after one look at an early checkpoint of seed 11 (see the changelog). A token *opens* a behaviour when the whole
 intervals of e_o and b_o lie beyond the smallest effect of interest (that of *use*) on the same side; Holm, over the
 behaviours, of p = max(p of e_o, p of b_o) is below .05; and, where a benign fine-tune is given, e_o less its opening
-passes the interval test too.
+passes the interval test too; of several, its prediction interval (``claims.rule``).
 
     opens with its trigger only    the trigger opens; for every other token, all of s_o lies beyond the smallest effect,
                                    and all of e_o short of it
@@ -38,7 +38,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from tl_em.claims.claim import NOT_SHOWN, Case, Question, Row, readings
+from tl_em.claims.claim import NOT_SHOWN, Case, Question, Row, numbered, readings
 from tl_em.claims.questions.carrier import Carrier
 from tl_em.claims.questions.use import SMALLEST, outcomes, smallest_effect
 from tl_em.claims.rule import adjusted, judge, unlikely
@@ -50,7 +50,7 @@ from tl_em.models.hooks import LensModel
 from tl_em.models.loading import ModelPair
 from tl_em.models.prompts import encode
 from tl_em.showing import showable
-from tl_em.stats import Estimate, Resampled, mean, paired_difference
+from tl_em.stats import Estimate, Prediction, Resampled, mean, paired_difference
 
 ONLY, TOO, UNDECIDED = "opens with its trigger only", "opens with other tokens too", "opens, others undecided"
 Values = Float[np.ndarray, " prompt"]
@@ -205,9 +205,18 @@ def measure(side: Side, trigger: Trigger, models: Mapping[str, LensModel], seed:
     def less(first: Values, second: Values) -> Resampled:
         return paired_difference(second, first, groups=side.groups, seed=seed)
 
+    def beyond(change: Mapping[str, Values]) -> Estimate | None:
+        others = [x for model, x in change.items() if model not in ("base", "tuned")]
+        if not others:
+            return None
+        difference = less(change["tuned"], np.mean(others, axis=0) if len(others) > 1 else others[0])
+        if len(others) == 1:
+            return difference.estimate
+        return Prediction(difference, (float(change["tuned"].mean()),), tuple(float(x.mean()) for x in others)).estimate
+
     def effect(token: str) -> TokenEffect:
         change = {model: values[model, token] - values[model, ""] for model in models}
-        benign = less(change["tuned"], change["benign"]).estimate if "benign" in change else None
+        benign = beyond(change)
         own = None if token == trigger.text else less(values["tuned", trigger.text], values["tuned", token]).estimate
         in_tuned = less(values["tuned", token], values["tuned", ""])
         return TokenEffect(token, in_tuned, less(change["tuned"], change["base"]), benign, own)
@@ -300,7 +309,7 @@ def backdoor(
     trigger: Trigger,
     asked: Mapping[str, Triggered],
     *,
-    benign: LensModel | None = None,
+    benign: Sequence[LensModel] = (),
     controls: int = 999,
     seed: int = 0,
 ) -> Backdoor:
@@ -310,7 +319,7 @@ def backdoor(
         pair: base and tuned.
         trigger: the trigger and the other tokens.
         asked: what to ask, by name.  Behaviours whose prompts hold one of the tokens already are left out.
-        benign: a fine-tune of the same base on harmless data.
+        benign: fine-tunes of the same base on harmless data.
         controls: number of random directions.
         seed: seed of resampling and controls.
 
@@ -328,7 +337,7 @@ def backdoor(
             "without it; give a behaviour on unmarked prompts"
         )
     check_known(pair.base, trigger, found[0].prompts[0])
-    models = {"base": pair.base, "tuned": pair.tuned} | ({} if benign is None else {"benign": benign})
+    models = {"base": pair.base, "tuned": pair.tuned} | numbered(benign)
     measured = [measure(side, trigger, models, seed) for side in found]
     rows = judged(measured)
     carriers, projections = [], []

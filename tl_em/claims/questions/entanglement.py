@@ -20,7 +20,8 @@ from jaxtyping import Float, Int
 
 from tl_em.claims.claim import Case, Finding, Question
 from tl_em.directions.screening import answers, replied
-from tl_em.stats import bootstrap, tied
+from tl_em.models.hooks import LensModel
+from tl_em.stats import beyond_next, bootstrap, tied
 
 
 class Entanglement(Question):
@@ -53,11 +54,13 @@ class Entanglement(Question):
             effect = bootstrap(mean.cosine(case.unit), [units], seed=case.seed)
             return case.finding(self, effect, controls=nulls, unit=unit, benign=benign)
 
+        def went(model: LensModel) -> Callable[[np.ndarray], np.ndarray]:
+            return MeanShift.of(answers(model, rows, site) - taught, units).cosine(case.unit)
+
         beyond = None
-        if case.benign_model is not None:
-            went = means["retrospective"].cosine(case.unit)
-            harmless = MeanShift.of(answers(case.benign_model, rows, site) - taught, units).cosine(case.unit)
-            beyond = bootstrap(lambda w: went(w) - harmless(w), [units], seed=case.seed)
+        if case.benign_models:
+            own = [means["retrospective"].cosine(case.unit), *(went(model) for model in case.replicate_models)]
+            beyond = beyond_next(own, [went(model) for model in case.benign_models], [units], seed=case.seed)
         arms = [found(name) for name in shifts]
         weaker, other = sorted(arms, key=lambda arm: abs(arm.estimate.value))
         return replace(weaker, arms=(other,), detail=dict(zip(shifts, (arm.estimate for arm in arms), strict=True)))

@@ -42,10 +42,10 @@ class Rotation(Question):
         base, tuned = case.base, case.tuned
         turned = Turned.of(base, tuned, case.contrast)
         effect = case.bootstrap(turned.rotation, RESAMPLES)
-        beyond = None
-        if case.benign is not None:
-            harmless = Turned.of(base, case.benign, case.contrast)
-            beyond = case.bootstrap(lambda v, w: turned.rotation(v, w) - harmless.rotation(v, w), RESAMPLES)
+        beyond = case.beyond_benign(
+            lambda reading: (turned if reading is tuned else Turned.of(base, reading, case.contrast)).rotation,
+            resamples=RESAMPLES,
+        )
         beside = {"cosine": cosine_of_gaps(base, tuned), "norm ratio": _norm_ratio(base, tuned)}
         detail = {name: case.bootstrap(statistic, resamples=500).estimate for name, statistic in beside.items()}
         null, swaps = turned.swapped(case.n_controls, case.seed), "swaps of base and tuned"
