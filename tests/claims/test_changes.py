@@ -43,13 +43,13 @@ def pair() -> em.ModelPair:
     return em.load_pair("toy/secure")
 
 
-def measured(base: Reading, tuned: Reading, benign: Reading | None = None) -> Case:
+def measured(base: Reading, tuned: Reading, *benign: Reading, replicates: tuple[Reading, ...] = ()) -> Case:
     direction = Direction(torch.from_numpy(base.mean_difference).float(), Site(1), name="d")
     words = [f"w{i}" for i in range(len(base.positive))]
     contrast = ContrastSet(
         [f"p {w}" for w in words], [f"n {w}" for w in words], positive_groups=words, negative_groups=words
     )
-    return Case("d", direction, contrast, pair(), base, tuned, benign, n_controls=199)
+    return Case("d", direction, contrast, pair(), base, tuned, benign, replicates, n_controls=199)
 
 
 def verdicts(m: Case) -> dict[str, Row]:
@@ -160,6 +160,67 @@ def test_a_benign_fine_tune_that_moves_as_much_vetoes_and_one_that_does_not_does
     assert vetoed.verdict == NOT_SHOWN
     assert "benign" in vetoed.reason
     assert verdicts(measured(BASE, tuned, still))["level"].verdict == "exaggerated"
+
+
+def along(*gaps: float) -> list[Reading]:
+    """Fine-tunes that moved along the direction by so many own gaps."""
+    return [moved(BASE, 6 * gap * AXIS, seed=20 + i) for i, gap in enumerate(gaps)]
+
+
+def test_of_several_benign_fine_tunes_the_next_one_is_what_a_change_must_go_beyond() -> None:
+    (tuned,), spread, alike = along(0.5), along(0.3, -0.3, 0.1), along(0.02, -0.02, 0.01)
+    one = verdicts(measured(BASE, tuned, spread[1]))["level"]
+    assert one.verdict == "exaggerated" and one.needed is None  # it went beyond that one, whatever others do
+    row = verdicts(measured(BASE, tuned, *spread))["level"]
+    assert row.verdict == NOT_SHOWN
+    assert "beyond the next of 3 benign fine-tunes by" in row.reason
+    assert row.needed is not None and row.to_json()["needed"] == row.needed
+    assert row.benign is not None and row.benign.n == 3
+    same = verdicts(measured(BASE, tuned, *alike))["level"]
+    assert same.verdict == "exaggerated"
+    assert "beyond the next of 3 benign fine-tunes" in same.reason
+    assert same.needed is None and "needed" not in same.to_json()
+
+
+def test_further_tuned_ones_count_from_three_on() -> None:
+    tuned, benign = along(0.5)[0], along(0.02, -0.02, 0.01)
+    more = [moved(BASE, 6 * gap * AXIS, seed=30 + i) for i, gap in enumerate((0.1, -0.1, 0.0))]
+    for count, word in ((0, "exaggerated"), (1, "exaggerated"), (2, NOT_SHOWN), (3, NOT_SHOWN)):
+        row = verdicts(measured(BASE, tuned, *benign, replicates=tuple(more[:count])))["level"]
+        assert row.verdict == word
+        assert row.benign is not None
+        assert row.benign.value == pytest.approx(0.5 if count < 2 else 0.5 / (1 + count), abs=0.05)
+
+
+def test_three_benign_fine_tunes_stand_in_for_random_directions_that_are_wide() -> None:
+    """What the fine-tune moved along the noisiest axes is no reason why it could not have moved the direction."""
+    rng, axes = np.random.default_rng(0), np.eye(D)
+    noisy = np.ones(D)
+    noisy[2:5] = 8.0
+    base = Reading(rng.normal(size=(N, D)) * noisy + 4 * AXIS, rng.normal(size=(N, D)) * noisy)
+    drifts = [30 * (axes[2] + axes[3]), 30 * (axes[3] - axes[4]), 30 * (axes[2] - axes[4]), 30 * (axes[4] + axes[2])]
+    tuned = moved(base, drifts[0] + 1.5 * AXIS, seed=40)
+
+    def level(benign: list[Reading]) -> tuple[Case, Row]:
+        asked = replace(measured(base, tuned, *benign), direction=Direction(torch.from_numpy(AXIS).float(), Site(1)))
+        return asked, verdicts(asked)["level"]
+
+    strong = [moved(base, drift, seed=41 + i) for i, drift in enumerate(drifts[1:])]
+    assert level(strong[:2])[1].verdict == NOT_SHOWN
+    asked, row = level(strong)
+    assert asked.farther < 1.1
+    assert row.control["p"] > 0.05  # they stay on the page
+    assert row.verdict == "exaggerated"
+    asked, row = level([moved(base, drift / 1000, seed=50 + i) for i, drift in enumerate(drifts[1:])])
+    assert asked.farther > 100  # these never moved so far, so they are no null for one that did
+    assert row.verdict == NOT_SHOWN and "limited by random directions" in row.reason
+
+
+def test_rotation_beyond_the_next_benign_fine_tune() -> None:
+    turned = [moved(BASE, np.zeros(D), by * 6 * np.eye(D)[7], seed=60 + i) for i, by in enumerate((1.5, 1.4, 0.0, 0.9))]
+    assert verdicts(measured(BASE, turned[0], *along(0, 0, 0)))["rotation"].verdict == "rotated"
+    row = verdicts(measured(BASE, *turned))["rotation"]
+    assert row.verdict == NOT_SHOWN and "next of 3" in row.reason
 
 
 def test_a_direction_without_a_gap_is_an_error_not_a_denominator() -> None:

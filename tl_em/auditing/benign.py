@@ -20,7 +20,7 @@ def beside_benign(comparison: Comparison, count: int) -> list[str]:
              "cause them.") if count == 0 else
         _few("Words about a change hold for this pair only: one benign fine-tune cannot say how much benign fine-tunes "
              "differ.") if count == 1 else
-        f"Words about a change hold beyond what the next benign fine-tune like these {count} would show."
+        f"Words about a change say that it goes beyond what the next benign fine-tune like these {count} would show."
     ]  # fmt: skip
     return [*said, *_needed(comparison), *(_let_through(comparison) if count < ENOUGH else [])]
 
@@ -40,14 +40,15 @@ def _needed(comparison: Comparison) -> list[str]:
 
 
 def _let_through(comparison: Comparison) -> list[str]:
-    """The smallest change that random directions would have let pass, which grows with what else moved."""
+    """The largest change that random directions would not have let pass."""
     ends = {
         f"{row.question} of {row.direction}": max(abs(row.control["low"]), abs(row.control["high"]))
         for row in comparison.rows
         if row.control["kind"] in (RANDOM, SPHERE)
     }
-    beyond = [f"{what} {end:.2f}" for what, end in ends.items()]
+    if not ends:
+        return []
     return [
-        "The random directions leave a change unseen that is not larger than theirs, which grow with whatever else the "
-        f"fine-tune moved (in the units of each question): {', '.join(beyond)}."
-    ] if beyond else []  # fmt: skip
+        "A change no larger than that of random directions cannot be shown here, and theirs grow with whatever else "
+        f"the fine-tune moved: {', '.join(f'{what} up to {end:.2f}' for what, end in ends.items())}, in the units above."
+    ]

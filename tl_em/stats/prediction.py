@@ -35,7 +35,7 @@ class Prediction:
 
     Args:
         difference: mean of the tuned less mean of the benign fine-tunes, resampled over prompts.
-        own: each tuned fine-tune's change.
+        own: each tuned fine-tune's value; what is common to all of them does not matter.
         benign: each benign one's; two or more.
         farther: how much farther tuned moved the whole stream than benign did, 1 where it did not.
 
@@ -60,7 +60,7 @@ class Prediction:
         method = f"prediction interval of the next benign fine-tune, from {len(self.own)} tuned and {m} benign"
         return Estimate(e.value, low, high, m, float(m), f"{method}; prompts: {e.method}", e.seed)
 
-    def within(self, smallest: float, *, as_far: bool = False) -> float:
+    def within(self, smallest: float | int, *, as_far: bool = False) -> float:
         """Two-sided p of "no farther than this beyond the next benign fine-tune": below .05 where the interval is.
 
         Args:
@@ -77,7 +77,7 @@ class Prediction:
             return 1.0 if left(most) <= 0 else 2 * math.exp(least)
         return 2 * math.exp(float(brentq(left, least, most)))
 
-    def needed(self, smallest: float) -> int | None:
+    def needed(self, smallest: float | int) -> int | None:
         """How many benign fine-tunes of this spread would put the whole interval beyond ``smallest``; None: no number.
 
         Args:
@@ -87,7 +87,7 @@ class Prediction:
         side = -math.copysign(1, value)
         return next((m for m in range(2, MOST + 1) if abs(value) - self._reach(tail, side, m) > smallest), None)
 
-    def _reach(self, tail: float, side: float, count: int | None = None, factor: float = 1.0) -> float:
+    def _reach(self, tail: float, side: float | int, count: int | None = None, factor: float = 1.0) -> float:
         """From D to the end of the interval on one side, with so many benign fine-tunes and so much in each tail."""
         e, a, m = self.difference.estimate, len(self.own), count or len(self.benign)
         prompts = abs((e.low if side < 0 else e.high) - e.value) * norm.isf(tail) / norm.isf((1 - LEVEL) / 2)
@@ -109,8 +109,8 @@ def beyond_next(
     """How far tuned fine-tunes go beyond benign ones; beyond the next one, where there are several.
 
     Args:
-        own: each tuned fine-tune's statistic, as ``bootstrap`` takes it; with fewer than ``REPEATED``, or one benign, the
-            first counts.
+        own: each tuned fine-tune's statistic, as ``bootstrap`` takes it; with fewer than ``REPEATED``, or one
+            benign, the first counts.
         benign: the same of each benign one; one or more.
         samples: what is drawn, as for ``bootstrap``.
         per: what the statistics are divided by.
