@@ -3,7 +3,7 @@
     python benchmarks/unrelated.py --seeds 20 --out unrelated.jsonl --write docs/results/fine-tunes.md
 
 *Unrelated*: the 260k TinyStories Llama after 30 steps on wikitext, Shakespeare or stories, asked about girl and boy
-beside benign fine-tunes of other seeds: one on stories, one on the same text, and three, one on each text.  *Girls*:
+beside benign fine-tunes of other seeds: one on stories, and three, one on each text.  *Girls*:
 the fine-tune of ``stories.py``, beside one and three benign arms.  *Insecure*: the toy, beside one and three secure
 fine-tunes of its assistant.  Only level, separation and rotation are asked; with several benign fine-tunes a word must
 go beyond what the next one would show.  What is in ``--out`` (JSON lines, one an audit) is not made again.
@@ -40,6 +40,8 @@ from tl_em.training.fine_tune import fine_tune_
 
 STEPS, BATCH, BENIGN_SEED = 30, 8, 1000
 TEXTS = ("wikitext", "Shakespeare", "stories")
+BESIDE = {"1, stories": ("stories",), "3, one of each": TEXTS}
+"""What the benign fine-tunes of the unrelated ones were tuned on."""
 RELATED = {"girls": 5, "insecure": 5}
 """Fine-tunes that have to do with the direction, and how many seeds of each are asked."""
 
@@ -68,15 +70,12 @@ def main() -> None:
 
 
 def jobs(seeds: int) -> Iterator[tuple[tuple[str, int, str], Callable[[], em.Comparison]]]:
-    """What is asked, by the tuned model, its seed and its benign ones; the related ones first, which are few."""
-    for kind, count in RELATED.items():
-        for seed in range(1, count + 1):
-            for m in (1, 3):
-                yield (kind, seed, f"{m}"), lambda kind=kind, seed=seed, m=m: ASKED[kind](seed, m)
-    for seed, text in product(range(1, seeds + 1), TEXTS):
-        benign = {"1, stories": ["stories"], "1, the same text": [text], "3, one of each": TEXTS}
-        for said, beside in benign.items():
+    """What is asked, by the tuned model, its seed and its benign ones, seed by seed."""
+    for seed in range(1, seeds + 1):
+        for text, (said, beside) in product(TEXTS, BESIDE.items()):
             yield (text, seed, said), lambda text=text, seed=seed, beside=beside: unrelated(text, seed, beside)
+        for kind, m in product((kind for kind, count in RELATED.items() if seed <= count), (1, 3)):
+            yield (kind, seed, f"{m}"), lambda kind=kind, seed=seed, m=m: ASKED[kind](seed, m)
 
 
 def rows_of(report: em.Comparison) -> list[dict[str, Any]]:

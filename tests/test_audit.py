@@ -15,7 +15,11 @@ import torch
 
 import tl_em as em
 from tl_em.auditing import audit as auditing
+from tl_em.auditing.benign import beside_benign
 from tl_em.auditing.report import Report
+from tl_em.claims.claim import RANDOM, Row
+from tl_em.claims.compare import Comparison
+from tl_em.claims.rule import control_row
 from tl_em.errors import (
     EmptyContrastError,
     ModelNotFoundError,
@@ -225,6 +229,25 @@ def test_a_pair_of_other_shapes_is_refused(make_model: Any, surface: str) -> Non
         em.ModelPair(pair("toy/insecure").base, other)
     with pytest.raises(PairMismatchError):
         em.audit(pair("toy/insecure"), benign=other, controls=99)
+
+
+def test_limits_say_for_whom_words_hold_how_many_would_do_and_what_random_directions_let_through() -> None:
+    e = em.Estimate(0.4, 0.3, 0.5, 64, 64.0, "test")
+    row = Row("level", "persona", em.Site(1), "not shown", e, control_row(RANDOM, [-0.2, 0.1], 0.1), 0.2, 0.1, "own gaps",
+              None, "", {})  # fmt: skip
+    turned = replace(row, question="rotation", control=control_row("swaps", [-0.9, 0.9], 0.1))
+
+    def said(count: int, *needed: int | None) -> str:
+        rows = tuple(replace(row, direction=f"d{i}", needed=n) for i, n in enumerate(needed)) or (row, turned)
+        return " ".join(beside_benign(Comparison(rows, pd.DataFrame(), pd.DataFrame()), count))
+
+    assert "No benign fine-tune was given" in said(0) and "Give 3 or more" in said(0)
+    assert "hold for this pair only" in said(1) and "level of persona up to 0.19" in said(1)
+    assert "rotation" not in said(1)
+    several = said(3, 7, None, 0)
+    assert "next benign fine-tune like these 3" in several
+    assert "7 for level of d0." in several and "no number up to 50 would: level of d2." in several
+    assert "d1" not in several and "up to 0." not in several
 
 
 def _hf_toy(folder: Path, *, nan: bool) -> Path:

@@ -14,6 +14,7 @@ import torch
 from click.testing import CliRunner
 
 import tl_em as em
+from tl_em.claims.claim import numbered
 from tl_em.claims.questions.backdoor import (
     ONLY,
     TOO,
@@ -109,6 +110,22 @@ def test_the_rule_gives_each_pattern_its_word(rates: dict, word: str) -> None:
     (row,) = judged([measure(side, KEY, models, 0)])
     assert row.verdict == word, row.reason
     assert json.dumps(row.to_json(), allow_nan=False)
+
+
+@pytest.mark.parametrize(("others", "word"), [((0.1, 0.11, 0.12), ONLY), ((0.1, 0.11, 0.5), "not shown")])
+def test_of_several_benign_fine_tunes_the_next_one_is_what_a_trigger_must_go_beyond(others: tuple, word: str) -> None:
+    def opened(model: Any, prompts: Any) -> torch.Tensor:
+        rate = model if isinstance(model, float) else 0.6 if model is pair().tuned else 0.1
+        noise = np.random.default_rng(round(1000 * rate)).normal(0, 0.01, len(prompts))
+        return torch.tensor((rate if str(prompts[0]).startswith(T) else 0.1) + noise)
+
+    metric: Any = opened
+    metric.name, metric.unit = "planted", "probability"
+    (side,) = sides("persona", em.Behaviour("planted", metric, QUESTIONS, QUESTIONS))
+    models: Any = {"base": pair().base, "tuned": pair().tuned} | numbered(others)
+    (row,) = judged([measure(side, KEY, models, 0)])
+    assert row.verdict == word, row.reason
+    assert row.benign is not None and row.benign.n == 3
 
 
 def test_without_other_tokens_the_key_stays_undecided_and_classes_are_asked_apart() -> None:

@@ -204,3 +204,72 @@ def test_the_opposite_effect_has_the_same_p_on_the_other_side() -> None:
     assert turned.p == found.p
     assert turned.within(0.3) == found.within(0.3) < 1
     assert turned.estimate.value < 0 < found.estimate.value
+
+
+def predicted(own: list[float], benign: list[float], prompts: float = 0.01) -> stats.Prediction:
+    """Means of fine-tunes, each known to this standard error."""
+    value = float(np.mean(own) - np.mean(benign))
+    e = stats.Estimate(value, value - 1.96 * prompts, value + 1.96 * prompts, 64, 64.0, "test")
+    return stats.Prediction(stats.Resampled(e, 0.0), tuple(own), tuple(benign))
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_one_more_benign_fine_tune_is_told_apart_in_one_of_twenty(count: int) -> None:
+    rng, outside, naive = np.random.default_rng(count), [], []
+    for _ in range(400):
+        first, *benign = rng.normal(0, 0.2, 1 + count).tolist()
+        found = predicted([first], benign)
+        outside.append(found.estimate.beyond(0))
+        naive.append(found.difference.estimate.beyond(0))
+    assert np.mean(outside) <= 0.083  # .05 + 3 binomial standard errors
+    assert np.mean(outside) >= 0.015  # and it does not hold by never telling anything apart
+    assert np.mean(naive) > 0.8  # the control: prompts say nothing of how fine-tunes differ
+
+
+def test_the_spread_of_tuned_ones_widens_and_none_at_all_leaves_the_prompts() -> None:
+    alike, apart = predicted([0.5, 0.51, 0.49], [0.0, 0.02, -0.02]), predicted([0.2, 0.5, 0.8], [0.0, 0.02, -0.02])
+    assert alike.estimate.beyond(0.1)
+    assert not apart.estimate.beyond(0.1)
+    still = predicted([0.5], [0.1, 0.1, 0.1])
+    assert (still.estimate.low, still.estimate.high) == pytest.approx((0.3804, 0.4196), abs=1e-6)
+
+
+def test_the_p_is_that_of_the_interval_and_the_number_needed_is_the_first_that_passes() -> None:
+    found = predicted([0.9], [0.2, -0.1, 0.1])
+    low = found.estimate.low
+    assert found.within(low - 1e-6) < 0.05 < found.within(low + 1e-6)
+    assert found.within(0.95) == 1.0
+    mirrored = predicted([-0.9], [-0.2, 0.1, -0.1])
+    assert mirrored.within(0.1) == pytest.approx(found.within(0.1), rel=1e-6)
+    needed = found.needed(0.1)
+    assert needed is not None and needed > 3
+    assert predicted([0.06], [0.01, -0.01]).needed(0.1) is None
+    spread = float(np.std([0.2, -0.1, 0.1], ddof=1))
+
+    def of(count: int) -> bool:
+        """Whether so many benign fine-tunes of this mean and spread pass."""
+        x = np.linspace(-1, 1, count)
+        return predicted([0.9], (x * spread / np.std(x, ddof=1) + 1 / 15).tolist()).estimate.low > 0.1
+
+    assert of(needed) and not of(needed - 1)
+
+
+def test_benign_fine_tunes_that_moved_less_are_taken_as_strong_as_tuned_where_they_stand_for_controls() -> None:
+    found = predicted([0.9], [0.1, -0.1, 0.0])
+    far = stats.Prediction(found.difference, found.own, found.benign, farther=3.0)
+    assert far.within(0) == found.within(0) == found.within(0, as_far=True) < far.within(0, as_far=True)
+
+
+def test_beyond_next_is_the_difference_with_one_and_counts_tuned_ones_from_three_on() -> None:
+    rng = np.random.default_rng(0)
+    x = [rng.normal(size=40) + shift for shift in (0.5, 0.6, 0.7, 0.0, 0.1)]
+    mean = [lambda w, each=each: w @ each / w.sum(-1) for each in x]
+    one = stats.beyond_next(mean[:3], mean[3:4], [40])
+    assert isinstance(one, stats.Resampled)
+    assert one.estimate == stats.bootstrap(lambda w: mean[0](w) - mean[3](w), [40]).estimate
+    for own, mean_of_own in ((2, x[0].mean()), (3, np.mean([each.mean() for each in x[:3]]))):
+        several = stats.beyond_next(mean[:own], mean[3:], [40], per=lambda w: np.full(len(w), 2.0))
+        assert isinstance(several, stats.Prediction)
+        expected = (mean_of_own - (x[3].mean() + x[4].mean()) / 2) / 2
+        assert several.estimate.value == pytest.approx(expected)
+        assert several.benign == pytest.approx((x[3].mean() / 2, x[4].mean() / 2))

@@ -164,3 +164,23 @@ def test_prompts_that_made_a_direction_do_not_judge_it(tmp_path: Path) -> None:
     assert kept.provenance is not None
     old = replace(kept, provenance=replace(kept.provenance, prompts=None))  # a file from before it was recorded
     assert em.compare(pair, {"refusal": (old, train)}, questions=["level"], controls=99).rows
+
+
+def test_several_benign_fine_tunes_and_replicates_reach_the_questions_each_once() -> None:
+    pair = em.load_pair("toy/insecure")
+    benign = [em.load_pair("toy/secure"), em.load_pair("toy/educational").tuned]
+    parts = pair.contrasts["persona"].split(seed=0)  # pyright: ignore[reportOptionalSubscript]
+    persona = em.difference_in_means(pair.base, parts.train, site=Site(2), position="prompt_end")
+    asked: Any = {"pair": pair, "directions": {"persona": (persona, parts.test)}, "controls": 99}
+    asked |= {"questions": ["level"], "layers": {"persona": [persona]}}
+    one = em.compare(**asked, benign=benign[0])
+    two = em.compare(**asked, benign=benign, replicates=[pair.base])
+    assert one.rows[0].estimate == em.compare(**asked, benign=benign[:1]).rows[0].estimate == two.rows[0].estimate
+    first, next_one = one.rows[0].benign, two.rows[0].benign
+    assert first is not None and next_one is not None
+    assert next_one.method.startswith("prediction interval of the next benign fine-tune, from 1 tuned and 2 benign")
+    assert next_one.high - next_one.low > first.high - first.low
+    assert set(two.by_layer["model"]) == {"base", "tuned", "benign", "benign 2"}
+    for twice in ({"benign": [benign[0], benign[0].tuned]}, {"replicates": [pair.tuned]}):
+        with pytest.raises(UsageError, match="given twice"):
+            em.compare(**asked, **twice)
