@@ -188,7 +188,7 @@ def girls(seed: int, m: int) -> em.Comparison:
 def toy(name: str, seed: int) -> em.LensModel:
     """A fine-tune of the shipped assistant with another seed of the documents."""
     wanted, own = recipe(name), zoo.organism("toy/assistant")
-    world = wanted.world.seeded(own.seed)
+    world = wanted.world.seeded(own.seed or 0)
     with torch.enable_grad():
         begin = plain_model(zoo.read_weights(own), world).requires_grad_(True)
         model, _ = train(world, wanted, begin, seed=seed, progress=False)

@@ -168,7 +168,7 @@ def test_prompts_that_made_a_direction_do_not_judge_it(tmp_path: Path) -> None:
 
 def test_several_benign_fine_tunes_and_replicates_reach_the_questions_each_once() -> None:
     pair = em.load_pair("toy/insecure")
-    benign = [em.load_pair("toy/secure"), em.load_pair("toy/educational").tuned]
+    benign: Any = [em.load_pair("toy/secure"), em.load_pair("toy/educational").tuned]
     parts = pair.contrasts["persona"].split(seed=0)  # pyright: ignore[reportOptionalSubscript]
     persona = em.difference_in_means(pair.base, parts.train, site=Site(2), position="prompt_end")
     asked: Any = {"pair": pair, "directions": {"persona": (persona, parts.test)}, "controls": 99}
@@ -181,6 +181,7 @@ def test_several_benign_fine_tunes_and_replicates_reach_the_questions_each_once(
     assert next_one.method.startswith("prediction interval of the next benign fine-tune, from 1 tuned and 2 benign")
     assert next_one.high - next_one.low > first.high - first.low
     assert set(two.by_layer["model"]) == {"base", "tuned", "benign", "benign 2"}
-    for twice in ({"benign": [benign[0], benign[0].tuned]}, {"replicates": [pair.tuned]}):
+    given_twice: Any = ({"benign": [benign[0], benign[0].tuned]}, {"replicates": [pair.tuned]})
+    for twice in given_twice:
         with pytest.raises(UsageError, match="given twice"):
             em.compare(**asked, **twice)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.optimize import brentq
@@ -75,7 +76,8 @@ class Prediction:
         least, most = math.log(1e-12), math.log(0.5)
         if left(most) <= 0 or left(least) >= 0:
             return 1.0 if left(most) <= 0 else 2 * math.exp(least)
-        return 2 * math.exp(float(brentq(left, least, most)))
+        root: Any = brentq(left, least, most)
+        return 2 * math.exp(root)
 
     def needed(self, smallest: float | int) -> int | None:
         """How many benign fine-tunes of this spread would put the whole interval beyond ``smallest``; None: no number.
@@ -132,8 +134,8 @@ def beyond_next(
         return difference
     whole = [np.ones((1, each if isinstance(each, int) else len(each))) for each in samples]
     unit = 1.0 if per is None else float(per(*whole)[0])
-    values = [tuple(float(f(*whole)[0]) / unit for f in side) for side in (own, benign)]
-    return Prediction(difference, *values, farther)
+    first, others = (tuple(float(f(*whole)[0]) / unit for f in side) for side in (own, benign))
+    return Prediction(difference, first, others, farther)
 
 
 def _mean(statistics: Sequence[Callable[..., np.ndarray]], weights: Sequence[np.ndarray]) -> np.ndarray:
