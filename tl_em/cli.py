@@ -89,8 +89,12 @@ def demo(out: Path, seed: int, as_json: bool) -> None:
     _print(report, out, as_json)
 
 
-benign_option = click.option("--benign", multiple=True, metavar="MODEL",
-                             help="A fine-tune of the same base on harmless data; repeatable, three or more are best.")  # fmt: skip
+benign_option = click.option(
+    "--benign",
+    multiple=True,
+    metavar="MODEL",
+    help="A fine-tune of the same base on harmless data; repeatable, three or more are best.",
+)
 ASKED = (
     click.option("--contrast", "contrasts", multiple=True, metavar="NAME=FILE",
                  help="A contrast set: a saved one, rows with prompt and label (CSV, TSV, JSON, JSONL), CAA's, "

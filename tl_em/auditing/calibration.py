@@ -77,8 +77,8 @@ def calibration(
     way, asked = as_method("method", method), as_questions(questions)
     picked = at_their_sites(pair.base, subjects, way)[1]
     return calibrate_audit(
-        pair, list(zip(subjects, picked, strict=True)), asked, way, benign=fine_tunes(pair, benign), controls=controls, draws=draws,
-        seed=seed, workers=workers,
+        pair, list(zip(subjects, picked, strict=True)), asked, way, benign=fine_tunes(pair, benign),
+        controls=controls, draws=draws, seed=seed, workers=workers,
     )  # fmt: skip
 
 

@@ -334,7 +334,8 @@ def benign_in_place(cases: Sequence[Case], questions: Sequence[Question]) -> Wor
                 replace(_without_models(case), tuned=case.benign[i], benign=(*case.benign[:i], *case.benign[i + 1 :]))
                 for case in cases
             ]
-            for outcome, word in any_word(BENIGN, questions, [f for case in placed for f in _measured(questions, case)]):
+            findings = [each for case in placed for each in _measured(questions, case)]
+            for outcome, word in any_word(BENIGN, questions, findings):
                 found.setdefault(outcome, []).append(word)
     return found
 
