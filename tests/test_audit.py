@@ -233,8 +233,8 @@ def test_a_pair_of_other_shapes_is_refused(make_model: Any, surface: str) -> Non
 
 def test_limits_say_for_whom_words_hold_how_many_would_do_and_what_random_directions_let_through() -> None:
     e = em.Estimate(0.4, 0.3, 0.5, 64, 64.0, "test")
-    row = Row("level", "persona", em.Site(1), "not shown", e, control_row(RANDOM, [-0.2, 0.1], 0.1), 0.2, 0.1, "own gaps",
-              None, "", {})  # fmt: skip
+    band = control_row(RANDOM, [-0.2, 0.1], 0.1)
+    row = Row("level", "persona", em.Site(1), "not shown", e, band, 0.2, 0.1, "own gaps", None, "", {})
     turned = replace(row, question="rotation", control=control_row("swaps", [-0.9, 0.9], 0.1))
 
     def said(count: int, *needed: int | None) -> str:
