@@ -48,7 +48,8 @@ def _let_through(comparison: Comparison) -> list[str]:
     }
     if not ends:
         return []
+    largest = ", ".join(f"{what} up to {end:.2f}" for what, end in ends.items())
     return [
-        "A change no larger than that of random directions cannot be shown here, and theirs grow with whatever "
-        f"else the fine-tune moved: {', '.join(f'{what} up to {end:.2f}' for what, end in ends.items())}, in the units above."
+        "A change no larger than that of random directions cannot be shown here, and theirs grow with whatever else "
+        f"the fine-tune moved: {largest}, in the units above."
     ]
