@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import tl_em as em
 from tl_em.claims.calibration import (
     ANY,
     AT_RANDOM,
+    BENIGN,
     RELABELLED,
     UNCHANGED,
     Calibration,
@@ -23,6 +25,7 @@ from tl_em.claims.calibration import (
     _relabelled,
     _shuffled,
     _units,
+    benign_in_place,
     calibrated,
     frozen,
     tabled,
@@ -136,6 +139,13 @@ def test_a_fine_tune_that_does_nothing_gets_no_word_and_one_that_does_is_found()
 def test_draws_are_those_of_the_seed_on_however_many_processors() -> None:
     one, two = (calibrated([known()], (Level(),), METHOD, draws=10, seed=7, workers=n)[0] for n in (1, 2))
     assert one == two and one != calibrated([known(jitter=3.0)], (Level(),), METHOD, draws=10, seed=7, workers=1)[0]
+
+
+def test_each_benign_fine_tune_stands_in_the_place_of_the_tuned_one() -> None:
+    moved, still = known("a", moved=0.5).case.tuned, known("a").case.tuned
+    case = replace(known("a").case, benign=(moved, still))
+    assert benign_in_place([case], (Level(),))[Counted(BENIGN, "level")] == [True, False]
+    assert benign_in_place([known("a").case], (Level(),)) == {}
 
 
 def test_a_false_word_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
