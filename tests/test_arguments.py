@@ -82,7 +82,7 @@ def numeric(function: Callable[..., Any]) -> list[str]:
 def asked() -> list[tuple[str, str]]:
     cases = []
     for name, function in functions():
-        inner = name.endswith((".plot", ".edit", ".hook_names")) or name.startswith(ELSEWHERE)
+        inner = name.endswith((".plot", ".plant", ".edit", ".hook_names")) or name.startswith(ELSEWHERE)
         if not inner and not (name.endswith(".__init__") and name[:-9] in _data()):
             cases += [(name, p) for p in numeric(function)]
     return cases
