@@ -40,7 +40,7 @@ STAND_INS: dict[str, Any] = {
     "layer": 0,
     "max_new_tokens": 1,
 }
-RECORDS = {"Case", "Finding", "World"}
+RECORDS = {"Calibration", "Case", "Finding", "World"}
 RECORDS |= {"Estimate", "FeatureCheck", "FeatureSet", "FeatureTable", "LieReport", "Organism", "Provenance", "Row"}
 """What functions return: their fields may hold NaN, "not measured"."""
 TOYS = ("World", "outcome_rates", "fine_tune_", "Case.")
@@ -82,7 +82,7 @@ def numeric(function: Callable[..., Any]) -> list[str]:
 def asked() -> list[tuple[str, str]]:
     cases = []
     for name, function in functions():
-        inner = name.endswith((".plot", ".plant", ".edit", ".hook_names")) or name.startswith(ELSEWHERE)
+        inner = name.endswith((".plot", ".plant", ".at_random", ".edit", ".hook_names")) or name.startswith(ELSEWHERE)
         if not inner and not (name.endswith(".__init__") and name[:-9] in _data()):
             cases += [(name, p) for p in numeric(function)]
     return cases
