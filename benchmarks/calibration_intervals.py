@@ -43,7 +43,10 @@ class Row:
 
 def rows() -> list[Row]:
     """Every row, in the order of the table."""
-    return [*_small(), *_skewed(), *_rates(), *_clustered(), *_paired(), *_between(), *_auroc(), *_over_seeds()]
+    from calibration_together import interval_rows
+
+    own = [*_small(), *_skewed(), *_rates(), *_clustered(), *_paired(), *_between(), *_auroc(), *_over_seeds()]
+    return [*own, *interval_rows()]
 
 
 def _of_mean(sample: Callable[[np.random.Generator], np.ndarray], rng: np.random.Generator, seed: int) -> Drawn:

@@ -10,6 +10,7 @@ truth is *nothing*, or where it lies at the edge of the smallest effect, is fals
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -72,8 +73,11 @@ def rows() -> list[Row]:
     """Every scenario, in the order of the table."""
     from calibration_fine_tunes import rows as of_fine_tunes
     from calibration_selection import rows as of_selection
+    from calibration_together import verdict_rows
 
-    return [*_changes(), *_many(), *_use(), *_entangled(), *of_selection(), *of_fine_tunes()]
+    return [
+        *_changes(), *_many(), *_use(), *_entangled(), *of_selection(), *of_fine_tunes(), *verdict_rows(),
+    ]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -200,13 +204,25 @@ def _case(
         jitter = [0.05 * GAP * rng.standard_normal(x.shape) for x in base]
         return Reading(*(change(x, unit, rng) + drift + j for x, j in zip(base, jitter, strict=True)))
 
-    texts = [[f"{name}, {side} prompt {i}" for i in range(world.n)] for side in ("positive", "negative")]
+    texts = [sentences(f"{name} {side} {seed}", world.n) for side in ("positive", "negative")]
     contrast = ContrastSet(texts[0], texts[1], positive_groups=world.groups(0), negative_groups=world.groups(10_000))
     return Case(
-        name, Direction(torch.from_numpy(extracted).float(), Site(1)), contrast, pair=NOBODY,
+        name, Direction(torch.from_numpy(extracted).float(), Site(1)), grouped(contrast, Reading(*base)), pair=NOBODY,
         base=Reading(*base), tuned=tune(plant, moved), benign=() if harmless is None else (tune(nothing, harmless),),
         n_controls=max(199, 20 * 20), seed=seed,
     )  # fmt: skip
+
+
+def sentences(name: str, n: int) -> list[str]:
+    """So many texts that have next to no word in common."""
+    drawn = random.Random(name)
+    return [" ".join(f"w{drawn.randrange(4000)}" for _ in range(8)) for _ in range(n)]
+
+
+def grouped(contrast: ContrastSet, base: Reading) -> ContrastSet:
+    """The set with the groups that ``compare`` finds where none are given."""
+    find = getattr(contrast, "grouped", None)
+    return contrast if find is None else find((base.positive, base.negative))
 
 
 def words(asked: Sequence[Case], questions: Sequence[Question]) -> dict[str, bool]:
