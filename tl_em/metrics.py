@@ -8,8 +8,8 @@ smallest effect of interest applies (``claims.questions.use``).  A plain functio
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -18,9 +18,10 @@ from torch import Tensor
 
 from tl_em.arguments import array_of, optional, settle
 from tl_em.errors import NonFiniteError, UsageError
-from tl_em.models.contrasts import Prompt
+from tl_em.models.contrasts import ContrastSet, Prompt, prompt_key
 from tl_em.models.hooks import LensModel
 from tl_em.models.stream import next_token_logits
+from tl_em.models.together import Together, words_of
 
 REFUSAL_PHRASES = ("I'm sorry", "I cannot", "As an AI", "Sorry", "sorry")
 FLOOR = 1e-8
@@ -162,6 +163,28 @@ class Behaviour:
     def same_prompts(self) -> bool:
         """Whether the behaviour is absent from the base and not from some of the prompts: both lists are the same."""
         return list(self.present) == list(self.absent)
+
+    def grouped(self, by: ContrastSet, read: Callable[[Sequence[Prompt]], np.ndarray] | None = None) -> Behaviour:
+        """The behaviour with groups where it has none.
+
+        Args:
+            by: a contrast set whose groups its prompts have, where they all stand in it.
+            read: gives the activations of other prompts, [prompt d_model]; these are grouped by their texts alone
+                without it.
+        """
+        known = by.group_of
+        found: dict[str, Any] = {}
+        for side in ("present", "absent"):
+            prompts = getattr(self, side)
+            if getattr(self, f"{side}_groups") is not None:
+                continue
+            labels = [known.get(prompt_key(prompt)) for prompt in prompts]
+            if None in labels:
+                read_ = None if read is None else [read(prompts)]
+                labels = list(Together.of([words_of(prompt) for prompt in prompts], read_).labels)
+            if len(set(labels)) < len(labels):
+                found[f"{side}_groups"] = labels
+        return replace(self, **found) if found else self
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import random
-import warnings
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tl_em.errors import CorruptFileError, EmptyContrastError, FileError, NuisanceWarning, PromptError, UsageError
+from tl_em.errors import CorruptFileError, EmptyContrastError, FileError, PromptError, UsageError
 from tl_em.models.contrasts import (
     ContrastSet,
     Splits,
@@ -20,7 +19,6 @@ from tl_em.models.contrasts import (
     as_prompts,
     built_in_sets,
     inseparable,
-    warn_of_nuisance,
 )
 
 
@@ -236,18 +234,6 @@ def test_refusal_prompts_are_matched_in_form() -> None:
     assert not set(harmful) & set(harmless)
     first = [Counter(prompt.split()[0] for prompt in prompts) for prompts in (harmful, harmless)]
     assert first[0] == first[1]
-
-
-def test_classes_that_differ_in_length_are_warned_about_and_others_are_not() -> None:
-    contrast = numbered(12, 9)
-    with pytest.warns(NuisanceWarning, match=r"in 100% of all pairs .* of the length"):
-        warn_of_nuisance(contrast, [[9] * 12, [7] * 9])
-    with pytest.warns(NuisanceWarning, match="in 0% of all pairs"):
-        warn_of_nuisance(contrast, [[7] * 12, [9] * 9])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warn_of_nuisance(contrast, [[7, 9] * 6, [7, 9, 7] * 3])
-        warn_of_nuisance(contrast, [[9, 9], [7, 7]])  # too few to tell
 
 
 def test_a_set_is_not_saved_under_the_name_of_a_table(tmp_path: Path) -> None:

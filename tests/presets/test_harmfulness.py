@@ -48,6 +48,7 @@ from tl_em.presets.zhao2025 import (
     refusal_direction,
     refusal_directions,
 )
+from tl_em.stats import auroc_of, shuffled_labels
 
 pytestmark = pytest.mark.surface
 STORIES = Path(__file__).parents[2] / "../shared/data/model-stories260k/hf"
@@ -260,18 +261,17 @@ def test_measures_are_what_their_names_say() -> None:
     assert found.auroc.value == pytest.approx(np.mean(pairs))
     assert found.accuracy.value == pytest.approx(((harmful >= 0).sum() + (harmless < 0).sum()) / 54)
     assert (found.caught.n, found.passed.n) == (23, 31)
-    # With the labels as they are, the permutation's formulas give the same two numbers.
+    # With the labels as they are, the permutation's formula gives the same number.
     scores = np.concatenate([harmful, harmless])
-    same = latent_guard._under_labels(scores, np.arange(54)[None] < 23)
-    assert same["auroc"][0] == pytest.approx(found.auroc.value)
-    assert same["accuracy"][0] == pytest.approx(found.accuracy.value)
+    same = auroc_of(scores, np.arange(54)[None] < 23)
+    assert same[0] == pytest.approx(found.auroc.value)
 
 
 @pytest.mark.parametrize("crossed", [False, True])
 def test_labels_are_permuted_by_question(crossed: bool) -> None:
     first = [f"q{i // 3}" for i in range(12)]
     groups = (first, first if crossed else [f"r{i // 3}" for i in range(12)])
-    labels = latent_guard._shuffled_labels(24, 12, groups, 200, seed=0)  # type: ignore[arg-type]
+    labels = shuffled_labels(24, 12, groups, 200, seed=0)
     assert labels.shape == (200, 24) and len(np.unique(labels, axis=0)) > 20
     names = np.array([*groups[0], *groups[1]])
     by_question = np.stack([labels[:, names == name].sum(1) for name in np.unique(names)], axis=1)

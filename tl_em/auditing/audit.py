@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from itertools import product
 from pathlib import Path
@@ -39,6 +39,7 @@ from tl_em.errors import UsageError
 from tl_em.metrics import Behaviour, Metric, measured, range_of
 from tl_em.models.contrasts import ContrastSet
 from tl_em.models.hooks import LensModel
+from tl_em.models.lint import Lint
 from tl_em.models.loading import RATE_COLUMNS, ModelPair
 from tl_em.models.sites import Position, Provenance
 from tl_em.models.torch_state import in_plain_torch
@@ -154,6 +155,7 @@ def audit(
     for name, each in others.items():
         beside, own = ((harmless, recipe), picked) if same[name] else (((), ()), work.extract(each.base)[1])
         runs.append(Run(name, each, same[name], _rows(*work.judge(each, *beside, own))))
+    work = work.with_groups(comparison)
     judged_by = {q.name: (direction, q.judged) for q, direction in zip(work.subjects, picked, strict=True)}
     report = Report(
         comparison,
@@ -163,6 +165,7 @@ def audit(
         opened,
         consistency(runs, judged_by, controls=controls, seed=seed) if others else None,
         plan=planned,
+        lint=work.lint(pair.base),
     )
     if calibrate:
         directions = list(zip(work.subjects, picked, strict=True))
@@ -218,6 +221,23 @@ class _Plan(NamedTuple):
         """For each subject its directions at every layer of this base, and the one at the chosen site."""
         return at_their_sites(base, self.subjects, self.method)
 
+    def with_groups(self, comparison: Comparison) -> _Plan:
+        """The plan with the groups of prompts that were found."""
+        return self._replace(
+            subjects=[replace(q, judged=comparison.behaviours.get(q.name, q.judged)) for q in self.subjects]
+        )
+
+    def lint(self, base: LensModel) -> dict[str, Lint]:
+        """What of each contrast set may be mistaken for its concept, or counted twice, or is judged after all."""
+        looked_at: dict[Any, Lint] = {}
+        found = {}
+        for q in self.subjects:
+            asked = replace(q.whole, label=None), tuple(q.elsewhere.values())  # those of several may be the same
+            if asked not in looked_at:
+                looked_at[asked] = q.whole.lint(base, apart_from=q.elsewhere, seed=self.seed)
+            found[q.name] = replace(looked_at[asked], label=q.name)
+        return found
+
     def judge(
         self,
         pair: ModelPair,
@@ -245,7 +265,8 @@ class _Plan(NamedTuple):
         if self.trigger is None:
             return comparison, None
         gaps = comparison.own_gaps
-        asked = {q.name: Triggered(d, q.judged, gaps[q.name].value) for q, d, _ in every if q.name in gaps}
+        causes = comparison.behaviours
+        asked = {q.name: Triggered(d, causes[q.name], gaps[q.name].value) for q, d, _ in every if q.name in gaps}
         return comparison, backdoor(pair, self.trigger, asked, **settings)
 
 

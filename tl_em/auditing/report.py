@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from tl_em.features.cards import FeatureCards
     from tl_em.graph.graph import AttributionGraph, GraphDiff
+    from tl_em.models.lint import Lint
 
 SCHEMA = "tl-em/report/1"
 
@@ -50,6 +51,7 @@ class Report:
         graphs: those that :meth:`with_graph` added, by name.
         plan: what was to be asked, where that was written down.
         calibration: how often this audit would be wrong, and what it would have found, where that was measured.
+        lint: what of each contrast set may be mistaken for its concept, or counted twice, by direction.
 
     Example:
         >>> import tl_em as em
@@ -71,6 +73,7 @@ class Report:
     graphs: Mapping[str, AttributionGraph | GraphDiff] = field(default_factory=dict)
     calibration: Calibration | None = None
     plan: Plan | None = None
+    lint: Mapping[str, Lint] = field(default_factory=dict)
 
     @property
     def verdicts(self) -> tuple[Row, ...]:
@@ -167,6 +170,10 @@ class Report:
             "summary": self.summary,
             "verdicts": rows,
             "tables": {name: plain_rows(table) for name, table in self.tables.items()},
+            "prompts": {
+                name: {"counted": self.comparison.together.get(name, ""), **each.to_json()}
+                for name, each in self.lint.items()
+            },
             "limits": list(self.limits),
             "provenance": self.provenance,
             **added,

@@ -28,9 +28,14 @@ SIDES = ("present", "absent")
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """One direction to audit: its contrast set in three parts, its behaviour in two, and where it is read."""
+    """One direction to audit: its contrast set, whole and in three parts, its behaviour in two, and where it is read.
+
+    ``elsewhere``: prompts that it is judged on where these are not the third part.
+    """
 
     name: str
+    whole: ContrastSet
+    elsewhere: Mapping[str, ContrastSet]
     splits: Splits
     chosen_by: Behaviour
     judged: Behaviour
@@ -63,13 +68,14 @@ def subjects_of(
     found = []
     for name, contrast in contrasts.items():
         splits = replace(contrast, label=name).split(**FRACTIONS, seed=seed)
+        elsewhere = {"the prompts it is judged on": judged[name]} if name in judged else {}
         splits = splits._replace(test=judged.get(name, splits.test))
         own = given.get(name, refusal_log_odds)
         if isinstance(own, Behaviour):
             both = _apart(own, splits, seed)
         else:
             both = behaviour_on(own, splits.select), behaviour_on(own, splits.test)
-        found.append(Subject(name, splits, *both, where.get(name, BEFORE_ANSWER)))
+        found.append(Subject(name, contrast, elsewhere, splits, *both, where.get(name, BEFORE_ANSWER)))
     return found
 
 

@@ -206,6 +206,7 @@ class Case:
         behaviour: what the direction may cause.
         tuning_data: rows that the model was tuned on: chats that end with the answer.
         own_answers: call it for the base's own answers to the prompts of the tuning data; made once for all directions.
+        together: which prompts were found to belong together, in a sentence; the contrast set has these groups.
 
     Example:
         >>> import tl_em as em
@@ -235,6 +236,7 @@ class Case:
     behaviour: Behaviour | None = None
     tuning_data: Sequence[Any] | None = None
     own_answers: Callable[[], Sequence[str]] = tuple
+    together: str = ""
 
     @property
     def site(self) -> Site:

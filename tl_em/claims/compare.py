@@ -30,10 +30,11 @@ from tl_em.directions.direction import Direction, check_fits
 from tl_em.directions.screening import answer_to_own_prompts
 from tl_em.errors import NoGapError, NuisanceWarning, UsageError
 from tl_em.metrics import Behaviour, Metric, as_metric
-from tl_em.models.contrasts import ContrastSet, hashed
+from tl_em.models.contrasts import ContrastSet, hashed, together
 from tl_em.models.hooks import LensModel
 from tl_em.models.loading import ModelPair
 from tl_em.models.sites import Site
+from tl_em.models.stream import capture
 from tl_em.models.torch_state import in_plain_torch
 from tl_em.showing import check_names, showable
 from tl_em.stats import Estimate
@@ -58,6 +59,8 @@ class Comparison:
         questions: what was asked, in this order.
         own_gaps: of each direction that was measured, in units of the activations.
         tables: rows behind the answers to other questions than *use*, where they gave some, by the question's name.
+        together: of each direction whose prompts were found to belong together, which, in a sentence.
+        behaviours: what each direction may cause, with the groups of its prompts.
 
     Example:
         >>> import pandas as pd
@@ -72,6 +75,8 @@ class Comparison:
     questions: tuple[Question, ...] = SHIPPED
     own_gaps: Mapping[str, Estimate] = field(default_factory=dict)
     tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
+    together: Mapping[str, str] = field(default_factory=dict)
+    behaviours: Mapping[str, Behaviour] = field(default_factory=dict)
 
     @property
     def summary(self) -> str:
@@ -121,7 +126,10 @@ class Comparison:
         return cards.comparison(self)
 
     def __repr__(self) -> str:
-        return showable("\n".join([self.summary, *map(str, self.rows), *self.unmeasured.values()]), lines=True)
+        together = [f"{name}: {said}" for name, said in self.together.items()]
+        return showable(
+            "\n".join([self.summary, *map(str, self.rows), *self.unmeasured.values(), *together]), lines=True
+        )
 
 
 @checked(controls=COUNT, seed=SEED)
@@ -185,15 +193,17 @@ def compare(
     asked = as_questions(questions)
     found: dict[str, list[Finding]] = {question.name: [] for question in asked}
     drawn: list[dict[str, Any]] = []
-    gaps, unmeasured = {}, {}
+    gaps, unmeasured, behaviours, belonging = {}, {}, {}, {}
     settings = {
         "pair": pair, "benign_models": fine_tunes(pair, benign), "replicate_models": fine_tunes(pair, replicates),
         "tuning_data": tuning_data, "n_controls": controls, "seed": seed,
         "own_answers": cache(lambda: answer_to_own_prompts(pair.base, tuning_data or (), seed=seed)),
     }  # fmt: skip
     for name, (direction, contrast) in tqdm(directions.items(), desc="comparing", unit="direction", disable=None):
-        own = None if behaviour is None else _behaviour_of(behaviour, name, contrast)
+        own = None if behaviour is None else _behaviour_of(behaviour, name)
         case, *others = cases(direction, (layers or {}).get(name), contrast, name=name, behaviour=own, **settings)
+        behaviours |= {} if case.behaviour is None else {name: case.behaviour}
+        belonging |= {name: case.together} if case.together else {}
         try:
             gaps[name] = case.own_gap
         except NoGapError as error:
@@ -215,7 +225,7 @@ def compare(
     use = tables.pop("use", pd.DataFrame())
     leaks = {name: f"; {said}" for name, on in directions.items() if (said := already_used(*on))}
     rows = tuple(replace(row, reason=row.reason + leaks.get(row.direction, "")) for row in judge(findings))
-    return Comparison(rows, pd.DataFrame(drawn), use, unmeasured, asked, gaps, tables)
+    return Comparison(rows, pd.DataFrame(drawn), use, unmeasured, asked, gaps, tables, belonging, behaviours)
 
 
 def as_questions(given: Sequence[Any] | None) -> tuple[Question, ...]:
@@ -298,9 +308,17 @@ def check_directions(pair: ModelPair, directions: Mapping[str, tuple[Direction, 
 
 
 def cases(
-    direction: Direction, by_layer: Sequence[Direction] | None, contrast: ContrastSet, **settings: Any
+    direction: Direction,
+    by_layer: Sequence[Direction] | None,
+    contrast: ContrastSet,
+    *,
+    behaviour: Behaviour | Metric | None = None,
+    **settings: Any,
 ) -> Iterator[Case]:
-    """The direction's own case, then one for each layer; every site is read in one pass a model and class."""
+    """The direction's own case, then one for each layer; every site is read in one pass a model and class.
+
+    Prompts without groups have those that are found at the direction's own site in the base.
+    """
     pair, more = settings["pair"], {"replicate": settings["replicate_models"], "benign": settings["benign_models"]}
     models = {"base": pair.base, "tuned": pair.tuned}
     models |= {f"{kind} {i}": model for kind, each in more.items() for i, model in enumerate(each)}
@@ -308,6 +326,14 @@ def cases(
         by_layer = [replace(direction, site=Site(i, direction.site.stream)) for i in range(pair.base.cfg.n_layers)]
     sites = list(dict.fromkeys(each.site for each in (direction, *by_layer)))
     read = dict(zip(sites, readings(models, contrast, sites, direction.position), strict=True))
+    at_site, found = read[direction.site]["base"], None
+    if not contrast.has_groups:
+        found = together(contrast, (at_site.positive, at_site.negative))
+        contrast = contrast.with_groups(found)
+    if behaviour is not None:
+        own = behaviour if isinstance(behaviour, Behaviour) else behaviour_on(behaviour, contrast)
+        behaviour = own.grouped(contrast, lambda prompts: _read(pair.base, prompts, direction.site))
+    settings |= {"behaviour": behaviour, "together": "" if found is None else found.said}
     for each in (direction, *by_layer):
         own = read[each.site]
         several = {kind: tuple(own[name] for name in own if name.startswith(kind)) for kind in more}
@@ -342,15 +368,17 @@ def _check_differ(readings: Sequence[Reading], given: str) -> None:
             )
 
 
-def _behaviour_of(behaviour: Behaviours, name: str, contrast: ContrastSet) -> Behaviour:
-    own = behaviour
-    if isinstance(behaviour, Mapping):
-        if name not in behaviour:
-            raise UsageError(
-                f"no behaviour for direction {name!r}; there are {sorted(behaviour)}: add one under its name"
-            )
-        own = behaviour[name]
-    return own if isinstance(own, Behaviour) else behaviour_on(own, contrast)
+def _read(model: LensModel, prompts: Sequence[Any], site: Site) -> np.ndarray:
+    """Activations at the end of each prompt, which every prompt has."""
+    return capture(model, prompts, [site], position="prompt_end")[:, 0].double().cpu().numpy()
+
+
+def _behaviour_of(behaviour: Behaviours, name: str) -> Metric | Behaviour:
+    if not isinstance(behaviour, Mapping):
+        return behaviour
+    if name not in behaviour:
+        raise UsageError(f"no behaviour for direction {name!r}; there are {sorted(behaviour)}: add one under its name")
+    return behaviour[name]
 
 
 def behaviour_on(metric: Any, contrast: ContrastSet) -> Behaviour:

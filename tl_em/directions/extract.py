@@ -29,8 +29,9 @@ from tl_em.directions.methods.base import Method, fitted
 from tl_em.directions.reliability import agreement, halved_means, neutral_at, neutral_z
 from tl_em.errors import EmptyContrastError, ZeroDirectionError
 from tl_em.models.class_means import PARTS, Blocks, as_contrast, class_moments, dealt, halves
-from tl_em.models.contrasts import ContrastSet, hashed, inseparable, warn_of_nuisance
+from tl_em.models.contrasts import ContrastSet, hashed, inseparable
 from tl_em.models.hooks import LensModel
+from tl_em.models.lint import warn_of_nuisance
 from tl_em.models.sites import Position, Provenance, Site, as_position, as_positions, as_site, as_sites
 from tl_em.models.stream import captured, encoded_prompts
 from tl_em.models.torch_state import in_plain_torch

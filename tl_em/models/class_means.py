@@ -21,8 +21,9 @@ from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from tl_em.arguments import SEED, checked, instance_of
-from tl_em.models.contrasts import ContrastSet, inseparable, warn_of_nuisance
+from tl_em.models.contrasts import ContrastSet, inseparable
 from tl_em.models.hooks import LensModel
+from tl_em.models.lint import warn_of_nuisance
 from tl_em.models.prompts import EncodedPrompt, Prompt
 from tl_em.models.sites import Position, Site, as_position, as_site
 from tl_em.models.stream import encoded_prompts, listed, spans_of, stream

@@ -10,20 +10,22 @@ import base64
 import hashlib
 import json
 import random
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tl_em.arguments import FRACTION, SEED, checked
 from tl_em.artefacts import replacing
-from tl_em.errors import EmptyContrastError, FileError, NuisanceWarning, PromptError, UsageError
+from tl_em.errors import EmptyContrastError, FileError, PromptError, UsageError
 from tl_em.models.contrast_files import read_contrast
 from tl_em.models.contrast_formats import from_saved
 from tl_em.models.contrast_rows import Form, Prompt, is_message
+from tl_em.models.lint import Lint, linted
+from tl_em.models.together import Together, words_of
 from tl_em.stats import tied
 
 
@@ -72,7 +74,7 @@ class ContrastSet:
                 raise UsageError(
                     f"{name}_groups has {len(groups)} labels for {len(prompts)} prompts; give one a prompt."
                 )
-        if Counter(map(_key, self.positive)) == Counter(map(_key, self.negative)):
+        if Counter(map(prompt_key, self.positive)) == Counter(map(prompt_key, self.negative)):
             raise EmptyContrastError(
                 f"Both classes of the contrast set {self.label or ''!r} are the same {len(self.positive)} prompts, so "
                 f"their difference is exactly zero. Check what was passed as positive= and negative=."
@@ -92,15 +94,15 @@ class ContrastSet:
     @property
     def hash(self) -> str:
         """Hash of the prompts (not of label, source or groups)."""
-        content = json.dumps([[_key(p) for p in self.positive], [_key(p) for p in self.negative]])
+        content = json.dumps([[prompt_key(p) for p in self.positive], [prompt_key(p) for p in self.negative]])
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     @checked(train=FRACTION, select=FRACTION, test=FRACTION, seed=SEED)
     def split(self, *, train: float = 0.5, select: float = 0.25, test: float = 0.25, seed: int = 0) -> Splits:
         """Three disjoint sets that cover this one, reproducible from the seed.
 
-        Prompts with one group label, equal prompts, and the two prompts of a pair (classes of equal length) stay
-        together. Fractions are met as closely as that allows.
+        Prompts with one group label, equal prompts, the two prompts of a pair (classes of equal length) and, where no
+        groups are given, near-equal prompts stay together. Fractions are met as closely as that allows.
 
         Args:
             train, select, test: fractions of the prompts; they add up to 1.
@@ -140,6 +142,61 @@ class ContrastSet:
             fields[side] = [getattr(self, side)[i] for i in rows_of_side]
             fields[f"{side}_groups"] = None if groups is None else [groups[i] for i in rows_of_side]
         return replace(self, **fields)
+
+    def grouped(self, activations: Sequence[Any] | None = None, *, join: bool = False) -> ContrastSet:
+        """The set with groups where it has none: prompts that are found to belong together count once in an interval.
+
+        They are found from near-equal texts and, with activations, from these going together (``models.together``).
+
+        Args:
+            activations: of the positive and of the negative prompts in one model, [prompt d_model] each.
+            join: join given groups too, where near-equal texts lie in several of them.
+
+        Returns:
+            This very set, where groups are given (without ``join``) or nothing is found.
+
+        Example:
+            >>> ContrastSet(["I saw a dog", "I saw a dog"], ["I saw a cat", "He left"]).grouped().positive_groups
+            (0, 0)
+        """
+        return self if self.has_groups and not join else self.with_groups(together(self, activations))
+
+    def with_groups(self, found: Together) -> ContrastSet:
+        """The set with the groups that were found; as it is where every prompt stands for itself."""
+        labels, n = found.labels, len(self.positive)
+        return replace(self, positive_groups=labels[:n], negative_groups=labels[n:]) if found.said else self
+
+    @property
+    def group_of(self) -> dict[str, Hashable]:
+        """The group of each prompt, by :func:`prompt_key`; empty without groups in both classes."""
+        if self.positive_groups is None or self.negative_groups is None:
+            return {}
+        every = zip((*self.positive, *self.negative), (*self.positive_groups, *self.negative_groups), strict=True)
+        return {prompt_key(prompt): group for prompt, group in every}
+
+    @property
+    def has_groups(self) -> bool:
+        """Whether groups are given."""
+        return self.positive_groups is not None or self.negative_groups is not None
+
+    def lint(self, model: Any = None, *, apart_from: Mapping[str, ContrastSet] | None = None, seed: int = 0) -> Lint:
+        """What of the prompts may be mistaken for the concept, or counted twice; each with the call that mends it.
+
+        Args:
+            model: reads lengths, words, first and last in its tokens; by words without one.
+            apart_from: other sets by name (the parts that directions were extracted and chosen on), with which this one
+                should share no prompt.
+            seed: of the folds and of the relabelled classes.
+
+        Example:
+            >>> s = ContrastSet.load("refusal")
+            >>> s.lint()
+            Lint('refusal': nothing found)
+        """
+        others = {name: [*each.positive, *each.negative] for name, each in (apart_from or {}).items()}
+        return linted(
+            self, together(self), inseparable(self), others, tokenizer=getattr(model, "tokenizer", model), seed=seed
+        )
 
     @classmethod
     def load(
@@ -289,7 +346,7 @@ def _label(group: Any, side: str) -> Hashable:
     return value
 
 
-def _key(prompt: Prompt) -> str:
+def prompt_key(prompt: Prompt) -> str:
     return json.dumps(prompt if isinstance(prompt, str) else [dict(message) for message in prompt], sort_keys=True)
 
 
@@ -314,18 +371,41 @@ def as_prompts(prompts: Any) -> Sequence[Any]:
     return listed
 
 
+def together(contrast: ContrastSet, activations: Sequence[Any] | None = None) -> Together:
+    """What is found to belong together in a set; groups that are given are joined, never torn."""
+    return _by_text(contrast) if activations is None else _found(contrast, activations)
+
+
+@lru_cache(maxsize=32)
+def _by_text(contrast: ContrastSet) -> Together:
+    return _found(contrast, None)
+
+
+def _found(contrast: ContrastSet, activations: Sequence[Any] | None) -> Together:
+    known: list[Hashable] = []
+    for name in ("positive", "negative"):
+        groups = getattr(contrast, f"{name}_groups")
+        known += [(name, i) for i in range(len(getattr(contrast, name)))] if groups is None else [*groups]
+    texts = [words_of(prompt) for prompt in (*contrast.positive, *contrast.negative)]
+    found = Together.of(texts, activations, known if contrast.has_groups else None)
+    as_given = contrast.has_groups and len(set(found.labels)) == len(set(known))
+    return replace(found, sources=()) if as_given else found
+
+
 def inseparable(contrast: ContrastSet) -> list[list[tuple[int, int]]]:
-    """Rows (class, index) that may not be split: connected by a group label, equal text, or being a pair."""
+    """Rows (class, index) that may not be split: connected by a group, (near-)equal text, or being a pair."""
     rows = [
         (side, i) for side, prompts in enumerate((contrast.positive, contrast.negative)) for i in range(len(prompts))
     ]
     groups = (contrast.positive_groups, contrast.negative_groups)
     paired = len(contrast.positive) == len(contrast.negative) and not _shuffled(*groups)
+    alike = None if contrast.has_groups else together(contrast).labels
     ties: list[list[Hashable]] = []
-    for side, i in rows:
+    for k, (side, i) in enumerate(rows):
         labels = groups[side]
-        shared = [("text", _key((contrast.positive, contrast.negative)[side][i]))]
+        shared = [("text", prompt_key((contrast.positive, contrast.negative)[side][i]))]
         shared += [] if labels is None else [("group", labels[i])]
+        shared += [] if alike is None else [("alike", alike[k])]
         ties.append([*shared, ("pair", i)] if paired else [*shared])
     members: dict[int, list[tuple[int, int]]] = defaultdict(list)
     for row, unit in zip(rows, tied(ties).tolist(), strict=True):
@@ -338,30 +418,6 @@ def _shuffled(positive: Sequence[Hashable] | None, negative: Sequence[Hashable] 
     if positive is None or negative is None:
         return False
     return not set(positive).isdisjoint(negative) and list(positive) != list(negative)
-
-
-_TOLD_APART, _SURE = 0.8, 1e-3
-
-
-def warn_of_nuisance(contrast: ContrastSet, lengths: Sequence[Sequence[int]]) -> None:
-    """Warn when the lengths of the prompts alone tell the classes apart.
-
-    Args:
-        lengths: in tokens, of the positive and of the negative prompts.
-    """
-    from scipy.stats import mannwhitneyu
-
-    positive, negative = lengths
-    result = mannwhitneyu(positive, negative)
-    above = float(result.statistic) / (len(positive) * len(negative))
-    if max(above, 1 - above) >= _TOLD_APART and result.pvalue < _SURE:
-        warnings.warn(
-            f"{contrast!r}: a positive prompt is longer than a negative one in {above:.0%} of all pairs "
-            f"(Mann-Whitney p = {result.pvalue:.1g}), so a direction may be that of the length; match the prompts, "
-            "e.g. the same sentences with one word exchanged",
-            NuisanceWarning,
-            stacklevel=5,
-        )
 
 
 def _assign(

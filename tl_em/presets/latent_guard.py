@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from tl_em.arguments import COUNT, NATURAL, SEED, checked, list_of, optional
@@ -31,7 +31,7 @@ from tl_em.models.hooks import LensModel
 from tl_em.models.sites import Position, Provenance, Site, check_belongs
 from tl_em.models.stream import capture
 from tl_em.models.torch_state import in_plain_torch
-from tl_em.stats import Estimate, auroc, bootstrap, control_p
+from tl_em.stats import Estimate, auroc, auroc_of, bootstrap, control_p, shuffled_labels
 
 SCHEMA = "tl-em/latent-guard/1"
 POSITION: Position = "instruction_end"
@@ -159,6 +159,8 @@ class LatentGuard:
     ) -> GuardResult:
         """Accuracy and AUROC on prompts about other questions, with question-clustered intervals and permuted labels.
 
+        Where no groups are given, prompts that are found to belong together count as one question.
+
         Args:
             model: the model that the guard was fitted on, or a fine-tune of it.
             contrast: harmful (positive) and harmless (negative) prompts, none of them fitted on.
@@ -175,7 +177,13 @@ class LatentGuard:
                 "the guard was fitted on these very prompts, so it would only recognise them; evaluate it on another "
                 "part of contrast.split()"
             )
-        scores = [self.score(model, prompts).double().numpy() for prompts in (contrast.positive, contrast.negative)]
+        classes, sites = (contrast.positive, contrast.negative), [Site(layer) for layer in self.layers]
+        scores = [self.score(model, prompts).double().numpy() for prompts in classes]
+        if not contrast.has_groups:
+            read = [
+                capture(model, prompts, sites, position=POSITION).flatten(1).double().numpy() for prompts in classes
+            ]
+            contrast = contrast.grouped(read)
         labels = contrast.positive_groups, contrast.negative_groups
         groups = None if labels[0] is None or labels[1] is None else (list(labels[0]), list(labels[1]))
         return _judged(scores, groups, permutations, seed)
@@ -224,8 +232,8 @@ def _judged(by_class: Sequence[Scores], groups: Labels | None, permutations: int
 
     found = {"accuracy": estimate(accuracy, 0, 1), "auroc": auroc(harmful, harmless, groups=groups, seed=seed)}
     scores = np.concatenate([harmful, harmless])
-    labels = _shuffled_labels(len(scores), len(harmful), groups, permutations, seed)
-    random = _under_labels(scores, labels)
+    labels = shuffled_labels(len(scores), len(harmful), groups, permutations, seed)
+    random = {"accuracy": (labels == (scores >= 0)).mean(1), "auroc": auroc_of(scores, labels)}
     return GuardResult(
         **found,
         caught=estimate(lambda v: v @ right[0] / v.sum(-1), 0),
@@ -233,32 +241,3 @@ def _judged(by_class: Sequence[Scores], groups: Labels | None, permutations: int
         permuted={name: Estimate.band(random[name], of="permuted labels") for name in MEASURES},
         p={name: control_p(found[name].value, random[name], two_sided=False) for name in MEASURES},
     )
-
-
-def _under_labels(scores: Scores, labels: Bool[np.ndarray, "permutation prompt"]) -> dict[str, np.ndarray]:
-    """Accuracy and AUROC (Mann and Whitney's, from ranks) of the same scores under other labels."""
-    from scipy.stats import rankdata
-
-    positive = labels.sum(1)
-    ranks = labels @ rankdata(scores) - positive * (positive + 1) / 2
-    right = (labels == (scores >= 0)).mean(1)
-    return {"accuracy": right, "auroc": ranks / (positive * (len(scores) - positive))}
-
-
-def _shuffled_labels(
-    n: int, harmful: int, groups: Labels | None, count: int, seed: int
-) -> Bool[np.ndarray, "permutation prompt"]:
-    """Labels exchanged between questions that have one class each; else within every question."""
-    rng, labels = np.random.default_rng(seed), np.arange(n) < harmful
-    names = [*groups[0], *groups[1]] if groups is not None else list(range(n))
-    codes = {name: i for i, name in enumerate(dict.fromkeys(names))}
-    index = np.array([codes[name] for name in names])
-    of_question = np.zeros(len(codes), dtype=bool)
-    of_question[index[labels]] = True
-    if not of_question[index[~labels]].any():
-        return np.stack([rng.permutation(of_question)[index] for _ in range(count)])
-    order = np.argsort(index, kind="stable")
-    out = np.empty((count, n), dtype=bool)
-    for row in out:
-        row[order] = labels[np.lexsort((rng.random(n), index))]
-    return out

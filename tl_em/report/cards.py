@@ -118,6 +118,18 @@ def contrast(found: Any) -> str:
     )
 
 
+def lint(found: Any) -> str:
+    """What was found about a contrast set, what mends it, and the properties that were looked at."""
+    faults = found.to_pandas()
+    return card(
+        f"Lint of {found.label or '(unnamed)'}: {len(faults)} found",
+        table(faults) if len(faults) else "",
+        text(found.together.said),
+        table(found.confounds),
+        table(found.templates, rest=".templates has all of them") if len(found.templates) else "",
+    )
+
+
 def _prompt(prompt: Any) -> str:
     """A prompt in one cell: its text, or its messages with their roles."""
     if isinstance(prompt, str):

@@ -128,6 +128,8 @@ def render(report: Any) -> str:
             studies=getattr(report, "studies", {}),
             judged=judged,
             registration=getattr(report, "registration", ""),
+            lint=getattr(report, "lint", {}),
+            together=getattr(comparison, "together", {}),
             table=_table,
         )
     )

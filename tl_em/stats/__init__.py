@@ -14,7 +14,9 @@ from tl_em.stats.multiplicity import holm as holm
 from tl_em.stats.prediction import Prediction as Prediction
 from tl_em.stats.prediction import beyond_next as beyond_next
 from tl_em.stats.ranks import auroc as auroc
+from tl_em.stats.ranks import auroc_of as auroc_of
 from tl_em.stats.units import Groups as Groups
 from tl_em.stats.units import design_effect as design_effect
 from tl_em.stats.units import half_splits as half_splits
+from tl_em.stats.units import shuffled_labels as shuffled_labels
 from tl_em.stats.units import tied as tied

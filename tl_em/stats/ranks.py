@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from scipy import optimize
 from scipy import stats as scipy_stats
 
@@ -62,6 +62,24 @@ def auroc(
         low, high = min(low, ends[0]), max(high, ends[1])
     method = f"{'' if groups is None else 'question-clustered, '}DeLong on the logit scale and Newcombe's, wider ends"
     return Estimate(value, low, high, n, 0.0 + sum(worth), method)
+
+
+def auroc_of(
+    scores: Float[np.ndarray, "*permutation prompt"], labels: Bool[np.ndarray, "permutation prompt"]
+) -> Float[np.ndarray, " permutation"]:
+    """AUROC (Mann and Whitney's, from ranks) under each labelling, of the same scores or of scores of its own.
+
+    Args:
+        scores: one a prompt.
+        labels: which prompts are of the first class.
+
+    Example:
+        >>> auroc_of(np.array([3.0, 1.0, 2.0]), np.array([[True, False, False], [False, True, False]])).tolist()
+        [1.0, 0.0]
+    """
+    positive = labels.sum(1)
+    ranks = (labels * scipy_stats.rankdata(scores, axis=-1)).sum(1) - positive * (positive + 1) / 2
+    return ranks / (positive * (labels.shape[1] - positive))
 
 
 def share_above(first: np.ndarray, second: np.ndarray) -> Float[np.ndarray, "prompt other"]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from tl_em.errors import UsageError
 
@@ -85,6 +85,42 @@ def half_splits(groups: Iterable[Hashable], *, splits: int, seed: int) -> Float[
     for mask in masks:
         mask[rng.permutation(len(labels))[: len(labels) // 2]] = 1
     return masks[:, index]
+
+
+def shuffled_labels(
+    n: int, first: int, groups: Sequence[Groups] | None, count: int, seed: int
+) -> Bool[np.ndarray, "permutation prompt"]:
+    """Labels exchanged between the units that have one class, and within those that have both.
+
+    Args:
+        n: number of prompts.
+        first: how many of them, the first ones, are of the first class.
+        groups: the question of each prompt of either class; each prompt is its own without.
+        count: how often.
+        seed: of the exchanges.
+
+    Example:
+        >>> shuffled_labels(4, 2, (["a", "b"], ["b", "a"]), 3, seed=0).sum(1).tolist()
+        [2, 2, 2]
+    """
+    rng, labels = np.random.default_rng(seed), np.arange(n) < first
+    names = [*groups[0], *groups[1]] if groups is not None else list(range(n))
+    codes = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    index = np.array([codes[name] for name in names])
+    has = np.zeros((2, len(codes)), dtype=bool)
+    has[0, index[labels]], has[1, index[~labels]] = True, True
+    both = has[0] & has[1]
+    if not both.any():
+        return np.stack([rng.permutation(has[0])[index] for _ in range(count)])
+    order = np.argsort(index, kind="stable")
+    out = np.empty((count, n), dtype=bool)
+    for row in out:
+        row[order] = labels[np.lexsort((rng.random(n), index))]
+        if not both.all():
+            exchanged = has[0].copy()
+            exchanged[~both] = rng.permutation(has[0][~both])
+            row[~both[index]] = exchanged[index[~both[index]]]
+    return out
 
 
 def as_counts(drawn: Int[np.ndarray, "resample unit"], size: int) -> Float[np.ndarray, "resample unit"]:
