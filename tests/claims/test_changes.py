@@ -282,3 +282,25 @@ def test_no_interval_is_no_word() -> None:
     row = judge([finding("a", 0.5, nan, effect=none)])[0]
     assert row.verdict == NOT_SHOWN
     assert row.to_json()["estimate"]["low"] is None
+
+
+def test_prompts_without_groups_have_those_that_are_found_and_it_is_said() -> None:
+    """Every prompt four times counts once; given groups stay as they are."""
+    import tl_em as em
+
+    pair = em.load_pair("toy/insecure")
+    whole = (pair.contrasts or {})["persona"]
+    parts = whole.split(seed=0)
+    persona = em.difference_in_means(pair.base, parts.train, site=em.Site(2), position="prompt_end")
+    some = em.ContrastSet(parts.test.positive[:24], parts.test.negative[:24])
+    again = em.ContrastSet([*some.positive] * 4, [*some.negative] * 4)
+    once, often, kept = (
+        em.compare(pair, {"persona": (persona, each)}, questions=["level"], controls=99)
+        for each in (some, again, parts.test)
+    )
+    first, second = (found.rows[0].estimate for found in (once, often))
+    assert second.n == 4 * first.n and "clustered" in second.method and second.n_effective <= first.n
+    assert second.high - second.low > 0.7 * (first.high - first.low)
+    said = often.together["persona"]
+    assert f"{second.n} prompts count as " in said and "near-equal texts" in said and said in repr(often)
+    assert not kept.together
