@@ -357,7 +357,7 @@ def hashed(prompts: Iterable[Prompt]) -> str:
         >>> hashed(["steal a car", "wash a car", "steal a car"])
         '-irRyagY zrJmFqjR'
     """
-    digests = {hashlib.sha256(_key(prompt).encode()).digest()[:6] for prompt in prompts}
+    digests = {hashlib.sha256(prompt_key(prompt).encode()).digest()[:6] for prompt in prompts}
     return " ".join(sorted(base64.urlsafe_b64encode(digest).decode() for digest in digests))
 
 
