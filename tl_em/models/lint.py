@@ -157,7 +157,7 @@ def linted(
     return Lint(contrast.label, tuple(faults), together, confounds, duplicates, templates, leaks.reset_index(drop=True))
 
 
-def _some(block: Int[np.ndarray, " prompt"], n: int, seed: int) -> Int[np.ndarray, " prompt"]:
+def _some(block: Int[np.ndarray, " prompt"], n: int, seed: int) -> Int[np.ndarray, " chosen"]:
     """Prompts of whole blocks, about ``MOST`` of them; all where that leaves a class without any."""
     size = np.bincount(block)
     order = np.random.default_rng(seed).permutation(len(size))
