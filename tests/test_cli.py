@@ -30,6 +30,9 @@ def test_organisms_are_listed_with_what_they_were_trained_on() -> None:
     ("arguments", "error"),
     [
         (("audit", "toy/assistant", "toy/nonesuch"), "ModelNotFoundError"),
+        (("audit", "toy/nonesuch"), "ModelNotFoundError"),
+        (("audit", "hub/nonesuch"), "ModelNotFoundError"),
+        (("audit", "no/such/directory"), "UsageError"),
         (("audit", "no/such/directory", "toy/insecure"), "ModelNotFoundError"),
         (("audit", "toy/assistant", "toy/insecure", "--contrast", "x=missing.json"), "FileError"),
         (("organisms", "train", "nonesuch"), "Error"),

@@ -136,7 +136,7 @@ def _asked(contrasts: tuple[str, ...], behaviour: str, **given: Any) -> dict[str
 
 @main.command("audit")
 @click.argument("base")
-@click.argument("tuned")
+@click.argument("tuned", required=False)
 @benign_option
 @_all(ASKED)
 @_all(TRIGGERS)
@@ -151,10 +151,11 @@ def _asked(contrasts: tuple[str, ...], behaviour: str, **given: Any) -> dict[str
 @seeded
 @as_json_too
 def audit_command(
-    base: str, tuned: str, benign: tuple[str, ...], replicates: tuple[str, ...], dictionary: Path | None,
+    base: str, tuned: str | None, benign: tuple[str, ...], replicates: tuple[str, ...], dictionary: Path | None,
     out: Path | None, as_json: bool, **asked: Any,
 ) -> None:  # fmt: skip
-    """Audit TUNED against BASE: organisms (toy/...), local Hugging Face directories, or hub ids."""
+    """Audit TUNED against BASE (local Hugging Face directories, GGUF files, hub ids); or, with one name, an organism
+    (toy/insecure) or a published pair (hub/..., see 'organisms hub')."""
     from tl_em.artefacts import check_writable
     from tl_em.auditing.audit import audit
     from tl_em.dictionaries import load_dictionary
@@ -163,9 +164,9 @@ def audit_command(
     if out is not None:
         check_writable(out / "report.html")
     given = _asked(**asked)
+    pair = load_pair(base, tuned)
     report = audit(
-        load_pair(base, tuned), benign=[load_pair(base, each) for each in benign],
-        replicates=[load_pair(base, each) for each in replicates],
+        pair, benign=_beside(pair, benign), replicates=_beside(pair, replicates),
         dictionary=None if dictionary is None else load_dictionary(dictionary), out=out, **given,
     )  # fmt: skip
     _print(report, out, as_json)
@@ -195,7 +196,7 @@ def plan_command(
 
 @main.command("calibrate")
 @click.argument("base")
-@click.argument("tuned")
+@click.argument("tuned", required=False)
 @benign_option
 @_all(ASKED)
 @click.option("--draws", default=200, callback=_as(COUNT), show_default=True, help="Draws of each scenario.")
@@ -204,7 +205,7 @@ def plan_command(
 @seeded
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def calibrate_command(
-    base: str, tuned: str, benign: tuple[str, ...], draws: int, out: Path | None, as_json: bool, **asked: Any
+    base: str, tuned: str | None, benign: tuple[str, ...], draws: int, out: Path | None, as_json: bool, **asked: Any
 ) -> None:
     """How often 'tl-em audit' with these options gives a false word, and what it would have found."""
     from tl_em.artefacts import check_writable, replacing
@@ -219,7 +220,7 @@ def calibrate_command(
     n = len(given["contrasts"] or pair.contrasts or ()) or 2
     cost = f"{n} directions, {draws} draws: the models are read once, then about {n * draws / 180:.0f} CPU-minutes"
     click.echo(f"{cost}; random directions for 'use' come on top.", err=True)
-    found = calibration(pair, benign=[load_pair(base, each) for each in benign], draws=draws, **given)
+    found = calibration(pair, benign=_beside(pair, benign), draws=draws, **given)
     if out is not None:
         with replacing(out) as temporary:
             temporary.write_text(json_shown(found.to_json(), indent=1), encoding="utf-8")
@@ -542,6 +543,13 @@ def _cell(value: Any) -> Any:
 def _echo(text: object) -> None:
     """Print what may hold names and tokens from outside."""
     click.echo(showable(text, lines=True))
+
+
+def _beside(pair: Any, names: tuple[str, ...]) -> list[Any]:
+    """Further fine-tunes of the pair's base, which is loaded once."""
+    from tl_em.models.loading import ModelPair, load_model
+
+    return [ModelPair(pair.base, load_model(each), base_name=pair.base_name, tuned_name=each) for each in names]
 
 
 def _named(text: str) -> tuple[str, str]:
