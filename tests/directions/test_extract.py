@@ -152,7 +152,8 @@ def test_reliability_is_low_without_a_difference_and_high_with_one(small_model: 
     rng = np.random.default_rng(0)
     words = ("the", "big", "small", "red", "happy", "sad", "blue")
     mixed = [" ".join([*rng.choice(words, 4), str(rng.choice(NOUNS))]) for _ in range(48)]
-    none = ContrastSet(mixed[:24], mixed[24:], label="nothing")
+    pairs = range(24)  # of seven words, so that some are near-equal
+    none = ContrastSet(mixed[:24], mixed[24:], label="nothing", positive_groups=pairs, negative_groups=pairs)
     low = difference_in_means(small_model, none, site=Site(2), position="prompt_end").reliability
     high = difference_in_means(small_model, CONTRAST, site=Site(2), position="prompt_end").reliability
     assert low is not None and high is not None

@@ -178,8 +178,8 @@ def plan(
             weights are read.
         tuned: name or path of the tuned model that is meant, as ``em.load_pair`` will get it; any without one.
         benign, replicates: their names, or paths; or pairs.
-        contrasts, behaviours, tuning_data, judged, positions, trigger, other_triggers, questions, method, controls,
-            seed: as of ``em.audit``.
+        contrasts, behaviours, tuning_data, judged, positions: as of ``em.audit``.
+        trigger, other_triggers, questions, method, controls, seed: as of ``em.audit``.
         out: JSON file to write.
         overwrite: whether a plan that is there already may be lost.
 

@@ -179,6 +179,7 @@ class ContrastSet:
         """Whether groups are given."""
         return self.positive_groups is not None or self.negative_groups is not None
 
+    @checked(seed=SEED)
     def lint(self, model: Any = None, *, apart_from: Mapping[str, ContrastSet] | None = None, seed: int = 0) -> Lint:
         """What of the prompts may be mistaken for the concept, or counted twice; each with the call that mends it.
 

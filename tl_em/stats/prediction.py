@@ -45,7 +45,7 @@ class Prediction:
         >>> prompts = paired_difference([0.0, 0.1, -0.1, 0.05], [1.0, 1.2, 0.9, 1.1])
         >>> beyond = Prediction(prompts, own=(1.05,), benign=(0.1, -0.1, 0.0))
         >>> beyond.estimate, beyond.needed(0.5)
-        (1.04 [0.51, 1.57] n=3, 3)
+        (1.04 [0.53, 1.54] n=3, 3)
     """
 
     difference: Resampled
@@ -122,6 +122,13 @@ def beyond_next(
 
     Returns:
         With one benign fine-tune the tuned one less it, over prompts only; else a Prediction.
+
+    Example:
+        >>> x, spread = np.linspace(-1, 1, 20), np.sin(np.arange(60)).reshape(3, 20) / 10
+        >>> def of(values): return lambda w: (w * values).sum(-1) / w.sum(-1)
+        >>> found = beyond_next([of(x + 1)], [of(x + each) for each in spread], [20])
+        >>> round(found.estimate.value, 1), found.estimate.low > 0.5, found.estimate.n
+        (1.0, True, 3)
     """
     own = own if len(benign) > 1 and len(own) >= REPEATED else own[:1]
 
