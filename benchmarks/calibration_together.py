@@ -9,6 +9,7 @@ Cases are made as in ``calibration_verdicts``, and their groups are found as ``c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ from calibration_verdicts import (
 
 from tl_em.claims.claim import Case, Reading
 from tl_em.claims.questions.level import Level
+from tl_em.errors import NoGapError
 from tl_em.models.contrasts import ContrastSet
 from tl_em.presets.latent_guard import _judged
 
@@ -127,8 +129,10 @@ def interval_rows() -> Iterator[IntervalRow]:
         for by in (0.0, 0.25):
 
             def draw(rng: np.random.Generator, seed: int, made: Made = made, by: float = by) -> Drawn:
-                (case,) = made(rng, seed, shifted(by), directions=1)
-                found = Level().measure(case).effect
-                return found.estimate, found.p
+                while True:  # a sample without a gap of its own is not measured, by an audit either
+                    (case,) = made(rng, seed, shifted(by), directions=1)
+                    with suppress(NoGapError):
+                        found = Level().measure(case).effect
+                        return found.estimate, found.p
 
-            yield IntervalRow(f"level, {name}", size, by, draw, null=by == 0)
+            yield IntervalRow(f"level moved by {by:g} gaps, {name}", size, by, draw, null=by == 0)
