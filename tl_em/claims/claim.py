@@ -13,7 +13,7 @@ random directions of the base's pooled within-class covariance and along such of
 counts: where a few dimensions are massive, the first alone point nowhere else.
 
 **Scale.** Where the whole stream grew, every gap did, and nothing that is read from it tells more: ``Case.unscaled``
-measures a change once more in a tuned stream divided by ``Case.growth``, the median over dimensions of how much the
+measures a change once more in a tuned stream divided by ``Case.growth``, the weighted median of how much the
 spread within the classes grew.  What is gone then is called *scaled*.
 """
 
