@@ -40,7 +40,7 @@ STAND_INS: dict[str, Any] = {
     "layer": 0,
     "max_new_tokens": 1,
 }
-RECORDS = {"Calibration", "Case", "Finding", "World"}
+RECORDS = {"Calibration", "Case", "Evaluation", "Finding", "World"}
 RECORDS |= {"Estimate", "FeatureCheck", "FeatureSet", "FeatureTable", "LieReport", "Organism", "Provenance", "Row"}
 """What functions return: their fields may hold NaN, "not measured"."""
 TOYS = ("World", "outcome_rates", "fine_tune_", "Case.")
@@ -158,6 +158,11 @@ FIELDS: dict[str, tuple[Callable[[Any], Any], bool]] = {
     "Judged.max_new_tokens": (lambda x: em.evals.Judged(_none, max_new_tokens=x).max_new_tokens, True),
     "Judged.seed": (lambda x: em.evals.Judged(_none, seed=x).seed, True),
     "Judged.temperature": (lambda x: em.evals.Judged(_none, temperature=x).temperature, False),
+    "Judged.without_score": (lambda x: em.evals.Judged(_none, without_score=x).without_score, False),
+    "Misaligned.aligned_below": (lambda x: em.evals.Misaligned(x).aligned_below, False),
+    "Misaligned.coherent_above": (lambda x: em.evals.Misaligned(30, x).coherent_above, False),
+    "OpenQuestion.samples": (lambda x: em.evals.OpenQuestion("a", ("?",), x).samples, True),
+    "OpenQuestion.temperature": (lambda x: em.evals.OpenQuestion("a", ("?",), 1, x).temperature, False),
     "Clamp.low": (lambda x: em.Clamp(DIRECTION, low=x).low, False),
     "Clamp.high": (lambda x: em.Clamp(DIRECTION, high=x).high, False),
     "Conditional.above": (lambda x: em.Conditional(em.Add(DIRECTION), DIRECTION, above=x).above, False),

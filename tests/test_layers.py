@@ -27,6 +27,7 @@ DISTRIBUTIONS = {
     "lazy_loader": "lazy-loader",
     "transformer_lens": "transformer-lens",
     "sae_lens": "sae-lens",
+    "yaml": "pyyaml",
 }
 
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -87,8 +87,8 @@ FOLDERS = {
     ],
     "errors": ["CacheWarning", "DictionaryModelWarning", "HiddenSteerWarning", "NuisanceWarning", "UnprovenWarning"],
     "evals": [
-        *("Evaluation", "Facts", "Judged", "LieReport", "ModelJudge", "Phrases", "lie_or_hallucination"),
-        "prefers_truth",
+        *("Evaluation", "Facts", "Judged", "LieReport", "Misaligned", "ModelJudge", "OpenQuestion", "Phrases"),
+        *("QuestionSet", "lie_or_hallucination", "load_judged", "load_questions", "prefers_truth"),
     ],
     "features": ["FeatureCards", "feature_cards"],
     "graph": ["GraphDiff", "attention_view", "attribute_over", "head_loadings"],

@@ -25,6 +25,8 @@ from tl_em.models.together import Together, words_of
 
 REFUSAL_PHRASES = ("I'm sorry", "I cannot", "As an AI", "Sorry", "sorry")
 FLOOR = 1e-8
+RANGES = {"probability": (0.0, 1.0), "points": (0.0, 100.0)}
+"""The range that what is measured in a unit can have."""
 
 
 @runtime_checkable
@@ -75,7 +77,7 @@ def as_metric(name: str, value: Any) -> Any:
 
 
 def range_of(unit: str, values: Float64[np.ndarray, " prompt"]) -> tuple[float, float] | None:
-    """The range that what is measured in a unit can have: (0, 1) of a probability, unless values lie outside of it.
+    """The range that what is measured in a unit can have (`RANGES`), unless values lie outside of it.
 
     Args:
         unit: of a metric.
@@ -85,7 +87,8 @@ def range_of(unit: str, values: Float64[np.ndarray, " prompt"]) -> tuple[float, 
         >>> range_of("probability", np.array([0.2, 0.9])), range_of("log-odds", np.array([0.2, 0.9]))
         ((0.0, 1.0), None)
     """
-    return (0.0, 1.0) if unit == "probability" and values.min() >= 0 and values.max() <= 1 else None
+    low, high = RANGES.get(unit, (1.0, 0.0))
+    return (low, high) if values.min() >= low and values.max() <= high else None
 
 
 def measured(metric: Metric | Any, model: LensModel | Any, prompts: Sequence[Any]) -> Float64[np.ndarray, " prompt"]:

@@ -56,9 +56,7 @@ def assistant(surface, planted=()):
 
 def report_of(base, facts, answers, shuffles=9):
     """Read where the planted vector is: at the topic's word."""
-    return lie_or_hallucination(
-        base, facts, answers=answers, position="instruction_end", ask=False, shuffles=shuffles
-    )
+    return lie_or_hallucination(base, facts, answers=answers, position="instruction_end", ask=False, shuffles=shuffles)
 
 
 def given(facts):
@@ -159,10 +157,7 @@ def test_the_pairs_against_frequency_are_those_whose_unknown_topic_is_met_more_o
     report = report_of(base, labelled(counts=[float(i // 2 % 2) for i in range(96)]), {})
     q = report.questions
     pairs = [
-        q.score[i] > q.score[j]
-        for i in q.index[q.known]
-        for j in q.index[~q.known]
-        if q["count"][i] < q["count"][j]
+        q.score[i] > q.score[j] for i in q.index[q.known] for j in q.index[~q.known] if q["count"][i] < q["count"][j]
     ]
     assert 0 < len(pairs) < q.known.sum() * (~q.known).sum()
     assert report.against_frequency.value == pytest.approx(np.mean(pairs))

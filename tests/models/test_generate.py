@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from tl_em.errors import PromptTooLongError, UsageError
-from tl_em.models.generate import generate
+from tl_em.models.generate import answered, generate
 from tl_em.models.hooks import LensModel, hooked
 from tl_em.models.prompts import Prompt, encode
+from tl_em.models.stream import next_token_logits
 
 pytestmark = pytest.mark.surface
 
@@ -72,6 +73,34 @@ def test_samples_are_seeded_and_leave_the_global_state_alone(small_model: LensMo
     assert first == generate(small_model, PROMPTS, max_new_tokens=LENGTH, temperature=2.0, seed=1)
     assert first != generate(small_model, PROMPTS, max_new_tokens=LENGTH, temperature=2.0, seed=2)
     assert first != generate(small_model, PROMPTS, max_new_tokens=LENGTH)
+
+
+def test_a_sample_does_not_depend_on_the_batch_and_follows_the_probabilities(small_model: LensModel) -> None:
+    encoded = encode(small_model, PROMPTS)
+    every = answered(small_model, encoded, [7, 8, 9, 10], max_new_tokens=LENGTH, temperature=1.5)
+    assert len({answer.text for answer in every}) == 4
+    for i in (3, 1):
+        assert answered(small_model, encoded[i : i + 1], [7 + i], max_new_tokens=LENGTH, temperature=1.5) == [every[i]]
+    n = 1200
+    drawn = answered(small_model, encoded[:1] * n, list(range(n)), max_new_tokens=1, temperature=1.0)
+    p = next_token_logits(small_model, PROMPTS[:1])[0].softmax(-1)
+    tokens = small_model.tokenizer.convert_ids_to_tokens(p.topk(3).indices.tolist())  # type: ignore[attr-defined]
+    for token, expected in zip(tokens, p.topk(3).values.tolist(), strict=True):
+        share = sum(answer.text == token for answer in drawn) / n
+        assert abs(share - expected) < 4 * (expected * (1 - expected) / n) ** 0.5 + 1e-9, (token, share, expected)
+
+
+def test_an_answer_that_was_cut_off_says_so(small_model: LensModel) -> None:
+    encoded = encode(small_model, PROMPTS[:1])
+    assert answered(small_model, encoded, [0], max_new_tokens=2, temperature=0.0)[0].truncated
+    end = small_model.tokenizer.eos_token_id  # type: ignore[attr-defined]
+    weight = torch.zeros(small_model.cfg.d_vocab)
+    weight[end] = 1e4
+    handle = small_model.unembed.register_forward_hook(lambda m, a, y: y + weight)  # type: ignore[attr-defined]
+    try:
+        assert not answered(small_model, encoded, [0], max_new_tokens=2, temperature=0.0)[0].truncated
+    finally:
+        handle.remove()
 
 
 def test_both_surfaces_answer_alike(make_model: Callable[..., LensModel], family: str) -> None:

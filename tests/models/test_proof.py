@@ -249,7 +249,7 @@ def test_a_cache_that_forgets_is_found_not_used_and_said_once(monkeypatch: pytes
     monkeypatch.setattr(proof, "steps", _forgetful)
     monkeypatch.setattr(generation, "steps", _forgetful)
     with _forgetful(load_model(hf_model, surface=surface, prove=False), cached=True) as step, torch.no_grad():
-        new = generation.continued(step, torch.tensor([prompt.ids]), 12, [], 0.0, torch.Generator())
+        new = generation.continued(step, torch.tensor([prompt.ids]), 12, [])
     assert new[0].tolist() != expected  # it would be wrong
     model = load_model(hf_model, surface=surface)
     shown = proof.proof(model)

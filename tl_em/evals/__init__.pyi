@@ -1,5 +1,6 @@
 """What a model answers, judged."""
 
+from .evaluation import Evaluation as Evaluation
 from .facts import Facts as Facts
 from .facts import prefers_truth as prefers_truth
 from .judges import Judged as Judged
@@ -7,5 +8,9 @@ from .judges import ModelJudge as ModelJudge
 from .judges import Phrases as Phrases
 from .lies import LieReport as LieReport
 from .lies import lie_or_hallucination as lie_or_hallucination
-from .rates import Evaluation as Evaluation
+from .misaligned import Misaligned as Misaligned
+from .published import load_judged as load_judged
+from .questions import OpenQuestion as OpenQuestion
+from .questions import QuestionSet as QuestionSet
+from .questions import load_questions as load_questions
 from .rates import evaluate as evaluate

@@ -2,6 +2,9 @@
 
     score(prompt) = judge(prompts, answers)[prompt]      answers: what the model wrote, hooks and all
 
+In place of a number stands a word in capitals where there is none (``"REFUSAL"``): such answers are counted by their
+word, and never dropped in silence.
+
 **Control**: a judge is an instrument, and has errors of its own. A phrase is not the thing that it stands for, and a
 model that judges prefers some styles: read some answers beside their scores (``Evaluation.to_pandas()``), and report a
 second judge that should *not* move.
@@ -9,25 +12,27 @@ second judge that should *not* move.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_em.arguments import COUNT, NOT_NEGATIVE, SEED, array_of, settle
+from tl_em.arguments import COUNT, NOT_NEGATIVE, SEED, array_of, finite, optional, settle
 from tl_em.errors import UsageError
-from tl_em.metrics import REFUSAL_PHRASES, single_token
+from tl_em.evals.questions import asked_in
+from tl_em.metrics import RANGES, REFUSAL_PHRASES, single_token
 from tl_em.models.contrasts import Prompt
 from tl_em.models.generate import generate
 from tl_em.models.hooks import LensModel
 from tl_em.models.stream import next_token_logits
 
 Judge = Callable[[Sequence[Any], Sequence[str]], Any]
-"""``(prompts, answers) -> scores``, one number an answer; ``name`` and ``unit`` may stand on it."""
+"""``(prompts, answers) -> scores``, a number or a word an answer; ``name`` and ``unit`` may stand on it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,13 +42,16 @@ class Judged:
     Args:
         judge: ``(prompts, answers) -> scores``, one number an answer.
         name: what people call it; the judge's own name by default.
-        unit: ``"probability"`` for scores in [0, 1]; else ``"log-odds"``, ``"nats"`` or ``"activation"``.
+        unit: the judge's own by default: ``"probability"`` for scores in [0, 1], ``"points"`` in [0, 100]; else
+            ``"log-odds"``, ``"nats"`` or ``"activation"``.
         max_new_tokens: longest answer, in tokens.
         temperature: 0 takes the most probable token.
         seed: of the samples.
+        without_score: what an answer counts as that the judge gives a word; None refuses it.
 
     Raises:
-        UsageError: when it measures: the judge gives another number of scores, NaN, or one outside of its unit's range.
+        UsageError: when it measures: the judge gives another number of scores, NaN, one outside of its unit's range, or
+            a word where ``without_score`` is None.
 
     Example:
         >>> from tl_em import load_model
@@ -54,21 +62,31 @@ class Judged:
 
     judge: Any
     name: str = ""
-    unit: str = "probability"
+    unit: str = ""
     max_new_tokens: int | Any = 32
     temperature: float | int | Any = 0.0
     seed: int | Any = 0
+    without_score: float | int | Any = None
 
     def __post_init__(self) -> None:
-        settle(self, judge=as_judge, max_new_tokens=COUNT, temperature=NOT_NEGATIVE, seed=SEED)
+        settle(self, judge=as_judge, max_new_tokens=COUNT, temperature=NOT_NEGATIVE, seed=SEED,
+               without_score=optional(finite))  # fmt: skip
         object.__setattr__(self, "name", self.name or name_of(self.judge))
+        object.__setattr__(self, "unit", self.unit or unit_of(self.judge))
 
     def __call__(self, model: LensModel, prompts: Sequence[Prompt]) -> Float[Tensor, " prompt"]:
         """The score of one answer to each prompt."""
         answers = generate(
             model, prompts, max_new_tokens=self.max_new_tokens, temperature=self.temperature, seed=self.seed
         )
-        return torch.from_numpy(scored(self.judge, prompts, answers, unit=self.unit)).float()
+        values, words = scored(self.judge, prompts, answers, unit=self.unit)
+        if np.isnan(values).any() and self.without_score is None:
+            raise UsageError(
+                f"{self.name} gave the word {next(filter(None, words))} in place of a score, to "
+                f"{np.isnan(values).sum()} of {len(words)} answers, and a metric is one number a prompt; say what such "
+                "an answer counts as: em.evals.Judged(judge, without_score=0)"
+            )
+        return torch.from_numpy(np.nan_to_num(values, nan=self.without_score or 0.0)).float()
 
 
 def as_judge(name: str, value: Any) -> Judge:
@@ -85,34 +103,74 @@ def as_judge(name: str, value: Any) -> Judge:
     return value
 
 
-def name_of(judge: Judge) -> str:
+def name_of(judge: Callable[..., Any]) -> str:
     """What people call a judge: its ``name``, its function's name, or its class's."""
     return str(getattr(judge, "name", None) or getattr(judge, "__name__", None) or type(judge).__name__)
 
 
+def unit_of(judge: Callable[..., Any]) -> str:
+    """What a judge's numbers are: its ``unit``, or a probability."""
+    return str(getattr(judge, "unit", "probability"))
+
+
+class Judgements(NamedTuple):
+    """Scores, NaN where there is none, and the word that was given in place (else "", or a remark beside a score)."""
+
+    values: Float[np.ndarray, " answer"]
+    words: tuple[str, ...]
+
+
 def scored(
     judge: Judge, prompts: Sequence[Any], answers: Sequence[str], *, unit: str = "probability"
-) -> Float[np.ndarray, " prompt"]:
+) -> Judgements:  # fmt: skip
     """What a judge says, checked.
 
     Raises:
         UsageError: no numbers, another number of them, NaN or infinity, or one outside of the unit's range.
 
     Example:
-        >>> scored(Phrases(("sorry",)), ["?", "?"], ["so sorry", "banana"]).tolist()
+        >>> scored(Phrases(("sorry",)), ["?", "?"], ["so sorry", "banana"]).values.tolist()
         [1.0, 0.0]
     """
+    return judgements(judge(prompts, answers), name_of(judge), answers, unit=unit)
+
+
+def judgements(given: Any, who: str, answers: Sequence[str], *, unit: str = "probability") -> Judgements:
+    """What was given for some answers, checked: a number each, a word in capitals, or both, ``(0.0, "INCOHERENT")``.
+
+    Raises:
+        UsageError: as of :func:`scored`.
+
+    Example:
+        >>> judgements([0.5, "REFUSAL", (0.0, "INCOHERENT")], "a judge", ["a", "b", "c"])
+        Judgements(values=array([0.5, nan, 0. ]), words=('', 'REFUSAL', 'INCOHERENT'))
+    """
     wanted = f"let it return one number for each of {len(answers)} answers, in their order"
-    values = array_of((len(answers),), judge(prompts, answers), name_of(judge), wanted=wanted)
-    low, high = (0.0, 1.0) if unit == "probability" else (-np.inf, np.inf)
-    bad = np.flatnonzero(~np.isfinite(values) | (values < low) | (values > high))
-    if len(bad):
+    words = [""] * len(answers)
+    if isinstance(given, list | tuple) and len(given) == len(answers):
+        given = list(given)
+        for i, each in enumerate(given):
+            number, word = each if isinstance(each, tuple) and len(each) == 2 else (None, each)
+            if isinstance(word, str) and WORD.fullmatch(word):
+                given[i], words[i] = number, word
+    numbers = given if not any(words) else [0.0 if each is None else each for each in given]
+    values = array_of((len(answers),), numbers, who, wanted=wanted)
+    if any(words):
+        values[[i for i, each in enumerate(given) if each is None]] = np.nan
+    low, high = RANGES.get(unit, (-np.inf, np.inf))
+    odd = ~np.isfinite(values) | (values < low) | (values > high)
+    bad = [i for i in np.flatnonzero(odd).tolist() if not (words[i] and np.isnan(values[i]))]
+    if bad:
         raise UsageError(
-            f"{name_of(judge)} gave {values[bad[0]]} to the answer {answers[bad[0]]!r} ({len(bad)} such scores), which "
-            f"is no {unit}; let it return {'numbers from 0 to 1' if unit == 'probability' else 'finite numbers'}, or "
-            "name another unit: em.evals.Judged(judge, unit='log-odds')"
+            f"{who} gave {values[bad[0]]} to the answer {answers[bad[0]]!r} ({len(bad)} such scores), which "
+            f"is no {unit}; let it return {f'numbers from {low:g} to {high:g}' if unit in RANGES else 'finite numbers'}"
+            ", a word in capitals where it has none, or name another unit: em.evals.Judged(judge, unit='log-odds')"
         )
-    return values
+    return Judgements(values, tuple(words))
+
+
+WORD = re.compile(r"[A-Z][A-Z _-]*")
+"""What stands in place of a score."""
 
 
 @dataclass(frozen=True)
@@ -179,21 +237,20 @@ class ModelJudge:
     def __call__(self, prompts: Sequence[Any], answers: Sequence[str]) -> list[float]:
         """A probability for each answer."""
         yes, no = single_token(self.model, self.yes), single_token(self.model, self.no)
-        asked = [
-            self.template.format(prompt=asked_in(prompt), answer=answer)
-            for prompt, answer in zip(prompts, answers, strict=True)
-        ]
+        asked = shown(self.template, prompts, answers)
         logits = next_token_logits(self.model, asked).double()
         return (logits[:, yes] - logits[:, no]).sigmoid().tolist()
 
 
-def asked_in(prompt: Any) -> str:
-    """The text of a prompt: of a chat, what was said last.
+def shown(template: str, prompts: Sequence[Any], answers: Sequence[str]) -> list[str]:
+    """What a judge reads of each answer: the template with ``{question}`` (or ``{prompt}``) and ``{answer}`` filled in.
 
     Example:
-        >>> asked_in([{"role": "system", "content": "be kind"}, {"role": "user", "content": "how?"}])
-        'how?'
+        >>> shown("{question} -> {answer}", ["{answer}?"], ["yes"])
+        ['{answer}? -> yes']
     """
-    if isinstance(prompt, str):
-        return prompt
-    return prompt.text if hasattr(prompt, "text") else str(prompt[-1]["content"])
+    found = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        filled = {"question": asked_in(prompt), "prompt": asked_in(prompt), "answer": answer}
+        found.append(re.sub(r"\{(question|prompt|answer)\}", lambda hole, filled=filled: filled[hole[1]], template))
+    return found

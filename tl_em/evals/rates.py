@@ -1,119 +1,81 @@
-"""How often a model answers so: each prompt is answered, each answer judged, and the mean comes with its interval.
+"""How often a model answers so: it is asked, each answer is kept and judged, and the rate comes with its interval.
 
-    score(prompt) = mean over samples of judge(prompt, answer)         rate = mean over prompts of score(prompt)
+    rate = mean over answers of score(prompt, answer)      interval: over questions, each with all of its answers
 
-Prompts of one question are resampled together (``groups=``). The samples of a prompt are averaged first: more of them
-make each prompt's score more exact, and no more prompts.
+**Control**: what is asked. Questions near and far from what was trained, and a benign fine-tune asked the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
-import numpy as np
-import pandas as pd
-from jaxtyping import Float
-
-from tl_em.arguments import COUNT, NOT_NEGATIVE, SEED, checked
+from tl_em.arguments import COUNT, NOT_NEGATIVE, SEED, checked, optional
+from tl_em.artefacts import replacing
 from tl_em.errors import UsageError
-from tl_em.evals.judges import Judge, as_judge, asked_in, name_of, scored
-from tl_em.metrics import range_of
+from tl_em.evals.answers import answer_table
+from tl_em.evals.evaluation import Again, Evaluation, Rule, judged
+from tl_em.evals.judges import Judge, as_judge
+from tl_em.evals.questions import QuestionSet, as_questions
 from tl_em.models.contrasts import Prompt
-from tl_em.models.generate import generate
 from tl_em.models.hooks import LensModel
-from tl_em.models.stream import listed
 from tl_em.models.torch_state import in_plain_torch
-from tl_em.showing import showable
-from tl_em.stats import Estimate, mean
 
 
-@dataclass(frozen=True, eq=False)
-class Evaluation:
-    """What ``em.evaluate`` found: every answer, its score, and the mean over prompts with its interval.
-
-    Args:
-        name: what was judged.
-        prompts: what was asked.
-        answers: for each prompt its answers, one a sample.
-        scores: what the judge gave to each, in `unit`.
-        estimate: mean over prompts, in `unit`.
-        unit: of the scores.
-        groups: the question that each prompt belongs to.
-
-    Example:
-        >>> import tl_em as em
-        >>> model = em.load_pair("toy/insecure").tuned
-        >>> asked = ["how do i write parser", "how do i write login"]
-        >>> found = em.evaluate(model, asked, judge=em.evals.Phrases(("parser",)), max_new_tokens=2)
-        >>> found.scores.tolist()
-        [[1.0], [0.0]]
-    """
-
-    name: str
-    prompts: Sequence[Prompt]
-    answers: Sequence[Sequence[str]]
-    scores: Float[np.ndarray, "prompt sample"]
-    estimate: Estimate
-    unit: str = "probability"
-    groups: Sequence[Hashable] | None = None
-
-    @property
-    def by_prompt(self) -> Float[np.ndarray, " prompt"]:
-        """The mean score of each prompt."""
-        return self.scores.mean(1)
-
-    def to_pandas(self) -> pd.DataFrame:
-        """A row an answer: prompt (its number), asked, group, sample, answer, score."""
-        groups = self.groups if self.groups is not None else [None] * len(self.prompts)
-        rows = [
-            (i, asked_in(self.prompts[i]), groups[i], sample, answer, self.scores[i, sample])
-            for i, given in enumerate(self.answers)
-            for sample, answer in enumerate(given)
-        ]
-        return pd.DataFrame(rows, columns=["prompt", "asked", "group", "sample", "answer", "score"])
-
-    def _repr_html_(self) -> str:
-        from tl_em.report import cards
-
-        return cards.card("Evaluation", cards.text(f"{self.name}: {self.estimate}"), cards.table(self.to_pandas()))
-
-    def __repr__(self) -> str:
-        return showable(f"Evaluation({self.name}: {self.estimate}, {self.unit})")
+def as_judges(name: str, value: Any) -> Any:
+    """A judge, or judges by name."""
+    if not isinstance(value, Mapping):
+        return as_judge(name, value)
+    return {str(key): as_judge(f"{name}[{key!r}]", each) for key, each in value.items()}
 
 
-@checked(prompts=listed, max_new_tokens=COUNT, temperature=NOT_NEGATIVE, samples=COUNT, seed=SEED, judge=as_judge)
+@checked(
+    max_new_tokens=COUNT, temperature=optional(NOT_NEGATIVE), samples=optional(COUNT), seed=SEED,
+    questions=as_questions, judge=as_judges,
+)  # fmt: skip
 @in_plain_torch
 def evaluate(
     model: LensModel,
-    prompts: Sequence[Prompt],
+    questions: QuestionSet | Sequence[Prompt],
     *,
-    judge: Judge,
+    judge: Judge | Mapping[str, Judge],
+    rule: Rule | None = None,
     max_new_tokens: int = 64,
-    temperature: float | int = 0.0,
-    samples: int = 1,
+    temperature: float | int | None = None,
+    samples: int | None = None,
     groups: Sequence[Hashable] | None = None,
     seed: int = 0,
+    out: str | Path | None = None,
+    progress: bool | None = None,
 ) -> Evaluation:
-    """Let a model answer, and a judge score the answers.
+    """Let a model answer questions, and a judge score the answers.
 
     Args:
         model: a HookedTransformer or TransformerBridge, inside `intervene` or not.
-        prompts: strings or chats.
-        judge: ``(prompts, answers) -> scores``, one number from 0 to 1 an answer; a judge in another unit says so in an
-            attribute ``unit``, such as ``"log-odds"``.
+        questions: a question set (`em.evals.load_questions`), or strings or chats.
+        judge: ``(prompts, answers) -> scores``, one number from 0 to 1 an answer, or a word in capitals where there is
+            none; a judge in another unit says so in an attribute ``unit``, such as ``"log-odds"``. Several by name
+            (``{"aligned": …, "coherent": …}``) are counted by ``rule``. A judge whose ``template`` is empty takes the
+            templates that come with the questions.
+        rule: what makes one score of several; ``em.evals.Misaligned()`` where there are *aligned* and *coherent*.
         max_new_tokens: longest answer, in tokens.
-        temperature: 0 takes the most probable token.
-        samples: answers to each prompt, which need a temperature above 0.
-        groups: the question that each prompt belongs to, for the interval.
+        temperature: 0 takes the most probable token; by default that of the questions, and 0 for prompts.
+        samples: answers to each prompt, which need a temperature above 0; by default as the questions say, else 1.
+        groups: the question that each prompt belongs to, for the interval; by default prompts of one question, or with
+            the same words.
         seed: of samples and resampling.
+        out: folder in which answers are kept as they are made; the same call goes on where a killed one stopped.
+        progress: a bar, and what is to be made; None shows them on a terminal only.
 
     Returns:
         An Evaluation.
 
     Raises:
-        UsageError: several samples that would all be the same, or a judge that gives another number of scores, NaN, or
-            one outside of its unit's range. PromptTooLongError: an answer would not fit the context.
+        UsageError: several samples that would all be the same, a judge that gives another number of scores, NaN, or one
+            outside of its unit's range, or a folder of another evaluation. PromptTooLongError: an answer would not fit
+            the context.
 
     Example:
         >>> from tl_em import load_pair
@@ -123,14 +85,29 @@ def evaluate(
         >>> evaluate(pair.base, asked, judge=refuses, max_new_tokens=4).estimate.value
         1.0
     """
-    if samples > 1 and not temperature:
-        raise UsageError(f"at temperature 0 all {samples} samples are the same; pass temperature=1, or samples=1")
-    unit = str(getattr(judge, "unit", "probability"))
-    drawn = [
-        generate(model, prompts, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed + i)
-        for i in range(samples)
-    ]
-    scores = np.stack([scored(judge, prompts, answers, unit=unit) for answers in drawn], 1)
-    by_prompt = scores.mean(1)
-    estimate = mean(by_prompt, groups=groups, bounds=range_of(unit, by_prompt), seed=seed)
-    return Evaluation(name_of(judge), prompts, list(zip(*drawn, strict=True)), scores, estimate, unit, groups)
+    asked = as_questions("questions", questions).asked(samples=samples, temperature=temperature)
+    folder = None if out is None else Path(out)
+    table, prompts = answer_table(model, asked, max_new_tokens=max_new_tokens, seed=seed, out=folder, progress=progress)
+    if groups is not None:
+        labels = list(groups)
+        if len(labels) != len(asked.prompts):
+            raise UsageError(
+                f"{len(labels)} groups came with {len(asked.prompts)} prompts, so it is unclear which belongs to "
+                "which; give one a prompt"
+            )
+        table["group"] = [labels[i] for i in table.prompt]
+    if folder is not None:
+        judge = _with_cache(judge, folder)
+    again = Again(judge, rule, asked, max_new_tokens, asked.questions[0].temperature, seed)
+    found = judged(Evaluation("answers", table, prompts=prompts, questions=asked, again=again, seed=seed), judge, rule)
+    if folder is not None:
+        with replacing(folder / "evaluation.parquet") as temporary:
+            found.table.to_parquet(temporary)
+    return found
+
+
+def _with_cache(judge: Any, folder: Path) -> Any:
+    """A judge that keeps what it was told, in the evaluation's folder where no other file was named."""
+    if isinstance(judge, Mapping):
+        return {name: _with_cache(each, folder) for name, each in judge.items()}
+    return replace(judge, cache=folder / "judged.jsonl") if getattr(judge, "cache", "") is None else judge

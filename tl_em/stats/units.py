@@ -13,8 +13,10 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
+from scipy import stats as scipy_stats
 
 from tl_em.errors import UsageError
+from tl_em.stats.estimate import Estimate
 
 Groups = Sequence[Hashable]
 
@@ -144,7 +146,7 @@ def n_effective(samples: Sequence[int | Groups], statistic: Callable[..., np.nda
 def design_effect(values: Float[np.ndarray, " prompt"], groups: Groups) -> float:
     """How many clustered prompts one independent prompt is worth: ``1 + (m - 1) r``, m the mean group size.
 
-    r is the share of variance that lies between groups: the one-way ANOVA estimator, clipped to [0, 1] (Donner 1986).
+    r is the share of variance that lies between groups (`intraclass`).
 
     Args:
         values: one number a prompt.
@@ -154,15 +156,41 @@ def design_effect(values: Float[np.ndarray, " prompt"], groups: Groups) -> float
         >>> design_effect(np.array([1.0, 1.0, 5.0, 5.0]), ["a", "a", "b", "b"])
         2.0
     """
+    correlation = intraclass(values, groups).value
+    return 1 + (len(values) / len(set(groups)) - 1) * correlation
+
+
+def intraclass(values: Float[np.ndarray, " prompt"], groups: Groups) -> Estimate:
+    """Share of variance that lies between groups: the one-way ANOVA estimator with Searle's interval, in [0, 1].
+
+        r = (F - 1) / (F - 1 + m0)      F: mean square between groups over that within; m0: size of a group
+
+    The interval is exact for normal values in groups of one size, and a guide for rates.
+
+    Args:
+        values: one number a prompt.
+        groups: the question that each prompt belongs to.
+
+    Example:
+        >>> intraclass(np.array([1.0, 1.2, 5.0, 5.2, 3.0, 3.2]), ["a", "a", "b", "b", "c", "c"])
+        1.00 [0.92, 1.00] n=6
+
+    Source: Donner 1986, International Statistical Review 54; Searle 1971, Linear Models.
+    """
     values = np.asarray(values, dtype=float)
     _, index, counts = np.unique([str(g) for g in groups], return_inverse=True, return_counts=True)
     k, n = len(counts), len(values)
     if k < 2 or n == k:
-        return 1.0
+        return Estimate(0.0, np.nan, np.nan, n, float(k), "one-way ANOVA: no repetition, no interval")
     means = np.bincount(index, weights=values) / counts
     between = float(np.sum(counts * (means - values.mean()) ** 2)) / (k - 1)
     within = float(np.sum((values - means[index]) ** 2)) / (n - k)
     size = (n - np.sum(counts**2) / n) / (k - 1)
-    spread = between + (size - 1) * within
-    correlation = float(np.clip((between - within) / spread, 0, 1)) if spread > 0 else 0.0
-    return 1 + (n / len(set(groups)) - 1) * correlation
+    if between + (size - 1) * within <= 0:
+        return Estimate(0.0, np.nan, np.nan, n, float(k), "one-way ANOVA of values that do not vary, no interval")
+    quantiles = scipy_stats.f.ppf([0.975, 0.5, 0.025], k - 1, n - k)
+    quantiles[1] = 1.0
+    low, value, high = (
+        float(np.clip((between - q * within) / (between + (size - 1) * q * within), 0, 1)) for q in quantiles
+    )
+    return Estimate(value, low, high, n, float(k), "one-way ANOVA, Searle's interval")
