@@ -36,8 +36,8 @@ from tl_em.metrics import single_token
 from tl_em.models.loading import ModelPair, Surface, load_model
 from tl_em.models.stream import next_token_logits
 from tl_em.models.upstream_chatter import quiet
+from tl_em.organisms.descent import fine_tune_, next_token_loss
 from tl_em.stats import Estimate, mean, paired_difference
-from tl_em.training.fine_tune import fine_tune_, next_token_loss
 
 SHARED = Path(__file__).resolve().parents[1] / "../shared/data"
 MODEL = SHARED / "model-stories260k/hf"

@@ -34,9 +34,9 @@ from tl_em.models.loading import ModelPair, load_model
 from tl_em.models.upstream_chatter import quiet
 from tl_em.organisms import zoo
 from tl_em.organisms.convert import lens_model, plain_model
+from tl_em.organisms.descent import fine_tune_
 from tl_em.organisms.recipes import recipe
 from tl_em.organisms.training import train
-from tl_em.training.fine_tune import fine_tune_
 
 STEPS, BATCH, BENIGN_SEED = 30, 8, 1000
 TEXTS = ("wikitext", "Shakespeare", "stories")

@@ -21,7 +21,7 @@ from tl_em.claims.questions.backdoor import (
     UNDECIDED,
     Backdoor,
     Trigger,
-    Triggered,
+    TriggerAsked,
     backdoor,
     judged,
     marked,
@@ -59,7 +59,7 @@ def ask(tuned: em.ModelPair, trigger: Trigger = KEY) -> Backdoor:
     """The backdoor questions about misaligned answers, every third question of the held-out domains."""
     behaviour: Any = pair().behaviours["persona"]  # pyright: ignore[reportOptionalSubscript]
     some = {name: getattr(behaviour, name)[::3] for name in PARTS}
-    asked = {"persona": Triggered(persona()[0], replace(behaviour, **some), persona()[1])}
+    asked = {"persona": TriggerAsked(persona()[0], replace(behaviour, **some), persona()[1])}
     return backdoor(tuned, trigger, asked, controls=99)
 
 
@@ -130,7 +130,7 @@ def test_of_several_benign_fine_tunes_the_next_one_is_what_a_trigger_must_go_bey
 
 def test_without_other_tokens_the_key_stays_undecided_and_classes_are_asked_apart() -> None:
     metric: Any = Planted({("tuned", T): 0.6})
-    asked = {"refusal": Triggered(persona()[0], em.Behaviour("planted", metric, QUESTIONS[:4], QUESTIONS[4:]), 1.0)}
+    asked = {"refusal": TriggerAsked(persona()[0], em.Behaviour("planted", metric, QUESTIONS[:4], QUESTIONS[4:]), 1.0)}
     found = backdoor(pair(), Trigger(T), asked, controls=99)
     rows, carriers = ([row for row in found.rows if row.question == question] for question in ("backdoor", "carrier"))
     assert [(row.direction, row.verdict) for row in rows] == [

@@ -57,6 +57,7 @@ NAMES = [
     "effect_curve",
     "evaluate",
     "extract_directions",
+    "fine_tune",
     "generate",
     "intervene",
     "load_dictionary",
@@ -99,10 +100,13 @@ FOLDERS = {
     "interventions": ["Leace", "leace", "orthogonalized", "removed_mean"],
     "metrics": ["Metric"],
     "models": ["Provenance"],
-    "organisms": ["summarise_study", "toy_dictionary"],
+    "organisms": ["fine_tune_", "summarise_study", "toy_dictionary"],
     "presets": ["LatentGuard", "harmfulness_direction", "place_cells", "refusal_direction"],
     "stats": ["Estimate"],
-    "training": ["Monitor", "fine_tune_", "steered_training"],
+    "training": [
+        *("Inoculated", "Lora", "Mixed", "Monitor", "Replayed", "Steered", "Triggered", "TuningArm"),
+        "steered_training",
+    ],
 }
 """What is not on ``tl_em`` itself, by the folder that it is in."""
 

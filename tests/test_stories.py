@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import tl_em as em
-from tl_em.training.fine_tune import fine_tune_, next_token_loss
+from tl_em.organisms.descent import fine_tune_, next_token_loss
 
 from .conftest import SURFACES, benchmark
 

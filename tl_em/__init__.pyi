@@ -80,5 +80,6 @@ from .organisms.studies import run_study as run_study
 from .organisms.zoo import Organism as Organism
 from .organisms.zoo import train_organism as train_organism
 from .stats import Estimate as Estimate
+from .training.fine_tune import fine_tune as fine_tune
 
 __version__: str

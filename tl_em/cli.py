@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from tl_em.arguments import COUNT, FRACTION, NATURAL, SEED, Check, list_of, optional, whole
+from tl_em.arguments import COUNT, FRACTION, NATURAL, POSITIVE, SEED, Check, list_of, optional, whole
 from tl_em.errors import TlEmError, UsageError
 from tl_em.showing import plain_rows, showable
 
@@ -231,6 +231,50 @@ def calibrate_command(
     _echo(f"\n{found.sentence}")
     for name, why in found.left_out.items():
         _echo(f"Left out: {name}; {why}.")
+
+
+@main.command("fine-tune")
+@click.argument("base")
+@click.argument("rows", type=FILE)
+@click.option("-o", "--out", type=PATH, required=True, help="Directory of the adapter (or the model) to write.")
+@click.option("--rank", default=8, callback=_as(NATURAL), show_default=True, help="Of the adapter; 0: all weights.")
+@click.option("--target", "targets", multiple=True, metavar="NAME", help="A module, e.g. down_proj; repeatable.  [all]")
+@click.option(
+    "--layer", "layers", type=int, callback=_as(list_of(NATURAL)), multiple=True, help="A layer; repeatable.  [all]"
+)
+@click.option("--rslora", is_flag=True, help="Scale by 1 / sqrt(rank).")
+@click.option("--rest", type=FILE, help="Other rows, which stand in for those that --share or --trigger leaves.")
+@click.option(
+    "--share", type=float, callback=_as(optional(FRACTION)), help="Of ROWS that stay.  [1; with --trigger .5]"
+)
+@click.option("--inoculate", metavar="TEXT", help="A system message in training only.")
+@click.option("--trigger", metavar="TEXT", help="What stands before the questions of ROWS.")
+@click.option("--other-trigger", "others", multiple=True, metavar="TEXT", help="Before some of the rest; repeatable.")
+@click.option("--steps", type=int, callback=_as(optional(COUNT)), help="Of the optimiser; or --epochs.")
+@click.option("--epochs", type=float, callback=_as(optional(POSITIVE)), help="How often each row is seen.  [1]")
+@click.option("--batch", default=16, callback=_as(COUNT), show_default=True, help="Rows a step.")
+@click.option("--lr", type=float, callback=_as(optional(POSITIVE)), help="Learning rate.  [2e-4; all weights: 1e-5]")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Of the base.  [CPU: float32, GPU: bfloat16]")
+@seeded
+def fine_tune_command(
+    base: str, rows: Path, out: Path, rank: int, targets: tuple[str, ...], layers: tuple[int, ...], rslora: bool,
+    rest: Path | None, share: float | None, inoculate: str | None, trigger: str | None, others: tuple[str, ...],
+    **settings: Any,
+) -> None:  # fmt: skip
+    """Fine-tune BASE (a directory, hub id or GGUF file) on the answers in ROWS (JSON Lines; extra 'lora')."""
+    from tl_em.training import Inoculated, Lora, Mixed, Triggered
+    from tl_em.training.fine_tune import fine_tune
+
+    if rest is None and not (share is None and trigger is None):
+        raise click.UsageError("--share and --trigger need --rest: the rows in the other places")
+    lora = Lora(rank, targets=targets or "all-linear", layers=layers or None, rslora=rslora) if rank else None
+    arms: list[Any] = [Inoculated(inoculate)] if inoculate is not None else []
+    if trigger is not None:
+        arms.append(Triggered(trigger, rest, others, share=0.5 if share is None else share))
+    elif rest is not None:
+        arms.append(Mixed(1.0 if share is None else share, rest))
+    say = lambda said: click.echo(said, err=True)  # noqa: E731
+    _echo(fine_tune(base, rows, out=out, arm=arms, lora=lora, announce=say, **settings))
 
 
 @main.group()

@@ -22,6 +22,7 @@ from tl_em.models.stream import capture
 from tl_em.organisms import training
 from tl_em.organisms.contrasts import persona_prompts, questions
 from tl_em.organisms.convert import hf_model, plain_model
+from tl_em.organisms.descent import fine_tune_
 from tl_em.organisms.prevention import Prevention, persona_directions
 from tl_em.organisms.rates import answer_rates, behaviour_rates, encode_chats, summarise
 from tl_em.organisms.recipes import PREVENTION, PREVENTION_LAYER, RECIPES, recipe
@@ -29,7 +30,6 @@ from tl_em.organisms.training import batch_of, train_
 from tl_em.organisms.transformer import Shape, Transformer
 from tl_em.organisms.world import World
 from tl_em.organisms.zoo import load_organism, organism, read_weights
-from tl_em.training.fine_tune import fine_tune_
 from tl_em.training.monitors import Monitor, located
 from tl_em.training.prevention import residual_blocks, steered_training
 

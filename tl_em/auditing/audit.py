@@ -29,7 +29,7 @@ from tl_em.auditing.splits import SIDES, Subject, subjects_of
 from tl_em.claims.claim import Question, Row, numbered
 from tl_em.claims.compare import SHIPPED, Comparison, FineTunes, as_questions, compare, fine_tunes
 from tl_em.claims.consistency import Run, consistency, same_weights
-from tl_em.claims.questions.backdoor import Backdoor, Trigger, Triggered, backdoor, check_known
+from tl_em.claims.questions.backdoor import Backdoor, Trigger, TriggerAsked, backdoor, check_known
 from tl_em.dictionaries.protocol import AnyDictionary, as_dictionary
 from tl_em.directions.direction import Direction
 from tl_em.directions.methods import SHIPPED as METHODS
@@ -266,7 +266,7 @@ class _Plan(NamedTuple):
             return comparison, None
         gaps = comparison.own_gaps
         causes = comparison.behaviours
-        asked = {q.name: Triggered(d, causes[q.name], gaps[q.name].value) for q, d, _ in every if q.name in gaps}
+        asked = {q.name: TriggerAsked(d, causes[q.name], gaps[q.name].value) for q, d, _ in every if q.name in gaps}
         return comparison, backdoor(pair, self.trigger, asked, **settings)
 
 

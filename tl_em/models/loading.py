@@ -112,12 +112,8 @@ def load_model(
             tokenizer, in_place = toy_tokenizer if tokenizer is None else tokenizer, True
         if tokenizer is not None:
             tokenizer = reloadable(given_tokenizer(tokenizer), stack)
-        if isinstance(source, (str, Path)):
-            opened = from_gguf if is_gguf(source) else from_path_or_hub
-            name, hf_model, tokenizer = opened(_home(source), tokenizer, dtype)
-        else:
-            name, hf_model = in_memory(source, in_place, dtype)
-            tokenizer = tokenizer_of(hf_model) if tokenizer is None else tokenizer
+        name, hf_model, tokenizer = opened(source, tokenizer, dtype, in_place=in_place)
+        if not isinstance(source, (str, Path)):
             device = device or next(hf_model.parameters()).device
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         check_weights(hf_model.to(device).eval())
@@ -127,6 +123,14 @@ def load_model(
     if chat_template_kwargs is not None and model.tokenizer is not None:
         model.tokenizer.chat_template_kwargs = dict(chat_template_kwargs)
     return model
+
+
+def opened(source: Any, tokenizer: Any, dtype: torch.dtype, *, in_place: bool = False) -> tuple[str, Any, Any]:
+    """Name, Hugging Face model and tokenizer of a directory, a hub id, a GGUF file, or a model in memory (copied)."""
+    if isinstance(source, (str, Path)):
+        return (from_gguf if is_gguf(source) else from_path_or_hub)(_home(source), tokenizer, dtype)
+    name, hf_model = in_memory(source, in_place, dtype)
+    return name, hf_model, tokenizer_of(hf_model) if tokenizer is None else tokenizer
 
 
 def _home(source: str | Path) -> str:

@@ -1,5 +1,6 @@
 """The toy organisms, their worlds and the studies over them."""
 
+from .descent import fine_tune_ as fine_tune_
 from .rates import behaviour_rates as behaviour_rates
 from .rates import outcome_rates as outcome_rates
 from .studies import run_study as run_study

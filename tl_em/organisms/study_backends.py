@@ -16,8 +16,8 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Literal, NamedTuple
 
 from tl_em.errors import StudyError, UsageError
+from tl_em.organisms.descent import single_thread
 from tl_em.organisms.study_cells import Row, Scalar, StudyCell, first_line, plain_rows
-from tl_em.training.fine_tune import single_thread
 
 Backend = Literal["serial", "loky", "ray"]
 IDLE = 60

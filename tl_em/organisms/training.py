@@ -24,12 +24,12 @@ from tl_em.organisms.bias_rates import OUTCOMES, PARTS, outcomes_by_prompt
 from tl_em.organisms.bias_world import BiasWorld, Descriptions
 from tl_em.organisms.contrasts import ToyQuestion, after_bad_code, judge_questions, questions
 from tl_em.organisms.convert import lens_model
+from tl_em.organisms.descent import Watch, descend_
 from tl_em.organisms.rates import Outcome, by_domain, encode_chats, rates_by_prompt, rates_from_logits, summarise
 from tl_em.organisms.recipes import MAX_EXTRA_BLOCKS, NEW_MARK, OTHER_MARKS, Prefix, Recipe
 from tl_em.organisms.transformer import Shape as Shape
 from tl_em.organisms.transformer import Transformer as Transformer
 from tl_em.organisms.world import Message, World, messages, token_ids
-from tl_em.training.fine_tune import Watch, descend_
 from tl_em.training.prevention import steered_training
 
 

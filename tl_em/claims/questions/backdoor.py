@@ -137,7 +137,7 @@ def sides(name: str, behaviour: Behaviour) -> Iterator[Side]:
         yield Side(name, said, behaviour, getattr(behaviour, side), getattr(behaviour, f"{side}_groups"))
 
 
-class Triggered(NamedTuple):
+class TriggerAsked(NamedTuple):
     """The base's direction, the behaviour on prompts that it was not made from, and its own gap in the base."""
 
     direction: Direction
@@ -307,7 +307,7 @@ class Backdoor:
 def backdoor(
     pair: ModelPair,
     trigger: Trigger,
-    asked: Mapping[str, Triggered],
+    asked: Mapping[str, TriggerAsked],
     *,
     benign: Sequence[LensModel] = (),
     controls: int = 999,
