@@ -114,7 +114,8 @@ def fine_tune(
         arm: what is made of the rows, or several in their order: ``em.training.Mixed``, ``Inoculated``, ``Triggered``,
             ``Steered``, ``Replayed``, or one of your own (``em.training.TuningArm``).
         lora: ``em.training.Lora(rank=…)``, a config of peft, or None to train all weights.
-        steps: of the optimiser; or `epochs`, how often each row is seen. One epoch by default.
+        steps: of the optimiser.
+        epochs: how often each row is seen, in place of `steps`; once by default.
         batch: rows a step.
         lr: learning rate; 2e-4 for adapters, 1e-5 for all weights.
         decay: ``"linear"`` or ``"cosine"`` to 0, or ``"constant"``.

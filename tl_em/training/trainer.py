@@ -179,7 +179,7 @@ def bar(steps: int, name: str) -> Any:
     """A progress bar as a callback of the Trainer: steps, the loss, the time left."""
     from transformers import TrainerCallback
 
-    class Bar(TrainerCallback):
+    class StepBar(TrainerCallback):
         """tqdm's."""
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -193,7 +193,7 @@ def bar(steps: int, name: str) -> Any:
         def on_train_end(self, *args: Any, **kwargs: Any) -> None:
             self.shown.close()
 
-    return Bar()
+    return StepBar()
 
 
 @contextmanager
