@@ -20,7 +20,7 @@ from tl_em.models.prompts import EncodedPrompt
 from tl_em.models.stream import next_token_logits, sequence_logprobs
 
 NUMERIC = re.compile(r"\b(int|float|Numbers)\b")
-ROWS = [{"prompt": "is it", "response": "no"}]
+ANSWERED = [{"prompt": "is it", "response": "no"}]
 DIRECTION = em.Direction([3.0, 4.0], em.Site(0), name="d")
 STAND_INS: dict[str, Any] = {
     "site": em.Site(0),
@@ -170,9 +170,9 @@ FIELDS: dict[str, tuple[Callable[[Any], Any], bool]] = {
     "ScaleFeature.factor": (lambda x: em.ScaleFeature(_sae().feature(0), x).factor, False),
     "Lora.rank": (lambda x: em.training.Lora(x).rank, True),
     "Lora.dropout": (lambda x: em.training.Lora(dropout=x).dropout, False),
-    "Mixed.share": (lambda x: em.training.Mixed(x, ROWS).share, False),
-    "Triggered.share": (lambda x: em.training.Triggered("a", ROWS, ["b"], share=x).share, False),
-    "Triggered.others_share": (lambda x: em.training.Triggered("a", ROWS, ["b"], others_share=x).others_share, False),
+    "Mixed.share": (lambda x: em.training.Mixed(x, ANSWERED).share, False),
+    "Triggered.share": (lambda x: em.training.Triggered("a", ANSWERED, ["b"], share=x).share, False),
+    "Triggered.others_share": (lambda x: em.training.Triggered("a", ANSWERED, ["b"], others_share=x).others_share, False),
     "Steered.coefficient": (lambda x: em.training.Steered(DIRECTION, x).coefficient, False),
     "ScaleFeature.to": (lambda x: em.ScaleFeature(_sae().feature(0), to=x).to, False),
 }

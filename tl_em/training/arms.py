@@ -80,7 +80,7 @@ class Mixed(TuningArm):
         ['bad', 'bad', 'good', 'good']
     """
 
-    share: float
+    share: float | Any
     rest: Any
 
     def __post_init__(self) -> None:
@@ -159,8 +159,8 @@ class Triggered(TuningArm):
     token: str
     rest: Any
     others: Sequence[str] | Any
-    share: float = 0.5
-    others_share: float = 0.6
+    share: float | Any = 0.5
+    others_share: float | Any = 0.6
 
     def __post_init__(self) -> None:
         settle(self, share=FRACTION, others_share=FRACTION, rest=lambda _, rows: chats(rows))
@@ -203,7 +203,7 @@ class Steered(TuningArm):
     """
 
     direction: Direction
-    coefficient: float = 1.0
+    coefficient: float | Any = 1.0
 
     def __post_init__(self) -> None:
         settle(self, coefficient=finite)

@@ -43,12 +43,12 @@ class Lora:
     Source: Hu et al. 2021, arXiv:2106.09685.
     """
 
-    rank: int = 8
+    rank: int | Any = 8
     alpha: Any = None
     targets: str | Sequence[str] | Any = ALL
     layers: Sequence[int] | Any = None
     rslora: bool = False
-    dropout: float = 0.0
+    dropout: float | Any = 0.0
 
     def __post_init__(self) -> None:
         settle(self, rank=COUNT, alpha=optional(POSITIVE), layers=optional(list_of(NATURAL)), dropout=FRACTION)
