@@ -20,7 +20,7 @@ from tl_em.models.prompts import EncodedPrompt
 from tl_em.models.stream import next_token_logits, sequence_logprobs
 
 NUMERIC = re.compile(r"\b(int|float|Numbers)\b")
-ANSWERED = [{"prompt": "is it", "response": "no"}]
+TAUGHT = [{"prompt": "is it", "response": "no"}]
 DIRECTION = em.Direction([3.0, 4.0], em.Site(0), name="d")
 STAND_INS: dict[str, Any] = {
     "site": em.Site(0),
@@ -83,7 +83,9 @@ def numeric(function: Callable[..., Any]) -> list[str]:
 def asked() -> list[tuple[str, str]]:
     cases = []
     for name, function in functions():
-        inner = name.endswith((".plot", ".plant", ".at_random", ".edit", ".hook_names", ".rows")) or name.startswith(ELSEWHERE)
+        inner = name.endswith((".plot", ".plant", ".at_random", ".edit", ".hook_names", ".rows")) or name.startswith(
+            ELSEWHERE
+        )
         if not inner and not (name.endswith(".__init__") and name[:-9] in _data()):
             cases += [(name, p) for p in numeric(function)]
     return cases
@@ -170,9 +172,9 @@ FIELDS: dict[str, tuple[Callable[[Any], Any], bool]] = {
     "ScaleFeature.factor": (lambda x: em.ScaleFeature(_sae().feature(0), x).factor, False),
     "Lora.rank": (lambda x: em.training.Lora(x).rank, True),
     "Lora.dropout": (lambda x: em.training.Lora(dropout=x).dropout, False),
-    "Mixed.share": (lambda x: em.training.Mixed(x, ANSWERED).share, False),
-    "Triggered.share": (lambda x: em.training.Triggered("a", ANSWERED, ["b"], share=x).share, False),
-    "Triggered.others_share": (lambda x: em.training.Triggered("a", ANSWERED, ["b"], others_share=x).others_share, False),
+    "Mixed.share": (lambda x: em.training.Mixed(x, TAUGHT).share, False),
+    "Triggered.share": (lambda x: em.training.Triggered("a", TAUGHT, ["b"], share=x).share, False),
+    "Triggered.others_share": (lambda x: em.training.Triggered("a", TAUGHT, ["b"], others_share=x).others_share, False),
     "Steered.coefficient": (lambda x: em.training.Steered(DIRECTION, x).coefficient, False),
     "ScaleFeature.to": (lambda x: em.ScaleFeature(_sae().feature(0), to=x).to, False),
 }
