@@ -37,7 +37,9 @@ from tl_em.directions.methods import as_method
 from tl_em.directions.methods.base import Method
 from tl_em.errors import UsageError
 from tl_em.metrics import Behaviour, Metric, measured, range_of
-from tl_em.models.contrasts import ContrastSet
+from tl_em.evals.judges import asked_in
+from tl_em.models.contrasts import ContrastSet, Prompt
+from tl_em.models.generate import generate
 from tl_em.models.hooks import LensModel
 from tl_em.models.lint import Lint
 from tl_em.models.loading import RATE_COLUMNS, ModelPair
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 CONTROLS = 999
+ANSWER_TOKENS = 48
 METHOD = "difference_in_means"
 
 
@@ -68,6 +71,7 @@ def audit(
     other_triggers: Sequence[str] | None = None,
     replicates: Sequence[LensModel | ModelPair] = (),
     dictionary: AnyDictionary | None = None,
+    ask: Mapping[str, Sequence[Prompt]] | None = None,
     questions: Sequence[Any] | None = None,
     method: Any = "difference_in_means",
     controls: int = CONTROLS,
@@ -90,8 +94,8 @@ def audit(
             pair's own by default.
         judged: for a name, other prompts to judge its direction on than the third part of its own contrast set: a
             direction that is found by contexts, say, judged on plain requests; the pair's own by default.
-        positions: token position of each direction, where it is not ``prompt_end`` (``instruction_end`` for
-            harmfulness).
+        positions: token position of each direction, where it is not the pair's own, or else ``prompt_end``
+            (``instruction_end`` for harmfulness).
         trigger: a token at the head of a question that may open a behaviour; the pair's own by default.
         other_triggers: tokens that stand in its place, as the control; the pair's own by default.  Best are such as
             the fine-tune never saw.
@@ -100,6 +104,8 @@ def audit(
             there are several benign ones.
         dictionary: an SAE of the base's or the tuned model's activations; the latents that the behaviours share are
             looked up, verified on held-out prompts and shown, and a graph of base beside tuned is drawn through it.
+        ask: questions, by domain, whose answers (greedy, ``ANSWER_TOKENS`` tokens) the page shows side by side; the
+            pair's own by default.
         questions: what to ask of each direction, in this order: names of shipped questions, or values of
             ``em.Question``; all of the shipped ones by default.
         method: how directions are extracted: a name or a value of ``em.Method``, as in ``em.extract_directions``.
@@ -166,6 +172,7 @@ def audit(
         consistency(runs, judged_by, controls=controls, seed=seed) if others else None,
         plan=planned,
         lint=work.lint(pair.base),
+        answers=_answers(pair, harmless, pair.ask if ask is None else ask),
     )
     if calibrate:
         directions = list(zip(work.subjects, picked, strict=True))
@@ -295,6 +302,21 @@ def _rates(pair: ModelPair, benign: Sequence[LensModel], plan: _Plan) -> pd.Data
         groups, bounds = getattr(q.judged, f"{side}_groups"), range_of(q.judged.metric.unit, values)
         rows.append(head | mean(values, groups=groups, bounds=bounds, seed=plan.seed).row())
     return pd.DataFrame(rows)
+
+
+def _answers(
+    pair: ModelPair, benign: Sequence[LensModel], ask: Mapping[str, Sequence[Prompt]] | None
+) -> pd.DataFrame | None:
+    """What each model answers, a row a question: domain, asked, and a column a model."""
+    import pandas as pd
+
+    if not ask:
+        return None
+    models = {"base": pair.base, "tuned": pair.tuned} | numbered(benign[:1])
+    asked = [(domain, prompt) for domain, prompts in ask.items() for prompt in prompts]
+    prompts = [prompt for _, prompt in asked]
+    found = pd.DataFrame([(domain, asked_in(prompt)) for domain, prompt in asked], columns=["domain", "asked"])
+    return found.assign(**{k: generate(m, prompts, max_new_tokens=ANSWER_TOKENS) for k, m in models.items()})
 
 
 def _checked_rates(found: Any) -> pd.DataFrame:

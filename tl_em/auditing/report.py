@@ -52,6 +52,7 @@ class Report:
         plan: what was to be asked, where that was written down.
         calibration: how often this audit would be wrong, and what it would have found, where that was measured.
         lint: what of each contrast set may be mistaken for its concept, or counted twice, by direction.
+        answers: what each model says to the same questions: domain, asked, and a column a model.
 
     Example:
         >>> import tl_em as em
@@ -74,6 +75,7 @@ class Report:
     calibration: Calibration | None = None
     plan: Plan | None = None
     lint: Mapping[str, Lint] = field(default_factory=dict)
+    answers: pd.DataFrame | None = None
 
     @property
     def verdicts(self) -> tuple[Row, ...]:
@@ -96,6 +98,7 @@ class Report:
         for name, part in (("backdoor", self.backdoor), ("consistency", self.consistency)):
             kept = {} if part is None else {key: getattr(part, key) for key in part.__dataclass_fields__}
             found |= {f"{name}_{key}": table for key, table in kept.items() if hasattr(table, "to_json")}
+        found |= {} if self.answers is None else {"answers": self.answers}
         if self.features is not None:
             found["features"] = self.features.to_pandas()
             found |= {f"feature_check_{i}": check.to_pandas() for i, check in enumerate(self.features.checks, 1)}

@@ -64,7 +64,7 @@ def subjects_of(
     if not contrasts:
         raise UsageError("no contrast set to audit with; pass contrasts={'refusal': em.ContrastSet.load('refusal')}")
     given: Mapping[str, Behaviour | Metric] = behaviours if behaviours is not None else pair.behaviours or {}
-    where: dict[str, Position] = {**POSITIONS, **(positions or {})}
+    where: dict[str, Position] = {**POSITIONS, **(pair.positions or {}), **(positions or {})}
     found = []
     for name, contrast in contrasts.items():
         splits = replace(contrast, label=name).split(**FRACTIONS, seed=seed)

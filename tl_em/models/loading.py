@@ -29,7 +29,7 @@ from tl_em.models.contrasts import ContrastSet
 from tl_em.models.gguf import from_gguf, is_gguf
 from tl_em.models.hooks import LensModel
 from tl_em.models.proof import proof, prove, reference
-from tl_em.models.sites import vocabulary_hash
+from tl_em.models.sites import Position, vocabulary_hash
 from tl_em.models.source_record import boundaries, remember
 from tl_em.models.surfaces import advice, as_bridge, as_hooked, check_built, reloadable
 from tl_em.models.templates import template_record
@@ -45,6 +45,9 @@ log = logging.getLogger(__name__)
 Surface = Literal["bridge", "hooked"]
 TOYS = "toy/"
 """How the names of the models begin that come with the package; their folder is looked up by name, and imports this."""
+REAL = "real/"
+"""How the names of the adapters begin that come with the package, for a real chat model."""
+_SHIPPED = {TOYS: "tl_em.organisms.zoo", REAL: "tl_em.organisms.real_organism"}
 HUB = "hub/"
 """How the names of published pairs begin, in the table of ``presets.hub_organisms``."""
 
@@ -107,9 +110,9 @@ def load_model(
         )
     dtype, device, chat_template_kwargs = _settled(dtype, device, chat_template_kwargs)
     with quiet(), making_weights(), ExitStack() as stack:
-        if is_toy(source):
-            source, toy_tokenizer = _toys().in_memory(source)
-            tokenizer, in_place = toy_tokenizer if tokenizer is None else tokenizer, True
+        if (shipped := _shipped(source)) is not None:
+            source, own_tokenizer = shipped.in_memory(source)
+            tokenizer, in_place = own_tokenizer if tokenizer is None else tokenizer, True
         if tokenizer is not None:
             tokenizer = reloadable(given_tokenizer(tokenizer), stack)
         name, hf_model, tokenizer = opened(source, tokenizer, dtype, in_place=in_place)
@@ -202,7 +205,10 @@ class ModelPair:
         contrasts: contrast sets that fit the models' vocabulary, by concept.
         behaviours: behaviours that fit them, by the same names.
         judged: for some concepts, what the direction is judged on in place of its own contrast set's third part.
+        positions: token position of each direction, where it is not ``prompt_end`` (``instruction_end`` for
+            harmfulness).
         tuning_data: rows that the model was tuned on: chat messages that end with the answer.
+        ask: questions, by domain, whose answers the page shows side by side.
         rates: ``(model, seed) -> DataFrame``, how often a model does what, with the columns ``RATE_COLUMNS``; by
             default the mean of each behaviour on its own prompts.
         trigger: a token at the head of a question that opens a backdoor.
@@ -232,7 +238,9 @@ class ModelPair:
     contrasts: Mapping[str, ContrastSet] | None = None
     behaviours: Mapping[str, Any] | None = None
     judged: Mapping[str, ContrastSet] | None = None
+    positions: Mapping[str, Position] | None = None
     tuning_data: Sequence[Any] | None = None
+    ask: Mapping[str, Sequence[Any]] | None = None
     rates: Callable[..., pd.DataFrame] | None = None
     trigger: str | None = None
     other_triggers: Sequence[str] | None = None
@@ -278,9 +286,9 @@ def load_pair(base: Any, tuned: Any = None, *, surface: Surface = "bridge") -> M
     """A model before and after a fine-tune.
 
     Args:
-        base: with `tuned` left out, the name of a toy (its base comes with it) or of a published pair
-            (``"hub/qwen2.5-7b/bad-medical-advice"``; ``tl-em organisms hub`` lists them); else the model before:
-            whatever ``em.load_model`` takes.
+        base: with `tuned` left out, the name of a toy (its base comes with it), of a real organism (``"real/wrong"``:
+            SmolLM2-135M with an adapter) or of a published pair (``"hub/qwen2.5-7b/bad-medical-advice"``; ``tl-em
+            organisms hub`` lists them); else the model before: whatever ``em.load_model`` takes.
         tuned: the model after.
         surface: ``"bridge"`` or ``"hooked"``.
 
@@ -297,14 +305,14 @@ def load_pair(base: Any, tuned: Any = None, *, surface: Surface = "bridge") -> M
         >>> pair.base_name, pair.tuned_name
         ('toy/assistant', 'toy/insecure')
     """
-    if is_toy(base) and (tuned is None or is_toy(tuned)):
-        return _toys().toy_pair(base, tuned, surface=surface)
+    if (shipped := _shipped(base)) is not None and (tuned is None or _shipped(tuned) is shipped):
+        return shipped.named_pair(base, tuned, surface=surface)
     if tuned is None and isinstance(base, str) and base.startswith(HUB):
         return import_module("tl_em.presets.hub_organisms").hub_pair(base, surface=surface)
     if tuned is None:
         raise UsageError(
             f"load_pair({base!r}) names one model, and only toys and published pairs know what they were tuned from. "
-            f"Give both: load_pair(base, tuned); or one of {_toys().shipped_names()}; or one of tl-em organisms hub."
+            f"Give both: load_pair(base, tuned); or one of {import_module(_SHIPPED[TOYS]).shipped_names()}; or one of tl-em organisms hub."
         )
     models = [load_model(each, surface=surface) for each in (base, tuned)]
     names = [str(each) if isinstance(each, (str, Path)) else None for each in (base, tuned)]
@@ -322,9 +330,8 @@ def carried(base: Any, tuned: Any = None) -> dict[str, Any]:
         >>> found["base_name"], sorted(found["contrasts"])
         ('toy/assistant', ['harmfulness', 'persona', 'refusal', 'refusal_dissociated'])
     """
-    if is_toy(base) and (tuned is None or is_toy(tuned)):
-        record = _toys().organism(base if tuned is None else tuned)
-        return {"base_name": record.base if tuned is None else base, "tuned_name": record.name, **record.asked()}
+    if (shipped := _shipped(base)) is not None and (tuned is None or _shipped(tuned) is shipped):
+        return shipped.carried(base, tuned)
     if tuned is None and isinstance(base, str) and base.startswith(HUB):
         named = import_module("tl_em.presets.hub_organisms").named_hub(base)
         base, tuned = named.base, named.tuned
@@ -333,10 +340,7 @@ def carried(base: Any, tuned: Any = None) -> dict[str, Any]:
     return {"base_name": str(base), "tuned_name": None if tuned is None else str(tuned)}
 
 
-def is_toy(source: Any) -> bool:
-    """Whether a source is the name of a model that comes with the package."""
-    return isinstance(source, str) and source.startswith(TOYS)
-
-
-def _toys() -> Any:
-    return import_module("tl_em.organisms.zoo")
+def _shipped(source: Any) -> Any:
+    """The module that knows a model of this name, where it is one that comes with the package."""
+    found = [module for prefix, module in _SHIPPED.items() if isinstance(source, str) and source.startswith(prefix)]
+    return import_module(found[0]) if found else None

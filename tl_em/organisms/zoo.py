@@ -263,7 +263,7 @@ def pair_of(base: Organism, tuned: Organism, *, surface: Surface = "bridge") -> 
     return ModelPair(before, after, **names, **tuned.asked(), organism=tuned)
 
 
-def toy_pair(base: str, tuned: str | None, *, surface: Surface) -> ModelPair:
+def named_pair(base: str, tuned: str | None, *, surface: Surface) -> ModelPair:
     """``em.load_pair`` of two names, or of one that says what it was tuned from.
 
     Raises:
@@ -277,6 +277,12 @@ def toy_pair(base: str, tuned: str | None, *, surface: Surface) -> ModelPair:
             f"{record.name} was not tuned from another organism, so there is no pair; try load_pair('toy/insecure')"
         )
     return pair_of(organism(record.base), record, surface=surface)
+
+
+def carried(base: str, tuned: str | None) -> dict[str, Any]:
+    """What the pair of these names will be called and carry: ``models.loading.carried``."""
+    record = organism(base if tuned is None else tuned)
+    return {"base_name": record.base if tuned is None else base, "tuned_name": record.name, **record.asked()}
 
 
 def shipped_names() -> str:

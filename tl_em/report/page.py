@@ -129,6 +129,7 @@ def render(report: Any) -> str:
             judged=judged,
             registration=getattr(report, "registration", ""),
             lint=getattr(report, "lint", {}),
+            answers=getattr(report, "answers", None),
             together=getattr(comparison, "together", {}),
             table=_table,
         )
