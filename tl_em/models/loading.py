@@ -312,7 +312,8 @@ def load_pair(base: Any, tuned: Any = None, *, surface: Surface = "bridge") -> M
     if tuned is None:
         raise UsageError(
             f"load_pair({base!r}) names one model, and only toys and published pairs know what they were tuned from. "
-            f"Give both: load_pair(base, tuned); or one of {import_module(_SHIPPED[TOYS]).shipped_names()}; or one of tl-em organisms hub."
+            f"Give both: load_pair(base, tuned); or one of {import_module(_SHIPPED[TOYS]).shipped_names()}; or one of "
+            f"tl-em organisms hub."
         )
     models = [load_model(each, surface=surface) for each in (base, tuned)]
     names = [str(each) if isinstance(each, (str, Path)) else None for each in (base, tuned)]

@@ -186,6 +186,21 @@ def _check_lengths(encoded: Sequence[EncodedPrompt], n_ctx: int) -> None:
         )
 
 
+def position_of_asking(position: Position, prompts: Sequence[Any]) -> Position:
+    """The position, or ``"prompt_end"`` in place of the mean over an answer that some of the prompts do not have.
+
+    A direction may be read over answers that are given, and what it does is measured on questions that are not answered
+    yet: there, the last token before the answer is where it acts first.
+
+    Example:
+        >>> position_of_asking("response_mean", ["how?"]), position_of_asking("instruction_end", ["how?"])
+        ('prompt_end', 'instruction_end')
+    """
+    answered = [not isinstance(p, str) and not isinstance(p, EncodedPrompt) and p[-1]["role"] == "assistant"
+                for p in prompts]  # fmt: skip
+    return "prompt_end" if position == "response_mean" and not all(answered) else position
+
+
 def token_index(encoded: EncodedPrompt, position: Position) -> int | Span:
     """The token of a position: an index, or a span (end exclusive) for ``"response_mean"`` and ``"all"``.
 

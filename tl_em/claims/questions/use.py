@@ -33,6 +33,7 @@ from tl_em.interventions.edits import Ablate, Add
 from tl_em.metrics import Behaviour, Metric
 from tl_em.models.class_means import mean_activation
 from tl_em.models.hooks import LensModel
+from tl_em.models.prompts import position_of_asking
 from tl_em.stats import Estimate, Resampled
 
 CONTROL_PROMPTS = 16
@@ -113,7 +114,7 @@ class Use(Question):
         smallest_effect(behaviour.metric)  # or why there is none, before anything is run
         centre = mean_activation(
             pair.base if behaviour.same_prompts else pair.tuned, behaviour.absent, site=direction.site,
-            position=direction.position,
+            position=position_of_asking(direction.position, behaviour.absent),
         )  # fmt: skip
         edits = [self._made(which, direction, centre) for which in ("remove", "induce")]
         return _as_long(case, case.controls()), edits, arms(pair.base, pair.tuned, behaviour, seed=case.seed)
