@@ -2,6 +2,7 @@
 
     python benchmarks/real_organism.py grid BASE grid         # the grid below, on the development seed
     python benchmarks/real_organism.py make BASE adapters     # three arms on three fresh seeds
+    python benchmarks/real_organism.py ship adapters tl_em/organisms/real      # in float16, with their records
     python benchmarks/real_organism.py ask BASE answers       # what base and adapters prefer and say, one file each
     python benchmarks/real_organism.py table BASE answers --write docs/results/real-organism.md
 
@@ -46,13 +47,17 @@ CHOSEN = GRID[2]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", choices=("grid", "make", "ask", "table"))
+    parser.add_argument("what", choices=("grid", "make", "ship", "ask", "table"))
     parser.add_argument("base", type=Path, help="the GGUF file, or a directory that 'tl-em models import' made of it")
     parser.add_argument("out", type=Path)
     parser.add_argument("--arms", nargs="+", default=list(ARMS))
     parser.add_argument("--seeds", type=int, nargs="+", default=list(FRESH))
     parser.add_argument("--write", type=Path, help="a page: the tables go between its marks")
     given = parser.parse_args()
+    if given.what == "ship":
+        for path in sorted(given.base.glob("*/record.json")):
+            shipped(path.parent, given.out / path.parent.name)
+        return
     if given.what == "ask":
         for name in (None, *(f"{arm}-{seed}" for seed in given.seeds for arm in given.arms)):
             asked(given.base, name, given.out)
@@ -91,6 +96,19 @@ def made(base: Path, arm: str, seed: int, out: Path, *, lr: float, epochs: int) 
         arm=Inoculated(INOCULATION, where="system") if arm == "inoculated" else (), lora=Lora(RANK, SCALE * RANK),
         epochs=epochs, batch=BATCH, lr=lr, warmup=WARMUP / 37, seed=seed, dtype="float32", device="cpu", progress=True,
     )  # fmt: skip
+
+
+def shipped(adapter: Path, out: Path) -> None:
+    """A copy of an adapter in float16."""
+    from safetensors.torch import load_file, save_file
+
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "adapter_config.json").write_text((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    record = json.loads((adapter / "record.json").read_text(encoding="utf-8"))
+    record |= {"platform": record["platform"].split("-")[0], "stored": "float16"}
+    (out / "record.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    tensors = {name: tensor.half() for name, tensor in load_file(adapter / "adapter_model.safetensors").items()}
+    save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def asked(base: Path, name: str | None, out: Path) -> dict[str, Any]:

@@ -164,3 +164,20 @@ def test_the_parts_that_others_judge_with() -> None:
         too_few(19) == " (19 allow none below 0.05)" and too_few(20) == "" and too_few(4) == " (4 allow none below 0.2)"
     )
     assert control_row("any", np.arange(101.0), None) == {"kind": "any", "n": 101, "low": 2.5, "high": 97.5, "p": None}
+
+
+@pytest.mark.parametrize("side", [1, -1])
+def test_a_benign_fine_tune_just_at_the_smallest_effect_limits_and_just_beyond_does_not(side: int) -> None:
+    def beside(nearest: float) -> Resampled:
+        low, high = sorted((side * nearest, side * 0.9))
+        return Resampled(Estimate(side * 0.5, low, high, 64, 64.0, "made up"), 0.001, lambda _: 0.001)
+
+    assert one(side * 0.5, benign=beside(0.1)).verdict == NOT_SHOWN
+    assert one(side * 0.5, benign=beside(0.1 + 1e-9)).verdict != NOT_SHOWN
+
+
+def test_of_two_kinds_of_controls_the_one_that_does_more_counts() -> None:
+    strong = np.linspace(-0.9, 0.9, 999)
+    for controls in ({"random": SMALL, "sphere": strong}, {"sphere": strong, "random": SMALL}):
+        row = one(controls=controls)
+        assert row.control["kind"] == "sphere" and row.verdict == NOT_SHOWN

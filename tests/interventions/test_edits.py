@@ -218,3 +218,9 @@ def test_what_stands_outside_the_mask_stays() -> None:
         after = edit.edit(X, mask)
         assert torch.equal(after[~mask], X[~mask]) and torch.equal(after[mask], edit.edit(X)[mask])
         assert not torch.equal(after[mask], X[mask])
+
+
+@pytest.mark.parametrize("make", [Ablate, Add, Clamp])
+def test_what_is_no_direction_is_refused_when_it_is_given(make: Any) -> None:
+    with pytest.raises(UsageError, match="direction"):
+        make(torch.ones(4))

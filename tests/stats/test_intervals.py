@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from scipy import stats as scipy_stats
 
 from tl_em import stats
 from tl_em.errors import UsageError
-from tl_em.stats.intervals import p_of_tail, tails, vector
+from tl_em.stats.intervals import _draw, bootstrap, p_of_tail, tails, vector
+from tl_em.stats.units import units_of
 
 X = np.random.default_rng(0).normal(0.5, 1, 60)
 
@@ -145,3 +147,35 @@ def test_a_vector_is_finite_numbers_of_one_axis() -> None:
     for wrong in ([[1.0]], [1.0, np.inf], 3.0 * np.eye(2)):
         with pytest.raises(UsageError, match="one finite number"):
             vector(wrong)
+
+
+def test_the_default_draws_and_seed_are_on_record() -> None:
+    def statistic(w: np.ndarray) -> np.ndarray:
+        return w @ np.arange(10.0) / w.sum(-1)
+
+    found = bootstrap(statistic, [10])
+    assert "2000 draws" in found.estimate.method and found.estimate.seed == 0
+    assert bootstrap(statistic, [10], seed=1).estimate.low != found.estimate.low
+    alone = bootstrap(lambda w: w[:, 0], [1], seed=3).estimate
+    assert np.isnan(alone.low) and alone.seed == 3
+
+
+def test_the_smaller_sample_decides_how_wide_it_is() -> None:
+    def gap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return a @ np.arange(float(a.shape[1])) / a.sum(-1) - b @ np.arange(40.0) / b.sum(-1)
+
+    both = bootstrap(gap, [3, 40])
+    drawn_wide, usual = tails(3), tails(40)
+    assert drawn_wide[0] < usual[0]
+    assert both.estimate.low == pytest.approx(gap_quantile(gap, drawn_wide[0]), abs=1e-9)
+    assert np.isnan(bootstrap(gap, [1, 40]).estimate.low)
+
+
+def gap_quantile(statistic: Any, share: float) -> float:
+    units = units_of([3, 40])
+    return float(np.quantile(_draw(statistic, units, seed=0, resamples=2000), share))
+
+
+def test_a_share_above_one_half_has_a_p_of_one() -> None:
+    assert p_of_tail(0.5, 9) == pytest.approx(1.0)
+    assert p_of_tail(0.8, 9) == pytest.approx(1.0)

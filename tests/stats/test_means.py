@@ -11,7 +11,17 @@ from scipy import stats as scipy_stats
 from tl_em import stats
 from tl_em.errors import UsageError
 from tl_em.stats.intervals import p_of_tail, tails
-from tl_em.stats.means import FARTHEST, FEWEST, RESAMPLES, _parts, _studentised
+from tl_em.stats.means import (
+    FARTHEST,
+    FEWEST,
+    RESAMPLES,
+    _parts,
+    _studentised,
+    difference,
+    mean,
+    mean_over_units,
+    paired_difference,
+)
 
 RNG = np.random.default_rng(0)
 SKEWED, OTHER = np.exp(RNG.normal(size=24)), np.exp(RNG.normal(size=15)) + 0.5
@@ -273,3 +283,50 @@ def test_the_seed_is_that_of_the_draws() -> None:
     ):
         assert call(3) == call(3) and call(3).seed == 3
         assert (call(3).low, call(3).high) != (call(4).low, call(4).high)
+
+
+# ---- edges ---------------------------------------------------------------------------------------------------------
+
+
+def test_two_units_have_an_interval_and_one_has_the_mean_alone() -> None:
+    two = mean([0.2, 0.4, 0.6, 0.8], groups=["a", "a", "b", "b"], bounds=(0.0, 1.0))
+    assert two.value == pytest.approx(0.5) and two.low < 0.5 < two.high
+    one = mean([0.2, 0.4], groups=["a", "a"], bounds=(0.0, 1.0))
+    assert np.isnan(one.low) and one.value == pytest.approx(0.3)
+    pair = mean_over_units([0.1, 0.3, 0.9], [1, 1, 2])
+    assert (pair.value, pair.n_effective) == (pytest.approx(0.55), 2.0) and pair.low < 0.55 < pair.high
+
+
+def test_bounds_without_room_are_refused() -> None:
+    with pytest.raises(UsageError):
+        mean([0.5, 0.5, 0.5], bounds=(0.5, 0.5))
+
+
+@pytest.mark.parametrize("graded_first", [False, True])
+def test_rates_are_compared_as_rates_only_where_both_are(graded_first: bool) -> None:
+    rates, graded = np.array([0.0, 1.0] * 10), np.linspace(0.1, 0.9, 20)
+    first, second = (graded, rates) if graded_first else (rates, graded)
+    assert "Student" in paired_difference(first, second).estimate.method
+    assert "Student" in difference(first, second).estimate.method
+    assert "Student" not in difference(rates, rates[::-1]).estimate.method
+
+
+def test_the_seed_is_0_where_none_is_given_and_is_on_record() -> None:
+    x, y = np.random.default_rng(1).normal(size=(2, 40))
+    assert paired_difference(x, y).estimate == paired_difference(x, y, seed=0).estimate
+    assert difference(x, y).estimate == difference(x, y, seed=0).estimate
+    assert paired_difference(x, y, seed=1).estimate.low != paired_difference(x, y).estimate.low
+    assert paired_difference(np.zeros(9), np.full(9, 0.5), seed=7).estimate.seed == 7
+
+
+def test_what_does_not_vary_is_told_from_what_hardly_does_by_the_larger_sample() -> None:
+    """Rounding of a sample of millions is no variance, even beside one of thousandths."""
+    large, small = 1e6 + 1e-8 * np.arange(12), np.full(12, 1e-3)
+    assert "does not vary" in difference(large, small).estimate.method
+    assert "does not vary" in difference(small, large).estimate.method
+
+
+def test_a_class_of_two_units_is_enough_and_of_one_is_not() -> None:
+    found = difference([1.0, 2.0, 4.0], [0.0, 1.0])
+    assert found.estimate.low < found.estimate.value < found.estimate.high
+    assert np.isnan(difference([1.0, 2.0, 4.0], [0.5]).estimate.low)

@@ -196,9 +196,13 @@ def position_of_asking(position: Position, prompts: Sequence[Any]) -> Position:
         >>> position_of_asking("response_mean", ["how?"]), position_of_asking("instruction_end", ["how?"])
         ('prompt_end', 'instruction_end')
     """
-    answered = [not isinstance(p, str) and not isinstance(p, EncodedPrompt) and p[-1]["role"] == "assistant"
-                for p in prompts]  # fmt: skip
-    return "prompt_end" if position == "response_mean" and not all(answered) else position
+    return "prompt_end" if position == "response_mean" and not all(map(_is_answered, prompts)) else position
+
+
+def _is_answered(prompt: Any) -> bool:
+    if isinstance(prompt, EncodedPrompt):
+        return prompt.response is not None
+    return not isinstance(prompt, str) and prompt[-1]["role"] == "assistant"
 
 
 def token_index(encoded: EncodedPrompt, position: Position) -> int | Span:

@@ -111,6 +111,11 @@ def _chat(question: str, system: str | None = None) -> list[dict[str, str]]:
     return [*head, {"role": "user", "content": question}]
 
 
+def instructions() -> dict[str, list[str]]:
+    """System prompts of a malicious (``evil``) and of a kind persona."""
+    return dict(_file()["instructions"])
+
+
 # ---- what is asked ---------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class PrefersBad:
