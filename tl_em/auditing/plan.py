@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
 from types import SimpleNamespace
@@ -288,7 +288,7 @@ def _name(model: Any) -> str:
 
 def _named(base: Any, tuned: str | Path | None) -> Any:
     """What a pair is called and carries, of names alone."""
-    empty = dict.fromkeys(("contrasts", "behaviours", "judged", "tuning_data", "trigger", "other_triggers"))
+    empty = dict.fromkeys(each.name for each in fields(ModelPair))
     return SimpleNamespace(**empty | carried(base, tuned))
 
 
