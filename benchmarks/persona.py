@@ -48,7 +48,7 @@ def measured(base: str) -> dict[str, Any]:
 
     model = em.load_model(base, prove=False)
     train, _, test = contrast_sets()["evil"].split(train=0.5, select=0.1, test=0.4, seed=0)
-    asked = [[turn for turn in chat if turn["role"] != "system"] for chat in test.positive[::2]]
+    asked: list[Any] = [[turn for turn in chat if turn["role"] != "system"] for chat in list[Any](test.positive)[::2]]
     arms: list[dict[str, Any]] = []
 
     def add(name: str, layer: int | None, kl: float, strength: float, prompts: Any, *edits: Any) -> None:
