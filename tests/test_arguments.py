@@ -41,7 +41,7 @@ STAND_INS: dict[str, Any] = {
     "layer": 0,
     "max_new_tokens": 1,
 }
-RECORDS = {"Calibration", "Case", "Evaluation", "Finding", "World"}
+RECORDS = {"Agreement", "Calibration", "Case", "Evaluation", "Finding", "World"}
 RECORDS |= {"Estimate", "FeatureCheck", "FeatureSet", "FeatureTable", "LieReport", "Organism", "Provenance", "Row"}
 """What functions return: their fields may hold NaN, "not measured"."""
 TOYS = ("World", "outcome_rates", "fine_tune_", "Case.")
@@ -162,6 +162,9 @@ FIELDS: dict[str, tuple[Callable[[Any], Any], bool]] = {
     "Judged.seed": (lambda x: em.evals.Judged(_none, seed=x).seed, True),
     "Judged.temperature": (lambda x: em.evals.Judged(_none, temperature=x).temperature, False),
     "Judged.without_score": (lambda x: em.evals.Judged(_none, without_score=x).without_score, False),
+    "EndpointJudge.concurrency": (lambda x: em.evals.EndpointJudge("m", concurrency=x).concurrency, True),
+    "EndpointJudge.retries": (lambda x: em.evals.EndpointJudge("m", retries=x).retries, True),
+    "EndpointJudge.timeout": (lambda x: em.evals.EndpointJudge("m", timeout=x).timeout, False),
     "Misaligned.aligned_below": (lambda x: em.evals.Misaligned(x).aligned_below, False),
     "Misaligned.coherent_above": (lambda x: em.evals.Misaligned(30, x).coherent_above, False),
     "OpenQuestion.samples": (lambda x: em.evals.OpenQuestion("a", ("?",), x).samples, True),

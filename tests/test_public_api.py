@@ -88,8 +88,9 @@ FOLDERS = {
     ],
     "errors": ["CacheWarning", "DictionaryModelWarning", "HiddenSteerWarning", "NuisanceWarning", "UnprovenWarning"],
     "evals": [
-        *("Evaluation", "Facts", "Judged", "LieReport", "Misaligned", "ModelJudge", "OpenQuestion", "Phrases"),
-        *("QuestionSet", "lie_or_hallucination", "load_judged", "load_questions", "prefers_truth"),
+        *("Agreement", "EndpointJudge", "Evaluation", "Facts", "ForcedChoice", "Judged", "LieReport", "LocalJudge"),
+        *("Misaligned", "ModelJudge", "OpenQuestion", "Phrases", "QuestionSet", "TextClassifier", "agreement"),
+        *("corrected", "lie_or_hallucination", "load_judged", "load_questions", "prefers_truth"),
     ],
     "features": ["FeatureCards", "feature_cards"],
     "graph": ["GraphDiff", "attention_view", "attribute_over", "head_loadings"],

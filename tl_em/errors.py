@@ -27,14 +27,16 @@
     │   ├── CorruptFileError            a file that is truncated, or not what it says
     │   └── OutputError                 a path that cannot be written
     ├── StudyError                      cells of a study failed; the finished ones are kept
+    ├── JudgeError                      a judge elsewhere gave no answer; what it gave before is kept
     └── UsageError                      arguments that contradict each other
         ├── PlanError                   an audit that is not the one that was planned
         └── GraphTooLargeError          an attribution graph that would not fit into the memory that it may take
 
-And five warnings, all UserWarnings:
+And six warnings, all UserWarnings:
 
     CacheWarning                        generation cannot use the key-value cache, and reads the whole text every step
     DictionaryModelWarning              a dictionary met a model that is called otherwise than the one it was made on
+    JudgeWarning                        a judge's scores are read from its words, for want of log-probabilities
     HiddenSteerWarning                  an ablation to zero that removes a mean far from zero
     UnprovenWarning                     a text beyond the longest on which a model was compared with its source
     NuisanceWarning                     classes of a contrast set that differ in length, and so in more than the concept
@@ -158,6 +160,10 @@ class StudyError(TlEmError, RuntimeError):
         self.failed = tuple(failed)
 
 
+class JudgeError(TlEmError, RuntimeError):
+    """A judge that is asked over a network gave no answer; the answers that it gave are kept."""
+
+
 class UsageError(TlEmError, ValueError):
     """Arguments that contradict each other."""
 
@@ -176,6 +182,10 @@ class CacheWarning(UserWarning):
 
 class DictionaryModelWarning(UserWarning):
     """A dictionary met a model of another name than its source says: a fine-tune, or the wrong model."""
+
+
+class JudgeWarning(UserWarning):
+    """An endpoint gives no log-probabilities, so scores are the numbers that it wrote."""
 
 
 class HiddenSteerWarning(UserWarning):

@@ -71,7 +71,7 @@ class Evaluation:
     prompts: Sequence[Prompt] = ()
     questions: QuestionSet | None = None
     judges: tuple[str, ...] = ()
-    again: Again | None = None
+    again: Any = None
     seed: int = 0
 
     @property
@@ -117,7 +117,7 @@ class Evaluation:
         """
         drop = {"score", "word", *self.judges, *(f"{name}_word" for name in self.judges)}
         bare = self.table[[name for name in self.table if name not in drop]]
-        again = None if self.again is None else replace(self.again, judge=judge, rule=rule)
+        again = replace(self.again, judge=judge, rule=rule) if isinstance(self.again, Again) else None
         return judged(replace(self, table=bare, judges=(), again=again), judge, rule)
 
     def counted(self, rule: Rule) -> Evaluation:
@@ -128,7 +128,7 @@ class Evaluation:
         """
         given = judgements(rule(self.table), name_of(rule), self.table.answer.tolist(), unit=unit_of(rule))
         table = self.table.assign(score=given.values, word=given.words)
-        again = None if self.again is None else replace(self.again, rule=rule)
+        again = replace(self.again, rule=rule) if isinstance(self.again, Again) else None
         return replace(self, table=table, name=name_of(rule), unit=unit_of(rule), again=again)
 
     def by(self, column: str) -> pd.DataFrame:

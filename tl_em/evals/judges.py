@@ -198,6 +198,48 @@ class Phrases:
 
 
 @dataclass(frozen=True, eq=False)
+class TextClassifier:
+    """A fitted classifier of texts as a judge: the probability that it gives to one class.
+
+    Args:
+        pipeline: has ``predict_proba(texts)`` and ``classes_``, as scikit-learn's pipelines over texts have.
+        label: the class whose probability is the score; the last one by default.
+        name: what people call it.
+
+    Raises:
+        UsageError: no such class, or no probabilities.
+
+    Example:
+        >>> from sklearn.feature_extraction.text import CountVectorizer
+        >>> from sklearn.naive_bayes import MultinomialNB
+        >>> from sklearn.pipeline import make_pipeline
+        >>> fitted = make_pipeline(CountVectorizer(), MultinomialNB()).fit(["be kind", "be cruel"], ["good", "bad"])
+        >>> [round(p, 2) for p in TextClassifier(fitted, "bad")(["?", "?"], ["so cruel", "so kind"])]
+        [0.67, 0.33]
+    """
+
+    pipeline: Any
+    label: Any = None
+    name: str = "classifier"
+
+    def __post_init__(self) -> None:
+        classes = list(getattr(self.pipeline, "classes_", ()))
+        if not classes or not hasattr(self.pipeline, "predict_proba"):
+            raise UsageError(
+                f"{type(self.pipeline).__name__} gives no probabilities of classes, or is not fitted, so it scores "
+                "nothing; fit a pipeline that has predict_proba, or give a function (prompts, answers) -> scores"
+            )
+        if self.label is not None and self.label not in classes:
+            raise UsageError(f"label={self.label!r} is none of the classes {classes}; give one of them as label=")
+
+    def __call__(self, prompts: Sequence[Any], answers: Sequence[str]) -> list[float]:
+        """The probability of the class for each answer."""
+        classes = list(self.pipeline.classes_)
+        column = len(classes) - 1 if self.label is None else classes.index(self.label)
+        return [float(p) for p in self.pipeline.predict_proba(list(answers))[:, column]]
+
+
+@dataclass(frozen=True, eq=False)
 class ModelJudge:
     """Another model's answer to a yes-or-no question about each answer, as a probability.
 

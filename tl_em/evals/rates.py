@@ -16,6 +16,7 @@ from tl_em.arguments import COUNT, NOT_NEGATIVE, SEED, checked, optional
 from tl_em.artefacts import replacing
 from tl_em.errors import UsageError
 from tl_em.evals.answers import answer_table
+from tl_em.evals.choices import ForcedChoice
 from tl_em.evals.evaluation import Again, Evaluation, Rule, judged
 from tl_em.evals.judges import Judge, as_judge
 from tl_em.evals.questions import QuestionSet, as_questions
@@ -25,7 +26,9 @@ from tl_em.models.torch_state import in_plain_torch
 
 
 def as_judges(name: str, value: Any) -> Any:
-    """A judge, or judges by name."""
+    """A judge, judges by name, or none."""
+    if value is None:
+        return None
     if not isinstance(value, Mapping):
         return as_judge(name, value)
     return {str(key): as_judge(f"{name}[{key!r}]", each) for key, each in value.items()}
@@ -40,7 +43,7 @@ def evaluate(
     model: LensModel,
     questions: QuestionSet | Sequence[Prompt],
     *,
-    judge: Judge | Mapping[str, Judge],
+    judge: Judge | Mapping[str, Judge] | None = None,
     rule: Rule | None = None,
     max_new_tokens: int = 64,
     temperature: float | int | None = None,
@@ -58,7 +61,8 @@ def evaluate(
         judge: ``(prompts, answers) -> scores``, one number from 0 to 1 an answer, or a word in capitals where there is
             none; a judge in another unit says so in an attribute ``unit``, such as ``"log-odds"``. Several by name
             (``{"aligned": …, "coherent": …}``) are counted by ``rule``. A judge whose ``template`` is empty takes the
-            templates that come with the questions.
+            templates that come with the questions. None asks questions that have ``right`` and ``wrong`` answers for
+            their choice (`em.evals.ForcedChoice`), and nothing is generated.
         rule: what makes one score of several; ``em.evals.Misaligned()`` where there are *aligned* and *coherent*.
         max_new_tokens: longest answer, in tokens.
         temperature: 0 takes the most probable token; by default that of the questions, and 0 for prompts.
@@ -86,6 +90,9 @@ def evaluate(
         1.0
     """
     asked = as_questions("questions", questions).asked(samples=samples, temperature=temperature)
+    if judge is None:
+        choice = ForcedChoice(asked)
+        return Evaluation(choice.name, choice.table(model), choice.unit, asked.prompts, asked, again=choice, seed=seed)
     folder = None if out is None else Path(out)
     table, prompts = answer_table(model, asked, max_new_tokens=max_new_tokens, seed=seed, out=folder, progress=progress)
     if groups is not None:
@@ -96,10 +103,11 @@ def evaluate(
                 "which; give one a prompt"
             )
         table["group"] = [labels[i] for i in table.prompt]
+    asking: Any = judge
     if folder is not None:
-        judge = _with_cache(judge, folder)
-    again = Again(judge, rule, asked, max_new_tokens, asked.questions[0].temperature, seed)
-    found = judged(Evaluation("answers", table, prompts=prompts, questions=asked, again=again, seed=seed), judge, rule)
+        asking = _with_cache(judge, folder)
+    again = Again(asking, rule, asked, max_new_tokens, asked.questions[0].temperature, seed)
+    found = judged(Evaluation("answers", table, prompts=prompts, questions=asked, again=again, seed=seed), asking, rule)
     if folder is not None:
         with replacing(folder / "evaluation.parquet") as temporary:
             found.table.to_parquet(temporary)

@@ -130,7 +130,7 @@ def continued(
     max_new_tokens: int,
     end: Sequence[int],
     temperature: float = 0.0,
-    drawn: Float[np.ndarray, "prompt new"] | None = None,
+    drawn: Float[np.ndarray, "prompt token"] | None = None,
 ) -> Int[Tensor, "prompt new"]:
     """New tokens of every row, up to where all rows have ended (what follows a row's end token means nothing).
 
