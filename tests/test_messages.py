@@ -133,6 +133,7 @@ def _things() -> dict[str, Any]:
         "dictionary": em.Dictionary,
         "direction": em.Direction,
         "graph": em.AttributionGraph,
+        "found": em.evals.Evaluation,
         "guard": em.presets.LatentGuard,
         "LatentGuard": em.presets.LatentGuard,
         "hf_model": PreTrainedModel,

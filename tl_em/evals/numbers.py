@@ -40,7 +40,8 @@ def number_weights(tokens: Sequence[AnswerToken]) -> dict[int, float]:
     Example:
         >>> number_weights([AnswerToken("85", {"85": 0.6, "90": 0.3, "CODE": 0.1})])
         {85: 0.6, 90: 0.3}
-        >>> number_weights([AnswerToken("8", {"8": 0.5, "9": 0.5}), AnswerToken("5", {"5": 0.5, "0": 0.5}), AnswerToken("", {"": 1.0})])
+        >>> first, second = AnswerToken("8", {"8": 0.5, "9": 0.5}), AnswerToken("5", {"5": 0.5, "0": 0.5})
+        >>> number_weights([first, second, AnswerToken("", {"": 1.0})])
         {80: 0.25, 85: 0.25}
     """
     found: dict[int, float] = {}
