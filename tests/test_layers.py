@@ -15,7 +15,7 @@ PACKAGE = ROOT / "tl_em"
 ORDER = (
     *("errors", "arguments", "artefacts", "showing", "stats", "models", "metrics", "directions"),
     *("dictionaries", "interventions", "claims", "features", "graph", "interop", "presets", "evals", "training"),
-    *("report", "auditing", "organisms", "cli"),
+    *("report", "auditing", "organisms", "inspect_provider", "cli"),
 )
 DRAWS = "report"  # result classes call it lazily from .plot() and .save()
 LENS = "transformer_lens"
@@ -28,6 +28,7 @@ DISTRIBUTIONS = {
     "transformer_lens": "transformer-lens",
     "sae_lens": "sae-lens",
     "yaml": "pyyaml",
+    "inspect_ai": "inspect-ai",
 }
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
