@@ -41,7 +41,7 @@ class ForcedChoice:
 
     Args:
         questions: each with ``right`` and ``wrong`` answers.
-        name: what tables call it.
+        name, unit: what tables and axes say.
 
     Raises:
         UsageError: a question without both, or answers that a bias towards a word would tell apart; when it measures: a

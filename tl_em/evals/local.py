@@ -38,7 +38,7 @@ class LocalJudge:
         model: who judges; not the model that answers, whose interventions would judge along.
         template: what it is asked, with ``{question}`` and ``{answer}``; empty takes the templates that come with the
             questions.
-        name: what tables call it.
+        name, unit: what tables and axes say.
 
     Raises:
         UsageError: a template that does not show the answer; when it judges: a tokenizer without numbers.
