@@ -86,7 +86,10 @@ FOLDERS = {
         *("Projection", "cosine_matrix", "cosines_between", "finetuning_shift"),
         *("logit_lens", "principal_angles", "projection_difference"),
     ],
-    "errors": ["CacheWarning", "DictionaryModelWarning", "HiddenSteerWarning", "NuisanceWarning", "UnprovenWarning"],
+    "errors": [
+        *("AdapterBaseWarning", "CacheWarning", "DictionaryModelWarning", "HiddenSteerWarning", "NuisanceWarning"),
+        "UnprovenWarning",
+    ],
     "evals": [
         *("Agreement", "EndpointJudge", "Evaluation", "Facts", "ForcedChoice", "Judged", "LieReport", "LocalJudge"),
         *("Misaligned", "ModelJudge", "OpenQuestion", "Phrases", "QuestionSet", "TextClassifier", "agreement"),

@@ -598,9 +598,9 @@ def _echo(text: object) -> None:
 
 def _beside(pair: Any, names: tuple[str, ...]) -> list[Any]:
     """Further fine-tunes of the pair's base, which is loaded once."""
-    from tl_em.models.loading import ModelPair, load_model
+    from tl_em.models.loading import load_pair
 
-    return [ModelPair(pair.base, load_model(each), base_name=pair.base_name, tuned_name=each) for each in names]
+    return [load_pair(pair.base, each) for each in names]
 
 
 def _named(text: str) -> tuple[str, str]:

@@ -34,6 +34,7 @@
 
 And six warnings, all UserWarnings:
 
+    AdapterBaseWarning                  an adapter on a base that is called otherwise than the one it was trained on
     CacheWarning                        generation cannot use the key-value cache, and reads the whole text every step
     DictionaryModelWarning              a dictionary met a model that is called otherwise than the one it was made on
     JudgeWarning                        a judge's scores are read from its words, for want of log-probabilities
@@ -174,6 +175,10 @@ class PlanError(UsageError):
 
 class GraphTooLargeError(UsageError):
     """An attribution graph whose edges alone need more memory than it may take."""
+
+
+class AdapterBaseWarning(UserWarning):
+    """An adapter was put on a base that is called otherwise than the one that it was trained on."""
 
 
 class CacheWarning(UserWarning):

@@ -32,6 +32,7 @@ from tl_em.interventions.base import EVERY_WRITE, Intervention, sites_of
 from tl_em.interventions.edits import Ablate
 from tl_em.models.hooks import LensModel, hook_points, hooked
 from tl_em.models.residual_writes import tiny_forward, write_points
+from tl_em.models.shared import LOW_RANK, address, own_
 from tl_em.models.torch_state import plain, plain_torch
 
 Model = TypeVar("Model", bound=LensModel)
@@ -194,7 +195,7 @@ def _untied_parts(model: LensModel) -> list[_Part]:
     if places is None:
         places = _PARTS[model] = tuple(_find_parts(model))
     modules = _modules(model)
-    parts = [_Part(modules[path], name, axis) for path, name, axis in places]
+    parts = [_Part(modules[path], name, axis) for path, name, axis in places if name in modules[path]._parameters]
     tied = _sharing(modules, [(part.module, part.name) for part in parts])
     if tied:
         raise WeightEditError(
@@ -208,17 +209,13 @@ def _untied_parts(model: LensModel) -> list[_Part]:
 def _sharing(modules: Mapping[str, nn.Module], owners: Sequence[tuple[nn.Module, str]]) -> list[tuple[nn.Module, str]]:
     """Parameters of other modules that lie in the same memory as the owners'."""
     own = {(id(module), name) for module, name in owners}
-    memory = {_memory(_parameter(*owner)) for owner in owners}
+    memory = {address(_parameter(*owner)) for owner in owners}
     return [
         (module, name)
         for module in modules.values()
         for name, parameter in module._parameters.items()
-        if parameter is not None and (id(module), name) not in own and _memory(parameter) in memory
+        if parameter is not None and (id(module), name) not in own and address(parameter) in memory
     ]
-
-
-def _memory(parameter: Tensor) -> int:
-    return parameter.untyped_storage().data_ptr()
 
 
 class _Seen(NamedTuple):
@@ -303,14 +300,16 @@ def _output_parts(seen: _Seen, values: dict[str, Tensor], write: str) -> Iterato
     if seen.out.shape != values[write].shape or not torch.equal(seen.out, values[write]):
         return
     for weight, bias in _OUTPUTS:
-        matrix, shift = seen.module._parameters.get(weight), seen.module._parameters.get(bias)
+        own = seen.module._parameters
+        matrix, shift = getattr(seen.module, weight) if weight in own else None, own.get(bias)
         if matrix is None or isinstance(seen.module, nn.Embedding):
             continue
         inner = {"W_O": "hook_z", "W_out": "hook_post"}.get(weight)
         x = seen.x if inner is None else values.get(f"{seen.path}.{inner}", seen.x)
         axis = _stream_axis(matrix, shift, x, seen.out)
         if axis is not None:
-            yield [(seen.path, weight, axis)] + ([(seen.path, bias, -1)] if shift is not None else [])
+            beside = [(seen.path, bias, -1)] * (shift is not None) + [(seen.path, LOW_RANK, 0)] * (LOW_RANK in own)
+            yield [(seen.path, weight, axis), *beside]
 
 
 def _stream_axis(matrix: Tensor, shift: Tensor | None, x: Tensor, out: Tensor) -> int | None:
@@ -358,7 +357,8 @@ def _writing(tensor: Tensor) -> Iterator[None]:
 
 # --- Is it what the ablation does? ------------------------------------------------------------------------------------
 
-_Kept = list[tuple[_Part, Tensor]]
+_Kept = list[tuple[nn.Module, str, Tensor]]
+"""Parameters, and what they were: copies, or what other models hold as well."""
 _WITHIN = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 0.02, torch.bfloat16: 0.1}
 """How far the logits may lie apart (root mean square, in their spread): ten times the rounding of small models and
 more, for deep ones. Half precision rounds the weights once more, where the hooks round the activations."""
@@ -370,7 +370,10 @@ def _proven_(model: LensModel, removal: Intervention | Any) -> _Kept:
     parts = _untied_parts(model)
     with hooked(model, [(name, lambda x, hook: removal.edit(x)) for name in removal.points(model)]):
         ablated = _logits(model)
-    kept = [(part, plain(part.tensor)) for part in parts]
+    shared = own_(model, [part.tensor for part in parts])
+    copied = {(id(module), name) for module, name, _ in shared}
+    alone = [part for part in parts if (id(part.module), part.name) not in copied]
+    kept: _Kept = [*shared, *((part.module, part.name, plain(part.tensor)) for part in alone)]
     try:
         _remove_(parts, removal)
         _check_same(_logits(model), ablated)
@@ -381,9 +384,13 @@ def _proven_(model: LensModel, removal: Intervention | Any) -> _Kept:
 
 
 def _restore_(kept: _Kept) -> None:
-    for part, tensor in kept:
-        with _writing(part.tensor):
-            part.tensor.copy_(tensor)
+    for module, name, before in kept:
+        now = _parameter(module, name)
+        if isinstance(before, nn.Parameter):
+            module._parameters[name] = before
+        else:
+            with _writing(now):
+                now.copy_(before)
 
 
 @contextmanager

@@ -9,42 +9,49 @@ from __future__ import annotations
 
 import copy
 import json
-import warnings
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tl_em.errors import CorruptFileError, ModelError, ModelNotFoundError, NonFiniteError, UsageError, first_line
+from tl_em.models.adapters import (
+    ADAPTER,
+    CONFIG,
+    base_of,
+    check_changes_weights,
+    check_peft,
+    is_adapter,
+    told,
+    with_adapter,
+)
 from tl_em.models.tokenizing import same_ids
 
 
 def from_path_or_hub(source: str, tokenizer: Any, dtype: torch.dtype) -> tuple[str, Any, Any]:
     """Name, model and tokenizer of a directory (also one with a PEFT adapter, merged into its base) or a hub id."""
     path = Path(source)
-    if path.is_dir() and (path / _ADAPTER).is_file():
-        return _merged_adapter(path, tokenizer, dtype)
-    if path.is_dir() and not (path / "config.json").is_file():
+    if path.is_dir() and not is_adapter(path) and not (path / CONFIG).is_file():
         raise ModelNotFoundError(
             f"The directory {source!r} has neither config.json nor adapter_config.json, so it holds no Hugging Face "
             f"model. Save one there with hf_model.save_pretrained({source!r})."
         )
     if not path.is_dir() and (source.startswith(("/", ".", "~")) or source.count("/") > 1 or not source):
         raise ModelNotFoundError(f"There is no directory {source!r}. Check the path, or give a hub id such as 'gpt2'.")
-    if not path.is_dir() and _on_hub(source) == {_ADAPTER}:
-        return source, *_merged_adapter(_fetched(source), tokenizer, dtype)[1:]
+    adapter = adapter_directory(source)
+    if adapter is not None:
+        check_peft(adapter)
+        _, hf_base, of_base = from_path_or_hub(base_of(adapter), tokenizer, dtype)
+        own = tokenizer_beside(adapter) if tokenizer is None else None
+        return source, with_adapter(adapter, hf_base, beside=False), own or of_base
     return source, _hf_model(source, dtype), tokenizer if tokenizer is not None else hf_tokenizer(source)
-
-
-_ADAPTER, _CONFIG = "adapter_config.json", "config.json"
 
 
 def _on_hub(source: str) -> set[str]:
     """Which configs a hub id has: by the cache, or by asking once (transformers would retry for most of a minute)."""
     from huggingface_hub import HfApi, try_to_load_from_cache
 
-    both = {_CONFIG, _ADAPTER}
+    both = {CONFIG, ADAPTER}
     try:
         cached = {name for name in both if isinstance(try_to_load_from_cache(source, name), str)}
         found = HfApi().model_info(source, timeout=20).siblings if not cached else None
@@ -142,24 +149,13 @@ def check_complete(source: str, hf_model: Any, found: dict[str, Any]) -> None:
             for each in found["mismatched_keys"]
         ],
     }
-    said = _told(trouble)
+    said = told(trouble)
     if said or found.get("error_msgs"):
         raise CorruptFileError(
             f"The weights in {source!r} are not those of its config: {said or found['error_msgs'][0]}. What "
             f"was measured on it would be noise. Save the whole model again with hf_model.save_pretrained(…), from the "
             f"model itself, not from a wrapper (torch.compile's is model._orig_mod)."
         )
-
-
-def _told(trouble: Mapping[str, Iterable[str]]) -> str:
-    """What is wrong with which tensors: the first by name, and how many there are."""
-    said = []
-    for what, keys in trouble.items():
-        names = sorted(map(str, keys))
-        rest = f" and {len(names) - 4} more" if len(names) > 4 else ""
-        if names:
-            said.append(f"{len(names)} tensor{'s' * (len(names) > 1)} ({', '.join(names[:4])}{rest}) {what}")
-    return "; ".join(said)
 
 
 def _not_found(source: str, error: Exception) -> ModelError | CorruptFileError:
@@ -236,127 +232,25 @@ def _of_a_tokenizer(file: Path) -> bool:
     return named and file.suffix != ".py"
 
 
-def _merged_adapter(path: Path, tokenizer: Any, dtype: torch.dtype) -> tuple[str, Any, Any]:
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise ModelError(
-            f"{str(path)!r} holds a PEFT adapter, and the package peft, which merges it into its base, is not "
-            f"installed. Install the extra: pip install 'tl-em[lora]'."
-        ) from error
-    base = _base_of(path)
-    _, hf_base, base_tokenizer = from_path_or_hub(base, tokenizer, dtype)
-    try:
-        with warnings.catch_warnings():
-            for said in ("Model (has|with) `tie_word_embeddings=True`", "Input and output embeddings are no longer"):
-                warnings.filterwarnings("ignore", said)  # seen to by _merged
-            with_adapter = PeftModel.from_pretrained(hf_base, str(path)).eval()
-            _check_merges(str(path), with_adapter)
-            _check_adapter(path, with_adapter)
-            merged = _merged(path, with_adapter)
-    except (CorruptFileError, ModelError):
-        raise
-    except Exception as error:  # no common base: an unknown kind of adapter, a key, a shape, a truncated file
-        raise CorruptFileError(
-            f"The adapter in {str(path)!r} does not fit its base {base!r} ({first_line(error)}). Use the base that it "
-            f"was trained on, as base_model_name_or_path of its adapter_config.json."
-        ) from error
-    own = tokenizer is None and (path / "tokenizer_config.json").is_file()
-    return str(path), merged, hf_tokenizer(str(path)) if own else base_tokenizer
+def adapter_directory(source: Any) -> Path | None:
+    """Where the adapter is that a path or a hub id stands for, from which it is fetched; None of anything else."""
+    if is_adapter(source):
+        return Path(source)
+    if not isinstance(source, str) or Path(source).exists() or source.startswith(("/", ".", "~")) or not source:
+        return None
+    return _fetched(source) if source.count("/") <= 1 and _on_hub(source) == {ADAPTER} else None
 
 
-def _check_merges(source: str, with_adapter: Any) -> None:
-    """Raise ``ModelError`` for an adapter that puts learned vectors before a prompt: no change of weights is that."""
-    configs = getattr(with_adapter, "peft_config", {})
-    kinds = sorted({str(each.peft_type).split(".")[-1] for each in configs.values() if each.is_prompt_learning})
-    if kinds:
-        raise ModelError(
-            f"The adapter of {source!r} is {kinds[0]}: it puts learned vectors before every prompt and changes no "
-            f"weight, so without them the model would be its base. Use a fine-tune of the weights, e.g. LoRA."
-        )
-
-
-def _merged(path: Path, with_adapter: Any) -> Any:
-    """The base with the adapter in its weights, shown to compute what the two compute apart.
-
-    Where embedding and unembedding are one matrix and the adapter changes one of them, peft would add the change to
-    both; so they are made two before.
-    """
-    embedding: Any = _plain(with_adapter.get_input_embeddings())
-    head: Any = _plain(with_adapter.get_output_embeddings())
-    tied = None not in (embedding, head) and embedding.weight is head.weight
-    if tied:
-        head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-    before = _some_logits(with_adapter)
-    merged = with_adapter.merge_and_unload()
-    embedding, head = merged.get_input_embeddings(), merged.get_output_embeddings()
-    if tied and torch.equal(embedding.weight, head.weight):
-        head.weight = embedding.weight
-    elif tied:
-        merged.config.get_text_config().tie_word_embeddings = merged.config.tie_word_embeddings = False
-    gap = float((_some_logits(merged) - before).abs().max() / before.std().clamp_min(1e-12))
-    if not gap < (1e-3 if before.dtype in (torch.float32, torch.float64) else 1.0):
-        raise CorruptFileError(
-            f"The adapter in {str(path)!r} cannot be merged into its base: log-probabilities differ by {gap:.2g} "
-            f"spreads from those with the adapter beside it. Load it apart, as a PeftModel in memory: "
-            f"em.load_model(peft_model)."
-        )
-    return merged
-
-
-def _plain(module: Any) -> Any:
-    """The module that an adapter is wrapped around."""
-    return getattr(module, "base_layer", module)
-
-
-def _some_logits(hf_model: Any) -> torch.Tensor:
-    """Log-probabilities over a few tokens."""
-    size = _plain(hf_model.get_input_embeddings()).weight.shape[0]
-    tokens = torch.linspace(0, size // 2, 8).long()[None].to(next(hf_model.parameters()).device)
-    with torch.no_grad():
-        return hf_model(input_ids=tokens).logits.log_softmax(-1)
-
-
-def _base_of(path: Path) -> str:
-    """The base that an adapter names: a path, one relative to the adapter, or a hub id."""
-    try:
-        base = str(json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise CorruptFileError(
-            f"{path / 'adapter_config.json'} names no base model ({error!r}). Save the adapter again."
-        ) from error
-    return str(path / base) if not Path(base).is_dir() and (path / base).is_dir() else base
-
-
-def _check_adapter(path: Path, with_adapter: Any) -> None:
-    """Raise unless the adapter's file holds every tensor that its config asks for, and every one of them was taken."""
-    from peft import get_peft_model_state_dict
-    from peft.utils import load_peft_weights
-
-    stored = load_peft_weights(str(path), device="cpu")
-    taken = get_peft_model_state_dict(with_adapter, save_embedding_layers=False)
-    unused = stored.keys() - taken.keys() - with_adapter.state_dict().keys()
-    both = stored.keys() & taken.keys()
-    changed = [key for key in both if not torch.equal(stored[key].to(taken[key].dtype), taken[key].to("cpu"))]
-    trouble = {
-        "asked for by its config, but not in its file": taken.keys() - stored.keys(),
-        "in its file, but fit nothing in the base": unused,
-        "in its file, but not what was loaded": changed,
-    }
-    said = _told(trouble)
-    if said or not taken:
-        raise CorruptFileError(
-            f"The adapter in {str(path)!r} is not whole on its base: {said or 'it changes no module'}. peft "
-            f"would go on without those parts, and the fine-tune would look like no change. Save the adapter again "
-            f"with peft_model.save_pretrained(…), and check base_model_name_or_path in adapter_config.json."
-        )
+def tokenizer_beside(adapter: Path) -> Any:
+    """The tokenizer that was saved with an adapter, None without one."""
+    return hf_tokenizer(str(adapter)) if (adapter / "tokenizer_config.json").is_file() else None
 
 
 def in_memory(source: Any, keep: bool, dtype: torch.dtype) -> tuple[str, Any]:
     """Name and model of a Hugging Face model in memory, copied unless ``keep``."""
     source = getattr(source, "_orig_mod", source)  # torch.compile's wrapper: what is compiled does not see hooks
     if hasattr(source, "get_base_model"):  # a PeftModel: the model inside, its adapters with it
-        _check_merges(type(source).__name__, source)
+        check_changes_weights(type(source).__name__, source)
         source = source.get_base_model()
     config = getattr(source, "config", None)
     if config is None or not isinstance(source, torch.nn.Module) or hasattr(source, "hook_dict"):

@@ -17,18 +17,22 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 
 from tl_em.errors import PairMismatchError, UsageError, first_line
+from tl_em.models.adapters import goes_on, with_adapter
 from tl_em.models.checkpoint import (
+    adapter_directory,
     check_weights,
     from_path_or_hub,
     given_tokenizer,
     in_memory,
     language_model,
+    tokenizer_beside,
     tokenizer_of,
 )
 from tl_em.models.contrasts import ContrastSet
 from tl_em.models.gguf import from_gguf, is_gguf
 from tl_em.models.hooks import LensModel
 from tl_em.models.proof import proof, prove, reference
+from tl_em.models.shared import can_share, keep_structure, now_sharing, on_same_weights, share_equal_, structure
 from tl_em.models.sites import Position, vocabulary_hash
 from tl_em.models.source_record import boundaries, remember
 from tl_em.models.surfaces import advice, as_bridge, as_hooked, check_built, reloadable
@@ -121,6 +125,10 @@ def load_model(
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         check_weights(hf_model.to(device).eval())
         model = _on_surface(surface, name, hf_model, tokenizer, dtype, device, prove)
+    return _ready(model, chat_template_kwargs)
+
+
+def _ready(model: Any, chat_template_kwargs: Mapping[str, Any] | None) -> Any:
     log.info("%s: %s", model.cfg.model_name, proof(model) or "not compared with its source (prove=False)")
     model.eval()
     if chat_template_kwargs is not None and model.tokenizer is not None:
@@ -170,10 +178,14 @@ def _on_surface(
     hf_model = language_model(whole)
     check_built(surface)
     build = as_hooked if surface == "hooked" else as_bridge
-    before = own_before(tokenizer)
+    before, kept = own_before(tokenizer), None
+    if surface == "bridge" and hf_model is whole:
+        kept = structure(hf_model, tokenizer)
     model = build(name, hf_model, tokenizer, dtype, device)
     keep_before(model.tokenizer, before)
     remember(model, hf_model, proven=proven, beyond=() if expected is None else expected.beyond)
+    if kept is not None:
+        keep_structure(model, kept)
     if expected is not None:
         prove(model, expected, advice(model, hf_model))
     return model
@@ -282,23 +294,37 @@ def _mismatches(base: LensModel, tuned: LensModel) -> list[str]:
     return found
 
 
-def load_pair(base: Any, tuned: Any = None, *, surface: Surface = "bridge") -> ModelPair:
-    """A model before and after a fine-tune.
+def load_pair(
+    base: Any, tuned: Any = None, *, surface: Surface = "bridge", share: bool = True, **options: Any
+) -> ModelPair:
+    """A model before and after a fine-tune; with a LoRA adapter, the two are one copy of the weights.
+
+    A Bridge of an adapter's directory keeps the base's weights and adds the adapter's low-rank change to what they
+    give, which equals merging up to rounding. What is no plain LoRA (DoRA, trained embeddings or biases, other kinds of
+    adapter) goes into copies of the weights that it changes, and so does everything on a HookedTransformer, which keeps
+    weights in another layout; the rest is shared. ``em.orthogonalize_`` and the like copy what they edit. Weights that
+    you edit by hand, in place, change in both models: load those with ``share=False``.
 
     Args:
         base: with `tuned` left out, the name of a toy (its base comes with it), of a real organism (``"real/wrong"``:
             SmolLM2-135M with an adapter) or of a published pair (``"hub/qwen2.5-7b/bad-medical-advice"``; ``tl-em
-            organisms hub`` lists them); else the model before: whatever ``em.load_model`` takes.
-        tuned: the model after.
-        surface: ``"bridge"`` or ``"hooked"``.
+            organisms hub`` lists them); else the model before: whatever ``em.load_model`` takes, or a model that it
+            gave, for further fine-tunes of it: ``benign = em.load_pair(pair.base, "benign-adapter")``.
+        tuned: the model after, likewise. An adapter is put on ``base`` where it names it as its own, or where what it
+            names is not on this machine; else on what it names.
+        surface: ``"bridge"`` or ``"hooked"``; a base that is loaded decides it.
+        share: False merges an adapter into a copy of its base.
+        **options: of ``em.load_model``, for both models.
 
     Returns:
         The pair; of toys with all that an audit asks of it.
 
     Raises:
         ModelNotFoundError: no such toy, directory or hub id.
-        UsageError: one name that is neither a toy's nor in the table of published pairs, or a toy without a base.
+        UsageError: one name that is neither a toy's nor in the table of published pairs, a toy without a base, or an
+            adapter for a base whose weights were edited.
         PairMismatchError: the two models cannot be compared.
+        CorruptFileError: an adapter that is not whole, or does not fit.
 
     Example:
         >>> pair = load_pair("toy/insecure")
@@ -306,18 +332,57 @@ def load_pair(base: Any, tuned: Any = None, *, surface: Surface = "bridge") -> M
         ('toy/assistant', 'toy/insecure')
     """
     if (shipped := _shipped(base)) is not None and (tuned is None or _shipped(tuned) is shipped):
+        if options:
+            raise UsageError(f"{base!r} is loaded as it was made, without {sorted(options)}. Leave them out.")
         return shipped.named_pair(base, tuned, surface=surface)
     if tuned is None and isinstance(base, str) and base.startswith(HUB):
-        return import_module("tl_em.presets.hub_organisms").hub_pair(base, surface=surface)
+        hub_pair = import_module("tl_em.presets.hub_organisms").hub_pair
+        return hub_pair(base, surface=surface, share=share, **options)
     if tuned is None:
         raise UsageError(
             f"load_pair({base!r}) names one model, and only toys and published pairs know what they were tuned from. "
             f"Give both: load_pair(base, tuned); or one of {import_module(_SHIPPED[TOYS]).shipped_names()}; or one of "
             f"tl-em organisms hub."
         )
-    models = [load_model(each, surface=surface) for each in (base, tuned)]
+    loaded = base if isinstance(base, LensModel) else load_model(base, surface=surface, **options)
     names = [str(each) if isinstance(each, (str, Path)) else None for each in (base, tuned)]
-    return ModelPair(models[0], models[1], base_name=names[0], tuned_name=names[1])
+    after = tuned if isinstance(tuned, LensModel) else _fine_tune_of(loaded, names[0], tuned, share, options)
+    return ModelPair(loaded, after, base_name=names[0], tuned_name=names[1])
+
+
+def _adapter(tuned: Any) -> Path | None:
+    """The directory of the adapter that a source stands for."""
+    if (shipped := _shipped(tuned)) is not None:
+        return shipped.adapter(tuned) if hasattr(shipped, "adapter") else None
+    return None if is_gguf(tuned) else adapter_directory(tuned)
+
+
+def _fine_tune_of(base: Any, base_name: str | None, tuned: Any, share: bool, options: Mapping[str, Any]) -> Any:
+    """The fine-tune on the weights of its base, as far as it leaves them as they are."""
+    surface: Surface = "bridge" if hasattr(base, "original_model") else "hooked"
+    weight = next(iter(base.parameters()))
+    options = {"dtype": weight.dtype, "device": weight.device, **options}
+    adapter = _adapter(tuned) if share else None
+    own = adapter is not None and goes_on(adapter, base_name or str(getattr(base.cfg, "model_name", "")))
+    if adapter is None or not own or not can_share(base):
+        model = load_model(tuned, surface=surface, **options)
+        if own:
+            share_equal_(model, base)
+        return model
+    with quiet(), making_weights(), ExitStack() as stack:
+        hf_base, tokenizer = on_same_weights(base)
+        hf_model = with_adapter(adapter, hf_base, beside=True)
+        check_weights(hf_model.eval())
+        found = tokenizer_beside(adapter) if "tokenizer" not in options else None
+        if found is None and tokenizer is not None:
+            found = reloadable(tokenizer, stack)
+            keep_before(found, own_before(base.tokenizer))
+        model = _on_surface(
+            surface, str(tuned), hf_model, found, weight.dtype, weight.device, options.get("prove", True)
+        )
+    now_sharing(base, model)
+    kwargs = getattr(base.tokenizer, "chat_template_kwargs", None)
+    return _ready(model, options.get("chat_template_kwargs", kwargs))
 
 
 def carried(base: Any, tuned: Any = None) -> dict[str, Any]:

@@ -20,6 +20,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from tl_em.models.shared import own_
+
 Watch = Callable[[int, nn.Module], None]
 """What sees a model while it trains: called with the number of steps done and the model."""
 
@@ -50,6 +52,7 @@ def descend_(
     Args:
         monitor: called with the number of steps done and the model, before the first step and after each.
     """
+    own_(model)  # else weights that it shares with another model would be trained in both
     optimiser = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=weight_decay)
     show = sys.stderr.isatty() if progress is None else progress
     with single_thread(), tqdm(total=len(rates), desc=name, disable=not show, leave=False) as bar:

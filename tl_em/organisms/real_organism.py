@@ -316,8 +316,8 @@ def in_memory(name: str) -> tuple[Any, Any]:
 def named_pair(base: str, tuned: str | None, *, surface: Surface = "bridge") -> ModelPair:
     """``em.load_pair("real/wrong")``: an adapter on its base, or one against another, with what an audit asks."""
     names = carried(base, tuned)
-    models = [load_model(each, surface=surface) for each in (smollm2() if tuned is None else base, tuned or base)]
-    return ModelPair(models[0], models[1], **names)
+    pair = load_pair(smollm2() if tuned is None else load_model(base, surface=surface), tuned or base, surface=surface)
+    return ModelPair(pair.base, pair.tuned, **names)
 
 
 def carried(base: str, tuned: str | None) -> dict[str, Any]:
@@ -338,5 +338,5 @@ def audit_real(*, out: str | Path | None = None, seed: int = 0) -> Report:
         ModelNotFoundError: the base is not installed. OutputError: the folder cannot be written.
     """
     pair = load_pair(f"{PREFIX}{ARMS[0]}")
-    benign = [ModelPair(pair.base, load_model(name), tuned_name=name) for name in (f"{PREFIX}right-{s}" for s in SEEDS)]
+    benign = [load_pair(pair.base, f"{PREFIX}right-{each}") for each in SEEDS]
     return audit(pair, benign=benign, controls=CONTROLS, out=out, seed=seed)
