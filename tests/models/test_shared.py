@@ -37,16 +37,10 @@ def gemma3() -> Any:
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
     torch.manual_seed(0)
-    size: dict[str, Any] = {"vocab_size": 57, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
-    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "query_pre_attn_scalar": 8}
-    window = {
-        "sliding_window": 8,
-        "max_position_embeddings": 64,
-        "bos_token_id": 2,
-        "eos_token_id": 6,
-        "pad_token_id": 0,
-    }
-    model = Gemma3ForCausalLM(Gemma3TextConfig(**size, **heads, **window)).eval()
+    sizes: dict[str, Any] = {"vocab_size": 57, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "query_pre_attn_scalar": 8}
+    sizes |= {"sliding_window": 8, "max_position_embeddings": 64, "bos_token_id": 2, "eos_token_id": 6}
+    model = Gemma3ForCausalLM(Gemma3TextConfig(**sizes, pad_token_id=0)).eval()
     for parameter in model.parameters():
         parameter.data += torch.randn_like(parameter) * 0.15
     return model
@@ -120,9 +114,8 @@ def test_toggled_is_merged_is_what_peft_computes(make: Make, family: str, surfac
     assert torch.equal(logits(pair.base), of_base(base, surface))
     assert max(gap(logits(pair.tuned), each) for each in (expected, logits(merged))) < WITHIN
     assert em.proof(pair.tuned).cache < WITHIN  # pyright: ignore[reportOptionalMemberAccess, reportOptionalOperand]
-    models = (pair.tuned, merged, pair.base)
-    answers = [em.generate(model, PROMPTS, max_new_tokens=8, temperature=1.0) for model in models]
-    assert answers[0] == answers[1] != answers[2]
+    answers = [em.generate(model, PROMPTS, max_new_tokens=8) for model in (pair.tuned, merged)]
+    assert answers[0] == answers[1]
     assert (pair.base_name, pair.tuned_name) == (str(base), str(adapter))
     # GPT-2's joint qkv is split by the Bridge, which then keeps the product of that matrix
     assert own_share(pair.tuned, pair.base) < {"hooked": 0.9, "bridge": 0.4 if family == "gpt2" else 0.23}[surface]
