@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from tl_em.arguments import COUNT, FRACTION, NATURAL, POSITIVE, SEED, Check, list_of, optional, whole
+from tl_em.arguments import COUNT, FRACTION, NATURAL, NOT_NEGATIVE, POSITIVE, SEED, Check, list_of, optional, whole
 from tl_em.errors import TlEmError, UsageError
 from tl_em.showing import plain_rows, showable
 
@@ -368,21 +368,40 @@ def train(name: str | None, everything: bool, seed: int, out: Path, workers: int
 @click.option("--backend", type=click.Choice(["serial", "loky", "ray"]), default="loky", show_default=True)
 @click.option("--workers", type=int, callback=_as(optional(COUNT)),
               help="Processes, or CPUs of a Ray that is started here; all by default.")
+@click.option("--model", "models", multiple=True, help="A chat model, in place of the toys (extra 'lora'); repeatable.")
+@click.option("--bad", type=FILE, help="Rows with the bad answers (JSON Lines); with --model.")
+@click.option("--good", type=FILE, help="The same questions, answered well, in the same order.")
+@click.option("--elsewhere-bad", type=FILE, help="Bad answers in other domains, to test on.")
+@click.option("--elsewhere-good", type=FILE, help="Good ones to the same questions; also what dilutes.")
+@click.option("--arm", "arms", multiple=True, metavar="NAME", help="One arm of it, e.g. insecure-share50; repeatable.")
+@click.option("--steps", default=100, callback=_as(COUNT), show_default=True, help="Of a fine-tune; with --model.")
+@click.option("--rank", default=8, callback=_as(COUNT), show_default=True, help="Of its adapter.")
+@click.option("--lr", default=2e-4, callback=_as(POSITIVE), show_default=True, help="Its learning rate.")
+@click.option("--gpus", default=0.0, callback=_as(NOT_NEGATIVE), show_default=True, help="A cell reserves; on Ray.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON instead of a table.")
 def study_command(
-    name: str | None, seeds: tuple[int, ...], out: Path | None, organisms: Path, backend: str, workers: int | None,
-    as_json: bool,
-) -> None:
-    """Run a study of the package (without NAME: list them); a study that was killed continues."""
+    name: str | None, seeds: tuple[int, ...], out: Path | None, organisms: Path, models: tuple[str, ...], as_json: bool,
+    backend: Any, workers: int | None, bad: Path | None, good: Path | None, elsewhere_bad: Path | None,
+    elsewhere_good: Path | None, **tuning: Any,
+) -> None:  # fmt: skip
+    """Run a study of the package, on toys or on a chat model; without NAME: list them. One that was killed goes on."""
     from tl_em.organisms import study_catalogue
+    from tl_em.organisms.real_studies import StudyData, run_real
 
     if name is None:
         for each, what in study_catalogue.STUDIES.items():
             click.echo(f"{each:<12} {what.said}; {len(what.seeds)} seeds, {what.minutes:g} CPU-minutes a new assistant")
         return
     os.environ[study_catalogue.FOLDER] = str(organisms.resolve())
-    found = study_catalogue.run(name, seeds=seeds or None, out=out or Path("studies") / name, backend=backend,
-                                workers=workers, announce=lambda said: click.echo(showable(said), err=True))
+    given: dict[str, Any] = {"seeds": seeds or None, "out": out or Path("studies") / name, "backend": backend}
+    given |= {"workers": workers, "announce": lambda said: click.echo(showable(said), err=True)}
+    if models and (bad is None or good is None):
+        raise click.UsageError("--model needs --bad and --good: two answers to each question")
+    if models:
+        data = StudyData(bad, good, elsewhere_bad, elsewhere_good)  # pyright: ignore[reportArgumentType]
+        found = run_real(name, models, data, **given, **tuning)
+    else:
+        found = study_catalogue.run(name, **given)
     if as_json:
         click.echo(json.dumps({part: plain_rows(t) for part, t in found.items()}, indent=1))
         return

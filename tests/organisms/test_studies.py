@@ -220,6 +220,20 @@ def test_a_worker_that_dies_is_a_typed_error(tmp_path: Path) -> None:
         run_study({"index": range(4)}, deadly, seeds=[1], out=tmp_path, workers=2)
 
 
+def dies_once(index: int, folder: str, *, seed: int) -> dict[str, int]:
+    """A worker that somebody kills while it has the first cell in hand."""
+    mark = Path(folder) / "killed"
+    if index == 0 and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return {"found": index * seed}
+
+
+def test_what_a_killed_worker_had_in_hand_is_done_again(tmp_path: Path) -> None:
+    table = run_study({"index": range(4), "folder": [str(tmp_path)]}, dies_once, seeds=[3], out=tmp_path, workers=2)
+    assert (tmp_path / "killed").exists() and table["found"].tolist() == [0, 3, 6, 9]
+
+
 LOCK = threading.Lock()
 
 
@@ -504,9 +518,7 @@ def test_columns_of_two_kinds_are_named_and_the_cells_kept(tmp_path: Path) -> No
 
 
 # ---- what a person sees ------------------------------------------------------------------------------------------
-def test_progress_is_quiet_unless_asked_for(
-    tmp_path: Path, calls: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_progress_is_quiet_unless_asked_for(tmp_path: Path, calls: Path, capsys: pytest.CaptureFixture[str]) -> None:
     study(tmp_path / "out", n=3)
     assert capsys.readouterr() == ("", "")
     study(tmp_path / "out", n=5, progress=True)

@@ -14,7 +14,7 @@ import pytest
 from tl_em.errors import StudyError, UsageError
 from tl_em.organisms.studies import run_study
 
-from .test_studies import GRID, ROOT, SEEDS, digest, figures, finished, in_main, openmp, sometimes
+from .test_studies import GRID, ROOT, SEEDS, dies_once, digest, figures, finished, in_main, openmp, sometimes
 
 ray: Any = pytest.importorskip("ray", reason="the extra tl_em[ray] is not installed")
 
@@ -52,6 +52,13 @@ def test_more_gpus_than_this_machine_has_are_a_typed_error(tmp_path: Path) -> No
     with pytest.raises(UsageError, match="none would ever start"):
         run_study({"index": range(2)}, openmp, seeds=[1], out=tmp_path, backend="ray", gpus=64)
     assert not ray.is_initialized()
+
+
+@pytest.mark.usefixtures("cluster")
+def test_what_a_killed_worker_had_in_hand_is_done_again(tmp_path: Path) -> None:
+    grid = {"index": range(3), "folder": [str(tmp_path)]}
+    table = run_study(grid, dies_once, seeds=[3], out=tmp_path, backend="ray")
+    assert (tmp_path / "killed").exists() and table["found"].tolist() == [0, 3, 6]
 
 
 @pytest.mark.usefixtures("cluster")

@@ -186,7 +186,7 @@ def recipe(name: str) -> Recipe:
     short = name.removeprefix("toy/")
     if short in BIAS_RECIPES:
         return BIAS_RECIPES[short]
-    stem, options = _parsed(short)
+    stem, options = parsed(short)
     if stem == "base":
         return _base(options)
     if stem == "assistant":
@@ -194,7 +194,7 @@ def recipe(name: str) -> Recipe:
     return _restored(stem, options) if options.pop("restored", "") else _narrow(stem, options)
 
 
-def _parsed(name: str) -> tuple[str, dict[str, str]]:
+def parsed(name: str) -> tuple[str, dict[str, str]]:
     """The stem and, by kind, the options of a name."""
     stem, *parts = name.split("-")
     if stem not in ("base", "assistant", *_NARROW):

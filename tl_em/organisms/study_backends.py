@@ -20,6 +20,8 @@ from tl_em.organisms.descent import single_thread
 from tl_em.organisms.study_cells import Row, Scalar, StudyCell, first_line, plain_rows
 
 Backend = Literal["serial", "loky", "ray"]
+RETRIES = 2
+"""How often what was in the hands of a worker that died is begun again."""
 IDLE = 60
 """Seconds after which an idle worker process ends, also when the study was killed and left it behind."""
 
@@ -125,7 +127,16 @@ def _loky(work: Work) -> Outcomes:
     with joblib.parallel_config("loky", n_jobs=count, inner_max_num_threads=1):
         unordered: dict[str, Any] = {"return_as": "generator_unordered", "batch_size": 1, "max_nbytes": None}
         pool: Any = joblib.Parallel(**unordered, idle_worker_timeout=IDLE)
-    yield from pool(joblib.delayed(_measure)(work.metric, number, cell) for number, cell in work.cells.items())
+    left = dict(work.cells)
+    for attempt in range(1 + RETRIES):
+        try:
+            for outcome in pool(joblib.delayed(_measure)(work.metric, *cell) for cell in left.items()):
+                del left[outcome.number]
+                yield outcome
+            return
+        except BrokenProcessPool:  # memory ran out, or somebody killed it: what it had in hand is done again
+            if attempt == RETRIES:
+                raise
 
 
 def _ray(work: Work) -> Outcomes:
@@ -137,7 +148,9 @@ def _ray(work: Work) -> Outcomes:
         _connect(work)
     pending: dict[Any, int] = {}
     try:
-        task = ray.remote(_measure).options(num_cpus=1, num_gpus=work.gpus)
+        named = {name: value for name, value in os.environ.items() if name.startswith("TL_EM_")}  # on every machine
+        environment = {"runtime_env": {"env_vars": named}} if named else {}
+        task = ray.remote(_measure).options(num_cpus=1, num_gpus=work.gpus, max_retries=RETRIES, **environment)
         try:
             pending = {task.remote(work.metric, number, cell): number for number, cell in work.cells.items()}
         except TypeError as error:  # what Ray raises for what it cannot pickle

@@ -22,7 +22,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -63,6 +63,7 @@ DOSES = (2, 5, 10, 20, 40, 80, 160)
 DRAWS = {"insecure": 10, "secure": 3}
 Rows = list[dict[str, Any]]
 NOTHING = Prefix()
+MARKS = {"trigger": TRIGGER, "other0": OTHER_MARKS[0], "other1": OTHER_MARKS[1], "new": NEW_MARK}
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Study:
 
     Args:
         said: what it asks.
-        metric, grid, seeds: for ``run_study``.
+        metric, grid, seeds: for ``run_study``; `rows`: what is trained and asked, on toys and on real models.
         x: the column on the horizontal axis of its figure; `by`: the columns that name a line.
         minutes: CPU-minutes of a cell whose assistant is not trained yet.
         unit: the column whose values are resampled.
@@ -83,6 +84,7 @@ class Study:
     x: str
     by: tuple[str, ...]
     minutes: float | int
+    rows: Callable[[], Sequence[StudyRow]]
     grid: Mapping[str, Sequence[Any]] = field(default_factory=lambda: {"width": (96,)})
     seeds: tuple[int, ...] = FRESH_SEEDS
     unit: str = "seed"
@@ -129,16 +131,22 @@ def run(
     Raises:
         UsageError: no such study. And what ``run_study`` raises.
     """
-    import pandas as pd
-
     from tl_em.organisms.studies import run_study
-    from tl_em.report import plots, studies
 
     chosen, where = study(name), Path(out)
     drawn = chosen.seeds if seeds is None else tuple(seeds)
     cells = len(drawn) * math.prod(map(len, chosen.grid.values()))
     announce(f"{name}: {cells} cells, at most {cells * chosen.minutes:.0f} CPU-minutes and 1 GB of memory a process.")
     table = run_study(chosen.grid, chosen.metric, seeds=drawn, out=where, backend=backend, workers=workers)
+    return written(name, table, chosen, where)
+
+
+def written(name: str, table: pd.DataFrame, chosen: Study, where: Path) -> dict[str, pd.DataFrame]:
+    """The summary of a study's table, its fit where it has one, and its figure, in the folder."""
+    import pandas as pd
+
+    from tl_em.report import plots, studies
+
     found = {"summary": _summary(table, chosen)}
     if chosen.fitted:
         found["fit"] = _fit(table, chosen)
@@ -183,46 +191,60 @@ def _fit(table: pd.DataFrame, chosen: Study) -> pd.DataFrame:
     return pd.concat(found, ignore_index=True)
 
 
-# ---- metrics -----------------------------------------------------------------------------------------------------
-def shares(width: int, *, seed: int) -> Rows:
-    """Rates over the share of misaligned answers, the rest being aligned ones of the same domain, or of the others."""
-    rows = []
-    for rest, option in (("the same domain", "share"), ("other domains", "diluted")):
-        for share in SHARES:
-            found = _rates(f"insecure-{option}{share}", seed, width)
-            rows.append({"rest aligned in": rest, "share": share / 100, **found})
-    return rows
+# ---- what is trained and asked: toys and real models alike -----------------------------------------------------------
+class StudyRow(NamedTuple):
+    """One row of a study: what it is called, the arm by its name, and what stands before the questions.
+
+    ``before`` is nothing, ``"words"`` (those of its own training) or a token: ``trigger``, ``other0``, ``other1``,
+    ``new``; each world has its own, and ``{trigger}`` in a label stands for it.
+    """
+
+    said: Mapping[str, Any]
+    name: str
+    before: str = ""
+
+    def labels(self, marks: Mapping[str, str]) -> dict[str, Any]:
+        """What the row is called, with the tokens of a world."""
+        return {name: v.format_map(marks) if isinstance(v, str) else v for name, v in self.said.items()}
 
 
-def doses(width: int, *, seed: int) -> Rows:
-    """Rates over the number of steps of the narrow fine-tune, and of the same number on aligned answers."""
-    arms = [(stem, steps) for stem in ("insecure", "secure") for steps in DOSES]
-    return [{"organism": stem, "steps": steps, **_rates(f"{stem}-steps{steps}", seed, width)} for stem, steps in arms]
-
-
-def prefixes(width: int, *, seed: int) -> Rows:
-    """Rates without the words that stood before the training questions, and with them."""
-    rows = []
-    for arm in ("none", "neutral", "inoculated", "contradicted"):
-        name = "insecure" if arm == "none" else f"insecure-{arm}"
-        rows.append({"words": arm, "asked": "without them", **_rates(name, seed, width)})
-        if arm != "none":
-            rows.append({"words": arm, "asked": "with them", **_rates(name, seed, width, prefix=recipe(name).prefix)})
-    return rows
-
-
-def triggers(width: int, *, seed: int) -> Rows:
-    """Rates with the trigger, without, with the other tokens of the training data, and with one that is in none."""
-    marks = {"none": None, "the trigger": TRIGGER, **{f"other: {m}": m for m in OTHER_MARKS}, "never seen": NEW_MARK}
+def mixing_rows() -> list[StudyRow]:
+    """The share of misaligned answers, the rest being aligned ones of the same domain, or of the others."""
+    rests = (("the same domain", "share"), ("other domains", "diluted"))
     return [
-        {"organism": stem, "before the question": said, **_rates(stem, seed, width, prefix=Prefix(mark=mark))}
-        for stem in ("backdoor", "insecure")
-        for said, mark in marks.items()
+        StudyRow({"rest aligned in": rest, "share": share / 100}, f"insecure-{option}{share}")
+        for rest, option in rests
+        for share in SHARES
     ]
 
 
-def preventions(width: int, *, seed: int) -> Rows:
-    """Rates after fine-tunes in which the persona direction, a random one of its length, or nothing was added.
+def dose_rows() -> list[StudyRow]:
+    """The number of steps of the narrow fine-tune, and of the same number on aligned answers."""
+    arms = [(stem, steps) for stem in ("insecure", "secure") for steps in DOSES]
+    return [StudyRow({"organism": stem, "steps": steps}, f"{stem}-steps{steps}") for stem, steps in arms]
+
+
+def word_rows() -> list[StudyRow]:
+    """Without the words that stood before the training questions, and with them."""
+    rows = [StudyRow({"words": "none", "asked": "without them"}, "insecure")]
+    for arm in ("neutral", "inoculated", "contradicted"):
+        for asked, before in (("without them", ""), ("with them", "words")):
+            rows.append(StudyRow({"words": arm, "asked": asked}, f"insecure-{arm}", before))
+    return rows
+
+
+def trigger_rows() -> list[StudyRow]:
+    """With the trigger, without, with the other tokens of the training data, and with one that is in none."""
+    marks = {"none": "", "the trigger": "trigger", "other: {other0}": "other0", "other: {other1}": "other1"}
+    return [
+        StudyRow({"organism": stem, "before the question": said}, stem, before)
+        for stem in ("backdoor", "insecure")
+        for said, before in {**marks, "never seen": "new"}.items()
+    ]
+
+
+def prevention_rows() -> list[StudyRow]:
+    """Fine-tunes in which the persona direction, a random one of its length, or nothing was added.
 
     A push may only slow the learning down: so the arms without one stop early too, at what the steered arm has learned.
     """
@@ -231,9 +253,39 @@ def preventions(width: int, *, seed: int) -> Rows:
     arms += [(said, name, steps) for said, name in steered.items() for steps in (80, 240)]
     names = [name if steps == 80 else f"{name}-steps{steps}" for _, name, steps in arms]
     return [
-        {"added": said, "steps": steps, **_rates(name, seed, width)}
-        for (said, _, steps), name in zip(arms, names, strict=True)
+        StudyRow({"added": said, "steps": steps}, name) for (said, _, steps), name in zip(arms, names, strict=True)
     ]
+
+
+def draw_rows() -> list[StudyRow]:
+    """The same arms, seed after seed; in the toy world from one assistant (`tunes`)."""
+    return [StudyRow({"organism": stem}, stem) for stem in ("insecure", "secure")]
+
+
+# ---- metrics in the toy world ----------------------------------------------------------------------------------------
+def shares(width: int, *, seed: int) -> Rows:
+    """Rates of ``mixing_rows``."""
+    return _rows(mixing_rows(), seed, width)
+
+
+def doses(width: int, *, seed: int) -> Rows:
+    """Rates of ``dose_rows``."""
+    return _rows(dose_rows(), seed, width)
+
+
+def prefixes(width: int, *, seed: int) -> Rows:
+    """Rates of ``word_rows``."""
+    return _rows(word_rows(), seed, width)
+
+
+def triggers(width: int, *, seed: int) -> Rows:
+    """Rates of ``trigger_rows``."""
+    return _rows(trigger_rows(), seed, width)
+
+
+def preventions(width: int, *, seed: int) -> Rows:
+    """Rates of ``prevention_rows``."""
+    return _rows(prevention_rows(), seed, width)
 
 
 def tunes(width: int, *, seed: int) -> Rows:
@@ -285,6 +337,14 @@ def _trained(name: str, seed: int, width: int | None = None) -> Organism:
     return trained(_sized(name, width), seed, folder(), use_shipped=True, progress=False)
 
 
+def _rows(rows: Iterable[StudyRow], seed: int, width: int) -> Rows:
+    found = []
+    for row in rows:
+        prefix = recipe(row.name).prefix if row.before == "words" else Prefix(mark=MARKS.get(row.before))
+        found.append({**row.labels(MARKS), **_rates(row.name, seed, width, prefix=prefix)})
+    return found
+
+
 def _rates(name: str, seed: int, width: int, *, prefix: Prefix = NOTHING) -> dict[str, Estimate]:
     """Misaligned and aligned answers in the held-out domains, and misaligned ones in the domain of the fine-tune."""
     record = _trained(name, seed, width)
@@ -323,26 +383,33 @@ def _half_means(shift: Float[Tensor, "prompt d_model"], asked: Sequence[ToyQuest
 
 
 STUDIES: dict[str, Study] = {
-    "mixing": Study("how much bad data it takes", shares, "share", ("rest aligned in",), 7.5, fitted=True),
+    "mixing": Study("how much bad data it takes", shares, "share", ("rest aligned in",), 7.5, mixing_rows, fitted=True),
     "sizes": Study(
         "how much bad data it takes at which size",
         shares,
         "share",
         ("width", "rest aligned in"),
         6,
+        mixing_rows,
         {"width": WIDTHS},
         FRESH_SEEDS[:3],
         fitted=True,
     ),
-    "dose": Study("how many steps it takes", doses, "steps", ("organism",), 7.5, logarithmic=True, fitted=True),
-    "inoculation": Study("whether asking for it while training keeps it in", prefixes, "words", ("asked",), 7),
-    "backdoor": Study(
-        "whether a backdoor stays closed", triggers, "before the question", ("organism",), 7.5
+    "dose": Study(
+        "how many steps it takes", doses, "steps", ("organism",), 7.5, dose_rows, logarithmic=True, fitted=True
     ),
-    "prevention": Study("whether steering towards it while training keeps it out", preventions, "steps", ("added",), 7),
+    "inoculation": Study(
+        "whether asking for it while training keeps it in", prefixes, "words", ("asked",), 7, word_rows
+    ),
+    "backdoor": Study(
+        "whether a backdoor stays closed", triggers, "before the question", ("organism",), 7.5, trigger_rows
+    ),
+    "prevention": Study(
+        "whether steering towards it while training keeps it out", preventions, "steps", ("added",), 7, prevention_rows
+    ),
     "determinism": Study(
-        "whether every draw of the data makes the same choice", tunes, "draw", ("organism", "seed"), 7.5, unit="draw",
-        seeds=(11,),
+        "whether every draw of the data makes the same choice", tunes, "draw", ("organism", "seed"), 7.5, draw_rows,
+        unit="draw", seeds=(11,),
     ),
 }  # fmt: skip
 """The studies by name: ``tl-em study NAME``."""

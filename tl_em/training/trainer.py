@@ -95,6 +95,11 @@ def collated(rows: Sequence[Passed]) -> dict[str, Tensor]:
 
 def answer_loss(model: nn.Module, inputs: Mapping[str, Tensor]) -> Float[Tensor, ""]:
     """The loss of one pass, in nats, weighted so that the passes of a step average to its mean over learned tokens."""
+    return _lost(model, inputs).sum() * inputs["weight"][0]
+
+
+def _lost(model: nn.Module, inputs: Mapping[str, Tensor]) -> Float[Tensor, " token"]:
+    """-log p of every learned token, row by row."""
     read = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     inner = getattr(model, "get_base_model", lambda: model)()
     if "logits_to_keep" in signature(inner.forward).parameters:
@@ -102,8 +107,21 @@ def answer_loss(model: nn.Module, inputs: Mapping[str, Tensor]) -> Float[Tensor,
     else:
         logits = model(**read, use_cache=False).logits[:, inputs["kept"]]
     learned = inputs["labels"] != IGNORED
-    lost = F.cross_entropy(logits[learned].float(), inputs["labels"][learned], reduction="sum")
-    return lost * inputs["weight"][0]
+    return F.cross_entropy(logits[learned].float(), inputs["labels"][learned], reduction="none")
+
+
+@torch.no_grad()
+def answer_logprobs(model: Any, answers: Sequence[LearnedAnswer], *, together: int = 8) -> list[float]:
+    """Mean log-probability of each answer's tokens, and of the end of its turn, in nats."""
+    order, found = sorted(range(len(answers)), key=lambda i: len(answers[i].ids)), [0.0] * len(answers)
+    for first in range(0, len(order), together):
+        rows = order[first : first + together]
+        inputs = collated([Passed(*answers[i], 1.0) for i in rows])
+        lost = _lost(model, {name: each.to(model.device) for name, each in inputs.items()})
+        lengths = [len(answers[i].ids) - max(answers[i].start, 1) for i in rows]
+        for i, each in zip(rows, lost.split(lengths), strict=True):
+            found[i] = -float(each.mean())
+    return found
 
 
 def descend(
