@@ -252,9 +252,7 @@ def prevention_rows() -> list[StudyRow]:
     arms = [("nothing", "insecure", steps) for steps in (20, 30, 40, 80)]
     arms += [(said, name, steps) for said, name in steered.items() for steps in (80, 240)]
     names = [name if steps == 80 else f"{name}-steps{steps}" for _, name, steps in arms]
-    return [
-        StudyRow({"added": said, "steps": steps}, name) for (said, _, steps), name in zip(arms, names, strict=True)
-    ]
+    return [StudyRow({"added": said, "steps": steps}, name) for (said, _, steps), name in zip(arms, names, strict=True)]
 
 
 def draw_rows() -> list[StudyRow]:
