@@ -6,6 +6,7 @@ import ast
 import re
 import sys
 from graphlib import CycleError, TopologicalSorter
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,15 @@ def imports(path: Path) -> list[tuple[str, bool]]:
 
 def _type_checking(node: ast.If) -> bool:
     return isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_every_module_can_be_imported(name: str) -> None:
+    """Doctests are collected past an import that fails, for the sake of the one module whose package is an extra."""
+    try:
+        import_module(name)
+    except ModuleNotFoundError as error:
+        assert (name, error.name) == ("tl_em.inspect_provider", "inspect_ai")
 
 
 def test_the_reader_of_imports_sees_every_kind(tmp_path: Path) -> None:
