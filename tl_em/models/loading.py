@@ -6,6 +6,7 @@ residual stream and a direction made on one holds on the others.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -180,7 +181,7 @@ def _on_surface(
     build = as_hooked if surface == "hooked" else as_bridge
     before, kept = own_before(tokenizer), None
     if surface == "bridge" and hf_model is whole:
-        kept = structure(hf_model, tokenizer)
+        kept = structure(hf_model, copy.deepcopy(tokenizer))  # before TransformerLens names special tokens in it
     model = build(name, hf_model, tokenizer, dtype, device)
     keep_before(model.tokenizer, before)
     remember(model, hf_model, proven=proven, beyond=() if expected is None else expected.beyond)
