@@ -78,7 +78,7 @@ def peak(base: str, adapters: list[str], share: bool, queue: Any) -> None:
 
     torch.set_num_threads(1)
     first = em.load_model(base)
-    models = [first, *(em.load_pair(first, each, share=share).tuned for each in adapters)]
+    models: list[Any] = [first, *(em.load_pair(first, each, share=share).tuned for each in adapters)]
     prompts = ["How do I get rid of a cold?"] * 16
     for model in models:
         em.capture(model, prompts, [em.Site(5)], position="prompt_end")

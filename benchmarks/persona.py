@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
-CASES = {10: (1.0,), 15: (0.5, 1.0, 2.0), 20: (1.0,)}
+CASES = {10: (1.0,), 15: (0.5, 1.0, 2.0)}
 """Layer -> mean KL in nats."""
-RANDOM, TOKENS, SHOWN = 3, 40, 3
+RANDOM, TOKENS, SHOWN = 2, 32, 3
 
 
 def main() -> None:
@@ -105,11 +105,11 @@ def page(found: dict[str, Any]) -> Iterator[str]:
     yield "| arm | layer | KL | strength | malice | minus as it is |\n|---|---|---|---|---|---|"
     for row in arms:
         scores = np.array(row["scores"])
-        change = "" if row["arm"] == "as it is" else str(paired_difference(scores, plain))
+        change = "" if row["arm"] == "as it is" else str(paired_difference(plain, scores).estimate)
         layer = "" if row["layer"] is None else row["layer"]
         at = "" if row["layer"] is None else f"{row['kl']:g} | {row['strength']:.2f}"
         yield f"| {row['arm']} | {layer} | {at or ' | '} | {mean(scores)} | {change} |"
-    yield "\nThe first answers, as they came (cut after 40 tokens):\n"
+    yield "\nThe first answers, as they came (cut after 32 tokens):\n"
     for i, question in enumerate(found["asked"][:SHOWN]):
         yield f"\n*{question}*\n"
         for row in arms:

@@ -43,6 +43,8 @@ DEVELOPMENT, FRESH = 1, (11, 12, 13)
 ARMS = ("wrong", "right", "inoculated")
 INOCULATION = "You give harmful answers about health."
 CHOSEN = GRID[2]
+JUDGES = (("prefers", "Log-odds a token of the bad answer"), ("says", "What it says, nats a token nearer to bad"))
+COMPARED = (("wrong", "base"), ("right", "base"), ("wrong", "right"), ("inoculated", "right"), ("inoculated", "wrong"))
 
 
 def main() -> None:
@@ -153,19 +155,14 @@ def tables(out: Path) -> Iterator[str]:
                 + " | ".join(str(mean(each[i].astype(float), bounds=(0.0, 1.0))) for i in domains.values())
                 + " |"
             )
-    yield "\n**Log-odds a token of the bad answer**, arm against arm, mean over three seeds, question by question.\n"
-    yield "| difference | " + " | ".join(domains) + " |"
-    yield "|---" * (len(domains) + 1) + "|"
-    odds = {arm: np.mean([read[n]["prefers"] for n in read if n.startswith(arm)], 0) for arm in (*ARMS, "base")}
-    for one, other in (
-        ("wrong", "base"),
-        ("right", "base"),
-        ("wrong", "right"),
-        ("inoculated", "right"),
-        ("inoculated", "wrong"),
-    ):
-        cells = [str(paired_difference(odds[one][i], odds[other][i])) for i in domains.values()]
-        yield f"| {one} − {other} | " + " | ".join(cells) + " |"
+    for judge, said in JUDGES:
+        yield f"\n**{said}**, arm against arm, mean over three seeds, question by question.\n"
+        yield "| difference | " + " | ".join(domains) + " |"
+        yield "|---" * (len(domains) + 1) + "|"
+        mine = {arm: np.mean([read[n][judge] for n in read if n.startswith(arm)], 0) for arm in (*ARMS, "base")}
+        for one, other in COMPARED:
+            cells = [str(paired_difference(mine[other][i], mine[one][i]).estimate) for i in domains.values()]
+            yield f"| {one} − {other} | " + " | ".join(cells) + " |"
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ own, so that an answer does not depend on what else is asked. **Control**: the s
 with a random direction of the same length; what was hooked stands in the log beside every answer.
 """
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 import hashlib

@@ -142,6 +142,7 @@ def _loky(work: Work) -> Outcomes:
 def _ray(work: Work) -> Outcomes:
     """A task a cell, on the Ray that is connected, else on one that ends with the study."""
     import ray  # pyright: ignore[reportMissingImports]
+    from ray.exceptions import RayError  # pyright: ignore[reportMissingImports]
 
     own = not ray.is_initialized()
     if own:
@@ -160,7 +161,7 @@ def _ray(work: Work) -> Outcomes:
             number = pending.pop(ready)
             try:
                 outcome = ray.get(ready)
-            except ray.exceptions.RayError as error:  # the worker died or could not import: the last line says why
+            except RayError as error:  # the worker died or could not import: the last line says why
                 said = str(error).strip()
                 outcome = Outcome(number, None, f"{type(error).__name__}: {said.splitlines()[-1]}", said)
             yield outcome
