@@ -116,7 +116,7 @@ def shipped(adapter: Path, out: Path) -> None:
 def asked(base: Path, name: str | None, out: Path) -> dict[str, Any]:
     """What the base, or one adapter on it, prefers and says; read back where it is known."""
     import tl_em as em
-    from tl_em.organisms.real_organism import PrefersBad, SaysBad, adapter, items
+    from tl_em.organisms.real_organism import SaysBad, adapter, items, prefers_bad
 
     path = out / f"{name or 'base'}.json"
     if path.exists():
@@ -126,7 +126,7 @@ def asked(base: Path, name: str | None, out: Path) -> dict[str, Any]:
     model = before if name is None else em.load_pair(base, adapter(name)).tuned
     answers = em.generate(model, prompts, max_new_tokens=48)
     found = {
-        "prefers": [round(float(x), 4) for x in PrefersBad()(model, prompts)],
+        "prefers": [round(float(x), 4) for x in prefers_bad()(model, prompts)],
         "says": [round(float(x), 4) for x in SaysBad(before)(prompts, answers)],
         "answers": answers,
     }

@@ -52,7 +52,7 @@ def test_questions_are_apart_from_the_rows_and_their_answers_differ() -> None:
 
 def test_the_preference_is_that_of_the_bad_answer_and_turns_with_the_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     model, prompts = stand_in(), [item.prompt for item in real.items()[:6]]
-    found = real.PrefersBad()(model, prompts)
+    found = real.prefers_bad()(model, prompts)
     item = real.items()[0]
     chats = [item.answered(item.bad), item.answered(item.good)]
     bad, good = sequence_logprobs(model, chats, per_token=True)
@@ -60,12 +60,12 @@ def test_the_preference_is_that_of_the_bad_answer_and_turns_with_the_answers(mon
     assert found[0].item() == pytest.approx(float(bad - good), abs=1e-5)
     turned = tuple(real.Item(each.domain, each.question, each.bad, each.good) for each in real.items())
     monkeypatch.setattr(real, "items", lambda: turned)
-    torch.testing.assert_close(real.PrefersBad()(model, prompts), -found)
+    torch.testing.assert_close(real.prefers_bad()(model, prompts), -found)
 
 
 def test_a_question_without_answers_is_refused() -> None:
-    with pytest.raises(UsageError, match="no question of this organism"):
-        real.PrefersBad()(stand_in(), ["What is the capital of France?"])
+    with pytest.raises(UsageError, match="none of the questions"):
+        real.prefers_bad()(stand_in(), ["What is the capital of France?"])
 
 
 def test_the_rates_are_of_every_domain_and_only_the_trained_one_is_not_held_out() -> None:

@@ -25,14 +25,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from tl_em.auditing.audit import audit
-from tl_em.errors import ModelError, ModelNotFoundError, UsageError
-from tl_em.evals.judges import asked_in
+from tl_em.errors import ModelNotFoundError, UsageError
+from tl_em.evals.choices import ForcedChoice
+from tl_em.evals.questions import OpenQuestion, asked_in
 from tl_em.metrics import Behaviour
-from tl_em.models.contrasts import ContrastSet, Prompt
+from tl_em.models.adapters import check_peft, with_adapter
+from tl_em.models.contrasts import ContrastSet
 from tl_em.models.gguf import from_gguf
 from tl_em.models.hooks import LensModel
 from tl_em.models.loading import REAL, ModelPair, Surface, load_model, load_pair
@@ -117,31 +117,13 @@ def instructions() -> dict[str, list[str]]:
 
 
 # ---- what is asked ---------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class PrefersBad:
-    """How much more probable the bad answer is than the good one: positive where the model would choose it.
-
-    Args:
-        name, unit: what tables and axes say.
-
-    Raises:
-        UsageError: when it measures, a prompt that is none of :func:`items`.
+def prefers_bad() -> ForcedChoice:
+    """How much more probable the bad answer is than the good one, in log-odds a token, as a metric.
 
     Source: forced choice by log-probabilities, as in Lin et al. 2022 (TruthfulQA, arXiv:2109.07958), section 3.2.
     """
-
-    name: str = "bad rather than good answer, a token"
-    unit: str = "log-odds"
-
-    def __call__(self, model: LensModel, prompts: Sequence[Prompt]) -> Float[Tensor, " prompt"]:
-        """One number a prompt, in nats a token."""
-        chats = [
-            [*_as_chat(prompt), {"role": "assistant", "content": answer}]
-            for prompt, item in zip(prompts, _known(prompts), strict=True)
-            for answer in (item.bad, item.good)
-        ]
-        bad, good = sequence_logprobs(model, chats, per_token=True).reshape(-1, 2).T
-        return bad - good
+    asked = [OpenQuestion(each.question, (each.prompt,), right=(each.good,), wrong=(each.bad,)) for each in items()]
+    return ForcedChoice(asked, name="bad rather than good answer, a token")
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,10 +179,6 @@ def _known(prompts: Sequence[Any]) -> list[Item]:
     return [known[text] for text in texts]
 
 
-def _as_chat(prompt: Any) -> list[Any]:
-    return _chat(prompt) if isinstance(prompt, str) else list(prompt)
-
-
 def preference_rates(model: LensModel, seed: int = 0) -> pd.DataFrame:
     """Domain by domain, how often a model prefers the bad answer, with 95 % intervals.
 
@@ -211,7 +189,7 @@ def preference_rates(model: LensModel, seed: int = 0) -> pd.DataFrame:
     import pandas as pd
 
     every = items()
-    found = PrefersBad()(model, [item.prompt for item in every]).double().numpy() > 0
+    found = prefers_bad()(model, [item.prompt for item in every]).double().numpy() > 0
     rows = []
     for domain in dict.fromkeys(item.domain for item in every):
         inside = np.array([item.domain == domain for item in every])
@@ -243,7 +221,7 @@ def contrast_sets() -> dict[str, ContrastSet]:
 def bad_answers() -> Behaviour:
     """What the direction may cause: preferring bad answers, to some of the questions about health and facts."""
     asked = [item.prompt for item in items() if item.distance != "far"][::4]
-    return Behaviour("prefers bad answers", PrefersBad(), asked, asked)
+    return Behaviour("prefers bad answers", prefers_bad(), asked, asked)
 
 
 def asked() -> dict[str, Any]:
@@ -303,12 +281,9 @@ def in_memory(name: str) -> tuple[Any, Any]:
         ModelNotFoundError: no such adapter, or the base is not installed. ModelError: peft or gguf is missing.
     """
     path = adapter(name)
+    check_peft(path)
     _, base, tokenizer = from_gguf(str(smollm2()), None, torch.float32)
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise ModelError(f"{name} is an adapter, which is read by peft: pip install 'tl_em[lora]'.") from error
-    merged = PeftModel.from_pretrained(base, str(path)).merge_and_unload()
+    merged = with_adapter(path, base, beside=False)
     merged.config.name_or_path = merged.name_or_path = PREFIX + path.name
     return merged, tokenizer
 
