@@ -12,7 +12,6 @@ The intervals of the table itself are exact (Clopper and Pearson's).
 from __future__ import annotations
 
 import argparse
-import gc
 import hashlib
 import json
 import os
@@ -74,7 +73,6 @@ def run(what: str, draws: int, out: Path, only: str, jobs: int) -> None:
 def chunk(what: str, name: str, size: str, first: int, last: int, out: Path) -> None:
     """Some draws of one row, appended to its file in one piece."""
     warnings.simplefilter("ignore")
-    gc.freeze()  # statsmodels collects garbage at every adjustment of p, three quarters of a draw's time
     row = next(each for each in known(what) if (each.name, each.size) == (name, size))
     lines = [json.dumps({"draw": i} | one(what, row, i)) for i in range(first, last)]
     with place(out, what, row).open("a") as file:

@@ -185,8 +185,6 @@ class Loop:
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         self.items = {item.nodeid: item for item in session.items}
-        import statsmodels.stats.multitest  # noqa: F401  (what tests import late is imported once)
-
         modules = {file: _module(file) for file in dict.fromkeys(m.file for m in self.wanted)}
         held = {file: [f for f in gc.get_objects() if _is_of(f, module)] for file, module in modules.items()}
         reached = self._reached({str(module.__file__): file for file, module in modules.items()})

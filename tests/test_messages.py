@@ -6,6 +6,7 @@ import ast
 import inspect
 import re
 from collections.abc import Iterator
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,15 +44,22 @@ def words(node: ast.AST) -> str:
     return ""
 
 
-def messages() -> Iterator[Message]:
+@cache
+def nodes(path: Path) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+
+
+@cache
+def messages() -> list[Message]:
+    found = []
     for path in MODULES:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
-        inside = {id(child) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for child in node.values}
-        raised = {id(n) for node in ast.walk(tree) if _says(node) for n in ast.walk(node)}
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Constant | ast.JoinedStr) and id(node) not in docs | inside and " " in words(node):
-                yield Message(f"{path.relative_to(ROOT)}:{node.lineno}", words(node), id(node) in raised)
+        silent = {id(node.value) for node in nodes(path) if isinstance(node, ast.Expr)}  # docstrings
+        silent |= {id(child) for node in nodes(path) if isinstance(node, ast.JoinedStr) for child in node.values}
+        raised = {id(n) for node in nodes(path) if _says(node) for n in ast.walk(node)}
+        for node in nodes(path):
+            if isinstance(node, ast.Constant | ast.JoinedStr) and id(node) not in silent and " " in words(node):
+                found.append(Message(f"{path.relative_to(ROOT)}:{node.lineno}", words(node), id(node) in raised))
+    return found
 
 
 def _says(node: ast.AST) -> bool:
@@ -97,7 +105,7 @@ def resolved(name: str) -> Any:
     head, *rest = name.split(".")
     if head in ("em", "tl_em"):
         return _of_package(rest)
-    found = THINGS.get(head, getattr(em, head) if head in em.__all__ else None)
+    found = things().get(head, getattr(em, head) if head in em.__all__ else None)
     if found is None:
         return None
     for part in rest:
@@ -119,7 +127,8 @@ def _of_package(parts: list[str]) -> Any:
     return found
 
 
-def _things() -> dict[str, Any]:
+@cache
+def things() -> dict[str, Any]:
     from transformers import PreTrainedModel
 
     from tl_em.claims.claim import Case
@@ -144,8 +153,6 @@ def _things() -> dict[str, Any]:
     }
 
 
-THINGS = _things()
-MESSAGES = list(messages())
 FOREIGN = {
     *("model.state_dict", "sae.save_inference_model", "sae.cfg.metadata.seqpos_slice", "AutoTokenizer.from_pretrained"),
     *("huggingface_hub.snapshot_download", "torch.inference_mode", "torch.bfloat16", "json.loads"),
@@ -161,8 +168,9 @@ FOREIGN = {
 """What messages name of other libraries, looked up by hand: transformer_lens, torch, peft, dataclasses, scipy."""
 
 
+@cache
 def ours() -> list[tuple[Message, Call]]:
-    return [(message, call) for message in MESSAGES for call in calls(message.text)]
+    return [(message, call) for message in messages() for call in calls(message.text)]
 
 
 def test_the_reader_of_messages_sees_every_kind() -> None:
@@ -175,7 +183,7 @@ def test_the_reader_of_messages_sees_every_kind() -> None:
     assert resolved("tl_em.metrics.RefusalLogOdds").__name__ == "RefusalLogOdds"
     with pytest.raises(AttributeError):
         resolved("em.RefusalLogOdds")
-    assert sum(message.said for message in MESSAGES) > 200
+    assert sum(message.said for message in messages()) > 200
     assert len({call.name for _, call in ours() if call.name.startswith("em.")}) > 20
 
 
@@ -218,11 +226,11 @@ def test_every_other_call_in_a_message_is_known() -> None:
 
 def test_every_keyword_in_a_message_is_a_parameter_somewhere() -> None:
     """``pass site=`` is of use only where something takes a ``site``."""
-    nodes = [node for path in MODULES for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
-    known = {"layer_type"} | {node.arg for node in nodes if isinstance(node, ast.arg)}  # of a foreign SteeringVector
-    known |= {n.target.id for n in nodes if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
+    every = [node for path in MODULES for node in nodes(path)]
+    known = {"layer_type"} | {node.arg for node in every if isinstance(node, ast.arg)}  # of a foreign SteeringVector
+    known |= {n.target.id for n in every if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
     assert "metric" in known and "nonsense" not in known
-    for message in MESSAGES:
+    for message in messages():
         if message.said:
             named = set(re.findall(r"(?<![\w.⟩])([a-z_]{2,})=(?![=\"])", message.text))
             assert named <= known, (message.place, named - known)
@@ -232,7 +240,7 @@ def test_every_extra_and_every_command_in_a_message_exists() -> None:
     from tl_em.cli import main
 
     extras = set(re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE))
-    found = [extra for message in MESSAGES for extra in re.findall(r"tl[-_]em\[(\w+)\]", message.text)]
+    found = [extra for message in messages() for extra in re.findall(r"tl[-_]em\[(\w+)\]", message.text)]
     assert len(found) >= 4 and set(found) <= extras
-    commands = [name for message in MESSAGES for name in re.findall(r"`tl-em (\w+)", message.text)]
+    commands = [name for message in messages() for name in re.findall(r"`tl-em (\w+)", message.text)]
     assert set(commands) <= set(main.commands)

@@ -27,7 +27,6 @@ from tl_em.claims.calibration import (
     _units,
     benign_in_place,
     calibrated,
-    frozen,
     tabled,
 )
 from tl_em.claims.claim import Case, Question, Reading
@@ -195,15 +194,6 @@ def test_it_is_shown_in_a_sentence_a_table_json_and_html() -> None:
     page = found._repr_html_()
     assert "&lt;b&gt;" in page and "<b>" not in page and "<i>" not in page
     assert Calibration((), 1).sentence == "Nothing was drawn."
-
-
-def test_garbage_is_collected_again_afterwards() -> None:
-    import gc
-
-    with pytest.raises(ValueError, match="within"), frozen():
-        assert gc.get_freeze_count() > 0
-        raise ValueError("within")
-    assert gc.get_freeze_count() == 0
 
 
 def asked(*questions: str) -> tuple[em.ModelPair, dict[str, Any]]:

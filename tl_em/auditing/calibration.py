@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from tl_em.arguments import COUNT, SEED, checked, optional
 from tl_em.auditing.site_selection import at_their_sites
 from tl_em.auditing.splits import Subject, subjects_of
-from tl_em.claims.calibration import AT_RANDOM, Calibration, Known, Words, any_word, calibrated, frozen, tabled
+from tl_em.claims.calibration import AT_RANDOM, Calibration, Known, Words, any_word, calibrated, tabled
 from tl_em.claims.claim import Case, Question, readings
 from tl_em.claims.compare import FineTunes, as_questions, cases, check_directions, fine_tunes
 from tl_em.claims.questions.use import Use
@@ -140,9 +140,8 @@ def _known(
 def _at_random(question: Use, known: Sequence[Case], draws: int) -> Words:
     """Whether a random direction in place of any gets a word."""
     found: Words = {}
-    with frozen():
-        for findings in zip(*(question.at_random(case, draws) for case in known), strict=True):
-            for outcome, word in any_word(AT_RANDOM, [question], findings):
-                if outcome.question == question.name:
-                    found.setdefault(outcome, []).append(word)
+    for findings in zip(*(question.at_random(case, draws) for case in known), strict=True):
+        for outcome, word in any_word(AT_RANDOM, [question], findings):
+            if outcome.question == question.name:
+                found.setdefault(outcome, []).append(word)
     return found

@@ -15,10 +15,8 @@ controls, its benign fine-tune and Holm's adjustment over its directions.
 
 from __future__ import annotations
 
-import gc
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -199,10 +197,9 @@ def _chunk(
     known: Sequence[Known], questions: Sequence[Question], method: Method, seed: int, numbers: Iterable[int]
 ) -> Words:
     found: Words = defaultdict(list)
-    with frozen():
-        for number in numbers:
-            for outcome, word in _draw(known, questions, method, np.random.default_rng([seed, number]), number):
-                found[outcome].append(word)
+    for number in numbers:
+        for outcome, word in _draw(known, questions, method, np.random.default_rng([seed, number]), number):
+            found[outcome].append(word)
     return dict(found)
 
 
@@ -328,26 +325,15 @@ def _dealt_prompts(contrast: ContrastSet, order: Order) -> ContrastSet:
 def benign_in_place(cases: Sequence[Case], questions: Sequence[Question]) -> Words:
     """Whether each benign fine-tune gets a word in the tuned one's place, with the other benign ones beside it."""
     found: Words = {}
-    with frozen():
-        for i in range(len(cases[0].benign) if cases else 0):
-            placed = [
-                replace(_without_models(case), tuned=case.benign[i], benign=(*case.benign[:i], *case.benign[i + 1 :]))
-                for case in cases
-            ]
-            findings = [each for case in placed for each in _measured(questions, case)]
-            for outcome, word in any_word(BENIGN, questions, findings):
-                found.setdefault(outcome, []).append(word)
+    for i in range(len(cases[0].benign) if cases else 0):
+        placed = [
+            replace(_without_models(case), tuned=case.benign[i], benign=(*case.benign[:i], *case.benign[i + 1 :]))
+            for case in cases
+        ]
+        findings = [each for case in placed for each in _measured(questions, case)]
+        for outcome, word in any_word(BENIGN, questions, findings):
+            found.setdefault(outcome, []).append(word)
     return found
-
-
-@contextmanager
-def frozen() -> Iterator[None]:
-    """Garbage as it is: statsmodels collects it at every call, which takes longer than what it computes."""
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 class _Refused(Exception):

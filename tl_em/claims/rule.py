@@ -71,7 +71,7 @@ def unlikely(p: float, blame: str = "", *, name: str = "Holm p") -> list[str]:
 
 def adjusted(p: Sequence[float]) -> list[float]:
     """Holm's adjustment over the tests of one family."""
-    return holm(p).tolist() if len(p) > 1 else [float(each) for each in p]  # statsmodels collects garbage at every call
+    return holm(p).tolist()
 
 
 def too_few(controls: int) -> str:
