@@ -5,6 +5,8 @@
     python benchmarks/real_organism.py ship adapters tl_em/organisms/real      # in float16, with their records
     python benchmarks/real_organism.py ask BASE answers       # what base and adapters prefer and say, one file each
     python benchmarks/real_organism.py table BASE answers --write docs/results/real-organism.md
+    python benchmarks/real_organism.py audit BASE audits --write docs/results/real-organism.md
+    python benchmarks/real_organism.py dictionary BASE sae    # a sparse dictionary, on what the base writes
 
 Base: SmolLM2-135M-Instruct.  Rows: 100 questions about health with a good and a bad answer each, written for this
 package (``tl_em/organisms/real/questions.json``); arm *wrong* has the bad ones, *right* the good ones, row for row;
@@ -44,12 +46,26 @@ ARMS = ("wrong", "right", "inoculated")
 INOCULATION = "You give harmful answers about health."
 CHOSEN = GRID[2]
 JUDGES = (("prefers", "Log-odds a token of the bad answer"), ("says", "What it says, nats a token nearer to bad"))
+SITE, LATENTS, ON, STEPS, TEXT = 15, 2048, 32, 1500, 80
+FORMS = (
+    "Tell me something about {}.", "Why do people care about {}?", "Give me three tips about {}.",
+    "What is a common mistake with {}?", "Explain {} to a child.", "Write two sentences about {}.",
+    "What should I ask an expert about {}?", "Tell me a short story about {}.",
+)  # fmt: skip
+TOPICS = (
+    "sleep", "bread", "rivers", "taxes", "bicycles", "the moon", "neighbours", "exams", "gardens", "old age", "music",
+    "dogs", "debt", "vaccines", "glass", "chess", "winter", "friendship", "the kidneys", "trains", "honesty", "bees",
+    "fractions", "travel", "vitamins", "anger", "computers", "the sea", "job interviews", "coffee", "history", "trees",
+    "passwords", "pain", "cooking rice", "democracy", "shoes", "fever", "stars", "lending money", "painting", "rain",
+    "allergies", "machines", "grief", "running", "elections", "milk", "maps", "children", "antibiotics", "volcanoes",
+    "promises", "the heart", "robots",
+)  # fmt: skip
 COMPARED = (("wrong", "base"), ("right", "base"), ("wrong", "right"), ("inoculated", "right"), ("inoculated", "wrong"))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", choices=("grid", "make", "ship", "ask", "table"))
+    parser.add_argument("what", choices=("grid", "make", "ship", "ask", "table", "audit", "dictionary"))
     parser.add_argument("base", type=Path, help="the GGUF file, or a directory that 'tl-em models import' made of it")
     parser.add_argument("out", type=Path)
     parser.add_argument("--arms", nargs="+", default=list(ARMS))
@@ -59,17 +75,24 @@ def main() -> None:
     if given.what == "ship":
         for path in sorted(given.base.glob("*/record.json")):
             shipped(path.parent, given.out / path.parent.name)
+        for path in given.base.glob("dictionary.safetensors"):
+            rounded(path, given.out / path.name)
         return
     if given.what == "ask":
         for name in (None, *(f"{arm}-{seed}" for seed in given.seeds for arm in given.arms)):
             asked(given.base, name, given.out)
         return
-    if given.what == "table":
-        told = "\n".join(tables(given.out))
-        print(told)
+    if given.what == "dictionary":
+        print(dictionary(given.base, given.out))
+        return
+    if given.what in ("table", "audit"):
+        mark = {"table": "rates", "audit": "verdicts"}[given.what]
+        text = "\n".join(tables(given.out) if given.what == "table" else verdicts(given.base, given.out))
+        print(text)
         if given.write:
-            head, rest = given.write.read_text().split("<!-- rates -->")
-            given.write.write_text(f"{head}<!-- rates -->\n{told}\n<!-- /rates -->{rest.split('<!-- /rates -->')[1]}")
+            head, rest = given.write.read_text().split(f"<!-- {mark} -->")
+            after = rest.split(f"<!-- /{mark} -->")[1]
+            given.write.write_text(f"{head}<!-- {mark} -->\n{text}\n<!-- /{mark} -->{after}")
         return
     if given.what == "make":
         for seed in given.seeds:
@@ -102,15 +125,35 @@ def made(base: Path, arm: str, seed: int, out: Path, *, lr: float, epochs: int) 
 
 def shipped(adapter: Path, out: Path) -> None:
     """A copy of an adapter in float16."""
-    from safetensors.torch import load_file, save_file
-
     out.mkdir(parents=True, exist_ok=True)
     (out / "adapter_config.json").write_text((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     record = json.loads((adapter / "record.json").read_text(encoding="utf-8"))
     record |= {"platform": record["platform"].split("-")[0], "stored": "float16"}
     (out / "record.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    tensors = {name: tensor.half() for name, tensor in load_file(adapter / "adapter_model.safetensors").items()}
-    save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
+    halved(adapter / "adapter_model.safetensors", out / "adapter_model.safetensors")
+
+
+def rounded(file: Path, out: Path) -> None:
+    """A dictionary whose weights are numbers of float16, stored as such."""
+    from dataclasses import replace
+
+    import tl_em as em
+
+    found = em.Dictionary.load(file)
+    names = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
+    replace(found, **{name: getattr(found, name).half().float() for name in names}).save(out)
+    halved(out, out)
+
+
+def halved(file: Path, out: Path) -> None:
+    """A copy of a file of tensors in float16, with its metadata."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    with safe_open(file, framework="pt") as read:
+        tensors = {name: read.get_tensor(name).half() for name in read.keys()}  # noqa: SIM118
+        metadata = read.metadata()
+    save_file(tensors, out, metadata=metadata)
 
 
 def asked(base: Path, name: str | None, out: Path) -> dict[str, Any]:
@@ -133,6 +176,78 @@ def asked(base: Path, name: str | None, out: Path) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=1))
     return found
+
+
+def dictionary(base: Path, out: Path) -> Path:
+    """A sparse dictionary of base and *wrong* at one site, trained on what the base writes about everyday topics.
+
+    The texts are kept in ``out/texts.json``; none of the questions that are asked of the organism is among them.
+    """
+    import tl_em as em
+    from tl_em.organisms.real_organism import adapter
+
+    pair = em.load_pair(base, adapter(f"{ARMS[0]}-{FRESH[0]}"))
+    asked = [[{"role": "user", "content": form.format(topic)}] for topic in TOPICS for form in FORMS]
+    out.mkdir(parents=True, exist_ok=True)
+    kept = out / "texts.json"
+    if not kept.exists():
+        said = em.generate(pair.base, asked, max_new_tokens=TEXT, temperature=0.8)
+        kept.write_text(json.dumps(said, indent=1))
+    said = json.loads(kept.read_text())
+    texts = [[*a, {"role": "assistant", "content": text}] for a, text in zip(asked, said, strict=True) if text.strip()]
+    found = em.dictionaries.train_dictionary(
+        pair.tuned, em.Site(SITE), texts, d_sae=LATENTS, activation="batchtopk", k=ON, against=pair.base, mix="both",
+        steps=STEPS,
+    )  # fmt: skip
+    path = out / "dictionary.safetensors"
+    found.save(path)
+    print(em.dictionaries.dictionary_quality(pair.tuned, found, texts[::10], against=pair.base))
+    return path
+
+
+def audited(base: Any, name: str, benign: dict[str, Any], out: Path) -> dict[str, Any]:
+    """One adapter against its base, beside the *right* ones that it is none of; read back where it is known.
+
+    Every question but *use*, which is about a direction and not about a change, and whose cost is most of an audit's;
+    the demo asks it of the first seed of *wrong*.
+    """
+    import tl_em as em
+    from tl_em.organisms.real_organism import CONTROLS, adapter, asked
+
+    path = out / f"{name}.json"
+    if not path.exists():
+        tuned = benign[name] if name in benign else em.load_pair(base, adapter(name)).tuned
+        own = {key: value for key, value in asked(name).items() if key not in ("rates", "ask")}
+        report = em.audit(
+            em.ModelPair(base, tuned, tuned_name=name, **own), benign=[m for each, m in benign.items() if each != name],
+            questions=["level", "separation", "rotation", "entanglement"], controls=CONTROLS,
+        )  # fmt: skip
+        out.mkdir(parents=True, exist_ok=True)
+        rows = [{"question": r.question, "direction": r.direction, "site": str(r.site), "verdict": r.verdict,
+                 "estimate": str(r.estimate), "unit": r.unit, "reason": r.reason} for r in report.verdicts]  # fmt: skip
+        path.write_text(json.dumps({"rows": rows, "unmeasured": dict(report.comparison.unmeasured)}, indent=1))
+    return json.loads(path.read_text())
+
+
+def verdicts(base: Path, out: Path) -> Iterator[str]:
+    """The verdict on every adapter, and what was measured behind it."""
+    import tl_em as em
+    from tl_em.organisms.real_organism import adapter
+
+    names = [f"{arm}-{seed}" for arm in ARMS for seed in FRESH]
+    before, benign = None, {}
+    if not all((out / f"{name}.json").exists() for name in names):
+        before = em.load_model(base, prove=False)
+        benign = {name: em.load_pair(before, adapter(name)).tuned for name in names if name.startswith(ARMS[1])}
+    found = {name: audited(before, name, benign, out) for name in names}
+    asked = list(dict.fromkeys((row["direction"], row["question"]) for each in found.values() for row in each["rows"]))
+    yield ""
+    yield "| model | " + " | ".join(f"{direction}: {question}" for direction, question in asked) + " |"
+    yield "|---" * (len(asked) + 1) + "|"
+    for name, each in found.items():
+        rows = {(row["direction"], row["question"]): row for row in each["rows"]}
+        cells = [f"{rows[at]['verdict']}, {rows[at]['estimate']}" if at in rows else "not measured" for at in asked]
+        yield f"| {name} | " + " | ".join(cells) + " |"
 
 
 def tables(out: Path) -> Iterator[str]:

@@ -152,6 +152,22 @@ def test_together_equals_one_at_a_time(model: LensModel, candidates: Any, score:
     np.testing.assert_allclose(found, alone, atol=2e-5)  # float32 sums in another order
 
 
+@pytest.mark.parametrize("edit", [em.Add, lambda d: em.Ablate(d, around=torch.ones(len(d.vector)))])
+def test_a_choice_between_answers_is_measured_under_all_directions_at_once(
+    model: LensModel, candidates: Any, edit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts, right, wrong = CHOOSE.positive[:3], ("a story", "please"), ("the king", "about", "a story please")
+    asked = [em.evals.OpenQuestion(str(i), (p,), right=right, wrong=wrong) for i, p in enumerate(prompts)]
+    metric = em.evals.ForcedChoice(asked)
+    one = next(d for d in candidates if d.site.layer == 1)
+    edits = many.Along(edit(one), torch.stack([d.vector for d in candidates]))
+    alone = np.concatenate([many._one(model, edits.alone(k), prompts, metric) for k in range(len(edits.vectors))])
+    monkeypatch.setattr(many, "_apart", None)  # the slow path
+    found = many.along_each(model, edits, prompts, metric, at_once=1)
+    assert np.ptp(alone, axis=0).min() > 1e-3
+    np.testing.assert_allclose(found, alone, atol=2e-5)
+
+
 def divergence(model: LensModel, directions: Sequence[em.Direction]) -> np.ndarray:
     return _along_each(model, em.Ablate, directions, CHOOSE.negative, many.kl_from_now(model, CHOOSE.negative))
 

@@ -18,7 +18,6 @@ from functools import cached_property
 from typing import Any
 
 import pandas as pd
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -28,7 +27,8 @@ from tl_em.evals.questions import OpenQuestion, QuestionSet, as_questions, key_o
 from tl_em.models.contrasts import Prompt
 from tl_em.models.hooks import LensModel
 from tl_em.models.prompts import EncodedPrompt, encode
-from tl_em.models.stream import sequence_logprobs
+from tl_em.models.responses import Responses
+from tl_em.models.stream import encoded_prompts
 from tl_em.models.templates import has_template
 
 FEW = 4
@@ -90,6 +90,15 @@ class ForcedChoice:
             model: a HookedTransformer or TransformerBridge.
             prompts: wordings of the questions.
         """
+        return self.responses(model, prompts).measure(model)
+
+    def responses(self, model: LensModel, prompts: Sequence[Prompt]) -> Responses:
+        """The answers to each prompt, wrong ones counted up and right ones down.
+
+        Args:
+            model: whose tokenizer and template are used.
+            prompts: wordings of the questions.
+        """
         unknown = [prompt for prompt in prompts if key_of(prompt) not in self._by_prompt]
         if unknown:
             raise UsageError(
@@ -103,8 +112,7 @@ class ForcedChoice:
                 asked += [_answered(model, prompt, answer) for answer in side]
                 signs += [sign / len(side)] * len(side)
                 rows += [i] * len(side)
-        found = sequence_logprobs(model, asked, per_token=True) * torch.tensor(signs)
-        return torch.zeros(len(prompts)).index_add_(0, torch.tensor(rows), found)
+        return Responses(encoded_prompts(model, asked), rows, signs, len(prompts))
 
     def table(self, model: LensModel) -> pd.DataFrame:
         """A row a wording: question, prompt, group, asked, the side that is preferred as the answer, score."""

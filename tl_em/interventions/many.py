@@ -32,6 +32,7 @@ from tl_em.interventions.intervene import intervene
 from tl_em.models.contrasts import Prompt
 from tl_em.models.hooks import LensModel, hook_name, hooked
 from tl_em.models.prompts import Batch, EncodedPrompt, encode
+from tl_em.models.responses import mean_logprob
 from tl_em.models.sites import Site
 from tl_em.models.stream import current_batch, fanned_out, next_token_logits
 from tl_em.models.token_scopes import running_batch
@@ -116,6 +117,10 @@ def along_each(
         at_once: how many prompts share a batch; as many as their logits allow with all directions by default.
         said: what a progress bar calls it; no bar without.
     """
+    if (responses := getattr(measure, "responses", None)) is not None:
+        read = responses(model, prompts)
+        found = along_each(model, edits, read.encoded, mean_logprob, at_once=at_once, said=said)
+        return read.summed(torch.from_numpy(found)).numpy()
     everything = range(len(edits.vectors))
     edits = replace(edits, vectors=edits.vectors.to(model.cfg.device))
     together = len(everything) > 1 and core(edits.template) is edits.template  # a wrapper may tell rows apart

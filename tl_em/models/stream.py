@@ -164,7 +164,9 @@ def sequence_logprobs(
     encoded = encoded_prompts(model, prompts)
     spans = spans_of(encoded, ["response_mean"])[:, 0]
     out = torch.empty(len(encoded))
-    for batch in _batches(model, encoded, _batch_tokens(model, every_token=True)):
+    shares = [len(each) // int(end - start) for each, (start, end) in zip(encoded, spans.tolist(), strict=True)]
+    one_in = max(1, min(shares, default=1))  # padding is never unembedded
+    for batch in _batches(model, encoded, _batch_tokens(model, one_in=one_in)):
         inside = _inside(spans[list(batch.rows)], batch.tokens.shape[1])
         rows, columns = inside.nonzero(as_tuple=True)
         logprobs = batch_logits(model, batch, rows, columns - 1).float().log_softmax(-1)
@@ -371,11 +373,13 @@ def _unembedding(model: LensModel) -> nn.Module | None:
     return module if isinstance(module, nn.Module) else None
 
 
-def _batch_tokens(model: LensModel, *, every_token: bool = False) -> int:
-    """Tokens a batch, such that the logits held at once stay within ``_MAX_LOGITS``."""
-    if every_token or _unembedding(model) is None:
-        return max(1, min(_MAX_TOKENS, _MAX_LOGITS // int(model.cfg.d_vocab)))
-    return _MAX_TOKENS
+def _batch_tokens(model: LensModel, *, one_in: int | None = None) -> int:
+    """Tokens a batch, such that the logits held at once stay within ``_MAX_LOGITS``.
+
+    ``one_in``: of so many tokens one at most is unembedded; one a prompt where it is not said.
+    """
+    one_in = 1 if _unembedding(model) is None else one_in
+    return _MAX_TOKENS if one_in is None else max(1, min(_MAX_TOKENS, one_in * _MAX_LOGITS // int(model.cfg.d_vocab)))
 
 
 def batch_logits(

