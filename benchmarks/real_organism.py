@@ -205,41 +205,16 @@ def dictionary(base: Path, out: Path) -> Path:
     return path
 
 
-def audited(base: Any, name: str, benign: dict[str, Any], out: Path) -> dict[str, Any]:
-    """One adapter against its base, beside the *right* ones that it is none of; read back where it is known.
-
-    Every question but *use*, which is about a direction and not about a change, and whose cost is most of an audit's;
-    the demo asks it of the first seed of *wrong*.
-    """
-    import tl_em as em
-    from tl_em.organisms.real_organism import CONTROLS, adapter, asked
-
-    path = out / f"{name}.json"
-    if not path.exists():
-        tuned = benign[name] if name in benign else em.load_pair(base, adapter(name)).tuned
-        own = {key: value for key, value in asked(name).items() if key not in ("rates", "ask")}
-        report = em.audit(
-            em.ModelPair(base, tuned, tuned_name=name, **own), benign=[m for each, m in benign.items() if each != name],
-            questions=["level", "separation", "rotation", "entanglement"], controls=CONTROLS,
-        )  # fmt: skip
-        out.mkdir(parents=True, exist_ok=True)
-        rows = [{"question": r.question, "direction": r.direction, "site": str(r.site), "verdict": r.verdict,
-                 "estimate": str(r.estimate), "unit": r.unit, "reason": r.reason} for r in report.verdicts]  # fmt: skip
-        path.write_text(json.dumps({"rows": rows, "unmeasured": dict(report.comparison.unmeasured)}, indent=1))
-    return json.loads(path.read_text())
-
-
 def verdicts(base: Path, out: Path) -> Iterator[str]:
-    """The verdict on every adapter, and what was measured behind it."""
-    import tl_em as em
-    from tl_em.organisms.real_organism import adapter
+    """The verdict on every adapter, beside the *right* ones that it is none of, and what was measured behind it.
 
+    As ``em.audit`` gives them, its directions and sites found once, as they are the base's; every question but *use*,
+    which is about a direction and not about a change, and whose cost is most of an audit's.
+    """
     names = [f"{arm}-{seed}" for arm in ARMS for seed in FRESH]
-    before, benign = None, {}
     if not all((out / f"{name}.json").exists() for name in names):
-        before = em.load_model(base, prove=False)
-        benign = {name: em.load_pair(before, adapter(name)).tuned for name in names if name.startswith(ARMS[1])}
-    found = {name: audited(before, name, benign, out) for name in names}
+        judged(base, names, out)
+    found = {name: json.loads((out / f"{name}.json").read_text()) for name in names}
     asked = list(dict.fromkeys((row["direction"], row["question"]) for each in found.values() for row in each["rows"]))
     yield ""
     yield "| model | " + " | ".join(f"{direction}: {question}" for direction, question in asked) + " |"
@@ -248,6 +223,37 @@ def verdicts(base: Path, out: Path) -> Iterator[str]:
         rows = {(row["direction"], row["question"]): row for row in each["rows"]}
         cells = [f"{rows[at]['verdict']}, {rows[at]['estimate']}" if at in rows else "not measured" for at in asked]
         yield f"| {name} | " + " | ".join(cells) + " |"
+
+
+def judged(base: Path, names: list[str], out: Path) -> None:
+    """A file for each adapter that has none."""
+    import tl_em as em
+    from tl_em.auditing.audit import METHOD
+    from tl_em.auditing.site_selection import at_their_sites
+    from tl_em.auditing.splits import subjects_of
+    from tl_em.directions.methods import as_method
+    from tl_em.organisms.real_organism import CONTROLS, adapter, asked, rows
+
+    before = em.load_model(base, prove=False)
+    benign = {name: em.load_pair(before, adapter(name)).tuned for name in names if name.startswith(ARMS[1])}
+    own = asked(names[0])
+    subjects = subjects_of(em.ModelPair(before, before), own["contrasts"], own["behaviours"], {}, own["positions"], 0)
+    _, picked = at_their_sites(before, subjects, as_method("method", METHOD))
+    directions = {q.name: (direction, q.splits.test) for q, direction in zip(subjects, picked, strict=True)}
+    out.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        if (out / f"{name}.json").exists():
+            continue
+        tuned = benign[name] if name in benign else em.load_pair(before, adapter(name)).tuned
+        found = em.compare(
+            em.ModelPair(before, tuned, tuned_name=name), directions, tuning_data=rows(name), controls=CONTROLS,
+            benign=[model for each, model in benign.items() if each != name],
+            questions=["level", "separation", "rotation", "entanglement"],
+        )  # fmt: skip
+        told = [{"question": r.question, "direction": r.direction, "site": str(r.site), "verdict": r.verdict,
+                 "estimate": str(r.estimate), "unit": r.unit, "reason": r.reason} for r in found.rows]  # fmt: skip
+        (out / f"{name}.json").write_text(json.dumps({"rows": told, "unmeasured": dict(found.unmeasured)}, indent=1))
+        print(f"{name}: {found.summary}", flush=True)
 
 
 def tables(out: Path) -> Iterator[str]:
