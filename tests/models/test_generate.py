@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
+import tl_em as em
 from tl_em.errors import PromptTooLongError, UsageError
 from tl_em.models.generate import answered, generate
 from tl_em.models.hooks import LensModel, hooked
@@ -32,6 +35,58 @@ def uncached(model: LensModel, prompt: Prompt, n: int = LENGTH) -> str:
 
 def roll(x: torch.Tensor, hook: Any) -> torch.Tensor:
     return x.roll(1, -1)
+
+
+def passes(model: LensModel, prompts: list[Prompt], seeds: Sequence[int] = range(4)) -> tuple[list[Any], int]:
+    """Answers, sampled, and in how many forward passes they were made."""
+    count: list[int] = []
+    counted = partial(lambda x, hook: count.append(1))
+    counted.__dict__["tokenwise"] = True
+    with hooked(model, [("blocks.0.hook_resid_pre", counted)]):
+        found = answered(model, encode(model, prompts), seeds, max_new_tokens=LENGTH, temperature=1.5)
+        return found, len(count)
+
+
+class Hurried(em.Intervention):
+    """Of somebody's own: adds what the pass has in the mean, so it means something else in a pass of one token."""
+
+    site = em.Site(1)
+
+    def edit(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        return x + 2 * x.mean(-2, keepdim=True)
+
+
+@pytest.mark.parametrize("where", ["all", "prompt", "generated", "instruction", ("last", 2)])
+def test_prompts_of_several_lengths_run_together_and_are_answered_as_alone(model: LensModel, where: Any) -> None:
+    lengths = sorted({len(each) for each in encode(model, PROMPTS)})
+    assert len(lengths) > 2
+    push = em.Direction(4 * torch.randn(int(model.cfg.d_model), generator=torch.Generator().manual_seed(3)), em.Site(1))
+    plain, _ = passes(model, PROMPTS)
+    with em.intervene(model, em.Add(push), where=where):
+        found, count = passes(model, PROMPTS)
+        alone = [passes(model, [prompt], [i]) for i, prompt in enumerate(PROMPTS)]
+    assert found == [answer for (answer,), _ in alone] and found != plain
+    assert count < sum(each for _, each in alone)
+
+
+def test_what_may_mean_the_pass_and_not_the_token_is_answered_length_by_length(small_model: LensModel) -> None:
+    push = em.Direction(torch.ones(int(small_model.cfg.d_model)), em.Site(0))
+    on_norm = em.Conditional(em.Add(replace(push, site=em.Site(1))), push, above=0.0)
+    together = len({len(each) for each in encode(small_model, PROMPTS)})
+    _, few = passes(small_model, PROMPTS)
+    for edit in (Hurried(), on_norm):
+        with em.intervene(small_model, edit):
+            found, count = passes(small_model, PROMPTS)
+            assert found == [passes(small_model, [prompt], [i])[0][0] for i, prompt in enumerate(PROMPTS)]
+        assert few < count <= together * LENGTH
+    with hooked(small_model, [("blocks.1.hook_resid_post", roll)]):
+        assert passes(small_model, PROMPTS)[1] > few
+    handle = small_model.unembed.register_forward_hook(lambda m, a, y: y)  # type: ignore[attr-defined]
+    try:
+        assert passes(small_model, PROMPTS)[1] > few
+    finally:
+        handle.remove()
+    assert passes(small_model, PROMPTS)[1] == few, "no hook is remembered"
 
 
 def test_cached_equals_uncached(model: LensModel) -> None:

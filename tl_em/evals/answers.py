@@ -26,7 +26,7 @@ from tqdm import tqdm
 from tl_em.artefacts import check_writable, replacing
 from tl_em.errors import CorruptFileError, UsageError
 from tl_em.evals.questions import QuestionSet, asked_in, key_of, units_in
-from tl_em.models.generate import Answered, alike, answered
+from tl_em.models.generate import Answered, answered, answered_together
 from tl_em.models.hooks import LensModel
 from tl_em.models.prompts import EncodedPrompt, encode
 from tl_em.models.stream import next_token_logits
@@ -62,7 +62,7 @@ def answer_table(
         [rows[i] for i in within]
         for temperature in sorted(set(temperatures))
         for rows in [[i for i, own in enumerate(temperatures) if own == temperature]]
-        for within in alike([encoded[i] for i in rows])
+        for within in answered_together(model, [encoded[i] for i in rows], max_new_tokens)
     ]
     kept = None if out is None else _Kept(out, _inputs(model, table, encoded[0], temperatures, max_new_tokens))
     answers: dict[int, Answered] = {} if kept is None else kept.found()

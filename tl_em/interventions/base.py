@@ -202,6 +202,16 @@ class Intervention:
         return () if inner is None else inner.conditions
 
     @property
+    def tokenwise(self) -> bool:
+        """Whether ``edit`` does to each token what it does to that token alone; all of this package's do.
+
+        Then ``em.generate`` answers prompts of several lengths together.  Of one of your own it is unknown, and False,
+        unless the class says ``tokenwise = True``.
+        """
+        inner = _inner(self)
+        return type(self).__module__.startswith(__package__ or "") if inner is None else inner.tokenwise
+
+    @property
     def linear(self) -> bool:
         """Whether ``edit`` is a linear map: together with ``sites = "every write"`` it has a form in the weights."""
         return False
@@ -381,6 +391,10 @@ class _Foreign(Intervention):
     @property
     def direction(self) -> Any:
         return getattr(self.value, "direction", None)
+
+    @property
+    def tokenwise(self) -> bool:
+        return bool(getattr(self.value, "tokenwise", False))
 
     def along(self, direction: Direction) -> Intervention:
         return _Foreign(replace(self.value, direction=direction))

@@ -222,6 +222,11 @@ class _Attached:
         return self.function(x, hook)
 
     @property
+    def tokenwise(self) -> bool:
+        """Whether it does to each token what it would do to that token alone."""
+        return bool(getattr(self.function, "tokenwise", False))
+
+    @property
     def in_place(self) -> bool:
         return any(handle is self.handle for handle in self.point.fwd_hooks)
 
@@ -229,6 +234,29 @@ class _Attached:
         if self.handle is not None:
             self.handle.hook.remove()
             self.point.fwd_hooks[:] = [handle for handle in self.point.fwd_hooks if handle is not self.handle]
+
+
+_ATTACHED: WeakKeyDictionary[Any, list[_Attached]] = WeakKeyDictionary()
+"""Our hooks on each model."""
+
+
+def reads_in_pieces(model: LensModel) -> bool:
+    """Whether a prompt may be read in several passes: nothing on the model but hooks that treat tokens one by one.
+
+    Somebody else's may tell a prompt by the width of a pass, or mean the prompt's end by the last token of a pass.
+    """
+    own = [hook.handle for hook in _ATTACHED.get(model, ()) if hook.tokenwise]
+    points = {id(point): point for point in hook_points(model).values()}.values()
+    if any(all(handle is not each for each in own) for point in points for handle in getattr(point, "fwd_hooks", ())):
+        return False
+    whole = [each for each in (model, getattr(model, "original_model", None)) if isinstance(each, nn.Module)]
+    modules = {id(module): module for each in whole for module in each.modules()}.values()
+    of_torch = [hook for m in modules for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    return all(str(getattr(hook, "__module__", "")).startswith(_KNOWN) for hook in of_torch)
+
+
+_KNOWN = ("transformer_lens.", "tl_em.")
+"""Whose hooks on modules are known; those at hook points are TransformerLens's to torch, and are asked for above."""
 
 
 @contextmanager
@@ -259,6 +287,8 @@ def hooked(model: LensModel, hooks: Sequence[tuple[str, HookFunction]], *, check
         for hook in attached:
             stack.callback(hook.detach)
             hook.attach()
+        _ATTACHED[model] = [*_ATTACHED.get(model, ()), *attached]
+        stack.callback(lambda: _ATTACHED.update({model: [each for each in _ATTACHED[model] if each not in attached]}))
         completed = stack.enter_context(_full_passes(model))
         yield model
         removed = [hook.name for hook in attached if not hook.in_place]
