@@ -16,6 +16,7 @@ from tests.conftest import SURFACES
 from tl_em.errors import CorruptFileError, UsageError
 from tl_em.evals import answers as answering
 from tl_em.evals.questions import OpenQuestion, QuestionSet
+from tl_em.models import generate
 from tl_em.models.generate import Answered
 
 TOPICS = ("fever", "pension", "empire", "soup", "ladder", "island")
@@ -61,6 +62,7 @@ def test_a_killed_run_goes_on_and_gives_the_answers_of_one_that_was_not(
     pair: em.ModelPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings: dict[str, Any] = {"judge": length, "max_new_tokens": 6, "seed": 3}
+    monkeypatch.setattr(generate, "MAX_ROWS", 8)
     whole = em.evaluate(pair.tuned, ASKED, **settings)
     assert whole.table.answer.nunique() > 12 and len(whole.table) == 36
     with monkeypatch.context() as patch:
