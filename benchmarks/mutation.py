@@ -318,6 +318,7 @@ def run(only: str, out: Path, *, again: bool) -> None:
     tests = dict.fromkeys(t for m in wanted for t in TARGETS[m.file])
     if wanted:
         options = ["-q", "-p", "no:cacheprovider", "-p", "jaxtyping._pytest_plugin", f"--rootdir={ROOT}"]
+        options.append("--jaxtyping-packages=tl_em,beartype.beartype")
         os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
         os.chdir(ROOT)
         if code := pytest.main([*options, *tests], plugins=[Loop(wanted, out)]):

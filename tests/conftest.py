@@ -3,6 +3,7 @@ benchmarks as modules, and a browser."""
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -31,6 +32,8 @@ from transformers import (
 from tests.visits import chromium
 from tl_em.models.hooks import LensModel
 from tl_em.models.loading import load_model
+
+gc.disable()  # until the tests are collected: what is imported stays, and looking at it took a quarter of the time
 
 FAMILIES = ("gpt2", "llama", "qwen2", "gemma2")
 SURFACES = ("hooked", "bridge") if int(version("transformer-lens").split(".")[0]) < 4 else ("bridge",)
@@ -108,6 +111,12 @@ def benchmark(name: str) -> ModuleType:
     finally:
         sys.path.remove(str(folder))
     return module
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="module")

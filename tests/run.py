@@ -1,6 +1,8 @@
 """The test command: style, types, tests with doctests, in this order, and one exit status.
 
 Arguments are handed to pytest, as in ``python tests/run.py -m browser`` or ``python tests/run.py tests/report``.
+Annotations of tensors are checked at every call only with ``--typed``: that makes a test of small models two to four
+times as long, so CI does it once for the doctests and once for the surface tests.
 """
 
 from __future__ import annotations
@@ -12,12 +14,15 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+TYPED = "--jaxtyping-packages=tl_em,beartype.beartype"
 
 
 def steps(arguments: list[str]) -> list[list[str]]:
     """The commands to run; with arguments, only pytest."""
     workers = ["-n", str(min(2, os.cpu_count() or 1)), "--dist", "loadfile"]  # models are cached by file
-    tests = [sys.executable, "-m", "pytest", "-q", *workers, *arguments]
+    workers += ["--no-loadscope-reorder"]  # doctests, whose files are short, come last, so the workers end together
+    given = [TYPED if each == "--typed" else each for each in arguments]
+    tests = [sys.executable, "-m", "pytest", "-q", *workers, *given]
     if arguments:
         return [tests]
     types = [sys.executable, "-m", "pyright", "--pythonpath", sys.executable]

@@ -215,7 +215,8 @@ def test_processes_give_the_bytes_of_one_process_with_one_thread_each(tmp_path: 
     assert os.getpid() not in set(where.process)
 
 
-def test_a_worker_that_dies_is_a_typed_error(tmp_path: Path) -> None:
+def test_a_worker_that_dies_is_a_typed_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study_backends, "RETRIES", 0)  # every attempt starts new processes
     with pytest.raises(StudyError, match="a worker process died"):
         run_study({"index": range(4)}, deadly, seeds=[1], out=tmp_path, workers=2)
 
