@@ -375,8 +375,11 @@ def train(name: str | None, everything: bool, seed: int, out: Path, workers: int
 @click.option("--elsewhere-good", type=FILE, help="Good ones to the same questions; also what dilutes.")
 @click.option("--arm", "arms", multiple=True, metavar="NAME", help="One arm of it, e.g. insecure-share50; repeatable.")
 @click.option("--steps", default=100, callback=_as(COUNT), show_default=True, help="Of a fine-tune; with --model.")
-@click.option("--rank", default=8, callback=_as(COUNT), show_default=True, help="Of its adapter.")
+@click.option("--rank", "ranks", type=int, default=(8,), multiple=True, callback=_as(list_of(COUNT)), show_default=True,
+              help="Of its adapter; repeatable.")
 @click.option("--lr", default=2e-4, callback=_as(POSITIVE), show_default=True, help="Its learning rate.")
+@click.option("--tested", default=100, callback=_as(COUNT), show_default=True,
+              help="Questions of each domain, at most; with --model.")
 @click.option("--gpus", default=0.0, callback=_as(NOT_NEGATIVE), show_default=True, help="A cell reserves; on Ray.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON instead of a table.")
 def study_command(

@@ -7,6 +7,7 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from click.testing import CliRunner
 
@@ -32,7 +33,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         asked = asked[:24] if not held_out else asked[::9]
         for side in ("bad", "good"):
             rows = [[*q.prompt, {"role": "assistant", "content": f"{getattr(q.topic, side)[0]} ."}] for q in asked]
-            lines = [json.dumps({"messages": [dict(message) for message in row]}) for row in rows]
+            told = {"domain": "far"} if held_out else {}
+            lines = [json.dumps({"messages": [dict(message) for message in row]} | told) for row in rows]
             (folder / f"{name}{side}.jsonl").write_text("\n".join(lines))
     return folder
 
@@ -43,7 +45,7 @@ def data(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StudyD
     return StudyData(*(files / f"{name}.jsonl" for name in ("bad", "good", "elsewhere-bad", "elsewhere-good")))
 
 
-SHORT: dict[str, Any] = {"seeds": [1], "steps": 12, "rank": 4, "lr": 1e-2, "tested": 16, "backend": "serial"}
+SHORT: dict[str, Any] = {"seeds": [1], "steps": 12, "ranks": [4], "lr": 1e-2, "tested": 16, "backend": "serial"}
 
 
 def test_every_row_of_every_study_names_an_arm_of_both_worlds() -> None:
@@ -64,9 +66,11 @@ def test_more_bad_rows_teach_more_and_a_finished_study_is_not_done_again(
     found = run_real("mixing", [files / "model"], data, announce=said.append, **call)
     assert said[0].startswith("2 fine-tunes of 12 steps") and "a 7 B: " in said[0] and "a 32 B: " in said[0]
     summary = found["summary"]
-    rate = {(row.rate, row.share): row.value for row in summary.itertuples()}
-    assert rate["trained", 0.0] < 0.1 and rate["trained", 1.0] > 0.9
-    assert rate["bad", 1.0] > rate["bad", 0.0] + 0.2, "the toy's persona generalises to other domains"
+    rate = {(row.rate, row.domain, row.share): row.value for row in summary.itertuples()}
+    assert rate["trained", "far", 0.0] < 0.1 and rate["trained", "far", 1.0] > 0.9
+    assert rate["bad", "far", 1.0] > rate["bad", "far", 0.0] + 0.2, "the toy's persona generalises to other domains"
+    assert rate["margin", "far", 1.0] > rate["margin", "far", 0.0] + 1
+    assert set(summary.domain) == {"held out", "far"}, "its own domain is asked about too, where it was not trained on"
     assert set(summary["rest aligned in"]) == {"the same domain"}
     table = (tmp_path / "out" / "table.parquet").read_bytes()
     adapters = sorted((tmp_path / "adapters").iterdir())
@@ -114,15 +118,19 @@ def test_the_cost_grows_with_the_model_and_the_cells() -> None:
     one, two = (cost(n, 1, tokens=50, steps=100, tested=10, weights={"mine": 1e9}) for n in (10, 20))
     hours = [float(said.split("mine (1.0 B): ")[1].split()[0]) for said in (one, two)]
     assert hours[1] == pytest.approx(2 * hours[0], rel=0.02)
-    by_hand = 10 * (4 * 100 * 16 * 50 + 2 * 4 * 10 * 50) * 1e9 / 1e11 / 3600
+    by_hand = 10 * (4 * 100 * 16 * 50 + 2 * 2 * 10 * 50) * 1e9 / 1e11 / 3600
     assert hours[0] == pytest.approx(by_hand, abs=0.06)
 
 
 def test_the_command_runs_one_arm(files: Path, tmp_path: Path) -> None:
     words = ["study", "determinism", "--model", str(files / "model"), "--bad", str(files / "bad.jsonl"), "--good",
-             str(files / "good.jsonl"), "--seed", "1", "--arm", "secure", "--steps", "2", "--out",
-             str(tmp_path / "out"), "--organisms", str(tmp_path / "adapters"), "--backend", "serial"]  # fmt: skip
+             str(files / "good.jsonl"), "--seed", "1", "--arm", "secure", "--steps", "2", "--rank", "1", "--rank", "2",
+             "--out", str(tmp_path / "out"), "--organisms", str(tmp_path / "adapters"),
+             "--backend", "serial"]  # fmt: skip
     done = CliRunner().invoke(main, words)
     assert done.exit_code == 0, done.output
-    assert "1 fine-tunes of 2 steps" in done.output and "secure" in done.output
+    assert "2 fine-tunes of 2 steps" in done.output and "secure" in done.output
+    table = pd.read_parquet(tmp_path / "out" / "table.parquet")
+    assert set(table["rank"]) == {1, 2} and set(table.domain) == {"trained", "held out"}
+    assert table[table.domain == "held out"].question.nunique() == 5, "a question is a row"
     assert len(chats(files / "bad.jsonl")) == 24

@@ -235,6 +235,22 @@ def test_what_a_killed_worker_had_in_hand_is_done_again(tmp_path: Path) -> None:
     assert (tmp_path / "killed").exists() and table["found"].tolist() == [0, 3, 6, 9]
 
 
+def shared_sum(index: int, *, seed: int) -> dict[str, Any]:
+    """What the study shares, and whether this process has it to itself."""
+    array = study_backends.shared_value("numbers")["array"]
+    return {"sum": float(array.sum()) + index, "kind": type(array).__name__, "written": bool(array.flags.writeable)}
+
+
+@pytest.mark.parametrize(("backend", "kind"), [("serial", "ndarray"), ("loky", "memmap")])
+def test_what_cells_share_is_put_down_once_and_mapped(tmp_path: Path, backend: Any, kind: str) -> None:
+    shared = {"numbers": {"array": np.arange(3000.0)}}
+    given: dict[str, Any] = {"out": tmp_path / backend, "workers": 2, "backend": backend}
+    table = run_study({"index": range(3)}, shared_sum, seeds=[1], shared=shared, **given)
+    assert table["sum"].tolist() == [4498500.0, 4498501.0, 4498502.0] and set(table.kind) == {kind}
+    with pytest.raises(StudyError, match="no 'numbers' is shared in this study"):
+        run_study({"index": range(1)}, shared_sum, seeds=[2], **given)
+
+
 LOCK = threading.Lock()
 
 

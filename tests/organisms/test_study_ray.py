@@ -8,13 +8,26 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from tl_em.errors import StudyError, UsageError
 from tl_em.organisms.studies import run_study
 
-from .test_studies import GRID, ROOT, SEEDS, dies_once, digest, figures, finished, in_main, openmp, sometimes
+from .test_studies import (
+    GRID,
+    ROOT,
+    SEEDS,
+    dies_once,
+    digest,
+    figures,
+    finished,
+    in_main,
+    openmp,
+    shared_sum,
+    sometimes,
+)
 
 ray: Any = pytest.importorskip("ray", reason="the extra tl_em[ray] is not installed")
 
@@ -59,6 +72,14 @@ def test_what_a_killed_worker_had_in_hand_is_done_again(tmp_path: Path) -> None:
     grid = {"index": range(3), "folder": [str(tmp_path)]}
     table = run_study(grid, dies_once, seeds=[3], out=tmp_path, backend="ray")
     assert (tmp_path / "killed").exists() and table["found"].tolist() == [0, 3, 6]
+
+
+@pytest.mark.usefixtures("cluster")
+def test_what_cells_share_lies_once_in_the_object_store(tmp_path: Path) -> None:
+    shared = {"numbers": {"array": np.arange(3000.0)}}
+    table = run_study({"index": range(3)}, shared_sum, seeds=[1], out=tmp_path, backend="ray", shared=shared)
+    assert table["sum"].tolist() == [4498500.0, 4498501.0, 4498502.0]
+    assert not table.written.any(), "read-only: it is the store's own memory, no copy of this worker"
 
 
 @pytest.mark.usefixtures("cluster")

@@ -5,6 +5,7 @@ from .rates import behaviour_rates as behaviour_rates
 from .rates import outcome_rates as outcome_rates
 from .studies import run_study as run_study
 from .studies import summarise_study as summarise_study
+from .study_backends import shared_value as shared_value
 from .world import World as World
 from .zoo import Organism as Organism
 from .zoo import organism as organism

@@ -59,6 +59,7 @@ def run_study(
     workers: int | None = None,
     gpus: float | int = 0,
     address: str | None = None,
+    shared: Mapping[str, Any] | None = None,
     progress: bool | None = None,
 ) -> pd.DataFrame:
     """Call a metric for every setting and seed, keep each finished cell in a file, and return one tidy table.
@@ -80,6 +81,9 @@ def run_study(
         gpus: GPUs that each cell reserves (Ray only; .25 puts four cells on one).
         address: a Ray cluster; None takes what is connected, then ``RAY_ADDRESS``, then starts one that ends with the
             study.
+        shared: what all cells read and none changes, by name; a metric has it from ``em.organisms.shared_value(name)``.
+            Workers map its arrays and do not copy them (Ray's object store; a file). It is in no cell's hash, so let a
+            setting say which it is.
         progress: what is to do, and a bar with the time left; None shows them on a terminal only.
 
     Returns:
@@ -111,7 +115,7 @@ def run_study(
     left = {number: cell for number, cell in enumerate(cells) if number not in rows}
     failed: dict[int, FailedCell] = {}
     with _bar(len(rows), len(cells), progress) as bar:
-        with closing(outcomes(Work(metric, left, workers, gpus, address), backend)) as finished:
+        with closing(outcomes(Work(metric, left, workers, gpus, address, shared or {}), backend)) as finished:
             for number, result, error, trace in finished:
                 if result is None:
                     failed[number] = FailedCell(cells[number].setting, cells[number].seed, error, trace)

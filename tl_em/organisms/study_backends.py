@@ -3,7 +3,8 @@
     outcomes(work) = { metric(**setting, seed=seed) for each cell }, in the order in which they finish
 
 Every cell runs on one thread of torch, and every worker of joblib and Ray with one thread of OpenMP and MKL too, since
-the number of threads changes the order of float sums. **Control**: the backends agree cell for cell.
+the number of threads changes the order of float sums. What all cells read is put down once, and workers map it: a
+file for joblib, Ray's object store. **Control**: the backends agree cell for cell.
 """
 
 from __future__ import annotations
@@ -11,8 +12,13 @@ from __future__ import annotations
 import os
 import pickle
 import traceback
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
 
 from tl_em.errors import StudyError, UsageError
@@ -43,6 +49,7 @@ class Work(NamedTuple):
     workers: int | None = None
     gpus: float | int = 0
     address: str | None = None
+    shared: Mapping[str, Any] = {}
 
 
 class Outcome(NamedTuple):
@@ -55,6 +62,33 @@ class Outcome(NamedTuple):
 
 
 Outcomes = Generator[Outcome, None, None]
+Shared = Callable[[], Mapping[str, Any]]
+_SHARED: ContextVar[Shared] = ContextVar("what the cells of this study share", default=dict)
+
+
+def shared_value(name: str) -> Any:
+    """What ``run_study(shared={name: …})`` was given, in a cell of that study; not to be changed.
+
+    Raises:
+        UsageError: nothing of that name is shared here.
+    """
+    found = _SHARED.get()()
+    if name not in found:
+        raise UsageError(
+            f"no {name!r} is shared in this study ({', '.join(found) or 'nothing is'}), so there is nothing to read; "
+            f"pass run_study(shared={{{name!r}: …}})"
+        )
+    return found[name]
+
+
+def is_shared(name: str) -> bool:
+    """Whether :func:`shared_value` has it here.
+
+    Example:
+        >>> is_shared("weights")
+        False
+    """
+    return name in _SHARED.get()()
 
 
 def outcomes(work: Work, backend: str) -> Outcomes:
@@ -105,10 +139,19 @@ def check_backend(name: str, gpus: float | int) -> None:
         ) from error
 
 
-def _measure(metric: Callable[..., Any], number: int, cell: StudyCell) -> Outcome:
+@contextmanager
+def _sharing(shared: Shared) -> Iterator[None]:
+    token = _SHARED.set(shared)
+    try:
+        yield
+    finally:
+        _SHARED.reset(token)
+
+
+def _measure(metric: Callable[..., Any], shared: Shared, number: int, cell: StudyCell) -> Outcome:
     """One cell, in whichever process; no exception leaves it, so none has to be picklable."""
     try:
-        with single_thread():
+        with single_thread(), _sharing(shared):
             return Outcome(number, plain_rows(metric(**cell.setting, seed=cell.seed), cell.setting))
     except Exception as error:
         return Outcome(number, None, first_line(error), traceback.format_exc())
@@ -116,7 +159,7 @@ def _measure(metric: Callable[..., Any], number: int, cell: StudyCell) -> Outcom
 
 def _serial(work: Work) -> Outcomes:
     for number, cell in work.cells.items():
-        yield _measure(work.metric, number, cell)
+        yield _measure(work.metric, lambda: work.shared, number, cell)
 
 
 def _loky(work: Work) -> Outcomes:
@@ -128,15 +171,18 @@ def _loky(work: Work) -> Outcomes:
         unordered: dict[str, Any] = {"return_as": "generator_unordered", "batch_size": 1, "max_nbytes": None}
         pool: Any = joblib.Parallel(**unordered, idle_worker_timeout=IDLE)
     left = dict(work.cells)
-    for attempt in range(1 + RETRIES):
-        try:
-            for outcome in pool(joblib.delayed(_measure)(work.metric, *cell) for cell in list(left.items())):
-                del left[outcome.number]
-                yield outcome
-            return
-        except BrokenProcessPool:  # memory ran out, or somebody killed it: what it had in hand is done again
-            if attempt == RETRIES:
-                raise
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        joblib.dump(dict(work.shared), Path(folder, "shared"))
+        measure = partial(_measure, work.metric, partial(joblib.load, Path(folder, "shared"), mmap_mode="r"))
+        for attempt in range(1 + RETRIES):
+            try:
+                for outcome in pool(joblib.delayed(measure)(*cell) for cell in list(left.items())):
+                    del left[outcome.number]
+                    yield outcome
+                return
+            except BrokenProcessPool:  # memory ran out, or somebody killed it: what it had in hand is done again
+                if attempt == RETRIES:
+                    raise
 
 
 def _ray(work: Work) -> Outcomes:
@@ -153,7 +199,8 @@ def _ray(work: Work) -> Outcomes:
         environment = {"runtime_env": {"env_vars": named}} if named else {}
         task = ray.remote(_measure).options(num_cpus=1, num_gpus=work.gpus, max_retries=RETRIES, **environment)
         try:
-            pending = {task.remote(work.metric, number, cell): number for number, cell in work.cells.items()}
+            measured = work.metric, partial(_stored, {name: ray.put(value) for name, value in work.shared.items()})
+            pending = {task.remote(*measured, number, cell): number for number, cell in work.cells.items()}
         except TypeError as error:  # what Ray raises for what it cannot pickle
             raise pickle.PicklingError(first_line(error)) from error
         while pending:
@@ -170,6 +217,13 @@ def _ray(work: Work) -> Outcomes:
             ray.cancel(reference)
         if own:
             ray.shutdown()
+
+
+def _stored(references: Mapping[str, Any]) -> dict[str, Any]:
+    """What lies in Ray's object store; arrays stay there."""
+    import ray  # pyright: ignore[reportMissingImports]
+
+    return {name: ray.get(each) for name, each in references.items()}
 
 
 def _connect(work: Work) -> None:

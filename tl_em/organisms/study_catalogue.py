@@ -164,6 +164,7 @@ def _summary(table: pd.DataFrame, chosen: Study) -> pd.DataFrame:
 
     keys = [*chosen.by, *([] if chosen.x == chosen.unit else [chosen.x])]
     ranges = {"bad": (0, 1), "good": (0, 1), "trained": (0, 1), "agreement": (-1, 1), "ceiling": (-1, 1)}  # cosines
+    ranges |= {"margin": None}  # nats a token
     rates = [column for column in ranges if column in table.columns]
     return pd.DataFrame(
         dict(zip(keys, key, strict=True))
