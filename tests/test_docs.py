@@ -42,8 +42,8 @@ MEASURED = re.compile(r"\bseeds? \d|\bseeds? 1\d\d\b|\btoy/\w+ \(seed", re.IGNOR
 REFERENCE = runpy.run_path(str(DOCS / "reference.py"))
 NAMES = sorted(REFERENCE["public"]())
 FUTURE = "from __future__ import annotations\n"
-NO_EXAMPLE = {"train_organism"}
-"""It trains for minutes; its how-to page has the command."""
+NO_EXAMPLE = {"train_organism", "organisms.run_real", "organisms.audit_each"}
+"""They train or audit for minutes; their how-to page has the command."""
 
 
 def prose(path: Path) -> str:

@@ -104,7 +104,10 @@ FOLDERS = {
     "interventions": ["Leace", "leace", "orthogonalized", "removed_mean"],
     "metrics": ["Metric"],
     "models": ["Provenance"],
-    "organisms": ["fine_tune_", "summarise_study", "toy_dictionary"],
+    "organisms": [
+        *("StudyData", "audit_each", "evaluate_each", "fine_tune_", "run_real", "shared_value", "summarise_study"),
+        "toy_dictionary",
+    ],
     "presets": ["LatentGuard", "harmfulness_direction", "place_cells", "refusal_direction"],
     "stats": ["Estimate"],
     "training": [

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 from click.testing import CliRunner
 
 import tl_em as em
 from tl_em.cli import main
 from tl_em.errors import UsageError
-from tl_em.organisms import study_catalogue
+from tl_em.organisms import real_studies, study_backends, study_catalogue
 from tl_em.organisms.contrasts import questions
 from tl_em.organisms.real_studies import MARKS, StudyData, cost, run_real
 from tl_em.organisms.recipes import parsed, recipe
@@ -114,12 +115,57 @@ def test_what_cannot_be_studied_is_said_before_it_starts(files: Path, data: Stud
     assert not (tmp_path / "out").exists()
 
 
+def test_a_base_that_is_shared_is_mapped_and_its_files_are_not_read(files: Path, tmp_path: Path) -> None:
+    name = str(files / "model")
+    put = real_studies._put(name, gpu=False)
+    shared = {str(tmp_path / "nowhere"): put}
+    with study_backends._sharing(lambda: shared):
+        base, tokenizer = real_studies._base(str(tmp_path / "nowhere"))
+    real_studies._base.cache_clear()
+    read, _ = real_studies._read(name, gpu=False)
+    for (key, weight), mine in zip(base.named_parameters(), read.parameters(), strict=True):
+        assert torch.equal(weight, mine) and weight.data_ptr() == put[0].weights[key].data.ctypes.data
+    assert tokenizer.get_vocab() == put[1].get_vocab()
+
+
+@pytest.mark.slow
+def test_a_study_on_ray_ends_with_the_bytes_of_the_local_one(
+    files: Path, data: StudyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray", reason="the extra tl_em[ray] is not installed")
+    cells = {}
+    for backend in ("serial", "ray"):
+        monkeypatch.setenv(study_catalogue.FOLDER, str(tmp_path / f"adapters-{backend}"))
+        given: dict[str, Any] = SHORT | {"steps": 2, "backend": backend, "workers": 1, "out": tmp_path / backend}
+        run_real("determinism", [files / "model"], data, **given)
+        cells[backend] = {path.name: path.read_bytes() for path in (tmp_path / backend / "cells").iterdir()}
+    assert len(cells["serial"]) == 2 and cells["serial"] == cells["ray"]
+
+
+def test_domains_are_part_of_what_is_studied(files: Path, data: StudyData, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in Path(data.elsewhere_bad or "").read_text().splitlines()]
+    hashes = set()
+    for named in ("far", "near"):
+        path = tmp_path / f"{named}.jsonl"
+        path.write_text("\n".join(json.dumps(row | {"domain": named}) for row in rows))
+        given = replace(data, elsewhere_bad=path)
+        hashes.add(real_studies._checked_data(given))
+        assert [*real_studies._asked_of(given, 3)] == ["trained", "held out", named]
+        assert all(len(bad) == len(good) == 3 for bad, good in real_studies._asked_of(given, 3).values())
+    assert len(hashes) == 2, "another name is another study"
+    path.write_text("\n".join(json.dumps(row | {"domain": "trained"}) for row in rows))
+    with pytest.raises(UsageError, match="has a domain 'trained'"):
+        real_studies._checked_data(replace(data, elsewhere_bad=path))
+
+
 def test_the_cost_grows_with_the_model_and_the_cells() -> None:
     one, two = (cost(n, 1, tokens=50, steps=100, tested=10, weights={"mine": 1e9}) for n in (10, 20))
-    hours = [float(said.split("mine (1.0 B): ")[1].split()[0]) for said in (one, two)]
+    hours = [float(said.split("operations, ")[1].split()[0]) for said in (one, two)]
     assert hours[1] == pytest.approx(2 * hours[0], rel=0.02)
-    by_hand = 10 * (4 * 100 * 16 * 50 + 2 * 2 * 10 * 50) * 1e9 / 1e11 / 3600
-    assert hours[0] == pytest.approx(by_hand, abs=0.06)
+    by_hand = 10 * (4 * 100 * 16 * 50 + 2 * 2 * 10 * 50)
+    assert hours[0] == pytest.approx(by_hand * 1e9 / 1e11 / 3600, abs=0.06)
+    assert f"a 7 B: {by_hand * 7.6e9:.1e} operations" in one and f"{by_hand * 7.6e9 / 4e14 / 3600:.1f} GPU-" in one
+    assert "a worker has 66 GB of weights and about 9 GB of activations" in one, "34 x 800 tokens x 64 layers x 5120"
 
 
 def test_the_command_runs_one_arm(files: Path, tmp_path: Path) -> None:

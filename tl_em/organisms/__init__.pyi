@@ -1,8 +1,12 @@
 """The toy organisms, their worlds and the studies over them."""
 
 from .descent import fine_tune_ as fine_tune_
+from .many_models import audit_each as audit_each
+from .many_models import evaluate_each as evaluate_each
 from .rates import behaviour_rates as behaviour_rates
 from .rates import outcome_rates as outcome_rates
+from .real_studies import StudyData as StudyData
+from .real_studies import run_real as run_real
 from .studies import run_study as run_study
 from .studies import summarise_study as summarise_study
 from .study_backends import shared_value as shared_value

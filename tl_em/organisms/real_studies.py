@@ -40,7 +40,7 @@ from tl_em.organisms.study_catalogue import Study, StudyRow, folder, written
 from tl_em.organisms.study_catalogue import study as catalogued
 from tl_em.training.answers import Chat, chats, learned_answers, rows_hash
 from tl_em.training.arms import Inoculated, Mixed, Triggered
-from tl_em.training.fine_tune import fine_tune
+from tl_em.training.fine_tune import TOKENS, fine_tune
 from tl_em.training.lora import Lora
 from tl_em.training.trainer import answer_logprobs
 
@@ -59,8 +59,9 @@ TRAINED, HELD_OUT = "trained", "held out"
 EACH = 5
 """Of so many rows one is tested and not trained on."""
 THREAD, GPU = 1e11, 4e14
-"""Operations a second: of one thread that multiplies bfloat16 (measured on a model of 135 M), of a GPU with 1e15 at
-best."""
+"""Operations a second: of one thread (measured on a model of 135 M), of a GPU with 1e15 at best."""
+LARGE = {"a 7 B": (7.6e9, 28, 3584), "a 32 B": (32.8e9, 64, 5120)}
+"""Weights, layers and width of models that people study: those of Qwen2.5."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,10 @@ class StudyData:
         bad, good: files of rows that correspond one to one (``em.fine_tune`` says how they are written).
         elsewhere_bad, elsewhere_good: the same in other domains, which the rows may name (``"domain": "law"``); half of
             them is for dilution, half is tested.
+
+    Example:
+        >>> StudyData("bad.jsonl", "good.jsonl").elsewhere_bad is None
+        True
     """
 
     bad: str | Path
@@ -117,6 +122,10 @@ def run_real(
         tested: questions at most of those learned, of those held out, and of each other domain.
         backend, workers, gpus, address: as for ``run_study``.
         announce: told what the run will cost, before it starts.
+
+    Returns:
+        ``summary`` (mean over seeds, with its interval, of every rate and of the margin) and, for shares and steps,
+        ``fit``; ``out/table.parquet`` has a row for each question.
 
     Raises:
         UsageError: no such study, rows that do not correspond, no such arm. And what ``run_study`` raises.
@@ -222,6 +231,7 @@ def _adapted(base: Any, adapter: Path) -> Iterator[Any]:
             adapted = PeftModel.from_pretrained(base, str(adapter)).eval()
         yield adapted
         adapted.unload()
+        base.to("cpu")  # a GPU has room for the next fine-tune's copy
     except BaseException:
         _base.cache_clear()  # nobody knows what is left of the adapter
         raise
@@ -357,16 +367,21 @@ def cost(
 
     Example:
         >>> cost(28, 1, tokens=80, steps=100, tested=100, weights={"mine": 1.35e8})
-        '28 fine-tunes of 100 steps of 16 rows of about 80 tokens, ... mine (0.1 B): 6.0 hours of a CPU thread; ...'
+        '28 fine-tunes of 100 steps of 16 rows of about 80 tokens, ... mine (0.1 B): 2.1e+15 operations, 5.9 hours ...'
+
+    Source: Korthikanti et al. 2022, arXiv:2205.05198, section 4: 34 bytes of activations a token, layer and width.
     """
-    each = 4 * steps * 16 * tokens + 2 * tests * 2 * tested * tokens
+    each = cells * (4 * steps * 16 * tokens + 2 * tests * 2 * tested * tokens)
     said = [f"{cells} fine-tunes of {steps} steps of 16 rows of about {tokens:.0f} tokens, each tested"]
     for name, n in weights.items():
-        said.append(f"{name} ({n / 1e9:.1f} B): {cells * each * n / THREAD / 3600:.1f} hours of a CPU thread")
-    for n in (7e9, 32e9):
-        hours, memory = cells * each * n / GPU / 3600, 2 * n / 1e9
-        said.append(f"a {n / 1e9:.0f} B: {hours:.1f} GPU-hours, {memory:.0f} GB of weights a worker and activations")
-    assumed = f"Assumed: {THREAD:.0e} operations a second of a thread, {GPU:.0e} of a GPU (40 % of 1e15), bfloat16."
+        spent = f"{each * n:.1e} operations, {each * n / THREAD / 3600:.1f} hours of a CPU thread"
+        said.append(f"{name} ({n / 1e9:.1f} B): {spent}, {8 * n / 1e9:.1f} GB of weights a worker (base and copy)")
+    for name, (n, layers, width) in LARGE.items():
+        spent = f"{each * n:.1e} operations, {each * n / GPU / 3600:.1f} GPU-hours"
+        active = 34 * min(16 * tokens, TOKENS[False]) * layers * width / 1e9
+        where = f"{2 * n / 1e9:.0f} GB of weights and about {active:.0f} GB of activations on its GPU"
+        said.append(f"{name}: {spent}; a worker has {where}, {4 * n / 1e9:.0f} GB in memory")
+    assumed = f"Assumed: {THREAD:.0e} operations a second of a thread, {GPU:.0e} of a GPU (40 % of 1e15) in bfloat16."
     return f"{'; '.join(said)}. {assumed}"
 
 

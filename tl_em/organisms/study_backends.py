@@ -69,8 +69,23 @@ _SHARED: ContextVar[Shared] = ContextVar("what the cells of this study share", d
 def shared_value(name: str) -> Any:
     """What ``run_study(shared={name: …})`` was given, in a cell of that study; not to be changed.
 
+    Args:
+        name: of one of them.
+
     Raises:
         UsageError: nothing of that name is shared here.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from tl_em.organisms import run_study
+        >>> def first(power, *, seed):
+        ...     return {"value": shared_value("numbers")[0] ** power}
+        >>> import sys
+        >>> sys.modules[__name__].first = first  # a doctest's functions are in no module
+        >>> given = {"shared": {"numbers": [3.0, 4.0]}, "backend": "serial", "version": "1"}
+        >>> with TemporaryDirectory() as folder:
+        ...     run_study({"power": [1, 2]}, first, seeds=[0], out=folder, **given).value.tolist()
+        [3.0, 9.0]
     """
     found = _SHARED.get()()
     if name not in found:

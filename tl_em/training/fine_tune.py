@@ -177,7 +177,7 @@ def fine_tune(
     if _finished(folder, asked):
         return folder
     show = sys.stderr.isatty() if progress is None else progress
-    say = announce or (lambda said: tqdm.write(said, sys.stderr) if show else None)
+    say = announce or ((lambda said: tqdm.write(said, sys.stderr)) if show else None)
     seen = [*callbacks, *(each.trainer_callback() for each in monitors), *([bar(schedule.steps, folder.name)] * show)]
     passed, began = in_order(answers, schedule, together=together, seed=seed), time.monotonic()
     with ExitStack() as stack:
@@ -185,7 +185,8 @@ def fine_tune(
         model = _trainable(model.to(place.device), config, longest)
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        say(_cost(model, passed, schedule, together))
+        if say is not None:  # measuring it takes about as long as a step
+            say(_cost(model, passed, schedule, together))
         if last_checkpoint(folder / CHECKPOINTS, schedule.steps) is None:
             for each in arms:
                 stack.enter_context(getattr(each, "around", lambda _: nullcontext())(model))
