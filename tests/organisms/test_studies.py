@@ -16,6 +16,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +234,30 @@ def dies_once(index: int, folder: str, *, seed: int) -> dict[str, int]:
 def test_what_a_killed_worker_had_in_hand_is_done_again(tmp_path: Path) -> None:
     table = run_study({"index": range(4), "folder": [str(tmp_path)]}, dies_once, seeds=[3], out=tmp_path, workers=2)
     assert (tmp_path / "killed").exists() and table["found"].tolist() == [0, 3, 6, 9]
+
+
+class BreaksOnce:
+    """joblib's pool: one that broke sends tasks of its first call when it is called again, and their results twice."""
+
+    made = 0
+
+    def __init__(self, **given: Any) -> None:
+        type(self).made += 1
+        self.breaks, self.stale = type(self).made == 1, list[Any]()
+
+    def __call__(self, tasks: Any) -> Iterator[Any]:
+        yield from self.stale
+        for number, (function, args, named) in enumerate(tasks):
+            if self.breaks and number == 1:
+                self.breaks, self.stale = False, [function(*args, **named)] * 2
+                raise BrokenProcessPool("killed")
+            yield function(*args, **named)
+
+
+def test_a_pool_that_broke_is_not_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("joblib.Parallel", BreaksOnce)
+    table = run_study({"index": range(2, 6)}, sometimes, seeds=[1], out=tmp_path, workers=2)
+    assert table.value.tolist() == [i / 3 for i in range(2, 6)] and BreaksOnce.made == 2
 
 
 def shared_sum(index: int, *, seed: int) -> dict[str, Any]:

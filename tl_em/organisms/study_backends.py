@@ -182,14 +182,14 @@ def _loky(work: Work) -> Outcomes:
     import joblib
 
     count = min(work.workers or joblib.cpu_count(), max(2, len(work.cells)))  # one worker would be this process
-    with joblib.parallel_config("loky", n_jobs=count, inner_max_num_threads=1):
-        unordered: dict[str, Any] = {"return_as": "generator_unordered", "batch_size": 1, "max_nbytes": None}
-        pool: Any = joblib.Parallel(**unordered, idle_worker_timeout=IDLE)
+    unordered: dict[str, Any] = {"return_as": "generator_unordered", "batch_size": 1, "max_nbytes": None}
     left = dict(work.cells)
     with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         joblib.dump(dict(work.shared), Path(folder, "shared"))
         measure = partial(_measure, work.metric, partial(joblib.load, Path(folder, "shared"), mmap_mode="r"))
         for attempt in range(1 + RETRIES):
+            with joblib.parallel_config("loky", n_jobs=count, inner_max_num_threads=1):  # a broken one starts old tasks
+                pool: Any = joblib.Parallel(**unordered, idle_worker_timeout=IDLE)
             try:
                 for outcome in pool(joblib.delayed(measure)(*cell) for cell in list(left.items())):
                     del left[outcome.number]
