@@ -3,6 +3,7 @@
     attach      a read hook in every layer, attached, run through once and detached, over a plain forward
     ablate      ablation at every write of the residual stream, over a plain forward
     generate    generation with a direction added at one site, over the surface's own ``generate``
+    mixed       answers to prompts of many lengths, over answering them length by length
     weights     ``orthogonalize_``, and edit and restore as a context, over one forward of 16 x 48 tokens
     project     64 directions projected at every layer in one streaming pass, over one direction
 
@@ -196,6 +197,42 @@ def generate(family: Any, size: Size, surface: str, rounds: int, device: torch.d
          {"over the surface's": "surface's generate", "over HF's": "HF generate"}, rounds, device, model)  # fmt: skip
 
 
+@torch.no_grad()
+def mixed(family: Any, size: Size, surface: str, rounds: int, device: torch.device) -> None:
+    """Prompts of many lengths: together, length by length, and padded on the left as Hugging Face does it."""
+    from tl_em.models import generate as generation
+
+    model, hf = make_model(family, size, surface, device), make_hf(family, size, device)
+    prompts = make_prompts(ROWS, seed=0, own=10, shortest=PROMPT // 2, longest=PROMPT + PROMPT // 2)
+    tokenizer = model.tokenizer
+    rows = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+    width = max(map(len, rows))
+    tokens = torch.tensor([[1] * (width - len(row)) + row for row in rows]).to(device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows]).to(device)
+    in_pieces = generation.reads_in_pieces
+
+    def together() -> list[str]:
+        return em.generate(model, prompts, max_new_tokens=NEW)
+
+    def by_length() -> list[str]:
+        generation.reads_in_pieces = lambda model: False
+        try:
+            return together()
+        finally:
+            generation.reads_in_pieces = in_pieces
+
+    def of_hf() -> Tensor:
+        return hf.generate(tokens, attention_mask=mask, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False,
+                           pad_token_id=1)  # fmt: skip
+
+    assert together() == by_length()
+    ways: dict[str, Way] = {"em.generate": together, "length by length": by_length, "HF generate, padded": of_hf}
+    bases = {"over by length": "length by length", "over HF's": "HF generate, padded"}
+    lengths = len(set(map(len, rows)))
+    show(f"generate, {family}, {surface}, {size}, {ROWS} prompts of {lengths} lengths, {NEW} new", ways, bases, rounds,
+         device, model)  # fmt: skip
+
+
 # --- Weights and projections ------------------------------------------------------------------------------------------
 
 
@@ -244,7 +281,8 @@ def main() -> None:
     parser.add_argument("--surface", choices=("bridge", "hooked"), default="bridge")
     parser.add_argument("--family", choices=("qwen2", "gpt2"), default="qwen2")
     parser.add_argument("--size", choices=[size.name for size in (*SIZES, *DEPTHS)], default=None)
-    parts = {"attach": attach, "ablate": ablate, "generate": generate, "weights": weights, "project": project}
+    parts = {"attach": attach, "ablate": ablate, "generate": generate, "mixed": mixed, "weights": weights}
+    parts |= {"project": project}
     parser.add_argument("--only", choices=tuple(parts), default=None)
     parser.add_argument("--device", default=None)
     options = parser.parse_args()
