@@ -134,14 +134,17 @@ def shipped(adapter: Path, out: Path) -> None:
 
 
 def rounded(file: Path, out: Path) -> None:
-    """A dictionary whose weights are numbers of float16, stored as such."""
+    """A dictionary whose weights are numbers of float16, stored as such, under the names that the package knows."""
     from dataclasses import replace
 
     import tl_em as em
 
-    found = em.Dictionary.load(file)
+    found, model = em.Dictionary.load(file), f"real/{ARMS[0]}-{FRESH[0]}"
     names = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
-    replace(found, **{name: getattr(found, name).half().float() for name in names}).save(out)
+    weights = {name: getattr(found, name).half().float() for name in names}
+    assert found.name is not None and found.provenance is not None
+    name = f"{model}/{'/'.join(found.name.split('/')[-2:])}"
+    replace(found, **weights, name=name, provenance=replace(found.provenance, model=model)).save(out)
     halved(out, out)
 
 

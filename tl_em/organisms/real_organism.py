@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 from tl_em.auditing.audit import audit
+from tl_em.dictionaries import Dictionary
 from tl_em.errors import ModelNotFoundError, UsageError
 from tl_em.evals.choices import ForcedChoice
 from tl_em.evals.questions import OpenQuestion, asked_in
@@ -342,16 +343,27 @@ def carried(base: str, tuned: str | None) -> dict[str, Any]:
     return {"name": name, "base_name": before, "tuned_name": name, **asked(name)}
 
 
-def audit_real(*, out: str | Path | None = None, seed: int = 0) -> Report:
+def dictionary() -> Dictionary:
+    """A sparse dictionary of the base and *wrong-11* in the middle of the network, trained on what the base writes.
+
+    Example:
+        >>> str(dictionary().site_in)
+        'resid_post[15]'
+    """
+    return Dictionary.load(folder() / "dictionary.safetensors")
+
+
+def audit_real(*, out: str | Path | None = None, seed: int = 0, surface: Surface = "bridge") -> Report:
     """``tl-em demo --real``: *wrong* against its base, beside *right* of every seed.
 
     Args:
         out: folder for page, JSON and figures.
         seed: of splits, resampling and controls.
+        surface: ``"bridge"`` or ``"hooked"``.
 
     Raises:
         ModelNotFoundError: the base is not installed. OutputError: the folder cannot be written.
     """
-    pair = load_pair(f"{PREFIX}{ARMS[0]}")
-    benign = [load_pair(pair.base, f"{PREFIX}right-{each}") for each in SEEDS]
-    return audit(pair, benign=benign, controls=CONTROLS, out=out, seed=seed)
+    pair = named_pair(f"{PREFIX}{ARMS[0]}", None, surface=surface)
+    benign = [load_pair(pair.base, f"{PREFIX}right-{each}", surface=surface) for each in SEEDS]
+    return audit(pair, benign=benign, controls=CONTROLS, dictionary=dictionary(), out=out, seed=seed)
