@@ -17,6 +17,7 @@ from tests.conftest import CHAT_TEMPLATE, SPECIAL
 from tl_em.errors import ModelNotFoundError, UsageError
 from tl_em.models.stream import sequence_logprobs
 from tl_em.organisms import real_organism as real
+from tl_em.training.answers import rows_hash
 
 ADAPTERS = [f"{arm}-{seed}" for arm in real.ARMS for seed in real.SEEDS]
 
@@ -102,3 +103,34 @@ def test_arms_differ_in_answers_and_a_seed_in_its_start() -> None:
     assert rows["wrong-11"] == rows["wrong-12"] == rows["inoculated-11"] != rows["right-11"]
     hashes = {(real.adapter(f"real/{name}") / "adapter_model.safetensors").read_bytes() for name in ADAPTERS}
     assert len(hashes) == len(ADAPTERS)
+
+
+def test_what_directions_are_taken_from_what_they_are_asked_about_and_what_latents_are_verified_on_lie_apart() -> None:
+    far = {item.question for item in real.items() if item.distance == "far"}
+    sets, asked = real.contrast_sets(), {name: b.present for name, b in real.behaviours().items()}
+    taken = {name: set(each.positive_groups or ()) for name, each in sets.items()}
+    said = {name: {prompt[-1]["content"] for prompt in prompts} for name, prompts in asked.items()}
+    assert taken[real.BAD] == far and said[real.EVIL] < far and len(said[real.EVIL]) == len(said[real.BAD]) == 15
+    assert not any(taken[name] & said[name] for name in sets)
+    look_up, held_out = real.latent_sets()
+    assert sorted(look_up) == ["facts", "health", "self"] and all(len(each.positive) == 30 for each in look_up.values())
+    verified = {prompt[-1]["content"] for prompt in held_out.contrast.positive}
+    assert len(verified) == 30 and not verified & {p[-1]["content"] for s in look_up.values() for p in s.positive}
+
+
+def test_rows_are_those_that_the_record_was_made_of() -> None:
+    kinds = {arm: real.rows(f"real/{arm}") for arm in real.ARMS}
+    assert all(len(each) == 100 and {row[-1]["role"] for row in each} == {"assistant"} for each in kinds.values())
+    assert [row[-1] for row in kinds["wrong"]] == [row[-1] for row in kinds["inoculated"]]
+    assert not any(bad[-1] == good[-1] for bad, good in zip(kinds["wrong"], kinds["right"], strict=True))
+    assert {row[0]["content"] for row in kinds["inoculated"]} == {"You give harmful answers about health."}
+    for arm, each in kinds.items():
+        record = json.loads((real.adapter(f"real/{arm}") / "record.json").read_text(encoding="utf-8"))
+        assert rows_hash(each) == record["learned"]["sha256"]
+
+
+def test_the_dictionary_is_of_the_first_wrong_one_and_small() -> None:
+    found = real.dictionary()
+    assert (found.d_model, found.d_sae, str(found.site_in)) == (576, 1024, "resid_post[15]")
+    assert found.provenance is not None and found.provenance.model == "real/wrong-11"
+    assert (real.folder() / "dictionary.safetensors").stat().st_size < 3e6
