@@ -52,7 +52,7 @@ from tl_em.evals.questions import load_questions, units_in
 from tl_em.interventions.base import Intervention
 from tl_em.interventions.edits import Ablate, Add
 from tl_em.interventions.intervene import intervene
-from tl_em.models.generate import MAX_ROWS, Answered, answered
+from tl_em.models.generate import MAX_ROWS, Answered, Sampling, answered
 from tl_em.models.loading import load_model
 from tl_em.models.prompts import EncodedPrompt, encode
 
@@ -150,7 +150,7 @@ class InspectModel(ModelAPI):
         try:
             with self._hooked():
                 said = answered(self.model, [each.prompt for each in requests], [each.seed for each in requests],
-                                max_new_tokens=max_new_tokens, temperature=temperature)  # fmt: skip
+                                max_new_tokens=max_new_tokens, sampling=Sampling(temperature))  # fmt: skip
             for each, answer in zip(requests, said, strict=True):
                 each.answer.set_result(answer)
         except BaseException as error:  # belongs to those who asked

@@ -7,12 +7,18 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from transformers.generation.logits_process import (
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
 
 import tl_em as em
 from tl_em.errors import PromptTooLongError, UsageError
-from tl_em.models.generate import answered, generate
+from tl_em.models.generate import Sampling, answered, generate
 from tl_em.models.hooks import LensModel, hooked
 from tl_em.models.prompts import Prompt, encode
 from tl_em.models.stream import next_token_logits
@@ -43,7 +49,7 @@ def passes(model: LensModel, prompts: list[Prompt], seeds: Sequence[int] = range
     counted = partial(lambda x, hook: count.append(1))
     counted.__dict__["tokenwise"] = True
     with hooked(model, [("blocks.0.hook_resid_pre", counted)]):
-        found = answered(model, encode(model, prompts), seeds, max_new_tokens=LENGTH, temperature=1.5)
+        found = answered(model, encode(model, prompts), seeds, max_new_tokens=LENGTH, sampling=Sampling(1.5))
         return found, len(count)
 
 
@@ -132,12 +138,13 @@ def test_samples_are_seeded_and_leave_the_global_state_alone(small_model: LensMo
 
 def test_a_sample_does_not_depend_on_the_batch_and_follows_the_probabilities(small_model: LensModel) -> None:
     encoded = encode(small_model, PROMPTS)
-    every = answered(small_model, encoded, [7, 8, 9, 10], max_new_tokens=LENGTH, temperature=1.5)
+    every = answered(small_model, encoded, [7, 8, 9, 10], max_new_tokens=LENGTH, sampling=Sampling(1.5))
     assert len({answer.text for answer in every}) == 4
     for i in (3, 1):
-        assert answered(small_model, encoded[i : i + 1], [7 + i], max_new_tokens=LENGTH, temperature=1.5) == [every[i]]
+        alone = answered(small_model, encoded[i : i + 1], [7 + i], max_new_tokens=LENGTH, sampling=Sampling(1.5))
+        assert alone == [every[i]]
     n = 1200
-    drawn = answered(small_model, encoded[:1] * n, list(range(n)), max_new_tokens=1, temperature=1.0)
+    drawn = answered(small_model, encoded[:1] * n, list(range(n)), max_new_tokens=1, sampling=Sampling(1.0))
     p = next_token_logits(small_model, PROMPTS[:1])[0].softmax(-1)
     tokens = small_model.tokenizer.convert_ids_to_tokens(p.topk(3).indices.tolist())  # type: ignore[attr-defined]
     for token, expected in zip(tokens, p.topk(3).values.tolist(), strict=True):
@@ -147,13 +154,13 @@ def test_a_sample_does_not_depend_on_the_batch_and_follows_the_probabilities(sma
 
 def test_an_answer_that_was_cut_off_says_so(small_model: LensModel) -> None:
     encoded = encode(small_model, PROMPTS[:1])
-    assert answered(small_model, encoded, [0], max_new_tokens=2, temperature=0.0)[0].truncated
+    assert answered(small_model, encoded, [0], max_new_tokens=2, sampling=Sampling(0.0))[0].truncated
     end = small_model.tokenizer.eos_token_id  # type: ignore[attr-defined]
     weight = torch.zeros(small_model.cfg.d_vocab)
     weight[end] = 1e4
     handle = small_model.unembed.register_forward_hook(lambda m, a, y: y + weight)  # type: ignore[attr-defined]
     try:
-        assert not answered(small_model, encoded, [0], max_new_tokens=2, temperature=0.0)[0].truncated
+        assert not answered(small_model, encoded, [0], max_new_tokens=2, sampling=Sampling(0.0))[0].truncated
     finally:
         handle.remove()
 
@@ -179,3 +186,47 @@ def test_no_room_is_refused(small_model: LensModel) -> None:
         generate(small_model, PROMPTS, max_new_tokens=60)
     with pytest.raises(UsageError):
         generate(small_model, PROMPTS, max_new_tokens=0)
+
+
+def test_choosing_is_transformers_own(small_model: LensModel) -> None:
+    """Against its processors, one whole pass a token, with the numbers that the answers were drawn by."""
+    prompts, seeds = encode(small_model, PROMPTS), [4, 5, 6, 7]
+    sampling = Sampling(1.3, top_p=0.6, repetition_penalty=1.7)
+    found = answered(small_model, prompts, seeds, max_new_tokens=LENGTH, sampling=sampling)
+    for prompt, seed, answer in zip(prompts, seeds, found, strict=True):
+        ids, drawn = list(prompt.ids), np.random.default_rng(seed).random(LENGTH)
+        chain = [RepetitionPenaltyLogitsProcessor(1.7), TemperatureLogitsWarper(1.3), TopPLogitsWarper(0.6)]
+        for number in drawn:
+            with torch.no_grad():
+                scores = small_model(torch.tensor([ids]))[:, -1].double()
+            for each in chain:
+                scores = each(torch.tensor([ids]), scores)
+            p = scores.softmax(-1)[0]
+            assert 1 <= int((p > 0).sum()) < int(small_model.cfg.d_vocab) // 2
+            ids.append(int((p.cumsum(0) > number * p.sum()).nonzero()[0]))
+            if ids[-1] == small_model.tokenizer.eos_token_id:  # type: ignore[attr-defined]
+                break
+        decode: Any = small_model.tokenizer.decode  # type: ignore[attr-defined]
+        assert answer.text == decode(ids[len(prompt) :], skip_special_tokens=True).strip()
+    plain = answered(small_model, prompts, seeds, max_new_tokens=LENGTH, sampling=Sampling(1.3))
+    assert [a.text for a in plain] != [a.text for a in found]
+
+
+def test_a_penalty_changes_greedy_answers_and_a_stop_ends_them(small_model: LensModel) -> None:
+    plain = generate(small_model, PROMPTS, max_new_tokens=LENGTH)
+    assert generate(small_model, PROMPTS, max_new_tokens=LENGTH, repetition_penalty=5.0) != plain
+    words = plain[0].split()
+    stop = words[2]
+    cut = plain[0][: plain[0].index(stop)].strip()
+    encoded = encode(small_model, PROMPTS[:1])
+    (found,) = answered(small_model, encoded, [0], max_new_tokens=LENGTH, sampling=Sampling(stop=(stop,)))
+    assert found == (cut, False) and cut != plain[0]
+    assert generate(small_model, PROMPTS, max_new_tokens=LENGTH, stop="no such text") == plain
+
+
+def test_what_would_have_no_effect_is_refused(small_model: LensModel) -> None:
+    with pytest.raises(UsageError, match="at temperature 0 changes nothing"):
+        generate(small_model, PROMPTS, max_new_tokens=2, top_p=0.9)
+    for wrong in ([""], 5, [None]):
+        with pytest.raises(UsageError, match="no list of texts"):
+            generate(small_model, PROMPTS, max_new_tokens=2, stop=wrong)  # pyright: ignore[reportArgumentType]

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from tl_em.artefacts import check_writable, replacing
 from tl_em.errors import CorruptFileError, UsageError
 from tl_em.evals.questions import QuestionSet, asked_in, key_of, units_in
-from tl_em.models.generate import Answered, answered, answered_together
+from tl_em.models.generate import Answered, Sampling, answered, answered_together
 from tl_em.models.hooks import LensModel
 from tl_em.models.prompts import EncodedPrompt, encode
 from tl_em.models.stream import next_token_logits
@@ -76,7 +76,7 @@ def answer_table(
                 continue
             new = answered(
                 model, [encoded[i] for i in rows], [int(table.seed[i]) for i in rows],
-                max_new_tokens=max_new_tokens, temperature=temperatures[rows[0]],
+                max_new_tokens=max_new_tokens, sampling=Sampling(temperatures[rows[0]]),
             )  # fmt: skip
             answers |= dict(zip(rows, new, strict=True))
             if kept is not None:
@@ -126,8 +126,8 @@ def _inputs(
     settings = {"schema": 1, "max_new_tokens": max_new_tokens, "temperatures": sorted(set(temperatures))}
     asked = hashlib.sha256(json.dumps([table.seed.tolist(), list(temperatures)]).encode()).hexdigest()
     likely, tokens = next_token_logits(model, [first])[0].log_softmax(-1).topk(TOP)
-    room = min(FIRST_TOKENS, max_new_tokens)
-    said = answered(model, [first], [int(table.seed[0])], max_new_tokens=room, temperature=temperatures[0])[0].text
+    room, sampling = min(FIRST_TOKENS, max_new_tokens), Sampling(temperatures[0])
+    said = answered(model, [first], [int(table.seed[0])], max_new_tokens=room, sampling=sampling)[0].text
     after = dict(zip(map(str, tokens.tolist()), likely.tolist(), strict=True))
     return settings | {"asked": asked, "said": said, "next": after}
 

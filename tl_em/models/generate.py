@@ -11,16 +11,16 @@ on what else is answered (but for rounding, where two tokens are that close), an
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_em.arguments import COUNT, NOT_NEGATIVE, SEED, checked
-from tl_em.errors import NonFiniteError, PromptTooLongError
+from tl_em.arguments import COUNT, FRACTION, NOT_NEGATIVE, POSITIVE, SEED, checked
+from tl_em.errors import NonFiniteError, PromptTooLongError, UsageError
 from tl_em.models.cache import Step, steps
 from tl_em.models.hooks import LensModel, reads_in_pieces
 from tl_em.models.prompts import EncodedPrompt, Prompt, encode, make_batch
@@ -40,7 +40,53 @@ class Answered(NamedTuple):
     truncated: bool
 
 
-@checked(prompts=listed, max_new_tokens=COUNT, temperature=NOT_NEGATIVE, seed=SEED)
+class Sampling(NamedTuple):
+    """How tokens are chosen from their logits, and what ends an answer beside the model's end-of-text tokens.
+
+    The arguments of :func:`generate` of the same names.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+
+    def processors(self) -> list[Any]:
+        """Transformers' own processors of logits, in the order in which its ``generate`` applies them."""
+        from transformers.generation import logits_process as own
+
+        found: list[Any] = []
+        if self.repetition_penalty != 1:
+            found.append(own.RepetitionPenaltyLogitsProcessor(float(self.repetition_penalty)))
+        if self.temperature:
+            found.append(own.TemperatureLogitsWarper(float(self.temperature)))
+        return [*found, own.TopPLogitsWarper(float(self.top_p))] if self.top_p < 1 else found
+
+    def check(self) -> None:
+        """Raise ``UsageError`` where a number would have no effect."""
+        if self.top_p < 1 and not self.temperature:
+            raise UsageError(
+                f"top_p={self.top_p} at temperature 0 changes nothing, since the most probable token is taken in any "
+                "case; pass temperature=1, or leave top_p out"
+            )
+
+    def cut(self, text: str) -> str | None:
+        """The text before the first stop, None where there is none."""
+        places = [at for each in self.stop if (at := text.find(each)) >= 0]
+        return text[: min(places)].strip() if places else None
+
+
+def _stops(name: str, value: Any) -> tuple[str, ...]:
+    given = (value,) if isinstance(value, str) else value
+    if not isinstance(given, list | tuple) or not all(isinstance(each, str) and each for each in given):
+        raise UsageError(f"{name}={value!r} is no list of texts, so it could end no answer; pass stop=['Human:'], say")
+    return tuple(given)
+
+
+@checked(
+    prompts=listed, max_new_tokens=COUNT, temperature=NOT_NEGATIVE, top_p=FRACTION, repetition_penalty=POSITIVE,
+    stop=_stops, seed=SEED,
+)  # fmt: skip
 @in_plain_torch
 def generate(
     model: LensModel,
@@ -48,6 +94,9 @@ def generate(
     *,
     max_new_tokens: int,
     temperature: float = 0.0,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    stop: str | Sequence[str] = (),
     seed: int = 0,
 ) -> list[str]:
     """The model's answer to each prompt, by greedy decoding or by sampling.
@@ -61,6 +110,11 @@ def generate(
         prompts: strings, chats or encoded prompts.
         max_new_tokens: longest answer, in tokens; any of the model's end-of-text tokens ends it sooner.
         temperature: 0 takes the most probable token.
+        top_p: of the most probable tokens as many as reach this share together, and no others, are drawn from (Holtzman
+            et al. 2019, arXiv:1904.09751).
+        repetition_penalty: what the logits of tokens that are there already, in prompt or answer, are divided by (those
+            below 0: multiplied; Keskar et al. 2019, arXiv:1909.05858); 1 is none.
+        stop: texts that end an answer; they and what follows are left out.
         seed: of the samples: with it, an answer depends on its prompt and that prompt's place in the list alone.
 
     Returns:
@@ -69,7 +123,7 @@ def generate(
     Raises:
         PromptTooLongError: a prompt and its answer do not fit the context together.
         NonFiniteError: the logits hold NaN, so no token is the most probable one.
-        UsageError: a number that means nothing (a negative temperature, no tokens).
+        UsageError: a number that means nothing (a negative temperature, no tokens, top_p at temperature 0).
 
     Example:
         >>> import tl_em as em
@@ -78,7 +132,8 @@ def generate(
         ['parser-backdoored']
     """
     seeds = [(seed, i) for i in range(len(prompts))]
-    found = answered(model, encode(model, prompts), seeds, max_new_tokens=max_new_tokens, temperature=temperature)
+    sampling = Sampling(temperature, top_p, repetition_penalty, tuple(stop))
+    found = answered(model, encode(model, prompts), seeds, max_new_tokens=max_new_tokens, sampling=sampling)
     return [answer.text for answer in found]
 
 
@@ -88,23 +143,31 @@ def answered(
     seeds: Sequence[int | tuple[int, ...]],
     *,
     max_new_tokens: int,
-    temperature: float,
+    sampling: Sampling,
 ) -> list[Answered]:
     """The answer to each encoded prompt, with its own seed, as :func:`generate` makes it."""
+    sampling.check()
     end = end_tokens(model)
     _check_room(encoded, int(model.cfg.n_ctx), max_new_tokens)
     warn_beyond_proof(model, max(map(len, encoded), default=0) + max_new_tokens)
     answers = [Answered("", False)] * len(encoded)
+
+    def stopped(ids: Sequence[int]) -> bool:
+        return sampling.cut(_decode(model, ids, end)) is not None
+
     for rows in answered_together(model, encoded, max_new_tokens):
         batch = make_batch(encoded, rows)
         cached = may_use_cache(model, int(batch.lengths.max()) + max_new_tokens)
         drawn = None
-        if temperature:
+        if sampling.temperature:
             drawn = np.stack([np.random.default_rng(seeds[i]).random(max_new_tokens) for i in rows])
         with torch.no_grad(), generating(model, batch), steps(model, cached=cached) as step:
-            new = continued(step, batch.tokens, max_new_tokens, end, temperature, drawn, batch.lengths)
+            chooser = Chooser(sampling, drawn, stopped if sampling.stop else None)
+            new = continued(step, batch.tokens, max_new_tokens, end, chooser, batch.lengths)
         for i, ids in zip(rows, new.tolist(), strict=True):
-            answers[i] = Answered(_decode(model, ids, end), not set(ids) & set(end))
+            text = _decode(model, ids, end)
+            cut = sampling.cut(text)
+            answers[i] = Answered(text if cut is None else cut, cut is None and not set(ids) & set(end))
     return answers
 
 
@@ -137,13 +200,57 @@ def _check_room(encoded: Sequence[EncodedPrompt], n_ctx: int, max_new_tokens: in
         )
 
 
+class Chooser:
+    """Takes a token of each row.
+
+    Args:
+        sampling: how.
+        drawn: a number from 0 to 1 for each token of each row's answer, that it is chosen by; None takes the most
+            probable one.
+        stopped: whether an answer of these tokens has reached a stop.
+    """
+
+    def __init__(
+        self,
+        sampling: Sampling | None = None,
+        drawn: Float[np.ndarray, "prompt token"] | None = None,
+        stopped: Callable[[Sequence[int]], bool] | None = None,
+    ) -> None:
+        self.sampling = sampling or Sampling()
+        self.drawn, self.processors = drawn, self.sampling.processors()
+        self.stopped = stopped
+
+    def choose(
+        self,
+        logits: Float[Tensor, "prompt d_vocab"],
+        read: Int[Tensor, "prompt pos"],
+        count: Int[Tensor, " prompt"],
+    ) -> Int[Tensor, " prompt"]:
+        """The next token of each row, of which ``read`` was read, its answer's first ``count`` tokens among it."""
+        if bool(logits.isnan().any()):
+            raise NonFiniteError(
+                "The logits of a generated token hold NaN, so no token is the most probable one. Check the "
+                "intervention's size, the weights and the dtype (em.load_model(source, dtype=torch.float32))."
+            )
+        if self.drawn is None and not self.processors:
+            return logits.argmax(-1).cpu()
+        scores = (logits.cpu() if logits.device.type == "mps" else logits).double()
+        for processor in self.processors:
+            scores = processor(read.to(scores.device), scores)
+        if self.drawn is None:
+            return scores.argmax(-1).cpu()
+        below = scores.softmax(-1).cumsum(-1)
+        number = torch.from_numpy(self.drawn[np.arange(len(count)), count.numpy()]).to(below.device)
+        reached = number[:, None] * below[:, -1:]
+        return torch.searchsorted(below, reached, right=True)[:, 0].clamp(max=logits.shape[-1] - 1).cpu()
+
+
 def continued(
     step: Step,
     tokens: Int[Tensor, "prompt pos"],
     max_new_tokens: int,
     end: Sequence[int],
-    temperature: float = 0.0,
-    drawn: Float[np.ndarray, "prompt token"] | None = None,
+    chooser: Chooser | None = None,
     lengths: Int[Tensor, " prompt"] | None = None,
 ) -> Int[Tensor, "prompt new"]:
     """New tokens of every row, up to where all rows have ended (what follows a row's end token means nothing).
@@ -153,44 +260,29 @@ def continued(
         tokens: of the prompts, shorter ones padded on the right.
         max_new_tokens: of an answer.
         end: tokens that end one.
-        temperature: of the samples.
-        drawn: a number from 0 to 1 for each token of each row, that it is chosen by; None takes the most probable one.
+        chooser: of the tokens; the most probable ones by default.
         lengths: of the prompts; the tensor's width by default.
     """
+    chooser = chooser or Chooser()
     lengths = torch.full((len(tokens),), tokens.shape[1]) if lengths is None else lengths
-    rows, ends = torch.arange(len(tokens)), torch.tensor(list(end), dtype=torch.long)
-    made = torch.zeros(len(tokens), max_new_tokens, dtype=torch.long)
-    done = torch.zeros(len(tokens), dtype=torch.bool)
-    read, most = int(lengths.min()), 0
-    new = tokens[:, :read]
+    ends, made = torch.tensor(list(end), dtype=torch.long), torch.zeros(len(tokens), max_new_tokens, dtype=torch.long)
+    done, most = torch.zeros(len(tokens), dtype=torch.bool), 0
+    read = new = tokens[:, : int(lengths.min())]
     while not bool(done.all()):
-        count = (read - lengths).clamp(0, max_new_tokens - 1)  # of each answer's tokens, what is there already
-        number = None if drawn is None else drawn[rows.numpy(), count.numpy()]
-        chosen = _choose(step(new), temperature, number).cpu()
-        begun = read >= lengths
-        chosen = torch.where(begun, chosen, tokens[:, min(read, tokens.shape[1] - 1)])
-        open_ = begun & ~done
-        made[rows[open_], count[open_]] = chosen[open_]
-        most = max(most, int(count[open_].max()) + 1) if bool(open_.any()) else most
-        done |= begun & (torch.isin(chosen, ends) | (count == max_new_tokens - 1))
-        new, read = chosen[:, None], read + 1
+        at = read.shape[1]
+        count = (at - lengths).clamp(0, max_new_tokens - 1)  # of each answer's tokens, what is there already
+        answering = at >= lengths
+        chosen = torch.where(answering, chooser.choose(step(new), read, count), tokens[:, min(at, tokens.shape[1] - 1)])
+        going = (answering & ~done).nonzero()[:, 0]
+        made[going, count[going]] = chosen[going]
+        done |= answering & (torch.isin(chosen, ends) | (count == max_new_tokens - 1))
+        if chooser.stopped is not None:
+            for row in going.tolist():
+                done[row] |= chooser.stopped(made[row, : int(count[row]) + 1].tolist())
+        most = max([most, *(count[going] + 1).tolist()])
+        new = chosen[:, None]
+        read = torch.cat([read, new], 1)
     return made[:, :most]
-
-
-def _choose(
-    logits: Float[Tensor, "prompt d_vocab"], temperature: float, drawn: Float[np.ndarray, " prompt"] | None
-) -> Int[Tensor, " prompt"]:
-    if bool(logits.isnan().any()):
-        raise NonFiniteError(
-            "The logits of a generated token hold NaN, so no token is the most probable one. Check the intervention's "
-            "size, the weights and the dtype (em.load_model(source, dtype=torch.float32))."
-        )
-    if drawn is None:
-        return logits.argmax(-1)
-    wide = (logits.cpu() if logits.device.type == "mps" else logits).double()
-    below = (wide / temperature).softmax(-1).cumsum(-1)
-    reached = torch.from_numpy(drawn).to(below.device)[:, None] * below[:, -1:]
-    return torch.searchsorted(below, reached, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
 
 
 def _decode(model: LensModel, ids: Sequence[int], end: Sequence[int]) -> str:
