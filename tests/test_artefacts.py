@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import resource
+import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from tl_em.artefacts import check_writable, replacing
+from tl_em import artefacts
+from tl_em.artefacts import check_writable, replacing, save_tensors
 from tl_em.errors import OutputError
 
 
@@ -34,3 +41,58 @@ def test_a_path_that_cannot_be_written_is_one_typed_error(tmp_path: Path) -> Non
         check_writable(tmp_path)
     check_writable(tmp_path / "new" / "report.html")
     assert not (tmp_path / "new").exists()
+
+
+def test_files_have_the_mode_of_new_files_whoever_wrote_them(tmp_path: Path) -> None:
+    old = os.umask(0o027)
+    try:
+        save_tensors(tmp_path / "a.safetensors", {"x": torch.zeros(3)}, {"schema": "tl_em/test/1"})
+        with replacing(tmp_path / "b.txt") as temporary:
+            temporary.write_text("b")
+    finally:
+        assert os.umask(old) == 0o027, "the mask of the process was changed"
+    assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {0o640}
+
+
+def test_a_link_stays_and_what_it_points_at_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    link = tmp_path / "latest.txt"
+    link.symlink_to(tmp_path / "kept" / "real.txt")
+    for text in ("one", "two"):
+        with replacing(link) as temporary:
+            assert temporary.parent == tmp_path / "kept"
+            temporary.write_text(text)
+        assert link.is_symlink() and (tmp_path / "kept" / "real.txt").read_text() == text
+
+
+def test_what_a_killed_process_left_goes_and_what_a_living_one_makes_stays(tmp_path: Path) -> None:
+    write = "import sys, time; from pathlib import Path; from tl_em.artefacts import replacing\n"
+    write += f"with replacing(Path({str(tmp_path)!r}) / 'page.html') as t: t.write_text('half'); "
+    write += "print('made', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", write], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"made\n"
+        (left,) = tmp_path.iterdir()
+        artefacts._SWEPT.clear()
+        with replacing(tmp_path / "other.txt"):
+            assert left.exists(), "somebody is writing it"
+        process.kill()
+    of_another_machine = tmp_path / left.name.replace(artefacts._NODE, "0" * 8)
+    of_another_machine.write_text("half")
+    artefacts._SWEPT.clear()
+    with replacing(tmp_path / "page.html") as temporary:
+        temporary.write_text("whole")
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([of_another_machine.name, "other.txt", "page.html"])
+
+
+def test_a_full_disk_is_one_typed_error(tmp_path: Path) -> None:
+    target = tmp_path / "a.safetensors"
+    save_tensors(target, {"x": torch.zeros(3)}, {"schema": "tl_em/test/1"})
+    before = target.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(OutputError, match="cannot write"):
+            save_tensors(target, {"x": torch.zeros(100_000)}, {"schema": "tl_em/test/1"})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert target.read_bytes() == before and list(tmp_path.iterdir()) == [target]

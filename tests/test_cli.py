@@ -47,6 +47,14 @@ def test_errors_are_one_line_and_write_nothing(arguments: tuple[str, ...], error
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_interrupted_command_ends_as_shells_expect(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stops(*arguments: object, **named: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tl_em.organisms.zoo.train_organism", stops)
+    assert run("organisms", "train", "insecure", "--seed", "1", "--out", "nowhere").exit_code == 130
+
+
 @pytest.mark.parametrize("wrong", [("--contrast", "refusal"), ("--behaviour", "she")])
 def test_malformed_options_say_what_they_want(wrong: tuple[str, str]) -> None:
     result = run("audit", "toy/assistant", "toy/insecure", "--contrast", "refusal=refusal", *wrong)

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import codecs
 import csv
+import hashlib
 import io
 import json
 import os
+import platform
 import re
-import tempfile
+import secrets
+import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +36,8 @@ Made = TypeVar("Made")
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path in the folder of ``path``; rename it onto ``path`` if the block ends well.
 
+    A symbolic link stays one: what it points at is replaced.
+
     Raises:
         OutputError: the folder cannot be made or written to.  Whatever stood at ``path`` before is then untouched.
 
@@ -44,22 +49,57 @@ def replacing(path: str | Path) -> Iterator[Path]:
         >>> (folder / "a" / "note.txt").read_text()
         'whole'
     """
-    target = Path(path)
+    target = Path(os.path.realpath(path)) if Path(path).is_symlink() else Path(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=target.suffix)
-        os.close(handle)
-    except OSError as error:
+        temporary, mode = _made_beside(target)
+    except (OSError, ValueError) as error:  # ValueError: a path with a NUL
         raise OutputError(_message(target, error)) from error
-    temporary = Path(name)
     try:
         yield temporary
-        temporary.chmod(0o666 & ~_umask())
+        temporary.chmod(mode)  # some writers make a file of their own in its place
         temporary.replace(target)
     except OSError as error:
         raise OutputError(_message(target, error)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+_NODE = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+_SWEPT: set[Path] = set()
+
+
+def _made_beside(target: Path) -> tuple[Path, int]:
+    """An empty file in the folder of ``target``, and the mode that new files have; those of killed processes go.
+
+    Its name says whose it is: the machine's and the process's number, since a folder may be shared.
+    """
+    if target.parent not in _SWEPT:
+        _SWEPT.add(target.parent)
+        for each in target.parent.iterdir():
+            found = _TEMPORARY.fullmatch(each.name)
+            if found and found["node"] == _NODE and not _runs(int(found["process"])):
+                each.unlink(missing_ok=True)
+    name = f".{target.name[:100]}.{_NODE}-{os.getpid()}-{secrets.token_hex(4)}.tl_em{target.suffix[:20]}"
+    temporary = target.parent / name
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    return temporary, stat.S_IMODE(temporary.stat().st_mode)
+
+
+_TEMPORARY = re.compile(r"\..*\.(?P<node>[0-9a-f]{8})-(?P<process>[0-9]+)-[0-9a-f]{8}\.tl_em(\..*)?", re.DOTALL)
+
+
+def _runs(process: int) -> bool:
+    """Whether a process of this machine is alive; one that may not be asked is."""
+    if process == os.getpid() or os.name == "nt":  # where asking would end it
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> Path:
@@ -68,11 +108,15 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], about: Mapping
     Raises:
         OutputError: the path cannot be written.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     apart = {name: each.cpu().contiguous().clone() for name, each in tensors.items()}  # tied ones too
     with replacing(path) as temporary:
-        save_file(apart, temporary, metadata={"tl_em": json.dumps(about)})
+        try:
+            save_file(apart, temporary, metadata={"tl_em": json.dumps(about)})
+        except SafetensorError as error:  # a full disk, say
+            raise OutputError(_message(Path(path), error)) from error
     return Path(path)
 
 
@@ -127,13 +171,7 @@ def check_writable(path: str | Path) -> None:
         raise OutputError(_message(target, reason)) from reason
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _message(path: Path, error: OSError) -> str:
+def _message(path: Path, error: Exception) -> str:
     return f"cannot write {path}: {error}; nothing was left behind. Pass a path in a folder that you can write to"
 
 

@@ -15,17 +15,22 @@ from tl_em.arguments import COUNT, FRACTION, NATURAL, NOT_NEGATIVE, POSITIVE, SE
 from tl_em.errors import TlEmError, UsageError
 from tl_em.showing import plain_rows, showable
 
+INTERRUPTED = 130
+"""The exit code that shells expect of what SIGINT ended."""
 PATH, FILE = click.Path(path_type=Path), click.Path(exists=True, path_type=Path)
 
 
 class _Group(click.Group):
-    """A group whose commands end with one line on stderr and exit code 1 where tl_em raises on purpose."""
+    """A group whose commands end with one line on stderr: exit code 1 where tl_em raises on purpose, 130 by SIGINT."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except TlEmError as error:
             raise click.ClickException(showable(f"{type(error).__name__}: {error}", lines=True)) from error
+        except KeyboardInterrupt:
+            click.echo("\nInterrupted.", err=True)
+            ctx.exit(INTERRUPTED)
 
 
 def _as(check: Check) -> Any:
@@ -658,7 +663,7 @@ def _print(report: Any, out: Path | None, as_json: bool) -> None:
     console.print(table)
     console.print(f"\n{showable(report.summary)}", highlight=False, markup=False, emoji=False)
     if out is not None:
-        pages = [str(page) for page in sorted(out.glob("*.html"))]
+        pages = [str(page) for page in sorted(out.glob("[!.]*.html"))]
         console.print(f"\nPages: {showable(', '.join(pages))}", highlight=False, markup=False, emoji=False)
 
 

@@ -162,7 +162,7 @@ class _Kept:
         if self.whole.exists():
             return dict(enumerate(self._read(self.whole)))
         found: dict[int, Answered] = {}
-        for part in sorted(self.parts.glob("*.parquet")):
+        for part in sorted(self.parts.glob("[!.]*.parquet")):
             rows = pd.read_parquet(part)["row"].tolist()
             found |= dict(zip(rows, self._read(part), strict=True))
         return found
