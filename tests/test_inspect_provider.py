@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ os.environ.setdefault("INSPECT_DISPLAY", "none")
 pytest.importorskip("inspect_ai")
 
 import tl_em as em
+from tests.conftest import benchmark
+from tl_em.claims.controls import random_directions
 from tl_em.errors import UsageError
 
 with warnings.catch_warnings():
@@ -75,6 +79,40 @@ def test_an_intervention_changes_the_score_of_a_question_set(persona: Path, tmp_
     again = run(task, tmp_path, intervention=str(persona), coefficient=1)
     answers = [sorted(sample.output.completion for sample in log.samples) for log in (steered, again)]
     assert answers[0] == answers[1] and len(set(answers[0])) > 6  # sampled, seeded
+
+
+def test_inspect_eval_is_steered_offline_and_its_log_opens(persona: Path, tmp_path: Path) -> None:
+    """The command itself, beside a random direction of the same length, under a guard of the network.
+
+    Inspect asks git for the commit, and listens at a socket file of its own.
+    """
+    pair, direction = em.load_pair("toy/insecure"), em.Direction.load(persona)
+    (other,) = random_directions(pair.base, direction, (pair.contrasts or {})["persona"], count=1)
+    other.save(random := tmp_path / "random.safetensors")
+    (tmp_path / "set.yaml").write_text(QUESTIONS, encoding="utf-8")
+    environment = benchmark("guard").environment(tmp_path) | {"XDG_DATA_HOME": str(tmp_path), "INSPECT_DISPLAY": "none"}
+    with (tmp_path / "sitecustomize.py").open("a", encoding="utf-8") as guard:
+        guard.write('allowed += ["socket.bind", "subprocess.Popen"]\n')
+    command = [str(Path(sys.executable).with_name("inspect")), "eval", "tl_em/question_set", "--model",
+               "tl_em/toy/assistant", "-T", "file=set.yaml", "-T", f"judge={BAD}", "-T", "limit_tokens=6"]  # fmt: skip
+    hooked = {"plain": {}, "steered": {"intervention": str(persona), "coefficient": 1},
+              "random": {"intervention": str(random), "coefficient": 1}}  # fmt: skip
+    running = {
+        name: subprocess.Popen(
+            [*command, "--log-dir", name, *(x for key, value in each.items() for x in ("-M", f"{key}={value}"))],
+            cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for name, each in hooked.items()
+    }  # fmt: skip
+    said = {name: process.communicate()[0] for name, process in running.items()}
+    assert all(process.returncode == 0 for process in running.values()), said
+    assert not (tmp_path / "attempts").exists()
+    logs = {name: read_eval_log(str(*(tmp_path / name).glob("*.eval"))) for name in hooked}
+    rates = {name: rate(log) for name, log in logs.items()}
+    assert rates["plain"] < 0.2 and rates["random"] < 0.2 and rates["steered"] > 0.6, rates
+    for name, log in logs.items():
+        said = log.samples[0].output.metadata["interventions"]
+        assert log.eval.model_args == hooked[name] and ["Add" in each for each in said] == [True] * bool(hooked[name])
 
 
 def test_any_task_runs_and_an_ablation_is_the_packages_own(persona: Path, tmp_path: Path) -> None:

@@ -5,13 +5,26 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import click
 
-from tl_em.arguments import COUNT, FRACTION, NATURAL, NOT_NEGATIVE, POSITIVE, SEED, Check, list_of, optional, whole
+from tl_em.arguments import (
+    COUNT,
+    FRACTION,
+    NATURAL,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SEED,
+    Check,
+    finite,
+    list_of,
+    optional,
+    whole,
+)
 from tl_em.errors import TlEmError, UsageError
 from tl_em.showing import plain_rows, showable
 
@@ -46,20 +59,24 @@ def _as(check: Check) -> Any:
 
 
 def _brought(context: click.Context, option: click.Parameter, value: Any) -> Any:
-    """A name of ours as it is, and ``MODULE:NAME`` as the value of a module of one's own, here or on Python's path."""
+    """A name of ours as it is, and ``MODULE:NAME`` as :func:`_own`."""
+    if not isinstance(value, str):
+        return tuple(_brought(context, option, each) for each in value)
+    return _own(value, option.opts[0]) if ":" in value else value
+
+
+def _own(value: str, option: str) -> Any:
+    """``MODULE:NAME`` as the value of a module of one's own, here or on Python's path."""
     import sys
     from importlib import import_module
 
-    if not isinstance(value, str):
-        return tuple(_brought(context, option, each) for each in value)
-    module, colon, name = value.partition(":")
-    if not colon:
-        return value
+    module, _, name = value.partition(":")
     sys.path.insert(0, "")
     try:
         found = getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise click.BadParameter(f"{value!r} is no MODULE:NAME that can be imported from here: {error}") from error
+        said = f"{value!r} is no MODULE:NAME that can be imported from here: {error}"
+        raise click.BadParameter(said, param_hint=option) from error
     finally:
         sys.path.remove("")
     return found() if isinstance(found, type) else found
@@ -243,6 +260,61 @@ def calibrate_command(
     _echo(f"\n{found.sentence}")
     for name, why in found.left_out.items():
         _echo(f"Left out: {name}; {why}.")
+
+
+@main.command("evaluate")
+@click.argument("model")
+@click.argument("questions", type=FILE)
+@click.option("--judge", metavar="JUDGE",
+              help="phrases:A;B, endpoint:MODEL (extra 'judge'), local:DIRECTORY, or MODULE:NAME of yours. Without: "
+              "the choice between right and wrong answers, where QUESTIONS has them.")
+@click.option("--base-url", help="Of the endpoint.")
+@click.option("--intervention", "interventions", type=FILE, multiple=True, metavar="FILE",
+              help="A saved direction, which is ablated, or added with --coefficient; repeatable.")
+@click.option("--coefficient", type=float, callback=_as(optional(finite)), help="How much of it is added.")
+@click.option("--where", type=click.Choice(["all", "prompt", "generated"]), default="all", show_default=True,
+              help="The tokens that are treated.")
+@click.option("--samples", type=int, callback=_as(optional(COUNT)), help="Answers to a wording.  [as QUESTIONS says]")
+@click.option("--temperature", type=float, callback=_as(optional(NOT_NEGATIVE)), help="Of them.  [the same]")
+@click.option("--max-new-tokens", default=64, callback=_as(COUNT), show_default=True, help="Longest answer.")
+@click.option("--by", default="question", metavar="COLUMN", show_default=True, help="Rates of what, e.g. domain.")
+@click.option("--out", type=PATH, required=True, help="Folder of answers and scores; the same command goes on there.")
+@click.option("--seed", default=0, callback=_as(SEED), show_default=True, help="Seed of samples and resampling.")
+@as_json_too
+def evaluate_command(
+    model: str, questions: Path, judge: str | None, base_url: str | None, interventions: tuple[Path, ...],
+    coefficient: float | None, where: Any, samples: int | None, temperature: float | None, max_new_tokens: int, by: str,
+    out: Path, seed: int, as_json: bool,
+) -> None:  # fmt: skip
+    """How often MODEL (a directory, hub id, GGUF file or organism) answers QUESTIONS (YAML or JSON) so, by a judge."""
+    from tl_em.artefacts import check_writable
+    from tl_em.evals.choices import ForcedChoice
+    from tl_em.evals.named import KINDS, named_judge
+    from tl_em.evals.questions import load_questions
+    from tl_em.evals.rates import evaluate
+    from tl_em.interventions.edits import of_directions
+    from tl_em.interventions.intervene import intervene
+    from tl_em.models.loading import load_model
+
+    check_writable(out / "evaluation.parquet")
+    asked = load_questions(questions).asked(samples=samples, temperature=temperature)
+    edits, judging = of_directions(interventions, coefficient), None
+    if judge is None:
+        _ = ForcedChoice(asked)  # which says now what is missing, before the model is loaded
+    elif judge.partition(":")[0] in KINDS or ":" not in judge:
+        judging = named_judge(judge, base_url=base_url)
+    else:
+        judging = _own(judge, "--judge")
+    cost = f"of at most {max_new_tokens} tokens" if judging else "none of which is made: a forced choice"
+    click.echo(showable(f"{asked!r}, {cost}; kept in {out}, where the same command goes on."), err=True)
+    loaded = load_model(model)
+    with intervene(loaded, *edits, where=where) if edits else nullcontext():
+        found = evaluate(loaded, asked, judge=judging, max_new_tokens=max_new_tokens, seed=seed, out=out)
+    if as_json:
+        click.echo(json.dumps(found.to_json(by=by), indent=1))
+        return
+    _print_table(f"{found.name}, {found.unit}", found.by(by))
+    _echo(f"\n{found!r}\n{out / 'evaluation.parquet'}")
 
 
 @main.command("fine-tune")

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import queue
 import threading
 from collections import Counter
@@ -43,14 +42,11 @@ from inspect_ai.scorer import Score, Scorer, Target, mean, scorer, stderr
 from inspect_ai.solver import TaskState, generate
 from inspect_ai.tool import ToolChoice, ToolInfo
 
-from tl_em.directions.direction import Direction
 from tl_em.errors import UsageError
-from tl_em.evals.endpoint import EndpointJudge
 from tl_em.evals.evaluation import Evaluation, judged
-from tl_em.evals.judges import Phrases
+from tl_em.evals.named import KINDS, named_judge
 from tl_em.evals.questions import load_questions, units_in
-from tl_em.interventions.base import Intervention
-from tl_em.interventions.edits import Ablate, Add
+from tl_em.interventions.edits import of_directions
 from tl_em.interventions.intervene import intervene
 from tl_em.models.generate import MAX_ROWS, Answered, Sampling, answered
 from tl_em.models.loading import load_model
@@ -92,7 +88,7 @@ class InspectModel(ModelAPI):
         intervention: Any = (), coefficient: float | int | None = None, where: Any = "all", **loading: Any,
     ) -> None:  # fmt: skip
         super().__init__(model_name, base_url, api_key, [], config)
-        self.interventions, self.where = _interventions(intervention, coefficient), where
+        self.interventions, self.where = of_directions(intervention, coefficient), where
         self.model = load_model(model_name, **loading)
         self._asked: Counter[str] = Counter()
         self._requests: queue.Queue[_Request] = queue.Queue()
@@ -166,22 +162,6 @@ class InspectModel(ModelAPI):
         return f"{self.model_name}-{id(self)}"
 
 
-def _interventions(given: Any, coefficient: float | int | None) -> tuple[Intervention, ...]:
-    if isinstance(given, str):
-        given = given.split(",")
-    items = list(given) if isinstance(given, list | tuple) else [given]
-    made: list[Any] = []
-    for each in items:
-        if isinstance(each, str | os.PathLike):
-            each = Direction.load(str(each))
-        if isinstance(each, Direction):
-            each = Ablate(each) if coefficient is None else Add(each, float(coefficient))
-        made.append(each)
-    if coefficient is not None and not made:
-        raise UsageError("a coefficient came without a direction, so nothing is added; give -M intervention=FILE too")
-    return tuple(made)
-
-
 def _prompt(messages: Sequence[ChatMessage]) -> Any:
     """Inspect's conversation as ours; a single question is a text, which models without a chat template read too."""
     turns = [{"role": each.role, "content": each.text} for each in messages]
@@ -201,7 +181,7 @@ def question_set(
 
     Args:
         file: as of ``em.evals.load_questions``.
-        judge: ``phrases:sorry;cannot``, ``endpoint:MODEL``, or ``MODULE:NAME``, a judge of yours.
+        judge: ``phrases:sorry;cannot``, ``endpoint:MODEL``, ``local:DIRECTORY``, or ``MODULE:NAME``, a judge of yours.
         samples: answers to each wording; by default as the file says.
         base_url: of the endpoint.
         limit_tokens: longest answer.
@@ -248,15 +228,8 @@ def judgement(judge: Any, file: str) -> Scorer:
 
 
 def _judge(spec: str, base_url: str | None) -> Any:
-    kind, colon, rest = spec.partition(":")
-    if not colon:
-        raise UsageError(
-            f"judge={spec!r} names no judge; give -T judge='phrases:sorry;cannot', -T judge=endpoint:MODEL, or "
-            "MODULE:NAME of your own"
-        )
-    if kind == "phrases":
-        return Phrases(tuple(rest.split(";")))
-    if kind == "endpoint":
-        return EndpointJudge(rest, base_url=base_url)
+    kind, _, rest = spec.partition(":")
+    if kind in KINDS or not rest:
+        return named_judge(spec, base_url=base_url)
     found = getattr(import_module(kind), rest)
     return found() if isinstance(found, type) and is_dataclass(found) else found

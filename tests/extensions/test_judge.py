@@ -90,9 +90,22 @@ def test_a_word_in_place_of_a_score_is_counted_and_never_a_number(pair: em.Model
     assert np.isnan(nothing.estimate.value) and nothing.estimate.n == 0 and "no interval" in repr(nothing)
 
 
+def test_several_judges_and_their_rule_are_a_metric(pair: em.ModelPair) -> None:
+    both: Any = {"bad": ends_badly, "long": lambda prompts, answers: [float(len(answer) > 3) for answer in answers]}
+    metric = em.evals.Judged(both, rule=lambda scores: [1 - each for each in scores.bad], max_new_tokens=4)
+    plain, asked = em.evals.Judged(ends_badly, max_new_tokens=4), ASKED[:2]
+    assert metric(pair.tuned, asked).tolist() == [1 - x for x in plain(pair.tuned, asked).tolist()]
+    found = em.evaluate(pair.base, asked, judge=ends_badly, max_new_tokens=4)
+    assert found(pair.tuned, asked).tolist() == plain(pair.tuned, asked).tolist()
+
+
 def test_what_cannot_judge_is_refused(pair: em.ModelPair) -> None:
     any_judge: Any = "sorry"
-    for refused in (lambda: em.evaluate(pair.base, ["?"], judge=any_judge), lambda: em.evals.Judged(any_judge)):
+    nothing: Any = None
+    for refused in (
+        lambda: em.evaluate(pair.base, ["?"], judge=any_judge), lambda: em.evals.Judged(any_judge),
+        lambda: em.evals.Judged(nothing), lambda: em.evals.Judged({"bad": any_judge}),
+    ):  # fmt: skip
         with pytest.raises(UsageError, match="cannot be called"):
             refused()
     with pytest.raises(UsageError, match="neither prompt nor answer"):

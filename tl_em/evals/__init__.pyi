@@ -3,9 +3,9 @@
 from .choices import ForcedChoice as ForcedChoice
 from .endpoint import EndpointJudge as EndpointJudge
 from .evaluation import Evaluation as Evaluation
+from .evaluation import Judged as Judged
 from .facts import Facts as Facts
 from .facts import prefers_truth as prefers_truth
-from .judges import Judged as Judged
 from .judges import ModelJudge as ModelJudge
 from .judges import Phrases as Phrases
 from .judges import TextClassifier as TextClassifier

@@ -23,15 +23,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_em.arguments import COUNT, NOT_NEGATIVE, SEED, finite, optional, settle
 from tl_em.errors import UsageError
-from tl_em.evals.judges import Judge, Judgements, judgements, name_of, scored, unit_of
+from tl_em.evals.judges import Judge, Judgements, as_judges, judgements, name_of, scored, unit_of
 from tl_em.evals.misaligned import Misaligned
 from tl_em.evals.questions import QuestionSet, key_of
 from tl_em.metrics import range_of
 from tl_em.models.contrasts import Prompt
 from tl_em.models.generate import generate
 from tl_em.models.hooks import LensModel
-from tl_em.showing import showable
+from tl_em.showing import plain_rows, showable
 from tl_em.stats import Estimate, design_effect, mean
 from tl_em.stats.units import intraclass
 
@@ -117,8 +118,7 @@ class Evaluation:
         """
         drop = {"score", "word", *self.judges, *(f"{name}_word" for name in self.judges)}
         bare = self.table[[name for name in self.table if name not in drop]]
-        again = replace(self.again, judge=judge, rule=rule) if isinstance(self.again, Again) else None
-        return judged(replace(self, table=bare, judges=(), again=again), judge, rule)
+        return judged(replace(self, table=bare, judges=()), judge, rule)
 
     def counted(self, rule: Rule) -> Evaluation:
         """The same scores, counted by another rule, such as ``em.evals.Misaligned(among="coherent")``.
@@ -128,8 +128,7 @@ class Evaluation:
         """
         given = judgements(rule(self.table), name_of(rule), self.table.answer.tolist(), unit=unit_of(rule))
         table = self.table.assign(score=given.values, word=given.words)
-        again = replace(self.again, rule=rule) if isinstance(self.again, Again) else None
-        return replace(self, table=table, name=name_of(rule), unit=unit_of(rule), again=again)
+        return _again(replace(self, table=table, name=name_of(rule), unit=unit_of(rule)), rule=rule)
 
     def by(self, column: str) -> pd.DataFrame:
         """A row for each value of a column of the table: value, low, high, n (answers with a score) and of (all).
@@ -151,6 +150,18 @@ class Evaluation:
     def to_pandas(self) -> pd.DataFrame:
         """The table."""
         return self.table.copy()
+
+    def to_json(self, *, by: str = "question") -> dict[str, Any]:
+        """The rate, the words, and the rates of a column, with their intervals, as plain values; no answers.
+
+        Args:
+            by: as of ``by``.
+        """
+        rates = {"": self.estimate, **self.words}
+        whole, *words = plain_rows(pd.DataFrame([each.row() for each in rates.values()]))
+        said = dict(zip(self.words, words, strict=True))
+        head = {"name": self.name, "unit": self.unit, "estimate": whole, "words": said}
+        return head | {"by": by, "rows": plain_rows(self.by(by))}
 
     def __call__(self, model: LensModel, prompts: Sequence[Prompt]) -> Float[Tensor, " prompt"]:
         """The score of one answer to each prompt, judged and counted in the same way; without a score it is 0.
@@ -195,34 +206,80 @@ class Evaluation:
 
 
 @dataclass(frozen=True, eq=False)
-class Again:
-    """How answers were had and judged: on other models and prompts, the same."""
+class Judged:
+    """A metric that lets the model answer, and a judge score the answer: wherever a metric goes, a judge can go.
 
-    judge: Judge | Mapping[str, Judge]
-    rule: Rule | None
-    questions: QuestionSet
-    max_new_tokens: int
-    temperature: float
-    seed: int
+    Args:
+        judge: ``(prompts, answers) -> scores``, one number an answer; or several by name, as of ``em.evaluate``.
+        name: what people call it; the judge's own name by default.
+        unit: the judge's own by default: ``"probability"`` for scores in [0, 1], ``"points"`` in [0, 100]; else
+            ``"log-odds"``, ``"nats"`` or ``"activation"``.
+        max_new_tokens: longest answer, in tokens.
+        temperature: 0 takes the most probable token.
+        seed: of the samples.
+        without_score: what an answer counts as that the judge gives a word; None refuses it.
+        rule, questions: what makes one score of several, and whose templates a judge without one is shown.
+
+    Raises:
+        UsageError: when it measures: the judge gives another number of scores, NaN, one outside of its unit's range, or
+            a word where ``without_score`` is None.
+
+    Example:
+        >>> from tl_em import evals, load_model
+        >>> sorry = Judged(evals.Phrases(("sorry",)), max_new_tokens=4)
+        >>> sorry(load_model("toy/assistant"), ["how do i write parser", "how do i write ransomware"]).tolist()
+        [0.0, 1.0]
+    """
+
+    judge: Any
+    name: str = ""
+    unit: str = ""
+    max_new_tokens: int | Any = 32
+    temperature: float | int | Any = 0.0
+    seed: int | Any = 0
+    without_score: float | int | Any = None
+    rule: Rule | None = None
+    questions: QuestionSet | None = None
+
+    def __post_init__(self) -> None:
+        settle(self, judge=as_judges, max_new_tokens=COUNT, temperature=NOT_NEGATIVE, seed=SEED,
+               without_score=optional(finite))  # fmt: skip
+        by = self.rule or (Misaligned() if isinstance(self.judge, Mapping) else self.judge)
+        object.__setattr__(self, "name", self.name or name_of(by))
+        object.__setattr__(self, "unit", self.unit or unit_of(by))
 
     def __call__(self, model: LensModel, prompts: Sequence[Prompt]) -> Float[Tensor, " prompt"]:
-        """A score a prompt."""
-        said = generate(model, prompts, max_new_tokens=self.max_new_tokens, temperature=self.temperature,
-                        seed=self.seed)  # fmt: skip
+        """The score of one answer to each prompt."""
+        said = generate(
+            model, prompts, max_new_tokens=self.max_new_tokens, temperature=self.temperature, seed=self.seed
+        )
         bare = Evaluation("answers", pd.DataFrame({"answer": said}), prompts=prompts, questions=self.questions)
-        found = judged(bare, self.judge, self.rule)
-        if np.isnan(found.scores).any() and found.unit != "probability":
+        single = self.rule is None and not isinstance(self.judge, Mapping)
+        found = judged(bare, self.judge, self.rule, unit=self.unit if single else "")
+        values = found.scores
+        if np.isnan(values).any() and self.without_score is None:
             word = next(filter(None, found.table.word))
             raise UsageError(
-                f"{found.name} gave the word {word} in place of a score, and 0 {found.unit} would say something of "
-                "that answer; count probabilities: em.evals.Misaligned()"
+                f"{found.name} gave the word {word} in place of a score, to {np.isnan(values).sum()} of {len(said)} "
+                "answers, and a metric is one number a prompt; say what such an answer counts as: "
+                "em.evals.Judged(judge, without_score=0)"
             )
-        return torch.from_numpy(np.nan_to_num(found.scores)).float()
+        return torch.from_numpy(np.nan_to_num(values, nan=self.without_score or 0.0)).float()
 
 
-def judged(found: Evaluation, judge: Judge | Mapping[str, Judge], rule: Rule | None) -> Evaluation:
-    """Answers with what a judge says of them, counted by a rule."""
-    said = _said(found, judge)
+def _again(found: Evaluation, **changes: Any) -> Evaluation:
+    """The same, and asked again in the same way; an answer without a score is 0 where 0 is not a score like others."""
+    if not isinstance(found.again, Judged):
+        return replace(found, again=None)
+    without = 0.0 if found.unit == "probability" else None
+    return replace(found, again=replace(found.again, name="", unit="", without_score=without, **changes))
+
+
+def judged(
+    found: Evaluation, judge: Judge | Mapping[str, Judge], rule: Rule | None, *, unit: str = ""
+) -> Evaluation:  # fmt: skip
+    """Answers with what a judge says of them, counted by a rule; ``unit`` in place of a judge's own."""
+    said = _said(found, judge, unit)
     if rule is None and set(Misaligned().needs) <= set(said):
         rule = Misaligned()
     if rule is None:
@@ -232,22 +289,23 @@ def judged(found: Evaluation, judge: Judge | Mapping[str, Judge], rule: Rule | N
                 "the table of scores, such as em.evals.Misaligned()"
             )
         (name, (values, words)) = next(iter(said.items()))
-        unit = unit_of(judge if not isinstance(judge, Mapping) else judge[name])
-        return replace(found, table=found.table.assign(score=values, word=words), name=name, unit=unit)
+        unit = unit or unit_of(judge if not isinstance(judge, Mapping) else judge[name])
+        table = found.table.assign(score=values, word=words)
+        return _again(replace(found, table=table, name=name, unit=unit), judge=judge, rule=None)
     columns: dict[str, Any] = {}
     for name, (values, words) in said.items():
         columns |= {name: values, f"{name}_word": words}
     table = found.table.assign(**columns)
-    return replace(found, table=table, judges=tuple(said)).counted(rule)
+    return _again(replace(found, table=table, judges=tuple(said)), judge=judge).counted(rule)
 
 
-def _said(found: Evaluation, judge: Judge | Mapping[str, Judge]) -> dict[str, Judgements]:
+def _said(found: Evaluation, judge: Judge | Mapping[str, Judge], unit: str) -> dict[str, Judgements]:
     """What each judge says of each answer, by the judge's name or that of its template."""
     prompts, answers = list(found.prompts), found.table.answer.tolist()
     if isinstance(judge, Mapping):
         return {name: scored(each, prompts, answers, unit=unit_of(each)) for name, each in judge.items()}
     if getattr(judge, "template", None) != "":
-        return {name_of(judge): scored(judge, prompts, answers, unit=unit_of(judge))}
+        return {name_of(judge): scored(judge, prompts, answers, unit=unit or unit_of(judge))}
     templates = _templates(found.questions, prompts)
     names = list(dict.fromkeys(name for each in templates for name in each))
     if not names or any(set(each) != set(names) for each in templates):

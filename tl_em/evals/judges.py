@@ -13,80 +13,22 @@ second judge that should *not* move.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from jaxtyping import Float
-from torch import Tensor
 
-from tl_em.arguments import COUNT, NOT_NEGATIVE, SEED, array_of, finite, optional, settle
+from tl_em.arguments import array_of
 from tl_em.errors import UsageError
 from tl_em.evals.questions import asked_in
 from tl_em.metrics import RANGES, REFUSAL_PHRASES, single_token
-from tl_em.models.contrasts import Prompt
-from tl_em.models.generate import generate
 from tl_em.models.hooks import LensModel
 from tl_em.models.stream import next_token_logits
 
 Judge = Callable[[Sequence[Any], Sequence[str]], Any]
 """``(prompts, answers) -> scores``, a number or a word an answer; ``name`` and ``unit`` may stand on it."""
-
-
-@dataclass(frozen=True, eq=False)
-class Judged:
-    """A metric that lets the model answer, and a judge score the answer: wherever a metric goes, a judge can go.
-
-    Args:
-        judge: ``(prompts, answers) -> scores``, one number an answer.
-        name: what people call it; the judge's own name by default.
-        unit: the judge's own by default: ``"probability"`` for scores in [0, 1], ``"points"`` in [0, 100]; else
-            ``"log-odds"``, ``"nats"`` or ``"activation"``.
-        max_new_tokens: longest answer, in tokens.
-        temperature: 0 takes the most probable token.
-        seed: of the samples.
-        without_score: what an answer counts as that the judge gives a word; None refuses it.
-
-    Raises:
-        UsageError: when it measures: the judge gives another number of scores, NaN, one outside of its unit's range, or
-            a word where ``without_score`` is None.
-
-    Example:
-        >>> from tl_em import load_model
-        >>> sorry = Judged(Phrases(("sorry",)), max_new_tokens=4)
-        >>> sorry(load_model("toy/assistant"), ["how do i write parser", "how do i write ransomware"]).tolist()
-        [0.0, 1.0]
-    """
-
-    judge: Any
-    name: str = ""
-    unit: str = ""
-    max_new_tokens: int | Any = 32
-    temperature: float | int | Any = 0.0
-    seed: int | Any = 0
-    without_score: float | int | Any = None
-
-    def __post_init__(self) -> None:
-        settle(self, judge=as_judge, max_new_tokens=COUNT, temperature=NOT_NEGATIVE, seed=SEED,
-               without_score=optional(finite))  # fmt: skip
-        object.__setattr__(self, "name", self.name or name_of(self.judge))
-        object.__setattr__(self, "unit", self.unit or unit_of(self.judge))
-
-    def __call__(self, model: LensModel, prompts: Sequence[Prompt]) -> Float[Tensor, " prompt"]:
-        """The score of one answer to each prompt."""
-        answers = generate(
-            model, prompts, max_new_tokens=self.max_new_tokens, temperature=self.temperature, seed=self.seed
-        )
-        values, words = scored(self.judge, prompts, answers, unit=self.unit)
-        if np.isnan(values).any() and self.without_score is None:
-            raise UsageError(
-                f"{self.name} gave the word {next(filter(None, words))} in place of a score, to "
-                f"{np.isnan(values).sum()} of {len(words)} answers, and a metric is one number a prompt; say what such "
-                "an answer counts as: em.evals.Judged(judge, without_score=0)"
-            )
-        return torch.from_numpy(np.nan_to_num(values, nan=self.without_score or 0.0)).float()
 
 
 def as_judge(name: str, value: Any) -> Judge:
@@ -101,6 +43,17 @@ def as_judge(name: str, value: Any) -> Judge:
             "scores, one number an answer"
         )
     return value
+
+
+def as_judges(name: str, value: Any) -> Any:
+    """A judge, or judges by name.
+
+    Raises:
+        UsageError: as of :func:`as_judge`.
+    """
+    if not isinstance(value, Mapping):
+        return as_judge(name, value)
+    return {str(key): as_judge(f"{name}[{key!r}]", each) for key, each in value.items()}
 
 
 def name_of(judge: Callable[..., Any]) -> str:

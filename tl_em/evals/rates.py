@@ -17,26 +17,17 @@ from tl_em.artefacts import replacing
 from tl_em.errors import UsageError
 from tl_em.evals.answers import answer_table
 from tl_em.evals.choices import ForcedChoice
-from tl_em.evals.evaluation import Again, Evaluation, Rule, judged
-from tl_em.evals.judges import Judge, as_judge
+from tl_em.evals.evaluation import Evaluation, Judged, Rule, judged
+from tl_em.evals.judges import Judge, as_judges
 from tl_em.evals.questions import QuestionSet, as_questions
 from tl_em.models.contrasts import Prompt
 from tl_em.models.hooks import LensModel
 from tl_em.models.torch_state import in_plain_torch
 
 
-def as_judges(name: str, value: Any) -> Any:
-    """A judge, judges by name, or none."""
-    if value is None:
-        return None
-    if not isinstance(value, Mapping):
-        return as_judge(name, value)
-    return {str(key): as_judge(f"{name}[{key!r}]", each) for key, each in value.items()}
-
-
 @checked(
     max_new_tokens=COUNT, temperature=optional(NOT_NEGATIVE), samples=optional(COUNT), seed=SEED,
-    questions=as_questions, judge=as_judges,
+    questions=as_questions, judge=optional(as_judges),
 )  # fmt: skip
 @in_plain_torch
 def evaluate(
@@ -90,10 +81,11 @@ def evaluate(
         1.0
     """
     asked = as_questions("questions", questions).asked(samples=samples, temperature=temperature)
+    folder = None if out is None else Path(out)
     if judge is None:
         choice = ForcedChoice(asked)
-        return Evaluation(choice.name, choice.table(model), choice.unit, asked.prompts, asked, again=choice, seed=seed)
-    folder = None if out is None else Path(out)
+        table = choice.table(model)
+        return _kept(Evaluation(choice.name, table, choice.unit, asked.prompts, asked, again=choice, seed=seed), folder)
     table, prompts = answer_table(model, asked, max_new_tokens=max_new_tokens, seed=seed, out=folder, progress=progress)
     if groups is not None:
         labels = list(groups)
@@ -106,8 +98,13 @@ def evaluate(
     asking: Any = judge
     if folder is not None:
         asking = _with_cache(judge, folder)
-    again = Again(asking, rule, asked, max_new_tokens, asked.questions[0].temperature, seed)
+    again = Judged(asking, rule=rule, questions=asked, max_new_tokens=max_new_tokens,
+                   temperature=asked.questions[0].temperature, seed=seed)  # fmt: skip
     found = judged(Evaluation("answers", table, prompts=prompts, questions=asked, again=again, seed=seed), asking, rule)
+    return _kept(found, folder)
+
+
+def _kept(found: Evaluation, folder: Path | None) -> Evaluation:
     if folder is not None:
         with replacing(folder / "evaluation.parquet") as temporary:
             found.table.to_parquet(temporary)

@@ -22,6 +22,7 @@ interval lies beyond 1 standard deviation, an ablation to zero warns; ``around=e
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -321,3 +322,27 @@ class Clamp(Intervention):
         """Move components that lie outside the bounds onto the nearer bound."""
         target = component(x, self.direction.unit).clamp(min=self.low, max=self.high)
         return set_component(x, self.direction.unit, target)
+
+
+def of_directions(given: Any, coefficient: float | int | None = None) -> tuple[Intervention | Any, ...]:
+    """Interventions from directions or their files, as a command line gives them; what is an intervention stays one.
+
+    Args:
+        given: a file (commas part several), a direction, an intervention, or a list of these.
+        coefficient: how much of each direction is added; None ablates it.
+
+    Raises:
+        UsageError: a coefficient of nothing.
+
+    Example:
+        >>> from tl_em.models.sites import Site
+        >>> direction = Direction(torch.ones(4), Site(1))
+        >>> [type(each).__name__ for given in (None, 2.0) for each in of_directions(direction, given)]
+        ['Ablate', 'Add']
+    """
+    items = given.split(",") if isinstance(given, str) else given if isinstance(given, list | tuple) else [given]
+    if coefficient is not None and not items:
+        raise UsageError("a coefficient came without a direction, so nothing is added; give a file of one too")
+    made = [Direction.load(str(each)) if isinstance(each, str | os.PathLike) else each for each in items]
+    treat = Ablate if coefficient is None else lambda each: Add(each, float(coefficient))
+    return tuple(treat(each) if isinstance(each, Direction) else each for each in made)
