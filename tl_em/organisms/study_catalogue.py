@@ -150,7 +150,9 @@ def written(name: str, table: pd.DataFrame, chosen: Study, where: Path) -> dict[
     found = {"summary": _summary(table, chosen)}
     if chosen.fitted:
         found["fit"] = _fit(table, chosen)
-    figure = studies.study(table, x=chosen.x, by=chosen.by, unit=chosen.unit, logarithmic=chosen.logarithmic)
+    lines = table.assign(rank="rank " + table["rank"].astype(str)) if "rank" in table else table
+    by = [column for column in chosen.by if len(set(lines[column])) > 1] or chosen.by[-1:]
+    figure = studies.study(lines, x=chosen.x, by=by, unit=chosen.unit, logarithmic=chosen.logarithmic)
     for suffix in ("svg", "png"):
         plots.save(figure, where / f"{name}.{suffix}")
     for part, each in found.items():
