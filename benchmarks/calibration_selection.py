@@ -20,7 +20,8 @@ import torch
 from calibration_verdicts import Row
 
 import tl_em as em
-from tl_em.claims import selection
+from tl_em.claims import controls, selection
+from tl_em.directions.candidates import Candidates
 from tl_em.directions.geometry import control_directions
 
 SITES = tuple(em.Site(layer, stream) for layer, stream in ((1, "resid_pre"), (2, "resid_pre"), (2, "resid_post")))
@@ -72,18 +73,35 @@ def _winner(rng: np.random.Generator, seed: int, *, held_out: bool, of: str, pla
 
     train = [order[48:112] for order in shuffled]
     found, places = [], [(position, site) for position in POSITIONS for site in SITES]
+    made_from = em.ContrastSet([contrast.positive[i] for i in train[0]], [contrast.negative[i] for i in train[1]])
     for k in range(CANDIDATES):
         position, site = places[k % len(places)]
         x = [acts[index] for acts, index in zip(read()[position, site], train, strict=True)]
         true = x[0].mean(0) - x[1].mean(0)
         vector = true if planted and k == CANDIDATES // 2 - 1 else _noise(rng, x, of) * np.linalg.norm(true)
         found.append(em.Direction(torch.from_numpy(vector).float(), site, position))
-    with patch.object(selection, "_along_each", _read_off):
+    candidates = Candidates(tuple(found), contrast=made_from)
+    here = patch.object(selection, "_along_each", _read_off), patch.object(selection, "activations_at", _kept)
+    with here[0], here[1], patch.object(controls, "activations_at", _kept):
         pick = em.select_direction(
-            toy().base, found, part(0), metric=metric, test=part(24) if held_out else None,
+            toy().base, candidates, part(0), metric=metric, test=part(24) if held_out else None,
             max_kl=99.0, min_induce=-99.0, max_depth=1.0, seed=seed,
         )  # fmt: skip
     return {"bypass": pick.p["bypass"] < 0.05}
+
+
+def _kept(model: Any, prompts: Any, sites: Any, position: Any) -> np.ndarray:
+    """[prompt, site, d_model], as it was read once."""
+    return np.stack([[by_prompt()[position, site, str(each)] for site in sites] for each in prompts])
+
+
+@cache
+def by_prompt() -> dict[Any, np.ndarray]:
+    """The activation of every prompt at each position and site."""
+    contrast: Any = (toy().contrasts or {})["refusal"]
+    sides = contrast.positive, contrast.negative
+    return {(*place, str(prompt)): row for place, acts in read().items() for x, side in zip(acts, sides, strict=True)
+            for prompt, row in zip(side, x, strict=True)}  # fmt: skip
 
 
 def _read_off(model: Any, edit: Any, directions: Any, prompts: Any, measure: Any) -> np.ndarray:

@@ -28,9 +28,17 @@ from tl_em.claims.selection import (
     NOT_LOWEST,
     Criteria,
     _along_each,
+    _rounds,
     rejections,
 )
-from tl_em.errors import NoCandidateError, NotReachedError, ProvenanceError, UsageError, ZeroDirectionError
+from tl_em.errors import (
+    NoCandidateError,
+    NotReachedError,
+    NuisanceWarning,
+    ProvenanceError,
+    UsageError,
+    ZeroDirectionError,
+)
 from tl_em.interventions import many
 from tl_em.interventions.base import Partial
 from tl_em.models.hooks import LensModel, hooked
@@ -311,6 +319,41 @@ def test_the_best_of_many_random_candidates_is_held_against_the_best_of_as_many(
     assert np.mean(lone) < 0.25 < np.mean(of_many)
 
 
+def spanned(model: LensModel, direction: em.Direction, contrast: em.ContrastSet) -> float:
+    """The share of a vector that the within-class differences at its site make up."""
+    acts = [
+        em.capture(model, side, [direction.site], position=direction.position)[:, 0].double()
+        for side in (contrast.positive, contrast.negative)
+    ]
+    q = torch.linalg.svd(torch.cat([x - x.mean(0) for x in acts]), full_matrices=False)
+    rows = q.Vh[q.S / q.S[0] > 1e-6]
+    return float((rows @ direction.unit.double()).norm())
+
+
+def test_random_directions_are_drawn_from_the_prompts_that_made_the_candidates(small_model: LensModel) -> None:
+    found = em.candidate_directions(small_model, TRAIN, positions=["prompt_end"])
+    known = [each for own in _rounds(small_model, found, Criteria(9), CHOOSE, TEST, 3, 0) for each in own]
+    assert known and min(spanned(small_model, each, TRAIN) for each in known) > 0.999
+    assert max(spanned(small_model, each, CHOOSE) for each in known) < 0.99
+    unknown = [each for own in _rounds(small_model, list(found), Criteria(9), CHOOSE, TEST, 3, 0) for each in own]
+    both = em.ContrastSet([*CHOOSE.positive, *TEST.positive], [*CHOOSE.negative, *TEST.negative])
+    assert min(spanned(small_model, each, both) for each in unknown) > 0.999
+    assert max(spanned(small_model, each, CHOOSE) for each in unknown) < 0.99
+
+
+def test_prompts_that_belong_together_count_once_in_the_held_out_estimates(small_model: LensModel) -> None:
+    found = em.candidate_directions(small_model, TRAIN, positions=["prompt_end"])
+    loose: dict[str, Any] = {"metric": METRIC, "max_kl": 99.0, "min_induce": -99.0, "controls": 0}
+    once = em.select_direction(small_model, found, CHOOSE, test=TEST, **loose)
+    four = em.select_direction(small_model, found, steal(4 * THINGS[3:]), test=steal(4 * OTHERS), **loose)
+    apart = len(THINGS[3:]) + len(OTHERS)
+    assert (once.optimism.n, four.optimism.n) == (apart, 4 * apart)
+    assert four.optimism.value == pytest.approx(once.optimism.value, abs=1e-4)
+    assert four.optimism.n_effective == pytest.approx(apart, abs=0.1) and four.estimate.n_effective < 4.1
+    width = [each.optimism.high - each.optimism.low for each in (once, four)]
+    assert width[1] == pytest.approx(width[0], rel=0.05)  # as if each had stood there once
+
+
 def test_random_directions_that_break_the_model_are_no_rivals(small_model: LensModel) -> None:
     found = em.candidate_directions(small_model, TRAIN, positions=["prompt_end"])
     options: dict[str, Any] = {"metric": METRIC, "min_induce": -99.0, "max_depth": 1.0, "controls": 9}
@@ -375,6 +418,13 @@ def test_candidates_that_do_not_fit_are_refused(surface: str) -> None:
         em.select_direction(model, [em.Direction(torch.ones(32), em.Site(1, "mlp_out"))], CHOOSE)
     with pytest.raises(UsageError, match="would not be a held-out one"):
         em.select_direction(model, found, CHOOSE, test=CHOOSE)
+    with pytest.raises(UsageError, match="all 6 prompts that steal is to be judged on are among"):
+        em.select_direction(model, found, TRAIN)
+    with pytest.raises(UsageError, match="all 6 prompts"):
+        em.select_direction(model, found, CHOOSE, test=TRAIN)
+    loose: dict[str, Any] = {"metric": METRIC, "max_kl": 99.0, "min_induce": -99.0, "controls": 0}
+    with pytest.warns(NuisanceWarning, match="2 of the 8 prompts judged on made the direction"):
+        em.select_direction(model, found, steal([*THINGS[2:]]), **loose)
     with pytest.raises(UsageError, match="name no candidates"):
         em.candidate_directions(model, TRAIN, positions=[])
     with pytest.raises(ZeroDirectionError, match="at all 1 positions"):

@@ -107,7 +107,8 @@ def edited(model: Any) -> Tensor:
 def selected(model: Any) -> Tensor:
     candidates = em.candidate_directions(model, SET, positions=["prompt_end"])
     options = {"max_kl": 10, "min_induce": -100, "max_depth": 1, "controls": 2}
-    return em.select_direction(model, candidates, SET, metric=METRIC, **options).direction.vector
+    others = em.ContrastSet([f"please {p}" for p in POSITIVE], [f"please {p}" for p in NEGATIVE])
+    return em.select_direction(model, candidates, others, metric=METRIC, **options).direction.vector
 
 
 def verified(model: Any) -> float:

@@ -299,7 +299,7 @@ def test_a_guard_survives_its_file_and_a_damaged_file_is_refused(small_model: Le
 
 def test_a_guard_is_refused_where_it_does_not_belong(small_model: LensModel, assistant: LensModel) -> None:
     guard = LatentGuard.fit(small_model, CONTRAST)
-    with pytest.raises(UsageError, match="these very prompts"):
+    with pytest.raises(UsageError, match="prompts that the guard is to be judged on"):
         guard.evaluate(small_model, CONTRAST)
     with pytest.raises(WidthError, match="the guard is 32 wide"):
         guard.score(assistant, PROMPTS)

@@ -30,7 +30,7 @@ from tl_em.directions.direction import Direction, check_fits
 from tl_em.directions.screening import answer_to_own_prompts
 from tl_em.errors import NoGapError, NuisanceWarning, UsageError
 from tl_em.metrics import Behaviour, Metric, as_metric
-from tl_em.models.contrasts import ContrastSet, hashed, together
+from tl_em.models.contrasts import ContrastSet, already_used, together
 from tl_em.models.hooks import LensModel
 from tl_em.models.loading import ModelPair
 from tl_em.models.sites import Site
@@ -264,24 +264,6 @@ def _measured(question: Question, case: Case) -> list[Finding]:
             "case.finding(self, effect, controls=…), or None where there is nothing to ask with"
         )
     return [found]
-
-
-def already_used(direction: Direction, contrast: ContrastSet) -> str:
-    """Which of the prompts to be judged on made the direction, in words, whatever their class; "" where none did.
-
-    Raises:
-        UsageError: all of them did.
-    """
-    judged = set(hashed([*contrast.positive, *contrast.negative]).split())
-    origin = direction.provenance
-    seen = judged & set(((origin and origin.prompts) or "").split())
-    if seen == judged:
-        raise UsageError(
-            f"all {len(judged)} prompts that {direction.name or 'the direction'} is to be judged on are among those it "
-            "was made from, and it separates these by construction, whatever it means; part them first: train, "
-            "select, test = contrast.split(), make it from train, judge it on test"
-        )
-    return f"{len(seen)} of the {len(judged)} prompts judged on made the direction" if seen else ""
 
 
 def check_directions(pair: ModelPair, directions: Mapping[str, tuple[Direction, ContrastSet]], controls: int) -> None:

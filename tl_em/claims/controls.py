@@ -59,7 +59,7 @@ def random_directions(
     """
     both = isinstance(drawn_from, ContrastSet)
     classes = (drawn_from.positive, drawn_from.negative) if both else (drawn_from, drawn_from)
-    x = [_read(model, prompts, [direction.site], direction.position)[:, 0] for prompts in classes]
+    x = [activations_at(model, prompts, [direction.site], direction.position)[:, 0] for prompts in classes]
     return _random(direction, x[0], x[1], count, seed)
 
 
@@ -75,7 +75,7 @@ def random_in_place(
     for position in positions:
         here = {i: each for i, each in enumerate(directions) if each.position == position}
         sites = [each.site for each in here.values()]
-        x = [_read(model, prompts, sites, position) for prompts in (drawn_from.positive, drawn_from.negative)]
+        x = [activations_at(model, prompts, sites, position) for prompts in (drawn_from.positive, drawn_from.negative)]
         whole = np.eye(x[0].shape[-1])
         for column, (i, own) in enumerate(here.items()):
             classes = [each[:, column] for each in x]
@@ -90,9 +90,10 @@ def _random(own: Direction, positive: np.ndarray, negative: np.ndarray, count: i
     return [replace(own, vector=vector, name="random", neutral=None) for vector in vectors]
 
 
-def _read(
+def activations_at(
     model: LensModel, prompts: Sequence[Any], sites: Sequence[Site], position: Position
 ) -> Float[np.ndarray, "prompt site d_model"]:
+    """Activations at a position, or at the prompt's end where prompts have no such token."""
     try:
         return capture(model, prompts, sites, position=position).double().numpy()
     except PositionError:

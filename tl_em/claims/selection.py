@@ -17,17 +17,20 @@ measured on other prompts.  *Optimism* is the winner's bypass on the selection p
 
 **Control.**  The winner of many beats most single random directions even where all candidates are noise.  So the search
 is repeated: in each *round* a random direction of the within-class covariance stands in place of every candidate that
-is not too deep, as long as that.  p is the share of rounds, the search itself among them, of which some direction does
-at least as well (for bypass: one whose KL is not too large) on the prompts that the winner is tested on.  It counts for
-less than a winner's p alone would, and holds however the choice was made.
+is not too deep, as long as that.  The covariance is that of the prompts which the candidates were made from, since
+theirs is the noise that a candidate holds: that of a few other prompts is larger or smaller by chance, in all rounds
+alike, and so would be what the best of many does.  p is the share of rounds, the search itself among them, of which
+some direction does at least as well (for bypass: one whose KL is not too large) on the prompts that the winner is
+tested on.  It counts for less than a winner's p alone would, and holds however the choice was made.
 
 Source: Arditi et al. 2024, arXiv:2406.11717, section 2.3 and appendix C; its procedure has neither of the two controls.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,16 +40,16 @@ from jaxtyping import Float
 
 from tl_em.arguments import COUNT, FRACTION, NATURAL, NOT_NEGATIVE, SEED, checked, finite
 from tl_em.claims.arms import KL, Arm, Values
-from tl_em.claims.controls import random_in_place
+from tl_em.claims.controls import activations_at, random_in_place
 from tl_em.claims.questions.use import CONTROL_PROMPTS
 from tl_em.directions.candidates import Candidates
 from tl_em.directions.direction import Direction, check_fits
-from tl_em.errors import NoCandidateError, UsageError
+from tl_em.errors import NoCandidateError, NuisanceWarning, UsageError
 from tl_em.interventions.edits import Ablate, Add
 from tl_em.interventions.many import Along, Measure, Scores, along_each, kl_from_now
 from tl_em.metrics import Metric, measured, refusal_log_odds
 from tl_em.models.class_means import as_contrast
-from tl_em.models.contrasts import ContrastSet
+from tl_em.models.contrasts import ContrastSet, already_used
 from tl_em.models.hooks import LensModel
 from tl_em.models.prompts import encode
 from tl_em.models.sites import Position
@@ -88,7 +91,9 @@ class Selection:
         held_out: bypass, induce, kl and untreated of the winner on the test prompts; empty without a test set.
         optimism: bypass on the selection prompts minus bypass on the test prompts; ``None`` without a test set.
         controls: a row a round of random directions in place of the candidates: the lowest bypass and the highest
-            induce among them, on at most 16 of the test prompts (else of those of the selection).
+            induce among them, on at most 16 of the test prompts (else of those of the selection).  They are drawn from
+            the prompts that the candidates were made from; where these are not known (directions in a list), from all
+            prompts given here.
         p: share of rounds, the search itself among them, that do at least as well as the winner; by score.
         criteria: the rule's bounds.
         metric: the metric's name and unit.
@@ -188,7 +193,8 @@ def select_direction(
 
     Raises:
         NoCandidateError: no candidate meets the criteria; the message counts what removed them.
-        UsageError: no candidates, candidates outside the residual stream, or test prompts that the choice was made on.
+        UsageError: no candidates, candidates outside the residual stream, test prompts that the choice was made on, or
+            prompts that all made a candidate (some: a NuisanceWarning).
         ProvenanceError, WidthError: a candidate was made on another model.
 
     Example:
@@ -207,10 +213,13 @@ def select_direction(
     table, bypass = _measured(model, list(candidates), contrast, metric, criteria, full)
     index = winner(table, criteria)
     direction = candidates[index]
-    held_out, again = ({}, None) if test is None else _held_out(model, direction, test, metric, seed)
-    random, p = _controls(
-        model, list(candidates), direction, contrast, test or contrast, metric, criteria, controls, seed
+    held_out, optimism = (
+        ({}, None)
+        if test is None
+        else _held_out(model, direction, bypass[index], *_belonging(model, direction, contrast, test), metric, seed)
     )
+    rounds = _rounds(model, candidates, criteria, contrast, test, controls, seed)
+    random, p = _controls(model, rounds, direction, contrast, test or contrast, metric, criteria, controls, seed)
     return Selection(
         direction,
         _with_fates(table, index, criteria, candidates.without if isinstance(candidates, Candidates) else ()),
@@ -219,7 +228,7 @@ def select_direction(
             "induce": float(measured(metric, model, contrast.negative).mean()),
         },
         held_out,
-        None if again is None else difference(again, bypass[index], seed=seed).estimate,
+        optimism,
         random,
         p,
         criteria,
@@ -234,6 +243,9 @@ def _check(
         raise UsageError("there are no candidates to choose from; make them with em.candidate_directions(model, …)")
     for direction in {(id(d.provenance), len(d.vector)): d for d in candidates}.values():
         check_fits(direction, model)
+        for judged in filter(None, (contrast, test)):
+            if said := already_used(direction, judged):
+                warnings.warn(f"{said}: they flatter it; choose and test on others", NuisanceWarning, stacklevel=4)
     elsewhere = sorted({direction.site.stream for direction in candidates} - set(STREAMS))
     if elsewhere:
         raise UsageError(
@@ -293,31 +305,71 @@ def _with_fates(
     return pd.concat([table, pd.DataFrame(absent)], ignore_index=True) if absent else table
 
 
+def _belonging(
+    model: LensModel, direction: Direction, contrast: ContrastSet, test: ContrastSet
+) -> tuple[ContrastSet, ContrastSet]:
+    """Both sets with the groups of prompts that belong together, across the two of them too where none are given."""
+
+    def read(*sets: ContrastSet) -> list[np.ndarray]:
+        sides = [[p for each in sets for p in each.positive], [p for each in sets for p in each.negative]]
+        return [activations_at(model, prompts, [direction.site], direction.position)[:, 0] for prompts in sides]
+
+    if contrast.has_groups or test.has_groups:
+        return contrast.grouped(read(contrast)), test.grouped(read(test))
+    found, n, m = _both(contrast, test).grouped(read(contrast, test)), len(contrast.positive), len(contrast.negative)
+    p, q = found.positive_groups, found.negative_groups
+    if p is None or q is None:
+        return contrast, test
+    chosen_on = replace(contrast, positive_groups=p[:n], negative_groups=q[:m])
+    return chosen_on, replace(test, positive_groups=p[n:], negative_groups=q[m:])
+
+
+def _labels(contrast: ContrastSet) -> list[Any]:
+    """The groups of the positive prompts; where there are none, each stands alone."""
+    return list(contrast.positive_groups or [object() for _ in contrast.positive])
+
+
+def _both(contrast: ContrastSet, test: ContrastSet) -> ContrastSet:
+    return ContrastSet([*contrast.positive, *test.positive], [*contrast.negative, *test.negative])
+
+
 def _held_out(
-    model: LensModel, direction: Direction, test: ContrastSet, metric: Metric, seed: int
-) -> tuple[dict[str, Estimate], Values]:
-    """The estimate of each score of the winner, and its bypass prompt by prompt."""
+    model: LensModel, direction: Direction, chosen_on: Values, contrast: ContrastSet, test: ContrastSet,
+    metric: Metric, seed: int,
+) -> tuple[dict[str, Estimate], Estimate]:  # fmt: skip
+    """The estimate of each score of the winner, and its optimism."""
     positive = Arm("bypass", model, test.positive, test.positive_groups, {"metric": metric}, seed=seed)
     negative = Arm("induce", model, test.negative, test.negative_groups, {"metric": metric}, seed=seed)
     bypass = positive.treated(Ablate(direction), only=["metric"])["metric"]
     induce = negative.treated(Add(direction), only=["metric"])["metric"]
     kl = negative.treated(Ablate(direction), only=[KL])[KL]
     found = {"bypass": positive.mean(bypass), "untreated": positive.mean(positive.untreated["metric"])}
-    return {**found, "induce": negative.mean(induce), "kl": negative.mean(kl)}, bypass
+    groups = (_labels(test), _labels(contrast)) if contrast.positive_groups or test.positive_groups else None
+    optimism = difference(bypass, chosen_on, groups=groups, seed=seed).estimate
+    return {**found, "induce": negative.mean(induce), "kl": negative.mean(kl)}, optimism
+
+
+def _rounds(
+    model: LensModel, candidates: Candidates | Sequence[Direction], criteria: Criteria, contrast: ContrastSet,
+    test: ContrastSet | None, count: int, seed: int,
+) -> list[list[Direction]]:  # fmt: skip
+    """For each candidate that is not too deep a random direction a round."""
+    made = candidates.contrast if isinstance(candidates, Candidates) else None
+    drawn_from = made or (contrast if test is None else _both(contrast, test))
+    reached = [each for each in candidates if each.site.layer < criteria.first_deep_layer]
+    return random_in_place(model, reached, drawn_from, count=count, seed=seed) if count else []
 
 
 def _controls(
-    model: LensModel, candidates: Sequence[Direction], chosen: Direction, contrast: ContrastSet, on: ContrastSet,
+    model: LensModel, random: Sequence[Sequence[Direction]], chosen: Direction, contrast: ContrastSet, on: ContrastSet,
     metric: Metric, criteria: Criteria, count: int, seed: int,
 ) -> tuple[pd.DataFrame, dict[str, float]]:  # fmt: skip
     """The best of every round of random directions, and how many rounds have one that does as well as the chosen one.
 
     The best on the very prompts that it stands beside the chosen one on: at least what any rule could have chosen.
     """
-    reached = [each for each in candidates if each.site.layer < criteria.first_deep_layer]
     if not count:
         return pd.DataFrame({"bypass": [], "induce": []}), {}
-    random = random_in_place(model, reached, contrast, count=count, seed=seed)
     flat, best, p = [each for own in random for each in own], {}, {}
     for name, edit, sign, prompts in (("bypass", Ablate, -1, on.positive), ("induce", Add, 1, on.negative)):
         some = [prompts[i] for i in np.random.default_rng(seed).permutation(len(prompts))[:CONTROL_PROMPTS]]

@@ -37,6 +37,7 @@ class Candidates:
     Args:
         directions: positions outermost, then layers.
         without: (position, layer) at which the two means are equal, so that there is no direction.
+        contrast: the prompts that they were made from; random directions in place of them are drawn from these.
 
     Example:
         >>> import torch
@@ -47,6 +48,7 @@ class Candidates:
 
     directions: tuple[Direction, ...]
     without: tuple[tuple[Position, int], ...] = ()
+    contrast: ContrastSet | None = None
 
     def __len__(self) -> int:
         return len(self.directions)
@@ -147,4 +149,4 @@ def candidate_directions(
             f"The means of both classes are equal at all {len(without)} positions and layers, so there is no "
             "direction. Read at a position after the words in which the prompts differ."
         )
-    return Candidates(tuple(found), tuple(without))
+    return Candidates(tuple(found), tuple(without), contrast)

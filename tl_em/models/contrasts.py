@@ -362,6 +362,35 @@ def hashed(prompts: Iterable[Prompt]) -> str:
     return " ".join(sorted(base64.urlsafe_b64encode(digest).decode() for digest in digests))
 
 
+def already_used(made: Any, contrast: ContrastSet, *, what: str = "the direction") -> str:
+    """Which of the prompts to be judged on made something, in words, whatever their class; "" where none did.
+
+    Args:
+        made: a direction, or whatever has the ``provenance`` of the prompts that it was made from.
+        contrast: what it is to be judged on.
+        what: what it is, for people.
+
+    Raises:
+        UsageError: all of them did.
+
+    Example:
+        >>> import torch
+        >>> import tl_em as em
+        >>> already_used(em.Direction(torch.ones(2), em.Site(2)), ContrastSet(["a"], ["b"]))  # made of no prompts
+        ''
+    """
+    judged = set(hashed([*contrast.positive, *contrast.negative]).split())
+    seen = judged & set(((made.provenance and made.provenance.prompts) or "").split())
+    named = getattr(made, "name", None) or what
+    if seen == judged:
+        raise UsageError(
+            f"all {len(judged)} prompts that {named} is to be judged on are among those it was made from, and it "
+            "separates these by construction, whatever it means; part them first: train, select, test = "
+            "contrast.split(), make it from train, judge it on test"
+        )
+    return f"{len(seen)} of the {len(judged)} prompts judged on made {what}" if seen else ""
+
+
 def as_prompts(prompts: Any) -> Sequence[Any]:
     """Prompts as a list, not one prompt by mistake: a string would be read letter by letter."""
     listed = None if isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable) else list(prompts)

@@ -12,6 +12,7 @@ Source: Zhao et al. 2025, arXiv:2507.11878.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +25,9 @@ from torch import Tensor
 
 from tl_em.arguments import COUNT, NATURAL, SEED, checked, list_of, optional
 from tl_em.artefacts import load_tensors, save_tensors
-from tl_em.errors import NonFiniteError, UsageError, WidthError, ZeroDirectionError
+from tl_em.errors import NonFiniteError, NuisanceWarning, UsageError, WidthError, ZeroDirectionError
 from tl_em.models.class_means import as_contrast, class_moments
-from tl_em.models.contrasts import ContrastSet, Prompt
+from tl_em.models.contrasts import ContrastSet, Prompt, already_used, hashed
 from tl_em.models.hooks import LensModel
 from tl_em.models.sites import Position, Provenance, Site, check_belongs
 from tl_em.models.stream import capture
@@ -134,7 +135,8 @@ class LatentGuard:
         if not layers:
             raise UsageError("a guard without layers compares nothing; pass layers=[...], or None for all of them")
         means = class_moments(model, contrast, sites=[Site(layer) for layer in layers], positions=[POSITION])
-        return cls(means.positive[0], means.negative[0], layers, Provenance.of(model, data=contrast.hash))
+        origin = Provenance.of(model, data=contrast.hash, prompts=hashed([*contrast.positive, *contrast.negative]))
+        return cls(means.positive[0], means.negative[0], layers, origin)
 
     @in_plain_torch
     def score(self, model: LensModel, prompts: Sequence[Prompt]) -> Float[Tensor, " prompt"]:
@@ -169,14 +171,11 @@ class LatentGuard:
             seed: seed of intervals and permutations.
 
         Raises:
-            UsageError: these are the prompts that the guard was fitted on.
+            UsageError: the guard was fitted on all of these prompts (on some of them: a NuisanceWarning).
             ProvenanceError, WidthError: the guard was made on another model.
         """
-        if self.provenance is not None and self.provenance.data == contrast.hash:
-            raise UsageError(
-                "the guard was fitted on these very prompts, so it would only recognise them; evaluate it on another "
-                "part of contrast.split()"
-            )
+        if said := already_used(self, contrast, what="the guard"):
+            warnings.warn(f"{said}: it recognises these; evaluate it on others", NuisanceWarning, stacklevel=4)
         classes, sites = (contrast.positive, contrast.negative), [Site(layer) for layer in self.layers]
         scores = [self.score(model, prompts).double().numpy() for prompts in classes]
         if not contrast.has_groups:
