@@ -232,13 +232,14 @@ def behaviours() -> dict[str, Behaviour]:
 
 
 def latent_sets() -> tuple[dict[str, ContrastSet], HeldOut]:
-    """What latents are looked up on, domain by domain, and the domain that they are verified on (advice).
+    """What latents are looked up on, domain by domain, and questions of another one that they are verified on (advice).
 
     The negatives are the same questions after a kind instruction.
     """
     kind, source, sets = instructions()["kind"][0], _file()["source"], {}
     for domain in dict.fromkeys(item.domain for item in items()):
-        own = [item.question for item in items() if item.domain == domain]
+        every = 2 if domain == VERIFIED else 1
+        own = [item.question for item in items() if item.domain == domain][::every]
         sets[domain] = ContrastSet([_chat(q) for q in own], [_chat(q, kind) for q in own], domain, source, own, own)
     held_out = sets.pop(VERIFIED)
     asked = held_out.positive
