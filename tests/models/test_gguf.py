@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import tl_em as em
+from tests.conftest import SURFACES
 from tl_em.errors import CorruptFileError, ModelError, ModelNotFoundError, OutputError, UsageError
 from tl_em.interop import import_gguf
 
@@ -107,9 +108,10 @@ def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.surface
-def test_a_file_is_loaded_as_the_model_that_was_written(file: Path) -> None:
+@pytest.mark.parametrize("surface", SURFACES)
+def test_a_file_is_loaded_as_the_model_that_was_written(file: Path, surface: Any) -> None:
     ids = torch.randint(len(tokens()[0]), (1, 40), generator=torch.Generator().manual_seed(1))
-    model = em.load_model(file)
+    model = em.load_model(file, surface=surface)
     assert torch.allclose(logits(model, ids), logits(llama(), ids), atol=1e-3)
     assert em.proof(model) is not None
     assert model.tokenizer.chat_template == CHAT

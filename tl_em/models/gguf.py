@@ -64,6 +64,7 @@ def from_gguf(source: str, tokenizer: Any, dtype: torch.dtype) -> tuple[str, Any
     try:
         reader = _reader(path)
         hf_model = _hf_model(path, reader, dtype)
+        hf_model.config.architectures = [type(hf_model).__name__]  # which a file does not say, and TransformerLens asks
         return source, hf_model, _tokenizer(path, reader) if tokenizer is None else tokenizer
     except TlEmError:
         raise
