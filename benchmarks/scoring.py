@@ -12,7 +12,7 @@ is left out, and the decoys stay. 244 further latents are random directions.
 
 *Cost*: 4,096 latents, 4 behaviours of 256 prompts (of 32 at width 512, so that it ends; what is done once then weighs
 more), and memory at four times as many as well. The floor tokenizes the same prompts, runs them up to the site (with a
-base: in both models, in the base the positive ones), and encodes every token; nothing is summed. For attribution, whose
+base: in both models), and encodes every token; nothing is summed. For attribution, whose
 gradients need the blocks behind the site too, it runs all blocks, without the unembedding.
 """
 
@@ -203,9 +203,9 @@ class _Reached(Exception):
 
 @torch.no_grad()
 def floor(case: Case, *, base: bool = False, whole: bool = False) -> None:
-    """Tokenize, run up to the site (or all blocks) and encode every token; in the base the positive prompts."""
+    """Tokenize, run up to the site (or all blocks) and encode every token; in the base too."""
     dictionary = case.dictionary.to(case.model.cfg.device)
-    for model, classes in ((case.model, ("positive", "negative")), (case.base, ("positive",)))[: 2 if base else 1]:
+    for model in (case.model, case.base)[: 2 if base else 1]:
         points, last = hook_points(model), f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
         name = dictionary.site_in.hook_name
 
@@ -218,7 +218,7 @@ def floor(case: Case, *, base: bool = False, whole: bool = False) -> None:
         end = points[last if whole else name]
         handles = [points[name].register_forward_hook(read), end.register_forward_hook(stop)]
         for contrast in case.behaviours.values():
-            for encoded in (encoded_prompts(model, getattr(contrast, side)) for side in classes):
+            for encoded in (encoded_prompts(model, side) for side in (contrast.positive, contrast.negative)):
                 for batch in batches(encoded, max_tokens=2048):
                     try:
                         model(batch.tokens.to(model.cfg.device))

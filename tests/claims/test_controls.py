@@ -95,6 +95,18 @@ def test_stand_ins_are_drawn_from_the_nearest(count: int) -> None:
     assert (sets != matched_sets(dictionary, own, density, count=count, without=never, seed=1)).any()
 
 
+def test_further_sets_are_dealt_anew_from_the_same_nearest_and_leave_the_first_as_they_are() -> None:
+    dictionary, density = latents()
+    few, many = (matched_sets(dictionary, [3, 90], density, count=n, once=20, seed=5) for n in (20, 99))
+    assert (many[:20] == few).all() and many.shape == (99, 2)
+    assert (few == matched_sets(dictionary, [3, 90], density, count=20, seed=5)).all()
+    assert all(len(set(row)) == 2 for row in many) and len({tuple(row) for row in many.tolist()}) > 90
+    for column, index in enumerate([3, 90]):
+        near = [i for i in np.argsort(distances(dictionary, density, index)) if i not in (3, 90)][:NEAREST]
+        assert set(many[:, column]) == set(near)
+        assert min(np.sum(many[:, column] == i) for i in near) >= 2  # dealt round by round
+
+
 def test_in_the_end_all_that_are_near_are_drawn() -> None:
     dictionary, density = latents()
     near = np.argsort(distances(dictionary, density, 3))[1 : NEAREST + 1]

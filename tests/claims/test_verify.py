@@ -12,6 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import tl_em as em
 from tests.conftest import SPECIAL, SURFACES, WORDS, make_tokenizer
+from tl_em.claims import latent_sets
 from tl_em.claims.arms import Arm
 from tl_em.claims.controls import match, matched_sets
 from tl_em.claims.questions.latents import SET, verify_feature, verify_features
@@ -24,6 +25,7 @@ pytestmark = pytest.mark.surface
 WIDTH, SITE = 16, em.Site(0)
 TOKENS = (*SPECIAL, *WORDS)
 VILLAINS, HEROES = ("king", "queen", "boy", "girl"), ("cat", "dog", "bird", "fish")
+ROUNDS = 29  # of placebos beside what gets a word; 99 would only take longer
 CAUSE, ECHO, NOISE = 0, 1, 2
 """Coordinates of the stream: what the answer is read from; what goes with it and is not read; what varies."""
 
@@ -99,7 +101,9 @@ def check(request):
     base, tuned = pair(request.param)
     sae = dictionary()
     both = [sae.feature(CAUSE), sae.feature(ECHO)]
-    return verify_feature(tuned, both, contrast(), metric=Says(), good=Says("good", "bad"), against=base)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latent_sets, "MANY", ROUNDS)
+        return verify_feature(tuned, both, contrast(), metric=Says(), good=Says("good", "bad"), against=base)
 
 
 def test_the_planted_set_carries_and_induces_the_behaviour(check):
@@ -120,12 +124,17 @@ def test_of_its_latents_the_cause_is_found_and_the_echo_is_not(check):
     assert echo.verdict == "not shown" and abs(echo.effect.value) < 0.02
 
 
+def rounds(row):
+    """Of placebos: more where a word is given (to one of the single latents); else 20."""
+    return ROUNDS if row.shown or row.subject != SET else 20
+
+
 def test_every_number_stands_beside_its_placebos_and_the_mean_difference(check):
     for row in check.rows:
         if row.subject == "mean difference":
             assert row.verdict == "beside" and not row.shown
         else:
-            assert row.control["n"] == 20 and row.control["low"] <= row.control["high"] < row.p + 1
+            assert row.control["n"] == rounds(row) and row.control["low"] <= row.control["high"] < row.p + 1
     rates = check.rates.set_index(["arm", "outcome", "subject"]).value
     assert rates["remove", "bad", "placebos"] >= 0.85 * rates["remove", "bad", "untreated"]
     assert check.row("remove", "mean difference").effect.value > 0.3
@@ -173,6 +182,25 @@ def test_several_sets_are_adjusted_together_and_few_placebos_give_no_word(models
     assert both[1].row().p >= verify_feature(tuned, sae.feature(CAUSE), contrast(), metric=Says(), doses=()).row().p
     few = verify_feature(tuned, sae.feature(CAUSE), contrast(), metric=Says(), doses=(), placebos=5)
     assert few.row().effect.low > 0.3 and not few.shown and "5 allow none below 0.17" in few.row().reason
+
+
+def test_a_set_that_only_the_first_placebos_spare_gets_no_word(models, monkeypatch):
+    """Another latent, as dense and as long, does more than the cause, and stands in none of the first twenty rounds."""
+    sae, rival = dictionary(), 62
+    rows = torch.cat([sae.W_dec, sae.W_dec[[CAUSE]]])
+    reads = torch.cat([sae.W_enc.T, 2 * sae.W_enc.T[[CAUSE]]])
+    sae = Dictionary(reads.T, torch.zeros(len(rows)), rows, torch.zeros(WIDTH), activation="relu", site_in=SITE)
+    both = (sae.feature(CAUSE), sae.feature(ECHO))
+    density = latent_sets.LatentSet(latent_sets.Job(models[1], contrast(), Says()), both, (CAUSE, ECHO)).density
+    assert density[rival] == density[CAUSE]
+    drawn = {seed: matched_sets(sae, [CAUSE, ECHO], density, count=99, once=20, seed=seed) for seed in range(40)}
+    seed = next(seed for seed, rows in drawn.items() if rival not in rows[:20])
+    assert (drawn[seed] == rival).any(1).sum() >= 5
+    asked = {"metric": Says(), "singly": False, "doses": (), "seed": seed}
+    found = verify_feature(models[1], both, contrast(), **asked)
+    assert found.verdict == "not shown" and found.row().control["n"] == 99 and "the placebos" in found.row().reason
+    monkeypatch.setattr(latent_sets, "MANY", 20)
+    assert verify_feature(models[1], both, contrast(), **asked).verdict == "carries the behaviour"
 
 
 def test_what_breaks_the_good_behaviour_gets_no_word(models):

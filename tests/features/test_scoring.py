@@ -58,16 +58,23 @@ def test_scores_are_those_of_one_prompt_at_a_time(
 
     tokens = [(*latents(small_model, p), *latents(base, p)) for p in STOLEN.positive]
     positive, before = ([each[i].mean(0) for each in tokens] for i in (0, 2))
-    negative = [latents(small_model, p)[0].mean(0) for p in STOLEN.negative]
-    found = rows_of(score_features(small_model, sae, {"steal": STOLEN}, against=base, position=position), "steal")
+    others = [(*latents(small_model, p), *latents(base, p)) for p in STOLEN.negative]
+    negative, drift = [t[0].mean(0) for t in others], [(t[0] - t[2]).mean(0) for t in others]
+    table = score_features(small_model, sae, {"steal": STOLEN}, against=base, position=position)
+    found = rows_of(table, "steal")
     # 1e-4 of activations near 1: float32 sums in another order, batches padded
     close = {"mean_positive": torch.stack(positive).mean(0), "mean_negative": torch.stack(negative).mean(0),
              "mean_base": torch.stack(before).mean(0)}  # fmt: skip
     close["effect"] = close["mean_positive"] - close["mean_negative"]
     close["delta"] = close["mean_positive"] - close["mean_base"]
+    close["drift"] = torch.stack(drift).mean(0)
     for name, expected in close.items():
         assert np.allclose(found[name], expected.numpy(), atol=1e-4), name
-    assert np.abs(found.effect).max() > 0.1 and np.abs(found.delta).max() > 0.1
+    assert np.abs(found.effect).max() > 0.1 and np.abs(found.delta).max() > 0.1 < np.abs(found.drift).max()
+    own = table.parts["own"][0].sum(0).numpy(), table.shifts["own"][0].sum(0).numpy()
+    assert np.allclose(own[0], found.delta - found.drift, atol=1e-4)
+    moved = [(t[1] - t[3]).mean(0) for t in tokens], [(t[1] - t[3]).mean(0) for t in others]
+    assert np.allclose(own[1], (torch.stack(moved[0]).mean(0) - torch.stack(moved[1]).mean(0)).numpy(), atol=1e-4)
     density = (torch.stack([*positive, *negative]) > 0).float().mean(0)
     assert np.allclose(found.density, density.numpy(), atol=1e-6)
     length = sae.W_dec.square().sum(-1)

@@ -95,6 +95,27 @@ def test_a_latent_of_one_sign_here_and_another_there_is_not_shared() -> None:
     assert shared_features(turned) == ()
 
 
+@pytest.mark.parametrize(("common", "found"), [(0.0, {0}), (0.3, {0}), (1.0, set())])
+def test_what_the_negative_prompts_show_too_is_said_and_taken_out(common: float, found: set[int]) -> None:
+    """A change of one latent in every behaviour, and a part of it on prompts without any."""
+    table = _table(split=1)
+    values, shift = table.parts["effect"], table.shifts["effect"]
+    noise = torch.randn(values.shape, generator=torch.Generator().manual_seed(8)) * 0.05 / values.shape[1]
+    drift = noise.clone()
+    drift[:, :, 0] += common / values.shape[1]
+    rows = table.dictionary.W_dec
+    both = {"delta": values, "own": values - drift}
+    table = replace(table, parts=both, shifts={"delta": shift, "own": shift - drift @ rows})
+    (whole,) = shared_features(table)
+    assert whole.indices == (0,) and len(whole.drifts) == 4
+    assert all(abs(each.value - common) < 0.1 and each.low < each.high for each in whole.drifts)
+    assert whole.drift.value == min(each.value for each in whole.drifts)
+    assert f"show {whole.drift} of this change too" in repr(whole)
+    assert ("a drift of the model" in repr(whole)) == (common > 0.5)
+    own = shared_features(table, by="own")
+    assert {j for each in own for j in each.indices} == found and not any(each.drifts for each in own)
+
+
 def test_bad_input(scored: tuple[bool, FeatureTable]) -> None:
     table = scored[1]
     with pytest.raises(UsageError, match="no 'delta'"):

@@ -95,6 +95,7 @@ def _said(found: Sequence[FeatureSet], table: FeatureTable) -> str:
     return (
         f"Latents that changed alike in {names}: {latents}. Together they carry at least {found[0].share} of the shift "
         "of each, on prompts that they were not chosen on."
+        + (f" {found[0].said_of_drift[0].upper()}{found[0].said_of_drift[1:]}." if found[0].drifts else "")
     )
 
 

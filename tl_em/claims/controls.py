@@ -106,6 +106,7 @@ def matched_sets(
     density: Float[Tensor, " feature"],
     *,
     count: int,
+    once: int | None = None,
     without: Sequence[int] = (),
     seed: int = 0,
 ) -> Int[np.ndarray, "placebo chosen"]:
@@ -115,7 +116,9 @@ def matched_sets(
         dictionary: whose latents they are.
         indices: the latents to stand for.
         density: [feature] share of tokens at which each latent of the dictionary is on.
-        count: number of sets; no latent stands for the same one in two of them.
+        count: number of sets.
+        once: how many of them, from the first on, are drawn without any latent standing for the same one twice; all by
+            default. The others are dealt anew from the same nearest latents.
         without: other latents that may not stand for any.
         seed: seed of the draws.
 
@@ -134,20 +137,24 @@ def matched_sets(
         ((20, 2), False)
     """
     others = np.setdiff1d(np.arange(dictionary.d_sae), np.asarray([*indices, *without]))
-    if count < 1 or len(others) < count + len(indices):
+    apart = count if once is None else once
+    if apart < 1 or len(others) < apart + len(indices):
         raise UsageError(
-            f"{len(others)} other latents of {dictionary.label} cannot give {count} placebos of {len(indices)} "
+            f"{len(others)} other latents of {dictionary.label} cannot give {apart} placebos of {len(indices)} "
             "latents, so nothing would stand beside the effect; pass another number of placebos (at least 1; 20 are "
             "needed for p < .05), or take a larger dictionary"
         )
     places = _standardised(dictionary, density)
-    rng = np.random.default_rng(seed)
+    rng, anew = np.random.default_rng(seed), np.random.default_rng([seed, len(indices)])
     sets = np.full((count, len(indices)), -1)
     for column, index in enumerate(indices):
         away = ((places[others] - places[index]) ** 2).sum(-1)
         near = others[np.argsort(away, kind="stable")]
-        pool = list(rng.permutation(near[: max(NEAREST, count + len(indices))]))
+        near = near[: max(NEAREST, apart + len(indices))]
+        pool = list(rng.permutation(near))
         for row in sets:
+            if all(each in row for each in pool):
+                pool += anew.permutation(near).tolist()
             chosen = next(each for each in pool if each not in row)
             pool.remove(chosen)
             row[column] = chosen

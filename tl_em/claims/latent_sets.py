@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 
 from tl_em.arguments import COUNT, NOT_NEGATIVE, POSITIVE, SEED, list_of, optional, settle
 from tl_em.claims.arms import KL, Arm, Outcomes
-from tl_em.claims.controls import matched_sets
+from tl_em.claims.controls import NEAREST, matched_sets
 from tl_em.claims.dose import Dial, Treated
 from tl_em.claims.feature_check import DIRECTION, SET, ArmName
 from tl_em.claims.questions.use import smallest_effect
@@ -45,6 +45,8 @@ from tl_em.stats import Estimate
 
 CHECKS: dict[str, Any] = {"contrast": as_contrast, "placebos": COUNT, "doses": list_of(POSITIVE),
                           "smallest": optional(NOT_NEGATIVE), "seed": SEED}  # fmt: skip
+MANY = 99
+"""Rounds of placebos beside what would get a word beside the first ones."""
 STRONGEST = 16.0
 """Largest coefficient at which the direction is added to reach the KL of a set of latents."""
 
@@ -208,10 +210,19 @@ class LatentSet:
         return (self.own.density + self.other.density) / 2
 
     @cached_property
-    def sets(self) -> Int[np.ndarray, "placebo chosen"]:
+    def every(self) -> Int[np.ndarray, "placebo chosen"]:
+        """All rounds of placebos: the first, and up to ``MANY``; for a single latent as many as are near."""
+        others = len(set(range(self.dictionary.d_sae)) - {*self.indices, *self.apart})
+        first, most = self.job.placebos, MANY if len(self.indices) > 1 else min(NEAREST, others)
         return matched_sets(
-            self.dictionary, self.indices, self.density, count=self.job.placebos, without=self.apart, seed=self.job.seed
-        )
+            self.dictionary, self.indices, self.density, count=max(first, most), once=first, without=self.apart,
+            seed=self.job.seed,
+        )  # fmt: skip
+
+    @property
+    def sets(self) -> Int[np.ndarray, "placebo chosen"]:
+        """The rounds that a first look takes."""
+        return self.every[: self.job.placebos]
 
     def edit(self, arm: ArmName, chosen: Sequence[int] | None = None) -> ScaleFeature:
         """The treatment of the set or of a part of it."""
@@ -241,22 +252,44 @@ class LatentSet:
         """By arm and subject: the set with its placebos and the mean difference; each latent alone where removed."""
         found: list[Trial] = []
         for name, arm in self.job.arms.items():
-            done = arm.each([self.placebo_edit(name, row) for row in self.sets.tolist()], said="placebos")
-            levels = {outcome: np.array([each[outcome].mean() for each in done]) for outcome in (*arm.metrics, KL)}
-            controls = np.array([arm.shift(each) for each in done])
-            found.append(Trial(arm, SET, arm.treated(self.edit(name)), controls, levels))
+            found.append(Trial(arm, SET, arm.treated(self.edit(name)), *self._placebos(arm, self.sets)))
             found.append(Trial(arm, DIRECTION, arm.treated(self.direction_edit(name))))
             if self.job.singly and name == "remove" and len(self.indices) > 1:
-                found += self._singles(arm)
+                beside = self._single_placebos(arm, self.sets)
+                alone = [arm.treated(self.edit("remove", [i])) for i in self.indices]
+                found += [Trial(arm, f"latent {i}", a, beside) for i, a in zip(self.indices, alone, strict=True)]
         return {(trial.arm.name, trial.subject): trial for trial in found}
 
-    def _singles(self, arm: Arm) -> list[Trial]:
-        """Each latent alone, beside the largest effect of a single latent in each set of placebos."""
-        once = np.unique(self.sets).tolist()
+    def beside(self, trials: Sequence[Trial], rounds: int) -> list[Trial]:
+        """Trials of one arm, all of the set or all of single latents, beside so many rounds of placebos."""
+        (one, *_), further = trials, self.every[self.job.placebos : rounds]
+        if one.subject == SET:
+            controls, levels = self._placebos(one.arm, further)
+        else:
+            controls, levels = self._single_placebos(one.arm, further), {}
+        return [
+            trial._replace(
+                controls=np.append(np.asarray(trial.controls), controls),
+                levels={outcome: np.append(trial.levels[outcome], more) for outcome, more in levels.items()},
+            )
+            for trial in trials
+        ]
+
+    def _placebos(
+        self, arm: Arm, rows: Int[np.ndarray, "placebo chosen"]
+    ) -> tuple[Float[np.ndarray, " placebo"], dict[str, Float[np.ndarray, " placebo"]]]:
+        """The effect of each set of placebos, and the mean of every outcome."""
+        name: ArmName = "induce" if arm.name == "induce" else "remove"
+        done = arm.each([self.placebo_edit(name, row) for row in rows.tolist()], said="placebos")
+        levels = {outcome: np.array([each[outcome].mean() for each in done]) for outcome in (*arm.metrics, KL)}
+        return np.array([arm.shift(each) for each in done]), levels
+
+    def _single_placebos(self, arm: Arm, rows: Int[np.ndarray, "placebo chosen"]) -> Float[np.ndarray, " placebo"]:
+        """The largest effect of a single latent in each set of placebos."""
+        once = np.unique(rows).tolist()
         alone = arm.each([self.edit("remove", [i]) for i in once], [arm.first], said="single placebos")
         shifts = {i: arm.shift(each) for i, each in zip(once, alone, strict=True)}
-        largest = np.array([max(shifts[i] for i in row) for row in self.sets.tolist()])
-        return [Trial(arm, f"latent {i}", arm.treated(self.edit("remove", [i])), largest) for i in self.indices]
+        return np.array([max(shifts[i] for i in row) for row in rows.tolist()])
 
     def doses(self) -> list[dict[str, Any]]:
         """The latents' treatment in parts, and the mean difference at the same KL, or as far as it goes: a row each."""

@@ -2,6 +2,8 @@
 
     effect   mean activation on prompts that show the behaviour - on matched ones that do not
     delta    mean activation in the tuned model - in the base, on the same prompts (Wang et al.)
+    own      delta - drift, drift the same difference on the negative prompts: what a fine-tune changed everywhere is
+             shared by all behaviours, and no concept of theirs
     nu       beta_base / beta_tuned, beta = argmin |beta f d - t|^2 = sum f (d.t) / (|d|^2 sum f^2), f of the tuned
              model, t a model's activation less the bias and less its *other* latents; about 0: tuned only, 1: in both
 
@@ -65,7 +67,7 @@ def score_features(
         dictionary: an SAE, transcoder or crosscoder of this model's width.
         behaviours: by name; positive prompts show the behaviour, negative ones are matched and do not. Classes of
             equal length are pairs.
-        against: the base model. The *same* positive prompts are then read in both.
+        against: the base model. The *same* prompts are then read in both.
         position: the token that is read; over a span (``"response_mean"``, ``"all"``) the mean of its tokens' latents.
         directions: vectors to compare decoder rows with.
         attribution: whether to attribute completions to latents, where all prompts end in an assistant message; takes
@@ -78,9 +80,9 @@ def score_features(
     Returns:
         A table with columns latent, behaviour; mean_positive, mean_negative; density (share of prompts on which it is
         on); auroc; effect, p, q; stability (mean sign of the parts, -1 to 1) and strength_stability (its product with
-        effect). With ``against``: mean_base, delta, p_delta, q_delta, nu, nu_reconstruction (NaN where the model never
-        shows the latent). With completions: attribution, p_attribution, delta_attribution. With leaders: ablation (as
-        it is - ablated; NaN for the others).
+        effect). With ``against``: mean_base, delta, p_delta, q_delta, drift (delta on the negative prompts), nu,
+        nu_reconstruction (NaN where the model never shows the latent). With completions: attribution, p_attribution,
+        delta_attribution. With leaders: ablation (as it is - ablated; NaN for the others).
         cosine_NAME for each direction. q is Benjamini and Hochberg's over the latents that are ever on, in each
         behaviour.
 
@@ -115,8 +117,8 @@ def score_features(
         add_behaviour(model, dictionary, classes, part, against=against, position=position)
         for classes, part in zip(encoded, parts, strict=True)
     ]
-    kinds = ("effect",) if against is None else ("effect", "delta")
-    changes = {name: torch.stack([getattr(each, name) for each in sums]).cpu() for name in kinds}
+    kinds = ("effect",) if against is None else ("effect", "delta", "own")
+    changes, shifts = ({k: torch.stack([each.changes[k][i] for each in sums]).cpu() for k in kinds} for i in (0, 1))
     extra: dict[str, Tensor] = {}
     if attribution and all(have_completions(some) for classes in encoded for some in classes):
         both = zip(encoded, parts, strict=True)
@@ -125,7 +127,7 @@ def score_features(
                  "delta_attribution": torch.stack([each.delta for each in found]),
                  "whole attribution": torch.stack([each.whole for each in found])[..., None]}  # fmt: skip
     if leaders:
-        last = changes[kinds[-1]]
+        last = changes["effect" if against is None else "delta"]
         latents, extra["ablation"] = _leading(last, leaders), torch.full_like(last, torch.nan)
         for row, (classes, part) in enumerate(zip(encoded, parts, strict=True)):
             base = None if against is None else (sums[row].mean[0].cpu() - last[row].sum(0))[latents]
@@ -136,7 +138,7 @@ def score_features(
         tuple(behaviours),
         frame_of(tuple(behaviours), sums, changes | extra, cosines),
         changes | extra,
-        {name: torch.stack([each.shift[i] for each in sums]).cpu() for i, name in enumerate(changes)},
+        shifts,
         torch.stack([_share(part) for part in parts]),
         tuple(each.spread for each in sums),
         tuple(len(each.positive) + len(each.negative) for each in sets),

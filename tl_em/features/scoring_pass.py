@@ -78,7 +78,7 @@ def _joined(
 
 
 class Sums:
-    """Accumulators of one behaviour; class 0 is positive, 1 negative. ``delta`` and ``base`` stay 0 without a base.
+    """Accumulators of one behaviour; class 0 is positive, 1 negative. Without a base its sums stay 0.
 
     Args:
         dictionary: on ``device``.
@@ -86,8 +86,9 @@ class Sums:
 
     Attributes:
         mean: [label feature]; histogram: [label bin feature].
-        effect: by part, positive minus negative; ``delta``: by part, tuned minus base on the positive prompts.
-        shift: [2 part d_model], the same two of the activations themselves.
+        effect: by part, positive minus negative; ``delta``: by part, tuned minus base on the positive prompts, and
+            ``drift`` on the negative ones.
+        shift: [3 part d_model], the same three of the activations themselves.
         scaling: [kind model feature] ``sum f (d.t)`` over the positive tokens, of the tuned and of the base model; t
             the target of latent scaling: kind 0 what the other latents leave, kind 1 what all latents reconstruct.
         centre, energy: of each class the mean activation, and the mean of its square length.
@@ -100,7 +101,8 @@ class Sums:
         wide, width = dictionary.d_sae, dictionary.d_model
         self.mean, self.scaling = zeros(2, wide), zeros(2, 2, wide)
         self.histogram = torch.zeros(2, BINS, wide, dtype=torch.int32, device=device)
-        self.effect, self.delta, self.shift = zeros(PARTS, wide), zeros(PARTS, wide), zeros(2, PARTS, width)
+        self.effect, self.delta, self.drift = zeros(PARTS, wide), zeros(PARTS, wide), zeros(PARTS, wide)
+        self.shift = zeros(3, PARTS, width)
         self.centre, self.energy = zeros(2, width), zeros(2)
 
     def add(self, label: int, a: Tensor, x: Tensor, part: Tensor, weight: float) -> None:
@@ -118,10 +120,17 @@ class Sums:
         """Root mean square distance of activations from the mean of their class."""
         return float((self.energy - self.centre.square().sum(-1)).clamp_min(0).mean().sqrt())
 
-    def add_base(self, change: Tensor, moved: Tensor, part: Tensor, weight: float) -> None:
-        """Tuned minus base of the same positive prompts: latents and activations."""
-        self.delta.index_add_(0, part, change, alpha=weight)
-        self.shift[1].index_add_(0, part, moved, alpha=weight)
+    def add_base(self, label: int, change: Tensor, moved: Tensor, part: Tensor, weight: float) -> None:
+        """Tuned minus base of the same prompts of one class: latents and activations."""
+        (self.drift if label else self.delta).index_add_(0, part, change, alpha=weight)
+        self.shift[1 + label].index_add_(0, part, moved, alpha=weight)
+
+    @property
+    def changes(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """By kind of change: of latents and of activations, by part."""
+        effect, delta, drift = self.shift
+        own = self.delta - self.drift, delta - drift
+        return {"effect": (self.effect, effect), "delta": (self.delta, delta), "own": own}
 
 
 def count(histogram: Int[Tensor, "bin feature"], a: Float[Tensor, "prompt feature"]) -> None:
@@ -160,7 +169,7 @@ def add_behaviour(
     against: LensModel | None,
     position: Position,
 ) -> Sums:
-    """The one pass over a behaviour's prompts (in ``against``, over the positive ones)."""
+    """The one pass over a behaviour's prompts, in both models."""
     device = torch.device(model.cfg.device)
     here = dictionary.to(device)
     sums = Sums(here, device)
@@ -176,13 +185,13 @@ def add_behaviour(
             a = here.encode(here.inputs(read))
             mine = part[rows]
             sums.add(label, _pooled(a, owner, share), _pooled(x, owner, share), mine, weight)
-            if against is None or label:
+            if against is None:
                 continue
             before = read_tokens(against, some, here.sites, spans).x.to(device)
             other = shifted(before)
             b = here.encode(here.inputs(before))
-            sums.add_base(_pooled(a - b, owner, share), _pooled(x - other, owner, share), mine, weight)
-            for number, (own, tokens) in enumerate(((a, read), (b, before))):
+            sums.add_base(label, _pooled(a - b, owner, share), _pooled(x - other, owner, share), mine, weight)
+            for number, (own, tokens) in enumerate(() if label else ((a, read), (b, before))):
                 sums.scaling[:, number] += scaled(here, a, own, tokens)
     return sums
 

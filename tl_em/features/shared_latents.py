@@ -20,6 +20,10 @@ the second half its share is at least ``CARRIES`` in every behaviour with the in
 same densities carry as much in at most 5 % of the draws. Nothing is returned where the whole shift is below
 ``smallest`` of the activations' spread in a behaviour: any fine-tune shifts everything a little.
 
+**Drift.** A fine-tune that moves all activations alike changes the same latents in every behaviour: true, and no
+concept of theirs. So beside a set found by ``"delta"`` stands how much of its change v the negative prompts show too,
+d.v / v.v with d their own change; ``by="own"`` takes that drift out before anything is chosen.
+
 Where a prompt belongs to two behaviours, their p are not independent, and Bonferroni takes the place of Fisher.
 
 Sources: Nichols et al. 2005, "Valid conjunction inference"; Benjamini and Heller 2008 (at least u of B).
@@ -54,6 +58,8 @@ CARRIES = 0.1
 SMALLEST = 0.2
 """Of the activations' spread: what Cohen calls a small effect."""
 CHANCE = 0.05
+DRIFTS = 0.5
+"""Share of a change that negative prompts show too, beyond which it is more of the model than of the behaviours."""
 _LEAST_PARTS = 8
 
 
@@ -69,7 +75,9 @@ class FeatureSet:
         shares: of the shift of each behaviour, on the prompts that did not choose it.
         effects: of each latent, its mean change over behaviours there, in units of its activation.
         kind: ``"set"`` (joined greedily) or ``"cluster"`` (one latent, or several with similar decoder rows).
-        by: ``"delta"`` (tuned - base) or ``"effect"`` (positive - negative).
+        by: ``"delta"`` (tuned - base), ``"own"`` (that, less the negative prompts' own) or ``"effect"`` (positive -
+            negative).
+        drifts: by ``"delta"``, for each behaviour the share of the set's change that the negative prompts show too.
         q: the largest of its latents, over all splits.
         p_overlap: of the behaviours' lists overlapping by chance; the largest over all splits.
         p_random: of random sets of the same densities carrying as much.
@@ -91,6 +99,7 @@ class FeatureSet:
     q: float = field(default=float("nan"))
     p_overlap: float = field(default=float("nan"))
     p_random: float = field(default=float("nan"))
+    drifts: tuple[Estimate, ...] = ()
 
     @property
     def features(self) -> tuple[Feature, ...]:
@@ -102,10 +111,26 @@ class FeatureSet:
         """The smallest of the shares."""
         return min(self.shares, key=lambda each: each.value)
 
+    @property
+    def drift(self) -> Estimate | None:
+        """The smallest of the drifts."""
+        return min(self.drifts, key=lambda each: each.value) if self.drifts else None
+
+    @property
+    def said_of_drift(self) -> str:
+        """What of the change is no behaviour's own, in words; empty where that is not known."""
+        drift = self.drift
+        if drift is None:
+            return ""
+        mostly = drift.low > DRIFTS
+        said = ", so it is a drift of the model more than theirs" if mostly else ""
+        return f"prompts without the behaviours show {drift} of this change too{said}"
+
     def __repr__(self) -> str:
         latents = ", ".join(f"{'+' if s > 0 else '-'}{i}" for i, s in zip(self.indices, self.signs, strict=True))
         share = f"; share of the shift of {len(self.behaviours)} behaviours >= {self.share}" if self.shares else ""
-        return f"FeatureSet({self.kind} {latents}{share}; q {self.q:.2g})"
+        drift = f"; {self.said_of_drift}" if self.drifts else ""
+        return f"FeatureSet({self.kind} {latents}{share}; q {self.q:.2g}{drift})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,6 +143,7 @@ class _Half:
     attribution: Float[Tensor, "behaviour part feature"] | None
     whole: Float[Tensor, "behaviour part"] | None
     W_dec: Float[Tensor, "feature d_model"]
+    drift: Float[Tensor, "behaviour part feature"] | None
 
     @property
     def total(self) -> Float[Tensor, "behaviour feature"]:
@@ -135,7 +161,7 @@ def shared_features(
     table: FeatureTable,
     *,
     q: float = 0.05,
-    by: Literal["delta", "effect"] | None = None,
+    by: Literal["delta", "own", "effect"] | None = None,
     smallest: float | int = SMALLEST,
     seed: int = 0,
 ) -> tuple[FeatureSet, ...]:
@@ -144,7 +170,8 @@ def shared_features(
     Args:
         table: of ``score_features``, with at least two behaviours.
         q: share of false claims among the latents that are confirmed.
-        by: the change that is shared: tuned - base (the default where there is a base) or positive - negative.
+        by: the change that is shared: tuned - base (``"delta"``, the default where there is a base), that less what
+            the negative prompts show of it (``"own"``), or positive - negative (``"effect"``).
         smallest: shift that counts, in units of the activations' spread.
         seed: of the halving and the draws.
 
@@ -212,7 +239,7 @@ def _kept(
 
 def _check(table: FeatureTable, by: str) -> None:
     if by not in table.parts:
-        raise UsageError(f"the table has no {by!r}; score with against=base for 'delta', or pass by='effect'")
+        raise UsageError(f"the table has no {by!r}; score with against=base for 'delta' and 'own', or pass by='effect'")
     if len(table.behaviours) < 2:
         raise UsageError(
             f"one behaviour ({', '.join(table.behaviours)}) shares nothing with another; score at least two of them"
@@ -232,11 +259,13 @@ def _halves(table: FeatureTable, by: str, seed: str) -> tuple[_Half, _Half]:
     parts = (table.share > 0).any(0).nonzero()[:, 0].tolist()
     random.Random(f"halves/{seed}").shuffle(parts)
     attribution, whole = table.parts.get("attribution"), table.parts.get("whole attribution")
+    drifting = by == "delta" and "own" in table.parts
 
     def of(rows: list[int]) -> _Half:
         values, shift, share = (each[:, rows].double() for each in (table.parts[by], table.shifts[by], table.share))
         return _Half(values, shift, share, None if attribution is None else attribution[:, rows].double(),
-                     None if whole is None else whole[:, rows, 0].double(), table.dictionary.W_dec.cpu())  # fmt: skip
+                     None if whole is None else whole[:, rows, 0].double(), table.dictionary.W_dec.cpu(),
+                     values - table.parts["own"][:, rows].double() if drifting else None)  # fmt: skip
 
     return of(parts[0::2]), of(parts[1::2])
 
@@ -308,7 +337,10 @@ def _judged(
     # Mean change over behaviours; half of the parts hold half of the prompts.
     changes = [half.values[:, :, j].mean(0).numpy() * 2 * half.values.shape[1] for j in at]
     effects = tuple(replace(mean(x, seed=seed), n=sum(table.n) // 2) for x in changes)
-    return FeatureSet(table.dictionary, tuple(at), signs, table.behaviours, tuple(shares), effects, p_random=p)
+    drifts = () if half.drift is None else tuple(_drift(half, at, row, n, seed) for row, n in enumerate(table.n))
+    return FeatureSet(
+        table.dictionary, tuple(at), signs, table.behaviours, tuple(shares), effects, p_random=p, drifts=drifts
+    )
 
 
 def _random_p(half: _Half, latents: list[int], bins: Int[np.ndarray, " feature"], rng: np.random.Generator) -> float:
@@ -332,3 +364,17 @@ def _share(half: _Half, latents: list[int], row: int, n: int, seed: int) -> Esti
         return 1 - ((w @ left) ** 2).sum(-1) / np.where(size > 0, size, np.nan)
 
     return replace(bootstrap(share, [len(whole)], seed=seed).estimate, n=n // 2)
+
+
+def _drift(half: _Half, latents: list[int], row: int, n: int, seed: int) -> Estimate:
+    """How much of the decoded change of a set negative prompts show too."""
+    assert half.drift is not None
+    rows = half.W_dec[latents].double()
+    change, drift = ((each[row][:, latents] @ rows).numpy() for each in (half.values, half.drift))
+
+    def share(w: np.ndarray) -> np.ndarray:
+        v, d = w @ change, w @ drift
+        size = (v * v).sum(-1)
+        return (v * d).sum(-1) / np.where(size > 0, size, np.nan)
+
+    return replace(bootstrap(share, [len(change)], seed=seed).estimate, n=n // 2)

@@ -1,6 +1,6 @@
 """Scores of every latent on every behaviour as a table: sums by part, and the numbers that they make.
 
-    effect, delta = sum of parts        q = Benjamini and Hochberg's, over the latents that are ever on
+    effect, delta, own = sum of parts   q = Benjamini and Hochberg's, over the latents that are ever on
 
 Parts are kept beside the table, so that intervals and the sharing of latents need no second pass. A q says that a
 latent differs between labels; its control, the swap of labels, is ``p_values.sign_flip_p``.
@@ -38,8 +38,8 @@ class FeatureTable:
         behaviours: names, in order.
         frame: one row per latent and behaviour; see :func:`score_features` for its columns.
         parts: by name (``"effect"``, ``"delta"``, …) the contribution of each part of the prompts; they add up to the
-            column of that name.
-        shifts: the same of the activations themselves, for ``"effect"`` and ``"delta"``.
+            column of that name (``"own"``: to delta - drift).
+        shifts: the same of the activations themselves, for ``"effect"``, ``"delta"`` and ``"own"``.
         share: part of a behaviour's prompts that each part holds.
         spread: root mean square distance of the activations from the mean of their class, a behaviour.
         n: prompts of each behaviour, both classes.
@@ -72,7 +72,7 @@ class FeatureTable:
 
     @checked(latent=NATURAL)
     def estimate(self, latent: int, behaviour: str, column: str = "effect") -> Estimate:
-        """``effect``, ``delta`` or ``attribution`` of one latent with its interval, over parts.
+        """``effect``, ``delta``, ``own`` or ``attribution`` of one latent with its interval, over parts.
 
         Raises:
             UsageError: no such behaviour, or a column that was not measured by part.
@@ -145,7 +145,8 @@ def _base_columns(sums: Sums) -> dict[str, np.ndarray]:
     delta = sums.delta.cpu()
     nu = dict(zip(("nu", "nu_reconstruction"), _ratios(sums.scaling.cpu().double()), strict=True))
     base = {"mean_base": (sums.mean[0].cpu() - delta.double().sum(0)).numpy()}
-    return base | _tested(delta, "delta", "p_delta", "q_delta") | nu
+    drift = {"drift": sums.drift.cpu().double().sum(0).numpy()}
+    return base | _tested(delta, "delta", "p_delta", "q_delta") | drift | nu
 
 
 def _ratios(scaling: Float[Tensor, "kind model feature"]) -> np.ndarray:

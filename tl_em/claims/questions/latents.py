@@ -15,9 +15,11 @@ behaviour is measured beside the bad: what breaks the model lowers both.
 **Rule, fixed before any verdict seed was read.** A word is given only when all of these hold:
 
 1. the whole 95 % interval lies above the smallest effect of interest (.05 in probability, .5 in log-odds);
-2. p = max(bootstrap, rank among the placebos, one-sided) < .05. In order, each only where the one before has its word,
-   so that none needs an adjustment: the set removed; the set induced; the single latents, with Holm's adjustment among
-   them, against the single placebos of all of them. Several sets: ``verify_features``, with Holm's over them;
+2. p = max(bootstrap, rank among the placebos, one-sided) < .05: beside the first rounds of placebos, beyond 20 of which
+   one unrelated set in 21 lies, and, where that holds, beside 99 (a single latent: beside all that are near). In order,
+   each only where the one before has its word, so that none needs an adjustment: the set removed; the set induced; the
+   single latents, with Holm's adjustment among them, against the single placebos of all of them. Several sets:
+   ``verify_features``, with Holm's over them;
 3. where they are measured, the coherence does not fall by the smallest effect or more and, on removal, neither does the
    good behaviour (to induce the bad one displaces it).
 
@@ -27,7 +29,7 @@ arXiv:2506.19823; fixed-sequence testing, Maurer et al. 1995.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -75,7 +77,8 @@ def verify_feature(
         features: one latent, several of one dictionary, or a FeatureSet.
         contrast: *held-out* prompts: none that the latents were found on. The behaviour is measured on the positive.
         metric: how strongly a prompt shows the behaviour; of a Behaviour its metric and good metric are taken.
-        placebos: number of matched random sets; 20 are needed for p < .05.
+        placebos: number of matched random sets; 20 are needed for p < .05. Where a word would be given beside them, it
+            takes 99 to stand (for a single latent those that are near, 32).
         against: the base. Given, latents are set to its means and not to 0, and steered in it.
         good, coherence: what should survive, measured beside.
         fit: the prompts that means, densities and the mean difference are taken from; the contrast's own by default.
@@ -156,17 +159,26 @@ def _verified(job: Job, sets: Sequence[Any]) -> tuple[FeatureCheck, ...]:
 def _judged(sets: Sequence[LatentSet]) -> tuple[FeatureCheck, ...]:
     """Words for the sets removed, then for the sets induced, then for the latents of the sets that carry it."""
     rows: list[list[CheckRow]] = [[] for _ in sets]
+    trials = [dict(each.trials) for each in sets]
     may = [True] * len(sets)
-    smallest = sets[0].job.least
+    smallest, rounds = sets[0].job.least, min(len(each.every) for each in sets)
     for arm in sets[0].job.arms:
-        judged = _together([each.trials[arm, SET] for each in sets], smallest, may)
-        for own, row, each in zip(rows, judged, sets, strict=True):
-            own += [row, _beside(each.trials[arm, DIRECTION])]
+        judged = _together([own[arm, SET] for own in trials], smallest, may)
+        if any(row.shown for row in judged):
+            for own, each in zip(trials, sets, strict=True):
+                (own[arm, SET],) = each.beside([own[arm, SET]], rounds)
+            judged = _together([own[arm, SET] for own in trials], smallest, may)
+        for own, row, found in zip(rows, judged, trials, strict=True):
+            own += [row, _beside(found[arm, DIRECTION])]
         may = [row.shown for row in judged]
-    for own, each in zip(rows, sets, strict=True):
-        singles = [trial for (_, subject), trial in each.trials.items() if subject not in (SET, DIRECTION)]
-        own += _together(singles, smallest, [own[0].shown] * len(singles))
-    return tuple(_check(each, own) for each, own in zip(sets, rows, strict=True))
+    for own, each, found in zip(rows, sets, trials, strict=True):
+        singles = [trial for (_, subject), trial in found.items() if subject not in (SET, DIRECTION)]
+        asked = [own[0].shown] * len(singles)
+        judged = _together(singles, smallest, asked)
+        if any(row.shown for row in judged):
+            judged = _together(each.beside(singles, rounds), smallest, asked)
+        own += judged
+    return tuple(_check(each, own, found) for each, own, found in zip(sets, rows, trials, strict=True))
 
 
 def _together(trials: Sequence[Trial], smallest: float, may: Sequence[bool]) -> list[CheckRow]:
@@ -205,12 +217,13 @@ def _beside(trial: Trial) -> CheckRow:
     return CheckRow(trial.arm.name, DIRECTION, BESIDE, effect, kl, {}, float("nan"), trial.changes, why)
 
 
-def _check(measured: LatentSet, rows: Sequence[CheckRow]) -> FeatureCheck:
-    rates = pd.DataFrame([row for trial in measured.trials.values() for row in _rates(trial)])
+def _check(measured: LatentSet, rows: Sequence[CheckRow], trials: Mapping[Any, Trial]) -> FeatureCheck:
+    rates = pd.DataFrame([row for trial in trials.values() for row in _rates(trial)])
     settings = {"site": str(measured.dictionary.site_in), **measured.job.settings}
+    used = max(len(trial.controls) for trial in trials.values() if trial.controls is not None)
     return FeatureCheck(
         measured.dictionary, measured.indices, measured.label, tuple(rows), rates, pd.DataFrame(measured.doses()),
-        match(measured.dictionary, measured.indices, measured.density, measured.sets), settings,
+        match(measured.dictionary, measured.indices, measured.density, measured.every[:used]), settings,
     )  # fmt: skip
 
 
