@@ -255,7 +255,7 @@ def reads_in_pieces(model: LensModel) -> bool:
     return all(str(getattr(hook, "__module__", "")).startswith(_KNOWN) for hook in of_torch)
 
 
-_KNOWN = ("transformer_lens.", "tl_em.")
+_KNOWN = ("transformer_lens.", "transformers.", "tl_em.")
 """Whose hooks on modules are known; those at hook points are TransformerLens's to torch, and are asked for above."""
 
 

@@ -367,7 +367,7 @@ def cost(
 
     Example:
         >>> cost(28, 1, tokens=80, steps=100, tested=100, weights={"mine": 1.35e8})
-        '28 fine-tunes of 100 steps of 16 rows of about 80 tokens, ... mine (0.1 B): 2.1e+15 operations, 5.9 hours ...'
+        '28 fine-tunes of 100 steps of 16 rows of about 80 tokens, ... mine (0.1 B): 2.1e+15 operations, 5.7 hours ...'
 
     Source: Korthikanti et al. 2022, arXiv:2205.05198, section 4: 34 bytes of activations a token, layer and width.
     """
