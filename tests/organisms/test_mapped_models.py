@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 from typing import Any
 
 import pytest
@@ -29,7 +28,7 @@ def logits(model: Any) -> torch.Tensor:
 def test_it_computes_what_was_packed(model: Any, dtype: torch.dtype) -> None:
     model = model.to(dtype)
     expected = logits(model)
-    found = unpacked(pickle.loads(pickle.dumps(packed(model))))
+    found = unpacked(copy.deepcopy(packed(model)))
     assert torch.equal(logits(found), expected) and found.dtype == dtype
     assert torch.equal(logits(model), expected), "the model that was packed is as it was"
     assert found.lm_head.weight is found.model.embed_tokens.weight, "tied"
@@ -39,7 +38,7 @@ def test_weights_are_mapped_and_the_skeleton_holds_none(model: Any) -> None:
     given = packed(model)
     mine = sum(weight.data.nbytes for weight in given.weights.values())
     assert mine == sum(p.numel() * p.element_size() for p in model.parameters())
-    assert len(given.skeleton) < 20_000
+    assert not any(p.numel() for p in given.skeleton.parameters())
     for weight in given.weights.values():
         weight.data.setflags(write=False)  # as Ray's object store has them
     found = unpacked(given)

@@ -1,4 +1,4 @@
-"""A model as what can be pickled around weights that processes map and do not copy.
+"""A model as what is sent to workers around weights that they map and do not copy.
 
     model  =  skeleton (classes, config, buffers)  +  weights, each an array of bytes
 
@@ -9,7 +9,7 @@ what was packed, tied weights are tied, and the bytes are not copied.
 
 from __future__ import annotations
 
-import pickle
+import copy
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -30,9 +30,9 @@ class MappedWeight(NamedTuple):
 
 
 class MappedModel(NamedTuple):
-    """A model without its weights, pickled, and the weights by name (of tied ones the first)."""
+    """A model without its weights, and the weights by name (of tied ones the first)."""
 
-    skeleton: bytes
+    skeleton: nn.Module
     weights: Mapping[str, MappedWeight]
 
 
@@ -42,20 +42,20 @@ def packed(model: nn.Module) -> MappedModel:
     Example:
         >>> model = nn.Linear(2, 1)
         >>> found = packed(model)
-        >>> [weight.data.nbytes for weight in found.weights.values()], len(found.skeleton) > 0
-        ([8, 4], True)
+        >>> [weight.data.nbytes for weight in found.weights.values()], found.skeleton.weight.numel()
+        ([8, 4], 0)
         >>> torch.equal(unpacked(found)(torch.ones(2)), model(torch.ones(2)))
         True
     """
     weights = {name: weight.detach() for name, weight in model.named_parameters()}
     with _without_weights(model):
-        skeleton = pickle.dumps(model)
+        skeleton = copy.deepcopy(model)
     return MappedModel(skeleton, {name: _mapped(weight) for name, weight in weights.items()})
 
 
 def unpacked(given: MappedModel) -> nn.Module:
     """The model, its weights where they are: not to be changed in place."""
-    model = pickle.loads(given.skeleton)
+    model = copy.deepcopy(given.skeleton)
     for name, weight in model.named_parameters():
         data, dtype, shape = given.weights[name]
         with warnings.catch_warnings():
