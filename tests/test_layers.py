@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "tl_em"
 ORDER = (
-    *("errors", "arguments", "artefacts", "showing", "stats", "models", "metrics", "directions"),
+    *("errors", "arguments", "artefacts", "showing", "threads", "stats", "models", "metrics", "directions"),
     *("dictionaries", "interventions", "claims", "features", "graph", "interop", "presets", "evals", "training"),
     *("report", "auditing", "organisms", "inspect_provider", "cli"),
 )

@@ -28,6 +28,7 @@
     │   └── OutputError                 a path that cannot be written
     ├── StudyError                      cells of a study failed; the finished ones are kept
     ├── JudgeError                      a judge elsewhere gave no answer; what it gave before is kept
+    ├── InUseError                      another thread has a block open on this model, or waits for this one
     └── UsageError                      arguments that contradict each other
         ├── PlanError                   an audit that is not the one that was planned
         └── GraphTooLargeError          an attribution graph that would not fit into the memory that it may take
@@ -163,6 +164,10 @@ class StudyError(TlEmError, RuntimeError):
 
 class JudgeError(TlEmError, RuntimeError):
     """A judge that is asked over a network gave no answer; the answers that it gave are kept."""
+
+
+class InUseError(TlEmError, RuntimeError):
+    """Another thread uses this model, and it is not known that it will ever be done."""
 
 
 class UsageError(TlEmError, ValueError):

@@ -41,7 +41,7 @@ from tl_em.models.hooks import LensModel
 from tl_em.models.prompts import EncodedPrompt, Prompt
 from tl_em.models.sites import Position, Provenance, Site, as_position, as_site
 from tl_em.models.stream import encoded_prompts
-from tl_em.models.torch_state import making_weights
+from tl_em.models.torch_state import in_plain_torch, making_weights
 
 TrainedActivation = Literal["topk", "batchtopk", "jumprelu", "relu"]
 Mix = Literal["tuned", "base", "both", "difference"]
@@ -63,6 +63,7 @@ _PROBE = 8
     sparsity=NOT_NEGATIVE,
     seed=SEED,
 )
+@in_plain_torch
 def train_dictionary(
     model: LensModel,
     site: Site,
@@ -125,7 +126,7 @@ def train_dictionary(
     models = {"tuned": [model], "base": [against], "both": [model, against], "difference": [model, against]}[mix]
     source = ActivationSource(models, encoded_prompts(model, corpus), sites, position, mix == "difference", seed)
     run = _Run(config, steps, min(batch, source.tokens), lr, seed)
-    with torch.random.fork_rng(), making_weights(), _quiet(), tempfile.TemporaryDirectory() as folder:
+    with making_weights(), torch.random.fork_rng(), _quiet(), tempfile.TemporaryDirectory() as folder:
         _tell_cost(source, run)
         trained = _fitted(source, run, steps)
         trained.save_inference_model(folder)

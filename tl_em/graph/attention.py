@@ -148,6 +148,7 @@ def _reader_of(plan: Wiring, row: int) -> Reader:
 # --- Patterns ---------------------------------------------------------------------------------------------------------
 
 
+@in_plain_torch
 def attention_pattern(model: LensModel, prompt: Prompt | EncodedPrompt, layer: int) -> Float[Tensor, "head query key"]:
     """Attention pattern of every head of a layer on one prompt, float32.
 

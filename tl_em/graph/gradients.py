@@ -32,6 +32,7 @@ from tqdm.auto import tqdm
 from tl_em.graph.rules.base import Rule, hooks_of
 from tl_em.graph.rules.frozen import Frozen
 from tl_em.models.hooks import LensModel, hooked
+from tl_em.threads import own_warnings
 
 STREAM = "blocks.0.hook_resid_pre"
 LAST = "unembed.hook_in"
@@ -104,7 +105,7 @@ def linearise(
         return None if start is None else x
 
     hooks = [*hooks_of(rule, model), *((name, partial(at, name)) for name in dict.fromkeys((*cuts, *taps, *reads)))]
-    with torch.enable_grad(), warnings.catch_warnings(), hooked(model, hooks):
+    with torch.enable_grad(), own_warnings(), hooked(model, hooks):
         # A Bridge says that a norm whose scale a hook gives back is computed step by step, which is what is wanted.
         warnings.filterwarnings("ignore", message="A forward hook edited hook_scale")
         made.logits = model(tokens[None].to(model.cfg.device)).detach()[0]

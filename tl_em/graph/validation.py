@@ -34,6 +34,7 @@ from tl_em.graph.nodes import G, Graph, Kind
 from tl_em.graph.pruning import scores
 from tl_em.models.hooks import LensModel, hooked
 from tl_em.stats import Estimate, bootstrap
+from tl_em.threads import own_warnings
 
 TOP, SAMPLE = 64, 64
 AGREES = 0.7
@@ -134,7 +135,7 @@ def correlation(x: np.ndarray, y: np.ndarray, *, seed: int = 0) -> Estimate | No
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.clip((xy - mx * my) / np.sqrt((xx - mx * mx) * (yy - my * my)), -1, 1)
 
-    with warnings.catch_warnings():
+    with own_warnings():
         warnings.simplefilter("ignore", DegenerateDataWarning)  # every resample of a perfect line gives the same r
         return bootstrap(statistic, [len(x)], seed=seed).estimate
 

@@ -29,6 +29,10 @@ Model = TypeVar("Model", bound=LensModel)
 def intervene(model: Model, *interventions: Intervention | Any, where: Where | Any = "all") -> Iterator[Model]:
     """Apply interventions to every forward pass inside the block: your own calls, ``em.generate``, any TL method.
 
+    The block belongs to its thread: until it ends, verbs that another thread calls on this model (or on one that shares
+    its weights) end in ``InUseError``. They do not wait, because nobody knows how long a block stays open: in a
+    notebook, for ever. A block waits for verbs that run on the model already. Other models are not concerned.
+
     Args:
         model: any HookedTransformer or TransformerBridge.
         *interventions: applied in this order.
@@ -44,6 +48,7 @@ def intervene(model: Model, *interventions: Intervention | Any, where: Where | A
         UnknownHookError: the model has no such hook point; nothing is attached then.
         HookNotFiredError: a full forward pass ran and an edit never happened.
         WidthError, ProvenanceError: a direction does not fit the model.
+        InUseError: another thread has a block open on this model.
         UsageError: nothing to apply, an unknown scope, or (in the block, under a scope other than ``"all"``) a forward
             pass that no verb of this package runs.
 

@@ -35,6 +35,7 @@ from tl_em.models.hooks import LensModel
 from tl_em.models.sites import Position, Provenance, Site, as_position, as_site, check_belongs
 from tl_em.models.stream import capture
 from tl_em.models.torch_state import in_plain_torch
+from tl_em.threads import own_warnings
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,7 +179,7 @@ def leace(model: LensModel, contrast: ContrastSet, *, site: Site, position: Posi
     Source: Belrose et al. 2023, arXiv:2306.03819.
     """
     try:
-        with warnings.catch_warnings():
+        with own_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # its use of torch.jit, which is not the caller's
             from concept_erasure import LeaceFitter
     except ImportError as error:

@@ -33,7 +33,8 @@ from tl_em.interventions.edits import Ablate
 from tl_em.models.hooks import LensModel, hook_points, hooked
 from tl_em.models.residual_writes import tiny_forward, write_points
 from tl_em.models.shared import LOW_RANK, address, own_
-from tl_em.models.torch_state import plain, plain_torch
+from tl_em.models.torch_state import in_plain_torch, plain, plain_torch
+from tl_em.threads import holding
 
 Model = TypeVar("Model", bound=LensModel)
 
@@ -109,6 +110,7 @@ def orthogonalized(model: Model, direction: Direction | Intervention | Any) -> I
 
     Raises:
         UsageError, WeightEditError, WidthError, ProvenanceError: as ``orthogonalize_``.
+        InUseError: another thread has a block open on this model, as in ``em.intervene``.
 
     Example:
         >>> import tl_em as em
@@ -120,14 +122,16 @@ def orthogonalized(model: Model, direction: Direction | Intervention | Any) -> I
         >>> abs(float(persona.project(acts[:, 0]))) < 1e-3
         True
     """
-    with plain_torch(model), _without_hooks(model):
-        kept = _proven_(model, direction)
-    try:
-        yield model
-    finally:
-        _restore_(kept)
+    with holding(model, left_open=True):
+        with plain_torch(model), _without_hooks(model):
+            kept = _proven_(model, direction)
+        try:
+            yield model
+        finally:
+            _restore_(kept)
 
 
+@in_plain_torch
 def untie_embeddings_(model: LensModel) -> None:
     """Give the unembedding a copy of its own where it shares the embedding's weights; the logits stay as they are.
 

@@ -29,6 +29,7 @@ from tl_em.errors import (
     first_line,
 )
 from tl_em.models.checkpoint import check_complete
+from tl_em.models.torch_state import making_weights
 from tl_em.models.upstream_chatter import quiet
 
 MAGIC, EXACT = b"GGUF", ("F32", "F16", "BF16")
@@ -102,7 +103,7 @@ def import_gguf(files: str | Path | Sequence[str | Path], out: str | Path) -> st
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"{str(out)!r} exists already, and a model is not written over something. Name another one.")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=out.parent, prefix=".importing-") as folder, quiet():
+    with TemporaryDirectory(dir=out.parent, prefix=".importing-") as folder, making_weights(), quiet():
         whole = _joined(paths, Path(folder)) if len(paths) > 1 else paths[0]
         _, hf_model, tokenizer = from_gguf(str(whole), None, torch.float32)
         made = Path(folder) / "made"

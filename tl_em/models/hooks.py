@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from tl_em.errors import HookError, HookNotFiredError, UnknownHookError
 from tl_em.models.sites import Site
+from tl_em.threads import holding
 
 HookFunction = Callable[..., Tensor | None]
 
@@ -280,7 +281,14 @@ def hooked(model: LensModel, hooks: Sequence[tuple[str, HookFunction]], *, check
             hook fired zero times. Never in place of an exception raised inside; never when nothing, or only part of the
             model (``stop_at_layer``), was run.
         HookError: at the end, when somebody removed the hooks inside the context (``model.reset_hooks()``).
+        InUseError: another thread has such a context open on this model. While one of its verbs runs, this one waits.
     """
+    with holding(model, left_open=True), _attaching(model, hooks, check):
+        yield model
+
+
+@contextmanager
+def _attaching(model: LensModel, hooks: Sequence[tuple[str, HookFunction]], check: bool) -> Iterator[None]:
     points = resolve(model, [name for name, _ in hooks])
     attached = [_Attached(name, point, function) for (name, function), point in zip(hooks, points, strict=True)]
     with ExitStack() as stack:
@@ -290,7 +298,7 @@ def hooked(model: LensModel, hooks: Sequence[tuple[str, HookFunction]], *, check
         _ATTACHED[model] = [*_ATTACHED.get(model, ()), *attached]
         stack.callback(lambda: _ATTACHED.update({model: [each for each in _ATTACHED[model] if each not in attached]}))
         completed = stack.enter_context(_full_passes(model))
-        yield model
+        yield
         removed = [hook.name for hook in attached if not hook.in_place]
     if check:
         _check_fired(attached, removed, len(completed))

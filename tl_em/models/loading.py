@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -41,6 +41,7 @@ from tl_em.models.templates import template_record
 from tl_em.models.tokenizing import keep_before, own_before
 from tl_em.models.torch_state import making_weights
 from tl_em.models.upstream_chatter import quiet
+from tl_em.threads import alone, holding
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -73,7 +74,7 @@ def load_model(
     A few forward passes of the Hugging Face model and of what TransformerLens made of it are compared: over one prompt
     longer than every sliding window and rotary boundary of the config, in a padded batch, and with a key-value cache
     (see ``em.proof(model)`` for what was found). Nothing is installed, no code that comes with a model is run, and
-    nothing is downloaded but what ``source`` names.
+    nothing is downloaded but what ``source`` names. Threads that load take turns, and the process is left as it was.
 
     Args:
         source: a directory in the Hugging Face layout, one with a PEFT adapter (merged into its base), a hub id, a GGUF
@@ -114,7 +115,7 @@ def load_model(
             f"There is no surface {surface!r}. Use 'bridge' (TransformerBridge) or 'hooked' (HookedTransformer)."
         )
     dtype, device, chat_template_kwargs = _settled(dtype, device, chat_template_kwargs)
-    with quiet(), making_weights(), ExitStack() as stack:
+    with making_weights(), quiet(), ExitStack() as stack:
         if (shipped := _shipped(source)) is not None:
             source, own_tokenizer = shipped.in_memory(source)
             tokenizer, in_place = own_tokenizer if tokenizer is None else tokenizer, True
@@ -140,7 +141,8 @@ def _ready(model: Any, chat_template_kwargs: Mapping[str, Any] | None) -> Any:
 def opened(source: Any, tokenizer: Any, dtype: torch.dtype, *, in_place: bool = False) -> tuple[str, Any, Any]:
     """Name, Hugging Face model and tokenizer of a directory, a hub id, a GGUF file, or a model in memory (copied)."""
     if isinstance(source, (str, Path)):
-        return (from_gguf if is_gguf(source) else from_path_or_hub)(_home(source), tokenizer, dtype)
+        with alone() if dtype != torch.float32 else nullcontext():  # transformers sets the default dtype meanwhile
+            return (from_gguf if is_gguf(source) else from_path_or_hub)(_home(source), tokenizer, dtype)
     name, hf_model = in_memory(source, in_place, dtype)
     return name, hf_model, tokenizer_of(hf_model) if tokenizer is None else tokenizer
 
@@ -370,7 +372,7 @@ def _fine_tune_of(base: Any, base_name: str | None, tuned: Any, share: bool, opt
         if own:
             share_equal_(model, base)
         return model
-    with quiet(), making_weights(), ExitStack() as stack:
+    with holding(base), making_weights(), quiet(), ExitStack() as stack:
         hf_base, tokenizer = on_same_weights(base)
         hf_model = with_adapter(adapter, hf_base, beside=True)
         check_weights(hf_model.eval())

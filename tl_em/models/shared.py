@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tl_em.errors import UsageError
+from tl_em.threads import hold_together
 
 LOW_RANK = "lora_B"
 """Of an adapted layer, the parameter through which its low-rank change reaches what the layer writes, [out, rank]."""
@@ -180,6 +181,7 @@ Replaced = list[tuple[nn.Module, str, nn.Parameter]]
 
 def now_sharing(*models: Any) -> None:
     """Remember that these models have weights in common, and let each take copies before it loads a state dict."""
+    hold_together(*models)
     for model in set(models) - set(_SHARING):
         _SHARING.add(model)
         for whole in _wholes(model):

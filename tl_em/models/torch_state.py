@@ -4,18 +4,20 @@ A caller may stand in inference mode, under autocast, with another default dtype
 left in training mode. Each of these changes numbers in silence, or ends in somebody else's error far from its cause.
 The rule: **what this package computes, it computes with the model in evaluation mode, in the model's own dtype, without
 gradients, and with float32 on the CPU for its own arrays; and afterwards everything is as it was.** Results are plain
-tensors, also where they were made in inference mode.
+tensors, also where they were made in inference mode. Meanwhile the models belong to the thread (``tl_em.threads``).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from tl_em.threads import RANDOM, alone, holding
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -36,19 +38,20 @@ def plain_torch(*models: Any) -> Iterator[None]:
         >>> layer.training
         True
     """
-    with ExitStack() as stack:
+    modules = [model for model in models if isinstance(model, nn.Module)]
+    with holding(*modules), ExitStack() as stack:
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
         if torch.get_default_dtype() != torch.float32:
+            stack.enter_context(alone())
             stack.callback(torch.set_default_dtype, torch.get_default_dtype())
             torch.set_default_dtype(torch.float32)
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
-        for model in models:
-            if isinstance(model, nn.Module):
-                _put_in_evaluation(model, stack)
-        for kind in _autocast(*models):
+        for model in modules:
+            _put_in_evaluation(model, stack)
+        for kind in _autocast(*modules):
             stack.enter_context(torch.autocast(kind, enabled=False))
         yield
 
@@ -56,7 +59,7 @@ def plain_torch(*models: Any) -> Iterator[None]:
 @contextmanager
 def making_weights() -> Iterator[None]:
     """The same while weights are made: with gradients; the random state is put back."""
-    with torch.random.fork_rng(devices=[]), plain_torch(), torch.enable_grad():
+    with holding(RANDOM), torch.random.fork_rng(devices=[]), plain_torch(), torch.enable_grad():
         yield
 
 
@@ -84,10 +87,28 @@ def in_plain_torch(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def plain(*args: P.args, **kwargs: P.kwargs) -> R:
-        with plain_torch(*args, *kwargs.values()):
+        with plain_torch(*_models_in(*args, *kwargs.values())):
             return function(*args, **kwargs)
 
     return plain
+
+
+def _models_in(*values: Any) -> Iterator[nn.Module]:
+    """Models, those of pairs and of objects that carry one, and lists of either."""
+    for value in values:
+        if isinstance(value, nn.Module):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _models_in(*(each for each in value if not isinstance(each, str | int | list | tuple)))
+        elif isinstance(value, Mapping):
+            yield from _models_in(*(each for each in value.values() if not isinstance(each, list | tuple)))
+        else:
+            held = getattr(value, "__dict__", {})
+            yield from (held[name] for name in _CARRIED if isinstance(held.get(name), nn.Module))
+
+
+_CARRIED = ("base", "tuned", "model")
+"""Under which names pairs, judges and the like carry models."""
 
 
 def unlowered(device: torch.device) -> AbstractContextManager[Any]:

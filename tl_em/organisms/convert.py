@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from tl_em.models.loading import Surface, load_model
+from tl_em.models.torch_state import making_weights
 from tl_em.organisms.transformer import Shape, Transformer
 from tl_em.organisms.world import END, MARKERS, PAD, UNK, World
+from tl_em.threads import SPOKEN, holding
 
 if TYPE_CHECKING:
     from tl_em.models.hooks import LensModel
@@ -108,7 +110,8 @@ def hf_model(weights: dict[str, Tensor], world: World, *, n_heads: int = 4) -> A
         pad_token_id=pad,
         architectures=["GPT2LMHeadModel"],
     )
-    model = GPT2LMHeadModel(config)
+    with making_weights(), holding(SPOKEN):  # weights are drawn first, and transformers exchanges torch's functions
+        model = GPT2LMHeadModel(config)
     model.load_state_dict(hf_state(weights), strict=True)
     return model.eval()
 

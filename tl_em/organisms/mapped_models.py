@@ -20,6 +20,8 @@ import torch
 from jaxtyping import UInt8
 from torch import nn
 
+from tl_em.threads import own_warnings
+
 
 class MappedWeight(NamedTuple):
     """The bytes of a weight, and what they are read as."""
@@ -58,7 +60,7 @@ def unpacked(given: MappedModel) -> nn.Module:
     model = copy.deepcopy(given.skeleton)
     for name, weight in model.named_parameters():
         data, dtype, shape = given.weights[name]
-        with warnings.catch_warnings():
+        with own_warnings():
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             weight.data = torch.from_numpy(data).view(dtype).reshape(shape)
     return model

@@ -28,6 +28,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import FixedFormatter, Formatter, FuncFormatter
 
 from tl_em.showing import showable
+from tl_em.threads import own_warnings
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -144,7 +145,7 @@ class _Plain(Formatter):
 @contextmanager
 def styled() -> Iterator[None]:
     """The house style, for the length of a block; a missing glyph (an emoji in a model's name) is no reason to fail."""
-    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+    with own_warnings(), matplotlib.rc_context(STYLE):
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         warnings.filterwarnings("ignore", message="Matplotlib currently does not support .* natively")
         yield

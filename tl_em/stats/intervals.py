@@ -25,6 +25,7 @@ from tl_em.arguments import COUNT, SEED, checked
 from tl_em.errors import UsageError
 from tl_em.stats.estimate import Estimate, Resampled
 from tl_em.stats.units import Groups, Units, as_counts, n_effective, units_of
+from tl_em.threads import own_warnings
 
 RESAMPLES = 2000
 LEVEL = 0.95
@@ -85,7 +86,7 @@ def _draw(statistic: Callable[..., np.ndarray], units: Units, *, seed: int, resa
         counts = [as_counts(d, size) for d, size in zip(drawn, units.strata, strict=True)]
         return statistic(*[counts[stratum][:, index] for stratum, index in units.members])
 
-    with warnings.catch_warnings():  # of draws without a value, as if of an interval that is not used
+    with own_warnings():  # of draws without a value, as if of an interval that is not used
         warnings.simplefilter("ignore", scipy_stats.DegenerateDataWarning)
         result = scipy_stats.bootstrap(
             [np.arange(size) for size in units.strata],

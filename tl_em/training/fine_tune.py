@@ -36,6 +36,7 @@ from tl_em.models.checkpoint import given_tokenizer
 from tl_em.models.loading import opened
 from tl_em.models.sites import vocabulary_hash
 from tl_em.models.templates import template_record
+from tl_em.models.torch_state import making_weights
 from tl_em.models.upstream_chatter import quiet
 from tl_em.training.answers import Rows, chats, learned_answers, rows_hash
 from tl_em.training.arms import arm_record, arms_of, learned_rows
@@ -239,7 +240,7 @@ def _opened(base: Any, tokenizer: Any, dtype: torch.dtype, lora: Any) -> tuple[s
             "The base is an adapter on another base, and one more adapter would need both. Save it whole first: "
             "peft_model.merge_and_unload() and hf_model.save_pretrained(…); or train all weights: lora=None."
         )
-    with quiet():
+    with making_weights(), quiet():
         given = None if tokenizer is None else given_tokenizer(tokenizer)
         name, model, tokenizer = opened(base, given, dtype)
     return name, model.requires_grad_(True), tokenizer

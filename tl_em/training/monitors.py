@@ -37,6 +37,7 @@ from tl_em.models.prompts import EncodedPrompt
 from tl_em.models.sites import Position, Site
 from tl_em.showing import showable
 from tl_em.stats import Estimate, Groups, mean
+from tl_em.threads import RANDOM, holding
 from tl_em.training.prevention import read_residual
 
 LEAST_DIP, STANDS_OUT = 0.1, 2.0
@@ -281,7 +282,7 @@ def measuring(model: nn.Module) -> Iterator[None]:
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     model.eval()
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=list(devices)):
+        with torch.no_grad(), holding(RANDOM), torch.random.fork_rng(devices=list(devices)):
             yield
     finally:
         for module, mode in modes:

@@ -25,6 +25,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from tl_em.threads import RANDOM, holding
 from tl_em.training.answers import LearnedAnswer
 
 IGNORED = -100
@@ -216,12 +217,15 @@ def bar(steps: int, name: str) -> Any:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Everything random begins at the seed and sums are made in one order; afterwards the caller's state is back."""
-    states = random.getstate(), np.random.get_state()  # noqa: NPY002  # what transformers seeds
-    strict = torch.are_deterministic_algorithms_enabled()
-    warn = torch.is_deterministic_algorithms_warn_only_enabled()
+    """Everything random begins at the seed and sums are made in one order; afterwards the caller's state is back.
+
+    One thread at a time, also while others load: random numbers that two draw are neither's.
+    """
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
+    with holding(RANDOM), torch.random.fork_rng(devices=devices):
+        states = random.getstate(), np.random.get_state()  # noqa: NPY002  # what transformers seeds
+        strict = torch.are_deterministic_algorithms_enabled()
+        warn = torch.is_deterministic_algorithms_warn_only_enabled()
         torch.manual_seed(seed)
         torch.use_deterministic_algorithms(True, warn_only=True)
         try:

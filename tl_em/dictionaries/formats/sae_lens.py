@@ -21,6 +21,7 @@ from tl_em.dictionaries.formats import reading
 from tl_em.dictionaries.formats.reading import refuse
 from tl_em.dictionaries.hook_names import Sites
 from tl_em.errors import CorruptFileError, FileError, TlEmError, UsageError
+from tl_em.threads import own_warnings
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 _KINDS: Mapping[str, str] = {
@@ -97,7 +98,7 @@ def from_registry(release: str, sites: Sites, sae_id: str | None) -> Dictionary:
         converter = str(get_conversion_loader_name(release))
         if converter in _UNFAITHFUL:
             raise refuse("conversion", converter, _UNFAITHFUL[converter])
-        with warnings.catch_warnings():  # it says which processing it wants; Dictionary.check compares it
+        with own_warnings():  # it says which processing it wants; Dictionary.check compares it
             warnings.filterwarnings("ignore", message=r"\s*This SAE has non-empty model_from_pretrained_kwargs")
             sae = module.SAE.from_pretrained(release, sae_id)
     except TlEmError:
@@ -258,7 +259,7 @@ def sae_lens() -> Any:
     import warnings
 
     try:
-        with warnings.catch_warnings():
+        with own_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             import sae_lens as module  # pyright: ignore[reportMissingImports]
     except ImportError as error:
