@@ -108,7 +108,7 @@ def test_an_adapter_that_writes_nothing_has_no_node() -> None:
 def test_an_edge_from_an_adapter_is_what_the_target_loses_with_everything_else_frozen() -> None:
     model = bridge(tuned_by("persona").get_base_model())
     tokens = tokens_of(model)
-    options: dict[str, Any] = {"rule": None, "adapter": model, "skip": (), "max_nodes": 8000}
+    options: dict[str, Any] = {"rule": None, "adapter": model, "skip": ()}
     plan = latent_plan(model, encoded_prompt(model, tokens), transcoders(), 9, **options)
     graph = attribute(model, tokens, transcoders(), target=9, adapter=True, skip=(), validate=False)
     recorded = as_frozen(model, tokens, [f"blocks.{layer}.hook_mlp_out" for layer in range(3)])

@@ -57,8 +57,8 @@ def test_without_a_difference_nothing_is_attributed(small_model: LensModel) -> N
 
 
 def test_bad_references_are_refused(small_model: LensModel) -> None:
-    with pytest.raises(UsageError, match="equal length"):
-        attribute(small_model, PROMPT, target=9, against="the cat", validate=False)
+    with pytest.raises(UsageError, match="no reference"):
+        attribute(small_model, PROMPT, target=9, against=3.5, validate=False)
     mean = attribute(small_model, PROMPT, target=9, against=("the cat", "a dog ran"), validate=False)
     assert mean.settings["against"] == "mean of prompts" and mean.edges.abs().max() > 1e-3
 

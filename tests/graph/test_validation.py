@@ -26,7 +26,7 @@ OTHER = "the dog ran to the big cat"
 def sae_plan(model: LensModel, layer: int = 1, target: object = 9):
     encoded = encoded_prompt(model, tokens_of(model))
     sae = dictionary(layer, 32, "resid_post", None)
-    options = {"rule": None, "adapter": None, "skip": (), "max_nodes": 8000}
+    options = {"rule": None, "adapter": None, "skip": ()}
     return sae, latent_plan(model, encoded, [sae], target, **options)  # pyright: ignore
 
 
@@ -57,7 +57,7 @@ def test_a_circuit_of_everything_is_the_model_and_of_nothing_is_not(small_model:
         sae_plan(small_model)[1],
         component_plan(small_model, encoded_prompt(small_model, PROMPT), 9, against=OTHER),
         latent_plan(small_model, encoded_prompt(small_model, tokens_of(small_model)), transcoders(), 9, rule=None,
-                    adapter=None, skip=(), max_nodes=8000),
+                    adapter=None, skip=()),
     ):  # fmt: skip
         rows = [row for row, each in enumerate(plan.written) if each.node.kind != "token" or plan.references]
         clean = float(valued(small_model, plan, 1, []))

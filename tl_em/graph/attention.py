@@ -23,7 +23,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_em.errors import UsageError
-from tl_em.graph.build import MAX_NODES, prepared
+from tl_em.graph.build import prepared
+from tl_em.graph.cost import Limits
 from tl_em.graph.edges import Wiring
 from tl_em.graph.gradients import Reader, gradients, linearise
 from tl_em.graph.inputs import check_model
@@ -98,7 +99,8 @@ def head_loadings(
         raise UsageError("an edge is a sum over heads only where all else is frozen: pass transcoders of the MLPs")
     rule = as_rule(rule, "transcoders")
     encoded, at = prepared(model, prompt, target, skip)
-    plan = latent_plan(model, encoded, given, target, rule=rule, adapter=None, skip=at, max_nodes=MAX_NODES)
+    plan = latent_plan(model, encoded, given, target, rule=rule, adapter=None, skip=at,
+                       limits=Limits(share=1.0))  # fmt: skip
     ids = [each.node.id for each in plan.written] + [node.id for node in plan.goal.nodes]
     ends = [each if isinstance(each, str) else each.id for each in (source, into)]
     if unknown := [each for each in ends if each not in ids]:
@@ -108,7 +110,7 @@ def head_loadings(
     reader, written = _reader_of(plan, ids.index(ends[1])), plan.written[ids.index(ends[0])]
     tokens = torch.tensor(plan.encoded.ids)
     heads = {f"blocks.{layer}.attn.hook_z": layer for layer in range(int(model.cfg.n_layers))}
-    cuts, keep = list(plan.passes[0].linear.leaves), keeping(plan.sheets)
+    cuts, keep = list(plan.passes[0].make().leaves), keeping(plan.sheets)
     closed = linearise(model, tokens, cuts=[*cuts, *heads], reads=[reader.point], rule=rule, keep=keep)
     open_ = linearise(model, tokens, cuts=cuts, reads=list(heads), rule=rule, keep=keep)
     last = gradients(closed, reader)

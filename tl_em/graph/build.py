@@ -16,14 +16,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tl_em.arguments import COUNT, NATURAL, checked
+from tl_em.arguments import COUNT, NATURAL, checked, finite, whole
 from tl_em.errors import PromptError, UsageError
 from tl_em.graph.adapters import base_of
 from tl_em.graph.components import component_plan
-from tl_em.graph.edges import CHUNK, MAX_BYTES, drawn
+from tl_em.graph.cost import CHUNK, Limits
+from tl_em.graph.edges import drawn
 from tl_em.graph.graph import AttributionGraph
 from tl_em.graph.inputs import check_model, ids_of, is_chat, is_ids, positions
 from tl_em.graph.latents import latent_plan, listed
+from tl_em.graph.leaders import led
+from tl_em.graph.nodes import MAX_BYTES
 from tl_em.graph.rules.base import AnyRule
 from tl_em.graph.targets import Target, completed
 from tl_em.graph.validation import validated
@@ -33,10 +36,8 @@ from tl_em.models.token_text import text_of_tokens
 from tl_em.models.tokenizing import own_bos
 from tl_em.models.torch_state import in_plain_torch
 
-MAX_NODES = 8000
 
-
-@checked(chunk=COUNT, max_nodes=COUNT, max_bytes=COUNT, seed=NATURAL)
+@checked(chunk=COUNT, max_bytes=COUNT, seed=NATURAL)
 @in_plain_torch
 def attribute(
     model: LensModel,
@@ -49,7 +50,9 @@ def attribute(
     adapter: LensModel | bool | None = None,
     skip: Any = None,
     chunk: int = CHUNK,
-    max_nodes: int = MAX_NODES,
+    max_nodes: int | None = None,
+    share: float | None = None,
+    max_seconds: float | None = None,
     max_bytes: int = MAX_BYTES,
     validate: bool = True,
     seed: int = 0,
@@ -68,15 +71,20 @@ def attribute(
             (norm scales, patterns), ``"relp"`` (and MLPs by secants), ``"plain"``, ``"ig"`` (components: plain,
             averaged on the way from ``against``). By default ``"frozen"`` for transcoders, ``"plain"`` for SAEs,
             ``"ig"`` for components.
-        against: components only: what a node is compared with, the prompt of equal length that it is replaced by,
-            ``"zero"``, ``"mean"`` (over this prompt's tokens), or a tuple of prompts (mean over their tokens).
+        against: components only: what a node is compared with. Another prompt that differs in what is asked about is
+            best: token by token where it has as many, else span by span. By default other words in the places of the
+            question's. Or a tuple of prompts (their mean, place by place), ``"mean"`` (over this prompt's tokens,
+            without sinks), ``"zero"``.
         adapter: the model before its fine-tune; what the fine-tune adds to each block's writes, on this model's own
             inputs, becomes nodes of its own. True: of this model's unmerged peft adapters, which are off meanwhile and
             on again afterwards (what peft trained beside them, by ``bias=`` or ``modules_to_save=``, counts as base).
         skip: with dictionaries, positions without latents and errors; by default a leading BOS token.
         chunk: readers at once, made smaller where the memory would not do.
-        max_nodes: with more active latents only those of the largest estimated effect are shown; the others are part
-            of the error nodes.
+        max_nodes: heads and MLPs, or latents, that are drawn: those of the largest estimated effect (the other latents
+            are part of the error nodes). By default all in a small graph, else at most 300.
+        share: of all nodes' effect that those drawn hold. By default all in a small graph (see ``graph.cost``), else
+            .9; 1 for as many as there may be.
+        max_seconds: for everything, by an estimate before the work; with less, fewer nodes are drawn.
         max_bytes: of memory for gradients and edges.
         validate: whether to ablate nodes for ``validation``.
         seed: of the random parts of the validation.
@@ -86,7 +94,7 @@ def attribute(
 
     Raises:
         UsageError: a dtype below float32, numbers that are none, contradicting arguments, a rule that changes values.
-        GraphTooLargeError: no room.
+        GraphTooLargeError: no room, or no time, for a single node.
         PromptError: several prompts, or none; positions that it has not. UnknownTokenError: ids that the vocabulary
             has not. NonFiniteError: the effects are NaN or infinite.
         WidthError, ProvenanceError: a dictionary or direction of another model. ModelError: ``adapter=True`` without
@@ -104,20 +112,34 @@ def attribute(
     Source: see the head of this file.
     """
     check_model(model)
+    limits = _limits(max_nodes, share, max_seconds, max_bytes, chunk, validate)
     encoded, skipped = prepared(model, prompt, target, skip)
     base = base_of(model, adapter)
     if dictionaries is None:
         if skip is not None and skipped:
             raise UsageError("skip= is for dictionaries: components are nodes at every token; leave it out")
-        plan = component_plan(model, encoded, target, rule=rule, against=against, adapter=base, chunk=chunk,
-                              max_bytes=max_bytes)  # fmt: skip
+        plan = component_plan(model, encoded, target, rule=rule, against=against, adapter=base, limits=limits)
+        if not plan.passes:
+            return led(model, plan, limits, seed=seed)
     else:
         if against is not None:
             raise UsageError("against= is for components; with dictionaries leave it out")
         plan = latent_plan(model, encoded, listed(dictionaries), target, rule=rule, adapter=base, skip=skipped,
-                           max_nodes=max_nodes)  # fmt: skip
+                           limits=limits)  # fmt: skip
     graph = drawn(model, plan, chunk=chunk, max_bytes=max_bytes)
     return validated(model, graph, plan, seed=seed) if validate else graph
+
+
+def _limits(
+    max_nodes: int | None, share: float | None, max_seconds: float | None, max_bytes: int, chunk: int, validate: bool
+) -> Limits:
+    if max_nodes is not None:
+        max_nodes = whole("max_nodes", max_nodes, low=1)
+    if share is not None:
+        share = finite("share", share, low=0, high=1, open_low=True)
+    if max_seconds is not None:
+        max_seconds = finite("max_seconds", max_seconds, low=0, open_low=True)
+    return Limits(max_nodes, share, max_seconds, max_bytes, chunk, validate)
 
 
 def prepared(model: LensModel, prompt: Any, target: Target, skip: Any) -> tuple[EncodedPrompt, tuple[int, ...]]:

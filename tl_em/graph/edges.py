@@ -7,17 +7,18 @@ A latent that is on passes a change of its pre-activation on as it is, so totals
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_em.errors import GraphTooLargeError, NonFiniteError
+from tl_em.errors import NonFiniteError
+from tl_em.graph.cost import CHUNK, Cost, room, timed
 from tl_em.graph.gradients import MANY, Linearised, Reader, Writer, adjacency, gradients, linearise
 from tl_em.graph.graph import AttributionGraph
 from tl_em.graph.nodes import MAX_BYTES, Node
@@ -25,10 +26,6 @@ from tl_em.graph.rules.base import Rule
 from tl_em.graph.targets import Goal, text_of
 from tl_em.models.hooks import LensModel
 from tl_em.models.prompts import EncodedPrompt
-
-CHUNK = 256
-LONG = 20.0
-"""Seconds above which the cost is told before the work."""
 
 
 class Written(NamedTuple):
@@ -41,9 +38,9 @@ class Written(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """A forward pass with a cut at every write, and what the nodes read in it."""
+    """A forward pass with a cut at every write, made where it is used, and what the nodes read in it."""
 
-    linear: Linearised
+    make: Callable[[], Linearised]
     readers: tuple[Reader, ...]
 
 
@@ -53,13 +50,15 @@ class Wiring:
 
     Args:
         encoded: the prompt.
-        passes: its pass; several are averaged (integrated gradients).
+        passes: its pass; several are averaged (integrated gradients). Without any, ``wire`` makes them.
         written: nodes but the targets, in causal order; readers refer to them by place.
         goal: the target.
         settings: for the graph.
         totals: total effect of each node and target, where it does not follow from the edges.
         sheets: of dictionaries; references: by hook point, what a component is replaced by.
-        seconds: that the edges should take, where that was told before the plan was made.
+        cost: what is drawn of it, where that was told before the plan was made.
+        cut: of the shapes of what is cut in one pass.
+        wire: the passes of some of the nodes.
     """
 
     encoded: EncodedPrompt
@@ -70,7 +69,9 @@ class Wiring:
     totals: Float[Tensor, " node"] | None = None
     sheets: tuple[Any, ...] = ()
     references: Mapping[str, Tensor] = field(default_factory=dict)
-    seconds: float | None = None
+    cost: Cost | None = None
+    cut: tuple[Tensor, ...] = ()
+    wire: Callable[[Sequence[Written]], tuple[Pass, ...]] | None = None
 
 
 def drawn(model: LensModel, plan: Wiring, *, chunk: int = CHUNK, max_bytes: int = MAX_BYTES) -> AttributionGraph:
@@ -81,14 +82,14 @@ def drawn(model: LensModel, plan: Wiring, *, chunk: int = CHUNK, max_bytes: int 
     """
     started = time.perf_counter()
     nodes = (*(each.node for each in plan.written), *plan.goal.nodes)
-    leaves, kind = list(plan.passes[0].linear.leaves.values()), str(plan.settings["kind"])
-    chunk, size = room(len(nodes), leaves, len(plan.encoded), kind, chunk=chunk, max_bytes=max_bytes)
+    kind, length = str(plan.settings["kind"]), len(plan.encoded)
+    chunk, size = room(len(nodes), plan.cut, length, kind, chunk=chunk, max_bytes=max_bytes)
     rows = sum(len(reader.rows) for each in plan.passes for reader in each.readers) + len(plan.goal.nodes)
     goal = Reader(plan.goal.point, torch.arange(len(plan.written), len(nodes)), plan.goal.vectors)
     cost = {"rows": rows, "bytes_expected": size, "seconds_expected": told_seconds(plan, goal, chunk, size)}
     edges, writers = torch.zeros(len(nodes), len(nodes), dtype=plan.goal.vectors.dtype), writers_of(plan.written)
-    for linear, readers in plan.passes:
-        edges += adjacency(linear, [*readers, goal], writers, nodes=len(nodes), chunk=chunk) / len(plan.passes)
+    for make, readers in plan.passes:
+        edges += adjacency(make(), [*readers, goal], writers, nodes=len(nodes), chunk=chunk) / len(plan.passes)
     if not bool(edges.isfinite().all()):
         raise NonFiniteError(
             f"{int((~edges.isfinite()).sum())} of {edges.numel()} effects are NaN or infinite, so the graph would show "
@@ -99,8 +100,13 @@ def drawn(model: LensModel, plan: Wiring, *, chunk: int = CHUNK, max_bytes: int 
     text = tuple(text_of(model, token) for token in plan.encoded.ids)
     cost["seconds"] = round(time.perf_counter() - started, 3)
     settings = {**plan.settings, "dtype": str(edges.dtype).removeprefix("torch."), "chunk": chunk, "cost": cost}
+    return AttributionGraph(tuple(named), edges, text, name_of(model), plan.encoded.text or " ".join(text), settings)
+
+
+def name_of(model: LensModel) -> str:
+    """The model's name for people: of a file or directory its last part."""
     name = str(getattr(model.cfg, "model_name", None) or type(model).__name__)
-    return AttributionGraph(tuple(named), edges, text, name, plan.encoded.text or " ".join(text), settings)
+    return Path(name).name.removesuffix(".gguf") if Path(name).is_absolute() else name
 
 
 def through(
@@ -130,63 +136,16 @@ def total_gradients(
     return zeros | {name: grad[0] for name, grad in found.items()}
 
 
-# --- The cost ---------------------------------------------------------------------------------------------------------
-
-LESS = "pass a smaller max_nodes= (the rest goes into error nodes), or max_bytes="
-SHORTER = (
-    "pass a shorter prompt (every head and MLP is a node at every token), dictionaries=, which have max_nodes=, or a "
-    "larger max_bytes="
-)
-"""What to do about a graph that is too large: one with dictionaries, and one of components."""
-
-
-def room(
-    nodes: int, leaves: Collection[Tensor], tokens: int, kind: str, *, chunk: int, max_bytes: int
-) -> tuple[int, int]:
-    """A chunk that fits, and the bytes that it takes.
-
-    Gradients of a chunk are held at every cut and once more on their way back; edges once, and once more while they
-    are pruned.
-
-    Args:
-        leaves: what is cut in one pass, or tensors of those shapes.
-
-    Raises:
-        GraphTooLargeError: none fits.
-    """
-    number = next(iter(leaves)).element_size()
-    row, edges = 3 * sum(leaf.numel() for leaf in leaves) * number, 2 * nodes * nodes * number
-    left = max_bytes - edges
-    if left < row:
-        raise GraphTooLargeError(
-            f"{nodes} nodes on {tokens} tokens need {(edges + row) / 2**30:.1f} GiB, more than "
-            f"{max_bytes / 2**30:.1f}; {SHORTER if kind == 'components' else LESS}"
-        )
-    chunk = max(1, min(chunk, left // row, nodes))
-    return chunk, edges + chunk * row
-
-
 def told_seconds(plan: Wiring, goal: Reader, chunk: int, size: int) -> float | None:
     """What the edges should take, from one chunk in the middle; said on stderr where that is long. None where short."""
-    if plan.seconds is not None:
-        return plan.seconds
-    parts = [part for linear, readers in plan.passes for each in (*readers, goal) for part in each.split(chunk)]
+    if plan.cost is not None and plan.cost.seconds is not None:
+        return plan.cost.seconds
+    parts = [part for _, readers in plan.passes for each in (*readers, goal) for part in each.split(chunk)]
     if len(parts) < MANY:
         return None
-    linear, readers = plan.passes[0]
+    make, readers = plan.passes[0]
     reader = readers[len(readers) // 2]
-    return timed(linear, next(iter(reader.split(chunk))), len(parts), size)
-
-
-def timed(linear: Linearised, part: Reader, parts: int, size: int) -> float:
-    """Seconds that so many chunks should take, from one of them; said on stderr where that is long."""
-    started = time.perf_counter()
-    gradients(linear, part)
-    expected = (time.perf_counter() - started) * parts
-    if expected > LONG:
-        said = f"attribution graph: {parts} chunks, about {expected:.0f} s and {size / 2**20:.0f} MiB"
-        print(said, file=sys.stderr)
-    return round(expected, 1)
+    return timed(make(), next(iter(reader.split(chunk))), len(parts), size)
 
 
 def totals_of(

@@ -11,9 +11,10 @@ an error node whole), and the edges are exact. With SAEs gradients stop at each 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -23,11 +24,12 @@ from tl_em.dictionaries import Dictionary
 from tl_em.dictionaries.protocol import as_dictionary
 from tl_em.errors import UsageError
 from tl_em.graph.adapters import adapter_writes
+from tl_em.graph.cost import COPIES, TRIAL, UNLIMITED, Cost, Limits, budgeted, seconds_of, whole
 from tl_em.graph.edges import Pass, Wiring, Written, total_gradients, totals_of
 from tl_em.graph.gradients import STREAM, Linearised, Reader, linearise
 from tl_em.graph.nodes import STAGES, Node
 from tl_em.graph.rules import as_rule
-from tl_em.graph.rules.base import AnyRule, Rule
+from tl_em.graph.rules.base import CLOSE, AnyRule, Rule
 from tl_em.graph.rules.relp import RelP
 from tl_em.graph.targets import Goal, Target, goal_of, point_of, text_of
 from tl_em.models.hooks import LensModel, ReadPoint, hook_name, hook_points, read_point
@@ -207,9 +209,13 @@ def latent_plan(
     rule: AnyRule | None,
     adapter: LensModel | None,
     skip: Sequence[int],
-    max_nodes: int,
+    limits: Limits = UNLIMITED,
 ) -> Wiring:
-    """Nodes, reads and writes of a graph with dictionaries."""
+    """Nodes, reads and writes of a graph with dictionaries.
+
+    Raises:
+        GraphTooLargeError: no room, or no time, for a single latent.
+    """
     exact = is_exact(dictionaries)
     kind = "transcoders" if exact else "SAEs"
     rule = as_rule(rule, kind)
@@ -220,10 +226,13 @@ def latent_plan(
     cuts = list(dict.fromkeys([STREAM, *(sheet.out for sheet in sheets)]))
     parts = [] if adapter is None else adapter_writes(model, adapter, tokens)
     taps = sorted({part.point for part in parts} - set(cuts))
+    started = time.perf_counter()
     linear = linearise(model, tokens, cuts=cuts, taps=taps, reads=reads, rule=rule, keep=keeping(sheets))
+    forward = time.perf_counter() - started
     goal = goal_of(model, encoded, target, linear.logits)
     sheets = [filled(sheet, linear, skip) for sheet in sheets]
-    masks, dropped = _capped(model, tokens, sheets, goal, max_nodes)
+    cost = _told(model, linear, sheets, kind, forward=forward, limits=limits)
+    masks, drawn = _led(model, tokens, sheets, goal, cost)
     written: list[Written] = []
     if STREAM not in [sheet.out for sheet in sheets]:
         written += token_writes(model, linear, encoded.ids, [text_of(model, t) for t in encoded.ids])
@@ -233,16 +242,19 @@ def latent_plan(
         written += latent_writes(sheet, mask)
     written.sort(key=lambda each: each.node.place)
     settings = {
-        "kind": kind, "rule": rule.name, "skip": list(skip), "dropped_latents": dropped,
+        "kind": kind, "rule": rule.name, "skip": list(skip), "dropped_latents": drawn.of - drawn.nodes,
         "approximation": _approximation(exact, goal, rule),
         "dictionaries": [_about(each) for each in dictionaries],
     }  # fmt: skip
-    passes = (Pass(linear, tuple(readers_of(written))),)
+    if cost.share is not None:
+        settings["drawn"] = {"nodes": drawn.nodes, "of": drawn.of, "share of the effect": round(drawn.share, 3)}
+    passes = (Pass(lambda: linear, tuple(readers_of(written))),)
     totals = None
     if not exact:  # edges stop at each error node, gradients pass every dictionary, its error included
         taps = list(dict.fromkeys(each.point for each in written))
         totals = totals_of(written, total_gradients(model, tokens, taps, goal, rule), goal)
-    return Wiring(encoded, passes, tuple(written), goal, settings, totals=totals, sheets=tuple(sheets))
+    return Wiring(encoded, passes, tuple(written), goal, settings, totals=totals, sheets=tuple(sheets),
+                  cost=cost, cut=tuple(linear.leaves.values()))  # fmt: skip
 
 
 def _approximation(exact: bool, goal: Goal, rule: Rule) -> str:
@@ -258,18 +270,51 @@ def _about(dictionary: Dictionary) -> dict[str, Any]:
     return about | {"site_in": str(dictionary.site_in), "site_out": str(out), "skip": dictionary.W_skip is not None}
 
 
-def _capped(
-    model: LensModel, tokens: Tensor, sheets: Sequence[Sheet], goal: Goal, most: int
-) -> tuple[list[Bool[Tensor, "pos d_sae"] | None], int]:
-    """Which latents are shown, where more than ``most`` are on: those of the largest total effect by RelP gradients."""
+class _Drawn(NamedTuple):
+    """How many of the active latents are drawn, and what share of their effect they hold."""
+
+    nodes: int
+    of: int
+    share: float
+
+
+def _told(
+    model: LensModel, linear: Linearised, sheets: Sequence[Sheet], kind: str, *, forward: float, limits: Limits
+) -> Cost:
+    """Whether every active latent is drawn, and what that should take, from one chunk at the last dictionary.
+
+    Raises:
+        GraphTooLargeError: no room for the edges, or no time.
+    """
     active = sum(int((sheet.a != 0).sum()) for sheet in sheets if sheet.a is not None)
-    if active <= most:
-        return [None] * len(sheets), 0
+    leaves, length = linear.leaves.values(), len(linear.logits)
+    small = whole(model, active, active, length, leaves, limits)
+    source = [sheet.source.name for sheet in sheets if sheet.source is not None][-1]
+    if (small and limits.max_seconds is None) or not active:
+        return Cost(active, None)
+    like = linear.value(source)
+    reader = Reader(source, torch.arange(TRIAL), torch.ones_like(like)[:1].expand(TRIAL, -1),
+                    torch.arange(TRIAL) % length)  # fmt: skip
+    fixed = forward * (4 + (COPIES if limits.validate else 0))
+    return budgeted(limits, active, leaves, length, kind, fixed=fixed, each=seconds_of(linear, reader) / TRIAL,
+                    small=small, beside=length * (1 + len(sheets)))  # fmt: skip
+
+
+def _led(
+    model: LensModel, tokens: Tensor, sheets: Sequence[Sheet], goal: Goal, cost: Cost
+) -> tuple[list[Bool[Tensor, "pos d_sae"] | None], _Drawn]:
+    """Which latents are drawn, where not all are: those of the largest total effect by RelP gradients."""
+    active = sum(int((sheet.a != 0).sum()) for sheet in sheets if sheet.a is not None)
+    if cost.share is None:
+        return [None] * len(sheets), _Drawn(active, active, 1.0)
     grads = total_gradients(model, tokens, [sheet.out for sheet in sheets], goal, RelP())
     sizes = [
         None if s.a is None or s.dictionary is None
         else (s.a * (grads[s.out] @ s.dictionary.W_dec.to(s.a).T)).abs()
         for s in sheets
     ]  # fmt: skip
-    least = torch.cat([size[size > 0] for size in sizes if size is not None]).topk(most).values[-1]
-    return [None if size is None else size >= least for size in sizes], active - most
+    every = torch.cat([size[size > 0] for size in sizes if size is not None]).sort(descending=True).values
+    held = every.cumsum(0) / every.sum().clamp(min=1e-30)
+    most = min(cost.nodes, len(every), 1 + int((held < cost.share - CLOSE).sum()))
+    masks = [None if size is None else size >= every[most - 1] for size in sizes]
+    return masks, _Drawn(most, active, float(held[most - 1]))

@@ -41,6 +41,8 @@ AGREES = 0.7
 """Half of the variance of the exact effects: below it the order of the nodes is more noise than finding."""
 SHARES = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 RANDOM = 5
+REPLACED = ("prompt", "other words")
+"""What a graph may be against that puts another token where one was."""
 _ROWS = 32
 """Ablated copies of the prompt in one pass."""
 
@@ -65,10 +67,9 @@ def validated(model: LensModel, graph: G, plan: Wiring, *, seed: int = 0) -> G:
     by_row = dict(zip(rows, effects.tolist(), strict=True))
     nodes = tuple(replace(n, effect=by_row[r]) if r in by_row else n for r, n in enumerate(graph.nodes))
     found = agreement(graph, by_row, sample, seed=seed)
-    explained = scores(graph)
-    found |= {"replacement": explained.replacement, "completeness": explained.completeness}
-    if graph.settings.get("kind") == "components":  # no errors: every input of a node is one of the nodes
-        found = {name: value for name, value in found.items() if name not in ("replacement", "completeness")}
+    if graph.settings.get("kind") != "components":  # of which every input of a node is one of the nodes
+        explained = scores(graph)
+        found |= {"replacement": explained.replacement, "completeness": explained.completeness}
     found |= faithfulness(model, graph, plan, seed=seed)
     return replace(graph, nodes=nodes, validation={**graph.validation, **found})
 
@@ -78,7 +79,7 @@ def ablatable(graph: Graph) -> list[int]:
 
     (Without its embedding a position is what no model ever saw; that effect is no measure of an attribution.)
     """
-    replaced = graph.settings.get("against") == "prompt"
+    replaced = graph.settings.get("against") in REPLACED
     return graph.row(("feature", "error", "head", "mlp", "adapter", *(("token",) if replaced else ())))
 
 
@@ -113,7 +114,7 @@ def agreement(graph: Graph, effects: Mapping[int, float], sample: Sequence[int],
         said = "cannot be compared with" if r is None else f"correlate only {r.value:.2f} with"
         found["warning"] = f"these attributions {said} exact ablation ({AGREES} is needed): do not read this graph"
         if graph.settings.get("against", "prompt") != "prompt":
-            found["warning"] += "; pass against= a prompt of equal length that differs in what is asked about"
+            found["warning"] += "; pass against= a prompt that differs in what is asked about alone"
     return found
 
 
@@ -239,7 +240,8 @@ def only(
     for sheet in plan.sheets:
         hooks += _without_latents(plan, sheet, out)
     if plan.references:
-        hooks += [(point, _put_to_reference(plan, point, out)) for point in plan.references]
+        heads = int(model.cfg.n_heads)
+        hooks += [(point, _put_to_reference(plan, point, out, heads)) for point in plan.references]
     extra = {e.point for e in plan.written if e.node.kind == "adapter"}
     hooks += [(point, _subtracting(plan, point, out, ["adapter"])) for point in sorted(extra)]
     return valued(model, plan, len(circuits), hooks)
@@ -278,11 +280,11 @@ def _without_latents(plan: Wiring, sheet: Sheet, out: Bool[Tensor, "prompt node"
     return [*first, (sheet.out, edit)]
 
 
-def _put_to_reference(plan: Wiring, point: str, out: Bool[Tensor, "prompt node"]) -> Edit:
+def _put_to_reference(plan: Wiring, point: str, out: Bool[Tensor, "prompt node"], heads: int) -> Edit:
     reference = plan.references[point]
     rows = [row for row, e in enumerate(plan.written) if e.point == point and e.node.kind != "adapter"]
     nodes = [plan.written[row].node for row in rows]
-    heads = max((node.feature or 0) + 1 if node.kind == "head" else 1 for node in nodes)
+    heads = heads if any(node.kind == "head" for node in nodes) else 1
 
     def edit(x: Tensor, hook: Any) -> Tensor:
         flat = x.flatten(2)
