@@ -617,7 +617,7 @@ def graph_group() -> None:
 @click.option("--dictionary", "dictionaries", type=FILE, multiple=True,
               help="Transcoders or SAEs, one a site; repeatable. None: heads and MLPs.")
 @click.option("--target", "targets", multiple=True, help="A token; two for YES minus NO. By default the likeliest.")
-@click.option("--against", help="Without a dictionary: the prompt of equal length that a node is replaced by.")
+@click.option("--against", help="Without a dictionary: the prompt that a node is compared with.")
 @click.option("--nodes", default=0.8, callback=_as(FRACTION), show_default=True,
               help="Share of the influence that the nodes kept hold.")
 @click.option("--edges", default=0.98, callback=_as(FRACTION), show_default=True, help="The same of the edges.")

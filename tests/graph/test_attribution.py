@@ -15,7 +15,7 @@ from torch import Tensor
 import tl_em as em
 from tests.conftest import make_hf_model, make_tokenizer
 from tl_em.errors import UsageError
-from tl_em.graph import edges
+from tl_em.graph import cost, edges
 from tl_em.graph.build import attribute
 from tl_em.graph.gradients import FROZEN, LAST, STREAM
 from tl_em.graph.graph import AttributionGraph
@@ -239,16 +239,17 @@ def test_a_long_run_says_what_it_will_cost_and_a_short_one_nothing(
     small_model: LensModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """By a clock that every chunk puts on by two seconds: what was expected is what it took but for the trial chunk."""
-    chunks, gradients = [], edges.gradients
+    chunks, gradients = [], cost.gradients
 
-    def counted(linear: Any, part: Any) -> Tensor:
+    def counted(linear: Any, part: Any) -> dict[str, Tensor]:
         chunks.append(2.0)
         return gradients(linear, part)
 
-    for module in ("edges", "gradients"):
+    for module in ("cost", "gradients"):
         monkeypatch.setattr(f"tl_em.graph.{module}.gradients", counted)
-    monkeypatch.setattr(edges, "time", SimpleNamespace(perf_counter=lambda: sum(chunks)))
-    monkeypatch.setattr(edges, "LONG", 0.0)
+    for module in (cost, edges):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: sum(chunks)))
+    monkeypatch.setattr(cost, "LONG", 0.0)
     tokens = tokens_of(small_model)
     graphs = [attribute(small_model, tokens, transcoders(), target=9, chunk=c, validate=False) for c in (256, 1)]
     costs = [graph.settings["cost"] for graph in graphs]

@@ -55,12 +55,8 @@ def _broken_by_node(node: dict[str, Any], n_tokens: int) -> list[str]:
     layer, number, pos = match.groups()
     if layer != str(node["layer"]) or int(pos) != node["ctx_idx"] or not 0 <= node["ctx_idx"] < n_tokens:
         found.append("layer or ctx_idx")
-    expected = {
-        "mlp reconstruction error": lambda: -1,
-        "embedding": lambda: node["ctx_idx"],
-        "logit": lambda: int(number),
-        "cross layer transcoder": lambda: cantor(int(layer), int(number)),
-    }[kind]()
+    expected = {"mlp reconstruction error": lambda: -1, "embedding": lambda: node["ctx_idx"],
+                "logit": lambda: int(number), "cross layer transcoder": lambda: cantor(int(layer), int(number))}[kind]()
     found += [] if node["feature"] == expected else ["feature"]
     said = JS[kind].format(layer=layer, feature=number, pos=pos)
     found += [] if node["jsNodeId"] == said else ["jsNodeId"]
@@ -137,7 +133,6 @@ def test_extra_keys_and_a_nameless_model_come_back(tmp_path: Path) -> None:
 
 def foreign() -> dict[str, Any]:
     """A file as circuit-tracer writes them, made by hand: nodes in no order, a saved view, keys that we do not know."""
-
     def node(name: str, feature: int, layer: str, kind: str, clerp: str, **more: Any) -> dict[str, Any]:
         pos = int(name.rpartition("_")[2])
         return {"node_id": name, "feature": feature, "layer": layer, "ctx_idx": pos, "feature_type": kind,

@@ -135,7 +135,8 @@ def test_what_is_over_the_cap_is_left_out_and_said() -> None:
     graph = large(300, 3000)
     data = page_data(graph, max_nodes=100, max_links=250)
     assert len(data["view"]["nodes"]) == 101 and len(data["view"]["links"]) == 250
-    assert data["view"]["note"] == ("Drawn: 101 of 300 nodes and 250 of 3,000 links: those with the most influence.")
+    assert data["view"]["note"] == (
+        "Drawn: 101 of 300 nodes and 250 of 3,000 links: those with the most influence.")
     kept = {node["id"] for node in data["view"]["nodes"]}
     whole = {node["id"]: node["reach"] for node in page_data(graph)["view"]["nodes"] if node["kind"] != "logit"}
     assert min(whole[name] for name in kept if name in whole) >= max(whole[n] for n in whole.keys() - kept)

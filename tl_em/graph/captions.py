@@ -23,7 +23,27 @@ UNVALIDATED = (
 
 
 def title(graph: Graph) -> str:
-    """The page's heading: what the graph explains, the weightiest targets first."""
+    """The page's heading: what the graph explains, compared with what, and how much of it is drawn."""
+    return f"{_explained(graph)}{relative(graph)}{_drawn(graph)}"
+
+
+def relative(graph: Graph) -> str:
+    """What the effect of a node is relative to, as the end of a sentence; nothing where a file does not say."""
+    if said := graph.settings.get("relative to"):
+        return f", compared with {said}"
+    return ", each latent compared with its absence" if graph.settings.get("kind") in ("SAEs", "transcoders") else ""
+
+
+def _drawn(graph: Graph) -> str:
+    drawn = graph.settings.get("drawn")
+    if not isinstance(drawn, Mapping):
+        return ""
+    share = float(drawn.get("share of the effect", 1.0))
+    return f" ({drawn.get('nodes')} of {drawn.get('of')} nodes, with {share:.0%} of their effect)"
+
+
+def _explained(graph: Graph) -> str:
+    """The weightiest targets first."""
     names = [node.label.strip() or node.id for node in sorted(graph.targets, key=lambda n: -(n.weight or 0.0))]
     first = ", ".join(f"“{name}”" for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     return f"What leads to {first}" if first else "Attribution graph"

@@ -60,12 +60,12 @@ def component_plan(
     points = [STREAM, *heads, *mlps]
     parts = [] if adapter is None else adapter_writes(model, adapter, tokens)
     extra = sorted({part.point for part in parts} - set(points))
-    started = time.perf_counter()
     clean = values(model, encoded, points)
-    forward = time.perf_counter() - started
     reference = reference_of(model, encoded, clean, against)
     starts = points_of(rule, reference.values[STREAM].expand_as(clean[STREAM]), clean[STREAM])
+    started = time.perf_counter()
     goal = goal_of(model, encoded, target, linearise(model, tokens, reads=[goal_point], rule=Plain()).logits)
+    forward = time.perf_counter() - started
     cost = _told(model, tokens, clean, goal, rule, starts, forward=forward, limits=limits)
     written = _written(model, encoded, clean, reference.values, parts, changed=not cost.whole)
     grads, totals = [], torch.zeros(len(written) + len(goal.nodes), dtype=goal.vectors.dtype)

@@ -34,8 +34,8 @@ LED_BYTES = 2**28
 """Of memory for a chunk of gradients there, where less than ``max_bytes``: larger chunks are no faster."""
 TRIAL = 8
 """Readers in a chunk that is timed."""
-COPIES = 210
-"""Of the prompt, run for a graph's validation."""
+COPIES = 130
+"""A graph's validation, in passes of one prompt: some 210 copies, in batches."""
 LESS = "pass a smaller max_nodes= (the rest goes into error nodes), or max_bytes="
 SHORTER = "pass a smaller max_nodes=, a shorter prompt (every head and MLP is a node at every token), or max_bytes="
 """What to do about a graph that is too large: one with dictionaries, and one of components."""

@@ -232,7 +232,7 @@ def latent_plan(
     goal = goal_of(model, encoded, target, linear.logits)
     sheets = [filled(sheet, linear, skip) for sheet in sheets]
     cost = _told(model, linear, sheets, kind, forward=forward, limits=limits)
-    masks, drawn = _led(model, tokens, sheets, goal, cost)
+    masks, drawn = _led(model, tokens, sheets, goal, cost, RelP() if exact else rule)
     written: list[Written] = []
     if STREAM not in [sheet.out for sheet in sheets]:
         written += token_writes(model, linear, encoded.ids, [text_of(model, t) for t in encoded.ids])
@@ -301,13 +301,13 @@ def _told(
 
 
 def _led(
-    model: LensModel, tokens: Tensor, sheets: Sequence[Sheet], goal: Goal, cost: Cost
+    model: LensModel, tokens: Tensor, sheets: Sequence[Sheet], goal: Goal, cost: Cost, rule: Rule
 ) -> tuple[list[Bool[Tensor, "pos d_sae"] | None], _Drawn]:
-    """Which latents are drawn, where not all are: those of the largest total effect by RelP gradients."""
+    """Which latents are drawn, where not all are: those of the largest total effect by a rule."""
     active = sum(int((sheet.a != 0).sum()) for sheet in sheets if sheet.a is not None)
     if cost.share is None:
         return [None] * len(sheets), _Drawn(active, active, 1.0)
-    grads = total_gradients(model, tokens, [sheet.out for sheet in sheets], goal, RelP())
+    grads = total_gradients(model, tokens, [sheet.out for sheet in sheets], goal, rule)
     sizes = [
         None if s.a is None or s.dictionary is None
         else (s.a * (grads[s.out] @ s.dictionary.W_dec.to(s.a).T)).abs()

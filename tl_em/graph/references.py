@@ -83,8 +83,10 @@ def _several(against: Any) -> bool:
 
 def _encoded(model: LensModel, prompt: Any) -> EncodedPrompt:
     """A reference in any form that a prompt may have."""
-    if isinstance(prompt, EncodedPrompt) or is_ids(prompt):
-        prompt = EncodedPrompt.from_ids(ids_of(getattr(prompt, "ids", prompt), int(model.cfg.d_vocab)))
+    if isinstance(prompt, EncodedPrompt):
+        ids_of(prompt.ids, int(model.cfg.d_vocab))
+    elif is_ids(prompt):
+        prompt = EncodedPrompt.from_ids(ids_of(prompt, int(model.cfg.d_vocab)))
     if not isinstance(prompt, str | EncodedPrompt) and not is_chat(prompt):
         raise UsageError(f"against={prompt!r:.40} is no reference; give a prompt, a tuple of prompts, 'mean' or 'zero'")
     return encode(model, [prompt])[0]
@@ -147,8 +149,8 @@ def _common(a: Sequence[int], b: Sequence[int]) -> Sequence[int]:
 
 OTHER_WORDS = (
     " What should I cook for dinner tonight? How does a bicycle stay upright? Which book would you read on a long "
-    "train journey? Tell me about the weather in the mountains. How long does it take to learn to swim? What is a good name "
-    "for a small boat?"
+    "train journey? Tell me about the weather in the mountains. How long does it take to learn to swim? What is a "
+    "good name for a small boat?"
 )
 """Of no consequence; what the default puts where a question stood."""
 

@@ -113,9 +113,18 @@ def agreement(graph: Graph, effects: Mapping[int, float], sample: Sequence[int],
     if r is None or r.value < AGREES:
         said = "cannot be compared with" if r is None else f"correlate only {r.value:.2f} with"
         found["warning"] = f"these attributions {said} exact ablation ({AGREES} is needed): do not read this graph"
-        if graph.settings.get("against", "prompt") != "prompt":
-            found["warning"] += "; pass against= a prompt that differs in what is asked about alone"
+        found["warning"] += f"; {_would_help(graph)}"
     return found
+
+
+def _would_help(graph: Graph) -> str:
+    """What to try where attributions and ablation disagree."""
+    other = "another rule (rule='relp')"
+    if graph.settings.get("kind") != "components":
+        return f"try {other}" if graph.settings.get("kind") == "SAEs" else "look at the nodes' effect= instead"
+    if graph.settings.get("against", "prompt") != "prompt":
+        return "pass against= a prompt that differs in what is asked about alone"
+    return f"try against= a prompt that differs in fewer words, or {other}"
 
 
 def correlation(x: np.ndarray, y: np.ndarray, *, seed: int = 0) -> Estimate | None:
