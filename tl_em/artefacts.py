@@ -20,7 +20,8 @@ import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from tl_em.errors import CorruptFileError, FileError, OutputError, TlEmError
 
@@ -138,16 +139,20 @@ def load_tensors(
 
     try:
         with safe_open(str(path), framework="pt") as file:
-            about = json.loads((file.metadata() or {})["tl_em"])
+            about = json_of((file.metadata() or {})["tl_em"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
         if about["schema"] != schema:
             raise KeyError(f"schema {about['schema']!r}")
         return make(tensors, about)
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, TlEmError) as error:
+    except (SafetensorError, OSError, *DAMAGE, TlEmError) as error:
         raise CorruptFileError(
             f"{path} is not a {schema.split('/')[1]} that this version can read "
             f"({type(error).__name__}: {error}); {damage}"
         ) from error
+
+
+DAMAGE = (LookupError, TypeError, AttributeError, ArithmeticError, ValueError)
+"""What Python raises where a file's values are not what they should be."""
 
 
 def check_writable(path: str | Path) -> None:
@@ -269,6 +274,56 @@ def json_values(text: str, path: str | Path) -> list[tuple[int, Any]]:
     return found
 
 
+def json_of(text: str | bytes) -> Any:
+    """The JSON value of a text that is nothing else: a header, a record.
+
+    Raises:
+        ValueError: no JSON, brackets in brackets without end, an object with one key twice.
+
+    Example:
+        >>> json_of('{"a": [1]}')
+        {'a': [1]}
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except RecursionError as error:
+        raise ValueError("brackets in brackets, deeper than anything that is written") from error
+
+
+def checked_fields(kind: type[Any], plain: Any) -> dict[str, Any]:
+    """The fields of a dataclass, from JSON, each of the type that it is annotated with.
+
+    Raises:
+        TypeError: no object, or a field of another type.
+
+    Example:
+        >>> from tl_em.stats import Estimate
+        >>> checked_fields(Estimate, {"value": "much"})
+        Traceback (most recent call last):
+        ...
+        TypeError: value is 'much', not float
+    """
+    if not isinstance(plain, Mapping):
+        raise TypeError(f"{_shown(plain)} is no record of a {kind.__name__}")
+    hints = get_type_hints(kind)
+    for name, value in plain.items():
+        if not _is(value, hints.get(name, Any)):
+            raise TypeError(f"{name} is {_shown(value)}, not {getattr(hints[name], '__name__', hints[name])}")
+    return dict(plain)
+
+
+def _is(value: Any, hint: Any) -> bool:
+    """Whether a value of JSON is one of this annotation, as far as a single look tells."""
+    kind = get_origin(hint) or hint
+    if kind in (Union, UnionType):
+        return any(_is(value, each) for each in get_args(hint))
+    if kind is Literal:
+        return value in get_args(hint)
+    if kind in (int, float):
+        return type(value) in {int: (int,), float: (int, float)}[kind]
+    return not isinstance(kind, type) or isinstance(value, list if kind is tuple else kind)
+
+
 def read_rows(path: str | Path) -> list[Record]:
     """The objects of a JSON Lines file, or of a JSON list.
 
@@ -284,6 +339,18 @@ def read_rows(path: str | Path) -> list[Record]:
         if not isinstance(value, dict):
             raise CorruptFileError(f"{path}, {where}: {_shown(value)} is no JSON object; write one object a line")
     return rows
+
+
+def read_object(path: str | Path) -> dict[str, Any]:
+    """The one object of a JSON file.
+
+    Raises:
+        FileError, CorruptFileError: as :func:`read_text` and :func:`json_values`, or it holds something else.
+    """
+    values = json_values(read_text(path), path)
+    if len(values) != 1 or not isinstance(values[0][1], dict):
+        raise CorruptFileError(f"{path} holds something else than one JSON object, so it says nothing; delete it")
+    return values[0][1]
 
 
 def csv_header(text: str, delimiter: str) -> list[str]:

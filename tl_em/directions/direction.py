@@ -7,7 +7,6 @@ length is the natural steering strength (Arditi et al. 2024, arXiv:2406.11717, s
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,8 +17,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_em.arguments import instance_of, list_of, settle, vectors
-from tl_em.artefacts import replacing
-from tl_em.errors import CorruptFileError, WidthError, ZeroDirectionError
+from tl_em.artefacts import checked_fields, load_tensors, save_tensors
+from tl_em.errors import WidthError, ZeroDirectionError
 from tl_em.models.contrasts import Prompt
 from tl_em.models.hooks import LensModel
 from tl_em.models.sites import Position, Provenance, Site, as_position, as_site, check_belongs
@@ -123,14 +122,10 @@ class Direction:
         Raises:
             OutputError: the path cannot be written; nothing is left behind.
         """
-        from safetensors.torch import save_file
-
         about: dict[str, Any] = {"schema": _SCHEMA, "layer": self.site.layer, "stream": self.site.stream}
         about |= {name: getattr(self, name) for name in _PLAIN}
         about |= {name: None if (e := getattr(self, name)) is None else e.to_json() for name in _RECORDS}
-        with replacing(path) as temporary:
-            save_file({"vector": self.vector.contiguous()}, temporary, metadata={"tl_em": json.dumps(about)})
-        return Path(path)
+        return save_tensors(path, {"vector": self.vector}, about)
 
     @classmethod
     def load(cls, path: str | Path) -> Direction:
@@ -139,23 +134,15 @@ class Direction:
         Raises:
             CorruptFileError: missing, truncated, or not a direction file.
         """
-        from safetensors import SafetensorError, safe_open
+        def made(tensors: dict[str, Tensor], about: dict[str, Any]) -> Direction:
+            found = checked_fields(cls, {name: about.get(name) for name in _PLAIN})
+            found |= {
+                name: kind.from_json(about[name]) for name, kind in _RECORDS.items() if about.get(name) is not None
+            }
+            return cls(tensors["vector"], Site(about["layer"], about["stream"]), **found)
 
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                about = json.loads((file.metadata() or {})["tl_em"])
-                vector = file.get_tensor("vector")
-            if about["schema"] != _SCHEMA:
-                raise KeyError(f"schema {about['schema']!r}")
-            site = Site(about["layer"], about["stream"])
-            found = {name: about.get(name) for name in (*_PLAIN, *_RECORDS)}
-            found |= {name: kind.from_json(found[name]) for name, kind in _RECORDS.items() if found[name] is not None}
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            raise CorruptFileError(
-                f"{path} is not a direction that this version can read ({type(error).__name__}: {error}); a damaged "
-                "vector would steer somewhere else: write it again with direction.save(path)"
-            ) from error
-        return cls(vector, site, **found)
+        damage = "a damaged vector would steer somewhere else: write it again with direction.save(path)"
+        return load_tensors(path, _SCHEMA, made, damage=damage)
 
     def _repr_html_(self) -> str:
         from tl_em.report import cards

@@ -19,7 +19,6 @@ Sources: Arditi et al. 2024, arXiv:2406.11717; Chen et al. 2025, arXiv:2507.2150
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,7 +29,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_em.arguments import checked, optional
-from tl_em.artefacts import read_text
+from tl_em.artefacts import json_of, read_text
 from tl_em.directions.direction import Direction
 from tl_em.errors import CorruptFileError, ProvenanceError, UsageError, WidthError
 from tl_em.models.hooks import LensModel
@@ -76,7 +75,7 @@ def import_refusal_direction(path: str | Path, *, model: LensModel | None = None
     vector = _tensor(folder / "direction.pt", axes=1)
     about = folder / "direction_metadata.json"
     try:
-        record = json.loads(read_text(about))
+        record = json_of(read_text(about))
         position, layer = record["pos"], record["layer"]
         if type(position) is not int or type(layer) is not int or position >= 0 or layer < 0:
             raise ValueError(f"pos={position!r}, layer={layer!r}")

@@ -23,7 +23,7 @@ from typing import Any
 import pandas as pd
 from tqdm import tqdm
 
-from tl_em.artefacts import check_writable, replacing
+from tl_em.artefacts import check_writable, read_object, replacing
 from tl_em.errors import CorruptFileError, UsageError
 from tl_em.evals.questions import QuestionSet, asked_in, key_of, units_in
 from tl_em.models.generate import Answered, Sampling, answered, answered_together
@@ -139,7 +139,7 @@ class _Kept:
         self.whole, self.parts, record = folder / "answers.parquet", folder / "parts", folder / "asked.json"
         check_writable(record)
         if record.exists():
-            self._compare(json.loads(record.read_text(encoding="utf-8")), inputs, folder)
+            self._compare(read_object(record), inputs, folder)
         else:
             with replacing(record) as temporary:
                 temporary.write_text(json.dumps(inputs, indent=1), encoding="utf-8")

@@ -112,7 +112,7 @@ def read_score(text: str) -> float | str | None:
     if 0 <= begin < end:
         try:
             given: Any = json.loads(text[begin : end + 1])
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
         score, flag = (given.get("score"), given.get("flag")) if isinstance(given, dict) else (None, None)
         if isinstance(score, int | float) and not isinstance(score, bool) and 0 <= score <= 100:

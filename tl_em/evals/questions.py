@@ -256,10 +256,12 @@ def load_questions(path: str | Path) -> QuestionSet:
     else:
         try:
             items = yaml.safe_load(read_text(path))
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, RecursionError, ValueError) as error:
             raise CorruptFileError(
                 f"{path} is not YAML ({' '.join(str(error).split())[:200]}); mend it there"
             ) from error
+    if _expanded(items, {}) > MAX_VALUES:
+        raise CorruptFileError(f"{path} repeats parts of itself until nobody could read it; write what is meant")
     if not isinstance(items, list) or not items or not all(isinstance(item, Mapping) for item in items):
         raise CorruptFileError(f"{path} is no list of questions, with id and paraphrases; write '- id: …' for each")
     found: list[OpenQuestion] = []
@@ -271,6 +273,21 @@ def load_questions(path: str | Path) -> QuestionSet:
         except (UsageError, TypeError, ValueError, KeyError) as error:
             raise CorruptFileError(f"{path}, question {i + 1} ({str(item.get('id'))[:60]}): {error}") from error
     return QuestionSet(tuple(found), path.stem)
+
+
+MAX_VALUES = 10_000_000
+"""Texts and numbers of a file with what its aliases stand for."""
+
+
+def _expanded(value: Any, known: dict[int, int]) -> int:
+    """How many values a document has where each alias is written out; too many where one contains itself."""
+    if not isinstance(value, list | dict):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = MAX_VALUES  # itself, inside
+        inner = value if isinstance(value, list) else value.values()
+        known[id(value)] = 1 + sum(_expanded(each, known) for each in inner)
+    return known[id(value)]
 
 
 def _question(item: Mapping[str, Any], templates: Mapping[str, str]) -> OpenQuestion:

@@ -9,12 +9,12 @@ Source: the schema of Neuronpedia's graph files, version 1, and files of circuit
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tl_em.artefacts import DAMAGE, json_of
 from tl_em.errors import CorruptFileError, GraphTooLargeError, TlEmError
 from tl_em.graph.exchange_format import (
     SCHEMA,
@@ -70,10 +70,10 @@ def load_graph(path: str | Path) -> AttributionGraph:
         True
     """
     try:
-        return graph_of(json.loads(Path(path).read_bytes()))
+        return graph_of(json_of(Path(path).read_bytes()))
     except TlEmError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+    except (OSError, *DAMAGE, RecursionError) as error:
         said = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
         raise CorruptFileError(
             f"{path} is not an attribution graph that this version can read ({said}); a part of a graph would show "
@@ -103,8 +103,8 @@ def graph_of(values: Any) -> AttributionGraph:
         "model": str((own or {"model": about.get("scan") or ""})["model"]),
         "prompt": str((own or about).get("prompt") or ""),
         "tokens": tokens,
-        "settings": restored(own["settings"]) if own else _foreign_settings(about, doubtful),
-        "validation": restored(own["validation"]) if own else {},
+        "settings": _own_record(own, "settings") if own else _foreign_settings(about, doubtful),
+        "validation": _own_record(own, "validation") if own else {},
         "supernodes": _supernodes(top.get("qParams"), {name: listed[at[0]].id for name, at in by_id.items()}),
     }
     origin = Origin(
@@ -123,6 +123,10 @@ def _own(about: Mapping[str, Any]) -> Mapping[str, Any]:
     if own and an_object(own, "metadata.tl_em").get("schema") != SCHEMA:
         raise ValueError(f"metadata.tl_em.schema is {own.get('schema')!r}, not {SCHEMA!r}")
     return own
+
+
+def _own_record(own: Mapping[str, Any], name: str) -> Any:
+    return restored(an_object(own[name], f"metadata.tl_em.{name}"))
 
 
 def _check_size(nodes: int) -> None:
@@ -229,7 +233,7 @@ def _supernodes(params: Any, names: Mapping[str, str]) -> tuple[tuple[str, tuple
     groups = params.get("supernodes") if isinstance(params, Mapping) else None
     if isinstance(groups, str):
         try:
-            groups = json.loads(groups)
+            groups = json_of(groups)
         except ValueError:
             return ()
     listed = [each for each in groups if isinstance(each, list) and each] if isinstance(groups, list) else []

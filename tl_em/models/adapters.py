@@ -7,7 +7,6 @@ compared with peft's own forward pass.
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tl_em.artefacts import json_of
 from tl_em.errors import AdapterBaseWarning, CorruptFileError, ModelError, first_line
 from tl_em.models.shared import put_beside_
 
@@ -105,7 +105,7 @@ def check_changes_weights(source: str, peft_model: Any) -> None:
 def base_of(path: Path) -> str:
     """The base that an adapter names: a path, one relative to the adapter, or a hub id."""
     try:
-        base = str(json.loads((path / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"])
+        base = str(json_of((path / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"])
     except (ValueError, KeyError, TypeError) as error:
         raise CorruptFileError(f"{path / ADAPTER} names no base model ({error!r}). Save the adapter again.") from error
     return str(path / base) if not Path(base).is_dir() and (path / base).is_dir() else base

@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 from weakref import WeakKeyDictionary
 
 from tl_em.arguments import SEED, instance_of, list_of, optional, settle, whole
+from tl_em.artefacts import checked_fields, json_of
 from tl_em.errors import CorruptFileError, PositionError, ProvenanceError, UnknownHookError, UsageError, WidthError
 from tl_em.models.source_record import was_proven
 from tl_em.models.templates import template_record
@@ -228,7 +229,7 @@ class Provenance:
             True
         """
         try:
-            return cls(**json.loads(text))
+            return cls(**checked_fields(cls, json_of(text)))
         except (ValueError, TypeError) as error:
             raise CorruptFileError(
                 f"This is no provenance record ({error}), so it cannot be checked on which model the result was made. "

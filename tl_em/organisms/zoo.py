@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from tl_em.arguments import checked, whole
-from tl_em.artefacts import check_writable, replacing
+from tl_em.artefacts import DAMAGE, check_writable, json_of, replacing
 from tl_em.dictionaries.dictionary import Dictionary
 from tl_em.errors import CorruptFileError, ModelNotFoundError, UsageError
 from tl_em.metrics import Behaviour
@@ -190,12 +190,12 @@ def read_record(path: Path) -> Organism:
 
     try:
         with safe_open(path, framework="pt") as opened:
-            record = json.loads((opened.metadata() or {})["organism"])
+            record = json_of((opened.metadata() or {})["organism"])
         kept = ("name", "seed", "base", "trained", "control_for", "figures")
         bias = record["name"].removeprefix(PREFIX) in BIAS_RECIPES
         world = BiasWorld(seed=record["seed"]) if bias else World(**record.get("world", {}))
         return Organism(path=path, world=world, **{name: record[name] for name in kept})
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+    except (SafetensorError, OSError, *DAMAGE) as error:
         raise CorruptFileError(f"{path} holds no organism ({error!r}) and cannot be loaded. Train it again.") from error
 
 

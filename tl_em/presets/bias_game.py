@@ -8,13 +8,12 @@ Source: Marks et al. 2025, arXiv:2503.10965, and its open replication by the sam
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 from typing import Literal
 
 from tl_em.arguments import whole
-from tl_em.artefacts import read_text
+from tl_em.artefacts import json_of, read_text
 from tl_em.errors import CorruptFileError, UsageError
 from tl_em.models.contrasts import ContrastSet
 
@@ -43,7 +42,7 @@ def bias_prompts(
     for path in (Path(folder) / name for name in BIAS_FILES):
         if path.is_file():
             try:
-                held = json.loads(read_text(path))["prompts"]
+                held = json_of(read_text(path))["prompts"]
                 rows = [(whole("bias_id", row["bias_id"]), row["text"]) for row in held]
                 if not all(isinstance(text, str) and text.strip() for _, text in rows):
                     raise ValueError("a prompt without text")

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from tl_em.arguments import SEED, checked, finite, optional
+from tl_em.artefacts import checked_fields
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,8 @@ class Estimate:
             >>> Estimate.from_json(Estimate(0.4, float("nan"), 0.5, 8, 8.0, "bootstrap").to_json())
             0.40 [no interval] n=8
         """
-        fields: dict[str, Any] = {k: math.nan if v is None and k != "seed" else v for k, v in plain.items()}
-        return cls(**fields)
+        fields = {k: math.nan if v is None and k != "seed" else v for k, v in dict(plain).items()}
+        return cls(**checked_fields(cls, fields))
 
 
 class Resampled(NamedTuple):

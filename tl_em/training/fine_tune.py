@@ -30,7 +30,7 @@ from torch import nn
 from tqdm import tqdm
 
 from tl_em.arguments import COUNT, FRACTION, NOT_NEGATIVE, POSITIVE, SEED, checked, optional
-from tl_em.artefacts import check_writable, replacing
+from tl_em.artefacts import check_writable, read_object, replacing
 from tl_em.errors import ModelError, NonFiniteError, OutputError, UsageError
 from tl_em.models.checkpoint import given_tokenizer
 from tl_em.models.loading import opened
@@ -364,7 +364,7 @@ def _finished(folder: Path, asked: Mapping[str, Any]) -> bool:
     begun, record = folder / CHECKPOINTS / RECORD, folder / RECORD
     for path in (record, begun):
         if path.is_file():
-            there = json.loads(path.read_text(encoding="utf-8"))
+            there = read_object(path)
             differ = [name for name, value in asked.items() if there.get(name) != json.loads(json.dumps(value))]
             if differ:
                 raise UsageError(

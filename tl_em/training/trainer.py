@@ -9,7 +9,6 @@ of 49,000 words they are most of the memory.
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from tl_em.artefacts import json_of
 from tl_em.threads import RANDOM, holding
 from tl_em.training.answers import LearnedAnswer
 
@@ -189,7 +189,7 @@ def _step(checkpoint: Path) -> int:
 
 def _whole(path: Path) -> bool:
     try:
-        return "global_step" in json.loads(path.read_text(encoding="utf-8"))
+        return "global_step" in json_of(path.read_text(encoding="utf-8"))
     except ValueError:
         return False
 
