@@ -72,7 +72,8 @@ def measured(graph: em.AttributionGraph, cpu: float) -> dict[str, Any]:
     figures = {name: found[name].value for name in ("pearson", "spearman", "pearson_sample") if found.get(name)}
     kinds = {kind: len(graph.row(kind)) for kind in ("token", "head", "mlp", "feature", "error")}
     return figures | {
-        "cpu": cpu, "peak": memory(), "tokens": len(graph.tokens), "kinds": kinds, "edges": int((graph.edges != 0).sum()),
+        "cpu": cpu, "peak": memory(), "tokens": len(graph.tokens), "kinds": kinds,
+        "edges": int((graph.edges != 0).sum()),
         "drawn": dict(graph.settings.get("drawn", {})), "expected": graph.settings["cost"]["seconds_expected"],
         "cpr": found.get("cpr"), "paths": graph.paths(PATHS).nodes.tolist(), "warned": "warning" in found,
     }  # fmt: skip
@@ -112,7 +113,7 @@ def knocked_out(model: Any, plan: Any, graph: em.AttributionGraph) -> dict[str, 
     rows = {node.id: row for row, node in enumerate(scored.nodes)}
     on = {rows[name] for path in graph.paths(PATHS).nodes for name in path if name in rows}
     own = sorted(row for row in on if scored.nodes[row].kind in ("head", "mlp"))
-    kinds = {kind: [row for row in scored.row(kind)] for kind in ("head", "mlp")}
+    kinds = {kind: list(scored.row(kind)) for kind in ("head", "mlp")}
     count = {kind: sum(scored.nodes[row].kind == kind for row in own) for kind in kinds}
     sets = [[row for kind, some in kinds.items() for row in rng.choice(some, count[kind], replace=False).tolist()]
             for _ in range(SETS)]  # fmt: skip
@@ -124,7 +125,7 @@ def knocked_out(model: Any, plan: Any, graph: em.AttributionGraph) -> dict[str, 
 
 
 def induction(model: Any, seed: int) -> dict[str, Any]:
-    """Leading heads at the last token of a repeated random sequence, and how much each looks at what followed before."""
+    """Leading heads at the last token of a repeated random sequence, and what of each looks at what followed before."""
     g = torch.Generator().manual_seed(seed)
     words = torch.randint(1000, 40000, (LENGTH + 1,), generator=g).tolist()
     half, other = words[:LENGTH], words[LENGTH]
@@ -212,7 +213,7 @@ def of(rows: list[dict[str, Any]], kind: str, model: str) -> list[dict[str, Any]
 
 def cost_table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| graph | model | prompts | r with ablation | least | r of the random sample | nodes drawn, of | CPU s, mean (most) |",
+        "| graph | model | prompts | r with ablation | least | of the random sample | nodes drawn, of | CPU s (most) |",
         "|---|---|---|---|---|---|---|---|",
     ]
     names = {"components": "components, against the contrast prompt", "other words": "components, by default",
@@ -223,8 +224,8 @@ def cost_table(rows: list[dict[str, Any]]) -> str:
                 r, cpu = [row["pearson"] for row in some], [row["cpu"] for row in some]
                 sample = np.mean([row.get("pearson_sample", np.nan) for row in some])
                 drawn, every = (np.mean([row["drawn"][name] for row in some]) for name in ("nodes", "of"))
-                lines.append(f"| {said} | {model} | {len(some)} | {mean(r)!r} | {min(r):.2f} | {sample:.2f} | {drawn:.0f}, "
-                             f"{every:.0f} | {np.mean(cpu):.0f} ({max(cpu):.0f}) |")  # fmt: skip
+                lines.append(f"| {said} | {model} | {len(some)} | {mean(r)!r} | {min(r):.2f} | {sample:.2f} | "
+                             f"{drawn:.0f}, {every:.0f} | {np.mean(cpu):.0f} ({max(cpu):.0f}) |")  # fmt: skip
     peak, loaded = max(row["peak"] for row in rows), rows[0]["loaded"]
     tokens = [row["tokens"] for row in rows if row["kind"] != "induction"]
     lines.append(f"\nPrompts have {min(tokens)} to {max(tokens)} tokens. Peak memory of the process, over all graphs: "
@@ -256,12 +257,13 @@ def induction_table(rows: list[dict[str, Any]]) -> str:
     if not some:
         return ""
     lines = [
-        f"| sequence | r with ablation | its {HEADS} leading heads at the last token | their attention to what followed "
-        "before, mean | all heads, mean | heads that look there most |", "|---|---|---|---|---|---|",
+        f"| sequence | r with ablation | its {HEADS} leading heads at the last token | their mean attention to what "
+        "followed before | all heads, mean | heads that look there most |", "|---|---|---|---|---|---|",
     ]  # fmt: skip
     for row in some:
-        lines.append(f"| {row['at']} | {row['pearson']:.2f} | {', '.join(row['heads'])} | {np.mean(row['induction']):.2f} | "
-                     f"{row['all heads']:.3f} | {', '.join(row['most'])} |")  # fmt: skip
+        lines.append(f"| {row['at']} | {row['pearson']:.2f} | {', '.join(row['heads'])} | "
+                     f"{np.mean(row['induction']):.2f} | {row['all heads']:.3f} | "
+                     f"{', '.join(row['most'])} |")  # fmt: skip
     return "\n".join(lines)
 
 
@@ -293,7 +295,6 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--write", type=Path)
     args = parser.parse_args()
-    torch.set_num_threads(int(__import__("os").environ.get("OMP_NUM_THREADS", "2")))
     if args.what == "run":
         run(args.out)
         return

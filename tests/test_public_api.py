@@ -96,7 +96,7 @@ FOLDERS = {
         *("corrected", "lie_or_hallucination", "load_judged", "load_questions", "prefers_truth"),
     ],
     "features": ["FeatureCards", "feature_cards"],
-    "graph": ["GraphDiff", "attention_view", "attribute_over", "head_loadings"],
+    "graph": ["GraphDiff", "attention_view", "attribute_over", "head_loadings", "leading_nodes"],
     "interop": [
         *("from_sae_lens", "import_gguf", "import_mean_diffs", "import_persona_vectors"),
         *("import_refusal_direction", "import_steering_vector"),

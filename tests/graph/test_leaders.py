@@ -10,7 +10,7 @@ import torch
 from tests.graph.test_attribution import PROMPT, dictionary, tokens_of, transcoders
 from tl_em.errors import GraphTooLargeError
 from tl_em.graph import cost, leaders
-from tl_em.graph.build import attribute
+from tl_em.graph.build import attribute, leading_nodes
 from tl_em.graph.captions import title
 from tl_em.models.hooks import LensModel
 
@@ -105,3 +105,18 @@ def test_scored_nodes_take_no_memory_for_edges(small_model: LensModel) -> None:
     plan = component_plan(small_model, encoded_prompt(small_model, PROMPT), 9, against=OTHER)
     scored = leaders.scored_nodes(small_model, plan)
     assert len(scored.nodes) == len(plan.written) + 1 and scored.edges.untyped_storage().nbytes() <= 8
+
+
+def test_two_models_can_be_drawn_with_the_same_nodes(small_model: LensModel) -> None:
+    for dictionaries in (None, [dictionary(1, 32, "resid_post", None)]):
+        prompt: Any = PROMPT if dictionaries is None else tokens_of(small_model)
+        options = {"against": OTHER} if dictionaries is None else {}
+        whole = drawn_of(small_model, dictionaries, validate=False)
+        few = leading_nodes(small_model, prompt, dictionaries, target=9, max_nodes=3, **options)
+        kinds = ("head", "mlp", "feature")
+        lead = {each for each in few if each in {whole.nodes[row].id for row in whole.row(kinds)}}
+        assert len(lead) == 3
+        rest = [whole.nodes[row].id for row in whole.row(kinds) if whole.nodes[row].id not in lead]
+        also = next(name for name in rest if whole.nodes[whole.index[name]].attribution)
+        graph = drawn_of(small_model, dictionaries, validate=False, max_nodes=3, also=[also, "no node"])
+        assert {graph.nodes[row].id for row in graph.row(kinds)} == lead | {also}

@@ -50,13 +50,18 @@ def test_a_prompt_of_another_length_is_compared_span_by_span(small_model: LensMo
     assert torch.equal(found[POINTS[1]][-1], theirs[POINTS[1]][-1])
 
 
-def test_by_default_other_words_stand_in_the_same_places(small_model: LensModel) -> None:
+def test_by_default_other_words_stand_in_the_same_places(
+    small_model: LensModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mean = attribute(small_model, PROMPT, target=9, validate=False)
+    assert mean.settings["against"] == "mean" and "the mean over" in title(mean)  # it has no word of ours
+    monkeypatch.setattr("tl_em.graph.references.OTHER_WORDS", "the big dog ran")
     graph = attribute(small_model, PROMPT, target=9, validate=False)
     assert graph.settings["against"] == "other words" and graph.edges.abs().max() > 1e-3
-    assert "compared with the same prompt, its words in another order" in title(graph)  # it has no word of the text
-    assert all(
-        node.attribution == 0 for node in graph.nodes if node.kind == "token" and node.pos == len(graph.tokens) - 1
-    )
+    assert "compared with other words in the same places, “the big dog ran" in title(graph)
+    last = len(graph.tokens) - 1
+    assert all(node.attribution == 0 for node in graph.nodes if node.kind == "token" and node.pos == last)
+    assert sum(node.attribution != 0 for node in graph.nodes if node.kind == "token") > 2
 
 
 def test_the_title_says_what_the_prompt_was_compared_with(small_model: LensModel) -> None:

@@ -21,7 +21,7 @@ from tl_em.dictionaries.quality import dictionary_quality
 from tl_em.features.cards import feature_cards
 from tl_em.features.scoring import FeatureTable, score_features
 from tl_em.features.shared_latents import FeatureSet, shared_features
-from tl_em.graph.build import attribute
+from tl_em.graph.build import attribute, leading_nodes
 from tl_em.models.contrasts import ContrastSet
 from tl_em.models.loading import HeldOut, ModelPair
 from tl_em.models.prompts import Prompt
@@ -103,7 +103,9 @@ def _with_graph(report: Report, pair: ModelPair, dictionary: Dictionary, prompts
     change = next_token_logits(pair.tuned, prompts).softmax(-1) - next_token_logits(pair.base, prompts).softmax(-1)
     at = int(change.max(-1).values.argmax())
     target = ([int(change[at].argmax())], [int(change[at].argmin())])
-    base, tuned = (attribute(model, prompts[at], dictionary, target=target) for model in (pair.base, pair.tuned))
+    models = (pair.base, pair.tuned)
+    lead = {each for model in models for each in leading_nodes(model, prompts[at], dictionary, target=target)}
+    base, tuned = (attribute(model, prompts[at], dictionary, target=target, also=lead) for model in models)
     words = " against ".join(repr(text_of_tokens(getattr(pair.tuned, "tokenizer", None), each)) for each in target)
     note = (
         f"The held-out prompt on which the next token changed most; the target is {words}, what gained most against "

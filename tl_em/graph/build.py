@@ -13,7 +13,7 @@ Source: Ameisen et al. 2025; Marks et al. 2024, arXiv:2403.19647 (SAE graphs wit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tl_em.arguments import COUNT, NATURAL, checked, finite, whole
@@ -25,7 +25,7 @@ from tl_em.graph.edges import drawn
 from tl_em.graph.graph import AttributionGraph
 from tl_em.graph.inputs import check_model, ids_of, is_chat, is_ids, positions
 from tl_em.graph.latents import latent_plan, listed
-from tl_em.graph.leaders import led
+from tl_em.graph.leaders import leading, led, scored_nodes
 from tl_em.graph.nodes import MAX_BYTES
 from tl_em.graph.rules.base import AnyRule
 from tl_em.graph.targets import Target, completed
@@ -55,6 +55,7 @@ def attribute(
     max_seconds: float | None = None,
     max_bytes: int = MAX_BYTES,
     validate: bool = True,
+    also: Iterable[str] = (),
     seed: int = 0,
 ) -> AttributionGraph:
     """How a prompt becomes a target: nodes, the direct effects between them, and how well ablation agrees.
@@ -73,8 +74,8 @@ def attribute(
             ``"ig"`` for components.
         against: components only: what a node is compared with. Another prompt that differs in what is asked about is
             best: token by token where it has as many, else span by span. By default other words in the places of the
-            question's. Or a tuple of prompts (their mean, place by place), ``"mean"`` (over this prompt's tokens,
-            without sinks), ``"zero"``.
+            question's (the mean, where the vocabulary has none of ours). Or a tuple of prompts (their mean, place by
+            place), ``"mean"`` (over this prompt's tokens, without sinks), ``"zero"``.
         adapter: the model before its fine-tune; what the fine-tune adds to each block's writes, on this model's own
             inputs, becomes nodes of its own. True: of this model's unmerged peft adapters, which are off meanwhile and
             on again afterwards (what peft trained beside them, by ``bias=`` or ``modules_to_save=``, counts as base).
@@ -87,6 +88,8 @@ def attribute(
         max_seconds: for everything, by an estimate before the work; with less, fewer nodes are drawn.
         max_bytes: of memory for gradients and edges.
         validate: whether to ablate nodes for ``validation``.
+        also: where not all nodes are drawn, ids of nodes that are, beside those that lead (``leading_nodes`` of another
+            model, to lay its graph beside this one).
         seed: of the random parts of the validation.
 
     Returns:
@@ -112,7 +115,7 @@ def attribute(
     Source: see the head of this file.
     """
     check_model(model)
-    limits = _limits(max_nodes, share, max_seconds, max_bytes, chunk, validate)
+    limits = _limits(max_nodes, share, max_seconds, max_bytes, chunk, validate)._replace(also=frozenset(also))
     encoded, skipped = prepared(model, prompt, target, skip)
     base = base_of(model, adapter)
     if dictionaries is None:
@@ -128,6 +131,39 @@ def attribute(
                            limits=limits)  # fmt: skip
     graph = drawn(model, plan, chunk=chunk, max_bytes=max_bytes)
     return validated(model, graph, plan, seed=seed) if validate else graph
+
+
+@in_plain_torch
+def leading_nodes(
+    model: LensModel, prompt: Any, dictionaries: Any = None, *, target: Target, **options: Any
+) -> list[str]:
+    """Ids of the nodes that ``attribute`` would draw, by their scores alone: no edges, nothing ablated.
+
+    Args:
+        model, prompt, dictionaries, target: as for :func:`attribute`.
+        options: of it: rule, against, skip, max_nodes, share, max_seconds.
+
+    Raises:
+        What ``attribute`` raises.
+
+    Example:
+        >>> from tl_em import load_pair
+        >>> pair = load_pair("toy/insecure")
+        >>> len(leading_nodes(pair.tuned, "how do i write parser", target=None, max_nodes=10)) > 10  # and the tokens
+        True
+    """
+    check_model(model)
+    most, share, seconds = (options.pop(name, None) for name in ("max_nodes", "share", "max_seconds"))
+    limits = _limits(most, share, seconds, MAX_BYTES, CHUNK, False)
+    encoded, skipped = prepared(model, prompt, target, options.pop("skip", None))
+    if dictionaries is None:
+        plan = component_plan(model, encoded, target, limits=limits, **options)
+        scored = scored_nodes(model, plan).nodes
+        rows = range(len(plan.written)) if plan.passes or plan.cost is None else leading(scored, plan.cost)[0]
+        return [scored[row].id for row in rows]
+    plan = latent_plan(model, encoded, listed(dictionaries), target, rule=options.pop("rule", None), adapter=None,
+                       skip=skipped, limits=limits, **options)  # fmt: skip
+    return [each.node.id for each in plan.written]
 
 
 def _limits(

@@ -51,6 +51,7 @@ class Limits(NamedTuple):
         max_bytes: of memory for gradients and edges.
         chunk: readers at once.
         validate: whether nodes are ablated afterwards, which takes time too.
+        also: ids of nodes that are drawn beside those that lead.
     """
 
     max_nodes: int | None = None
@@ -59,6 +60,7 @@ class Limits(NamedTuple):
     max_bytes: int = MAX_BYTES
     chunk: int = CHUNK
     validate: bool = True
+    also: frozenset[str] = frozenset()
 
     @property
     def asked(self) -> tuple[int, float]:

@@ -12,7 +12,7 @@ an error node whole), and the edges are exact. With SAEs gradients stop at each 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -233,6 +233,7 @@ def latent_plan(
     sheets = [filled(sheet, linear, skip) for sheet in sheets]
     cost = _told(model, linear, sheets, kind, forward=forward, limits=limits)
     masks, drawn = _led(model, tokens, sheets, goal, cost, RelP() if exact else rule)
+    masks = [_and_also(sheet, mask, limits.also) for sheet, mask in zip(sheets, masks, strict=True)]
     written: list[Written] = []
     if STREAM not in [sheet.out for sheet in sheets]:
         written += token_writes(model, linear, encoded.ids, [text_of(model, t) for t in encoded.ids])
@@ -318,3 +319,15 @@ def _led(
     most = min(cost.nodes, len(every), 1 + int((held < cost.share - CLOSE).sum()))
     masks = [None if size is None else size >= every[most - 1] for size in sizes]
     return masks, _Drawn(most, active, float(held[most - 1]))
+
+
+def _and_also(
+    sheet: Sheet, mask: Bool[Tensor, "pos d_sae"] | None, also: Collection[str]
+) -> Bool[Tensor, "pos d_sae"] | None:
+    """With the active latents of these nodes' ids."""
+    if mask is None or sheet.a is None or not also:
+        return mask
+    mask, layer, stream = mask.clone(), sheet.site.layer, sheet.site.stream
+    for pos, latent in (sheet.a != 0).nonzero().tolist():
+        mask[pos, latent] |= Node("feature", layer, pos, feature=latent, stream=stream).id in also
+    return mask

@@ -13,7 +13,7 @@ every node that is not drawn is put to its reference (1: all of it).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -40,7 +40,7 @@ def led(model: LensModel, plan: Wiring, limits: Limits, *, seed: int = 0) -> Att
     scored = scored_nodes(model, plan)
     if limits.validate:
         scored = validated(model, scored, plan, seed=seed)
-    rows, share = leading(scored.nodes, plan.cost)
+    rows, share = leading(scored.nodes, plan.cost, limits.also)
     some = tuple(plan.written[row] for row in rows)
     kept = [*rows, *range(len(plan.written), len(scored.nodes))]
     part = replace(plan, written=some, totals=plan.totals[kept], passes=plan.wire(some))
@@ -62,8 +62,11 @@ def scored_nodes(model: LensModel, plan: Wiring) -> Graph:
     return Graph(nodes, edges, tuple(text_of(model, token) for token in plan.encoded.ids), settings=plan.settings)
 
 
-def leading(nodes: Sequence[Node], cost: Cost) -> tuple[list[int], float]:
+def leading(nodes: Sequence[Node], cost: Cost, also: Collection[str] = frozenset()) -> tuple[list[int], float]:
     """Rows of the nodes that are drawn, in order, and the share of all nodes' effect that they hold.
+
+    Args:
+        also: ids of nodes that are drawn beside those that lead.
 
     Example:
         >>> four = [Node("mlp", 0, at, attribution=score) for at, score in enumerate((1.0, -6.0, 0.5, 2.5))]
@@ -77,8 +80,8 @@ def leading(nodes: Sequence[Node], cost: Cost) -> tuple[list[int], float]:
             break
         found.append(row)
         held += sizes[row]
-    tokens = [row for row, node in enumerate(nodes) if node.kind == "token"]
-    return sorted([*found, *tokens]), held / whole if whole else 1.0
+    others = [row for row, node in enumerate(nodes) if node.kind == "token" or node.id in also]
+    return sorted({*found, *others}), held / whole if whole else 1.0
 
 
 def _effect(node: Node) -> float:

@@ -1,7 +1,8 @@
 """What components are compared with, position by position.
 
     prompt      what another prompt writes there: one of equal length token by token, another one span by span
-    other words the default: the same prompt with other words in the places of its question
+    other words the default: the same prompt with other words in the places of its question (where the model has no
+                word of ours, as toys have not: the mean)
     mean        over some prompts, place by place; over this prompt's tokens;     zero
 
 A *sink* is a token whose stream is far longer than the others' (the first one, in most models). It says nothing about
@@ -60,7 +61,7 @@ def reference_of(model: LensModel, encoded: EncodedPrompt, clean: Mapping[str, T
         UsageError: nothing that is a reference. And what ``encode`` raises.
     """
     if against is None:
-        return _other_words(model, encoded, list(clean))
+        return _other_words(model, encoded, clean)
     if isinstance(against, str) and against == "zero":
         return Replacement({name: torch.zeros_like(x[:1]) for name, x in clean.items()}, "zero", "zero")
     if isinstance(against, str) and against == "mean":
@@ -155,20 +156,17 @@ OTHER_WORDS = (
 """Of no consequence; what the default puts where a question stood."""
 
 
-def _other_words(model: LensModel, encoded: EncodedPrompt, points: Sequence[str]) -> Replacement:
-    """The same prompt with other words where the question stands, or its own moved round where it cannot read them."""
+def _other_words(model: LensModel, encoded: EncodedPrompt, clean: Mapping[str, Tensor]) -> Replacement:
+    """The same prompt with other words where the question stands; the mean where the model cannot read them."""
     ids, (start, end) = list(encoded.ids), encoded.instruction
     end = max(min(end, len(ids) - 1), start)  # the word that the target is read from stays
     borrowed = _borrowed(model, end - start)
-    if borrowed is None:
-        half = (end - start + 1) // 2
-        borrowed = [*ids[start + half : end], *ids[start : start + half]]
-        said = "the same prompt, its words in another order"
-    else:
-        text = text_of_tokens(getattr(model, "tokenizer", None), borrowed).strip()
-        said = f"other words in the same places, “{text if len(text) <= SHOWN else text[: SHOWN - 1] + '…'}”"
+    if not borrowed:
+        return _mean_of_tokens(model, encoded, clean)
     ids[start:end] = borrowed
-    return Replacement(values(model, EncodedPrompt.from_ids(ids), points), "other words", said)
+    text = text_of_tokens(getattr(model, "tokenizer", None), borrowed).strip()
+    said = f"other words in the same places, “{text if len(text) <= SHOWN else text[: SHOWN - 1] + '…'}”"
+    return Replacement(values(model, EncodedPrompt.from_ids(ids), list(clean)), "other words", said)
 
 
 def _borrowed(model: LensModel, length: int) -> list[int] | None:
