@@ -618,13 +618,15 @@ def graph_group() -> None:
               help="Transcoders or SAEs, one a site; repeatable. None: heads and MLPs.")
 @click.option("--target", "targets", multiple=True, help="A token; two for YES minus NO. By default the likeliest.")
 @click.option("--against", help="Without a dictionary: the prompt that a node is compared with.")
+@click.option("--max-nodes", type=int, callback=_as(optional(COUNT)), help="Heads and MLPs, or latents, to draw.")
+@click.option("--max-seconds", type=float, callback=_as(optional(POSITIVE)), help="For all of the work: less is drawn.")
 @click.option("--nodes", default=0.8, callback=_as(FRACTION), show_default=True,
               help="Share of the influence that the nodes kept hold.")
 @click.option("--edges", default=0.98, callback=_as(FRACTION), show_default=True, help="The same of the edges.")
 @click.option("-o", "--out", type=PATH, required=True, help="Page (.html) or graph (.json).")
 def graph_of(
     model: str, prompt: str, dictionaries: tuple[Path, ...], targets: tuple[str, ...], against: str | None,
-    nodes: float, edges: float, out: Path,
+    max_nodes: int | None, max_seconds: float | None, nodes: float, edges: float, out: Path,
 ) -> None:  # fmt: skip
     """How PROMPT becomes an answer in MODEL: a local directory, a hub id, or toy/insecure (its fine-tune)."""
     from tl_em.artefacts import check_writable
@@ -635,7 +637,8 @@ def graph_of(
     check_writable(out)
     target: Any = None if not targets else targets[0] if len(targets) == 1 else tuple(targets[:2])
     given = [load_dictionary(path) for path in dictionaries] or None
-    graph = attribute(load_model(model), prompt, given, target=target, against=against)
+    graph = attribute(load_model(model), prompt, given, target=target, against=against, max_nodes=max_nodes,
+                      max_seconds=max_seconds)  # fmt: skip
     pruned = graph.prune(nodes=nodes, edges=edges)
     (pruned.save_json if out.suffix == ".json" else pruned.save_html)(out)
     _echo(f"{pruned!r}\n{pruned.paths(5).to_string(index=False)}\n{out}")

@@ -151,6 +151,8 @@ def test_the_title_bar_says_how_far_to_believe_it() -> None:
     assert page_data(small(validation={}))["view"]["warning"] == UNVALIDATED
     doubted = small(validation={"pearson": estimate(0.2), "warning": "It does not agree with ablation."})
     assert page_data(doubted)["view"]["warning"] == "It does not agree with ablation."
+    assert page_data(doubted)["view"]["title"].startswith("Do not read (r with ablation is 0.20): What leads to")
+    assert page_data(small())["view"]["title"].startswith("What leads to")
     both = page_data(small(validation={}).diff(small()))["view"]
     assert both["warning"] == f"Base: {UNVALIDATED}"
 

@@ -24,7 +24,16 @@ UNVALIDATED = (
 
 def title(graph: Graph) -> str:
     """The page's heading: what the graph explains, compared with what, and how much of it is drawn."""
-    return f"{_explained(graph)}{relative(graph)}{_drawn(graph)}"
+    return f"{_doubt(graph)}{_explained(graph)}{relative(graph)}{_drawn(graph)}"
+
+
+def _doubt(graph: Graph) -> str:
+    """What is said before all else where ablation does not agree."""
+    r = graph.validation.get("pearson")
+    value = getattr(r, "value", r)
+    if "warning" not in graph.validation:
+        return ""
+    return "Do not read: " if not isinstance(value, float) else f"Do not read (r with ablation is {value:.2f}): "
 
 
 def relative(graph: Graph) -> str:
