@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -12,9 +13,20 @@ from tests.graph.test_attribution import PROMPT, dictionary, tokens_of, transcod
 from tl_em.graph.build import attribute, encoded_prompt
 from tl_em.graph.components import component_plan
 from tl_em.graph.edges import drawn
+from tl_em.graph.gradients import STREAM
 from tl_em.graph.latents import latent_plan
-from tl_em.graph.validation import AGREES, ablatable, ablated, agreement, faithfulness, only, validated, valued
-from tl_em.models.hooks import LensModel
+from tl_em.graph.validation import (
+    AGREES,
+    ablatable,
+    ablated,
+    agreement,
+    faithfulness,
+    only,
+    starts_late,
+    validated,
+    valued,
+)
+from tl_em.models.hooks import LensModel, hooked
 
 pytestmark = [
     pytest.mark.surface,
@@ -108,3 +120,31 @@ def test_tokens_are_ablated_only_against_another_prompt(small_model: LensModel) 
     for against, expected in (("mean", False), (OTHER, True)):
         graph = attribute(small_model, PROMPT, target=9, against=against, validate=False)
         assert any(graph.nodes[row].kind == "token" for row in ablatable(graph)) is expected
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
+def test_copies_made_in_the_middle_give_the_same_effects(
+    family: str, surface: str, make_model: Callable[..., LensModel]
+) -> None:
+    model = make_model(family, surface, template=None)
+    plan = component_plan(model, encoded_prompt(model, PROMPT), 9, against=OTHER)
+    assert starts_late(model, plan)
+    rows = [row for row, each in enumerate(plan.written) if each.point != STREAM][::-3]
+    seen = []
+    tokens = [("blocks.0.hook_mlp_out", lambda x, hook: seen.append(len(x)))]
+    with hooked(model, tokens):
+        late = ablated(model, plan, rows[:20], late=True)
+    torch.testing.assert_close(late, ablated(model, plan, rows[:20]), rtol=1e-3, atol=1e-5)  # other batches
+    assert late.abs().max() > 1e-4 and 1 in seen
+
+
+def test_copies_are_not_made_in_the_middle_where_that_would_not_do(small_model: LensModel) -> None:
+    plan = component_plan(small_model, encoded_prompt(small_model, PROMPT), 9, against=OTHER)
+
+    def one_only(x: torch.Tensor, hook: object) -> torch.Tensor:
+        assert x is not None
+        return x * (1 if len(x) == 1 else 1.5)
+
+    assert starts_late(small_model, plan)
+    with hooked(small_model, [("blocks.2.hook_mlp_out", one_only)]):
+        assert not starts_late(small_model, plan)

@@ -37,10 +37,13 @@ from tl_em.stats import Estimate, bootstrap
 from tl_em.threads import own_warnings
 
 TOP, SAMPLE = 64, 64
+CLOSE = 1e-3
+"""Of a value: what a matrix product over another number of rows may change in 30 layers of float32."""
 AGREES = 0.7
 """Half of the variance of the exact effects: below it the order of the nodes is more noise than finding."""
 SHARES = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-RANDOM = 5
+RANDOM, FEW = 5, 2
+"""Random orders beside the graph's own; of a graph that is not drawn whole."""
 REPLACED = ("prompt", "other words")
 """What a graph may be against that puts another token where one was."""
 _ROWS = 32
@@ -63,14 +66,16 @@ def validated(model: LensModel, graph: G, plan: Wiring, *, seed: int = 0) -> G:
     """
     top, sample = chosen(graph, seed=seed)
     rows = [*top, *sample]
-    effects = ablated(model, plan, rows)
+    large = plan.cost is not None and not plan.cost.whole
+    late = large and starts_late(model, plan)
+    effects = ablated(model, plan, rows, late=late)
     by_row = dict(zip(rows, effects.tolist(), strict=True))
     nodes = tuple(replace(n, effect=by_row[r]) if r in by_row else n for r, n in enumerate(graph.nodes))
     found = agreement(graph, by_row, sample, seed=seed)
     if graph.settings.get("kind") != "components":  # of which every input of a node is one of the nodes
         explained = scores(graph)
         found |= {"replacement": explained.replacement, "completeness": explained.completeness}
-    found |= faithfulness(model, graph, plan, seed=seed)
+    found |= faithfulness(model, graph, plan, seed=seed, random=FEW if large else RANDOM, late=late)
     return replace(graph, nodes=nodes, validation={**graph.validation, **found})
 
 
@@ -153,22 +158,29 @@ def correlation(x: np.ndarray, y: np.ndarray, *, seed: int = 0) -> Estimate | No
 # --- Exact ablation ---------------------------------------------------------------------------------------------------
 
 
-def ablated(model: LensModel, plan: Wiring, rows: Sequence[int]) -> Float[Tensor, " node"]:
+def ablated(model: LensModel, plan: Wiring, rows: Sequence[int], *, late: bool = False) -> Float[Tensor, " node"]:
     """Exact effect of each node on the weighted targets: what is lost when its write is taken away.
 
     Args:
         rows: places of the nodes in the plan (and in its graph).
+        late: whether a batch may begin at the first block that it changes (see ``starts_late``).
 
     Returns:
         One number a node, in the target's units, float32 or float64 as the model.
     """
     clean, parts = valued(model, plan, 1, []), []
+    order = sorted(range(len(rows)), key=lambda at: rows[at]) if late else list(range(len(rows)))
     for at in range(0, len(rows), _ROWS):
-        out = torch.zeros(len(rows[at : at + _ROWS]), len(plan.written), dtype=torch.bool)
-        out[range(len(out)), rows[at : at + _ROWS]] = True
-        points = sorted({plan.written[row].point for row in rows[at : at + _ROWS]})
-        parts.append(valued(model, plan, len(out), [(point, _subtracting(plan, point, out)) for point in points]))
-    return clean - torch.cat(parts) if parts else clean[:0]
+        some = [rows[each] for each in order[at : at + _ROWS]]
+        out = torch.zeros(len(some), len(plan.written), dtype=torch.bool)
+        out[range(len(out)), some] = True
+        points = sorted({plan.written[row].point for row in some})
+        hooks = [(point, _subtracting(plan, point, out)) for point in points]
+        parts.append(valued(model, plan, len(out), hooks, late=late))
+    if not parts:
+        return clean[:0]
+    found = torch.cat(parts)
+    return clean - found[torch.tensor(order).argsort()]
 
 
 def _subtracting(
@@ -187,25 +199,57 @@ def _subtracting(
     return edit
 
 
-def valued(model: LensModel, plan: Wiring, copies: int, hooks: Sequence[tuple[str, Edit]]) -> Float[Tensor, " prompt"]:
-    """The weighted target of so many copies of the prompt under hooks."""
+def valued(
+    model: LensModel, plan: Wiring, copies: int, hooks: Sequence[tuple[str, Edit]], *, late: bool = False
+) -> Float[Tensor, " prompt"]:
+    """The weighted target of so many copies of the prompt under hooks; until the first one a single copy may do."""
     seen: list[Tensor] = []
+    first = min((block_of(point) for point, _ in hooks), default=0) if late else 0
 
     def read(x: Tensor, hook: Any) -> None:
         seen.append(plan.goal.value(x))
         raise _Read
 
-    tokens = torch.tensor(plan.encoded.ids).expand(copies, -1).to(model.cfg.device)
-    with torch.no_grad(), hooked(model, [*hooks, (plan.goal.point, read)], check=False):
+    def copied(x: Tensor, hook: Any) -> Tensor:
+        return x.expand(copies, *x.shape[1:])
+
+    tokens = torch.tensor(plan.encoded.ids).expand(1 if first else copies, -1).to(model.cfg.device)
+    begin = [(f"blocks.{first}.hook_resid_pre", copied)] if first else []
+    with torch.no_grad(), hooked(model, [*begin, *hooks, (plan.goal.point, read)], check=False):
         with suppress(_Read):
             model(tokens)
     return (seen[0] @ plan.goal.shares.to(seen[0])).cpu()
 
 
+def block_of(point: str) -> int:
+    """The block that a hook point is in; 0 for one before all blocks, or after them."""
+    parts = point.split(".")
+    return int(parts[1]) if parts[0] == "blocks" else 0
+
+
+def starts_late(model: LensModel, plan: Wiring) -> bool:
+    """Whether copies that are made in the middle of the model end as the prompt itself does.
+
+    (What attention is told of the batch would not fit where it depends on the batch's size.)
+    """
+    middle = int(model.cfg.n_layers) // 2
+    if middle == 0 or plan.goal.point.startswith("blocks."):  # a target inside may be read before anything changes
+        return False
+    clean = float(valued(model, plan, 1, []))
+    same: Edit = lambda x, hook: None  # noqa: E731
+    try:
+        found = valued(model, plan, 2, [(f"blocks.{middle}.hook_resid_pre", same)], late=True)
+    except (RuntimeError, ValueError, IndexError):
+        return False
+    return len(found) == 2 and bool(((found - clean).abs() <= CLOSE * max(1.0, abs(clean))).all())
+
+
 # --- Circuits ---------------------------------------------------------------------------------------------------------
 
 
-def faithfulness(model: LensModel, graph: Graph, plan: Wiring, *, seed: int) -> dict[str, Any]:
+def faithfulness(
+    model: LensModel, graph: Graph, plan: Wiring, *, seed: int, random: int = RANDOM, late: bool = False
+) -> dict[str, Any]:
     """The curve over ``SHARES`` for the graph's order, the order of what writes most, and random ones; areas of each.
 
     Returns:
@@ -218,10 +262,10 @@ def faithfulness(model: LensModel, graph: Graph, plan: Wiring, *, seed: int) -> 
     # Best first: what pushes the way that all do together. (A target may be lower with its nodes than without.)
     order = sorted(open_, key=lambda row: -np.sign(stake) * (graph.nodes[row].attribution or 0.0))
     size = sorted(open_, key=lambda row: -float(plan.written[row].vector.norm()))
-    orders = {"graph": [order], "magnitude": [size], "random": [rng.permutation(open_).tolist() for _ in range(RANDOM)]}
+    orders = {"graph": [order], "magnitude": [size], "random": [rng.permutation(open_).tolist() for _ in range(random)]}
     wanted = [(name, each, share) for name, some in orders.items() for each in some for share in SHARES]
     kept = [each[: round(share * len(open_))] for _, each, share in wanted]
-    found = torch.cat([only(model, plan, kept[at : at + _ROWS], open_) for at in range(0, len(kept), _ROWS)])
+    found = torch.cat([only(model, plan, kept[at : at + _ROWS], open_, late) for at in range(0, len(kept), _ROWS)])
     curves: dict[str, list[np.ndarray]] = {}
     for at in range(0, len(wanted), len(SHARES)):
         curves.setdefault(wanted[at][0], []).append(found[at : at + len(SHARES)].double().numpy())
@@ -238,7 +282,7 @@ def faithfulness(model: LensModel, graph: Graph, plan: Wiring, *, seed: int) -> 
 
 
 def only(
-    model: LensModel, plan: Wiring, circuits: Sequence[Sequence[int]], nodes: Sequence[int]
+    model: LensModel, plan: Wiring, circuits: Sequence[Sequence[int]], nodes: Sequence[int], late: bool = False
 ) -> Float[Tensor, " prompt"]:
     """The weighted target with nothing but each circuit left of ``nodes``; what is no node stays."""
     out = torch.zeros(len(circuits), len(plan.written), dtype=torch.bool)
@@ -253,7 +297,7 @@ def only(
         hooks += [(point, _put_to_reference(plan, point, out, heads)) for point in plan.references]
     extra = {e.point for e in plan.written if e.node.kind == "adapter"}
     hooks += [(point, _subtracting(plan, point, out, ["adapter"])) for point in sorted(extra)]
-    return valued(model, plan, len(circuits), hooks)
+    return valued(model, plan, len(circuits), hooks, late=late)
 
 
 def _without_latents(plan: Wiring, sheet: Sheet, out: Bool[Tensor, "prompt node"]) -> list[tuple[str, Edit]]:
