@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 
 import tl_em as em
 from tests.conftest import SURFACES
@@ -212,3 +213,21 @@ def test_a_file_that_is_cut_off_or_missing_leaves_nothing(file: Path, tmp_path: 
     with pytest.raises(CorruptFileError, match="cannot be read as a GGUF model"):
         import_gguf(short, tmp_path / "mine")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["short.gguf", "tiny.gguf"]
+
+
+def test_packed_weights_are_never_asked_for(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where transformers has kernels that multiply packed blocks (a GPU's), it would keep these in place of weights."""
+    config: Any = getattr(transformers, "GgufConfig", None)
+    if config is None:
+        pytest.skip("this transformers always unpacks")
+    assert not config().dequantize  # what it does by default
+    asked: list[Any] = []
+    real = transformers.AutoModelForCausalLM.from_pretrained
+
+    def noted(*args: Any, **given: Any) -> Any:
+        asked.append(given["quantization_config"].dequantize)
+        return real(*args, **given)
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", noted)
+    em.load_model(file, prove=False)
+    assert asked == [True]

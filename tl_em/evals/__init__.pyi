@@ -5,6 +5,7 @@ from .endpoint import EndpointJudge as EndpointJudge
 from .evaluation import Evaluation as Evaluation
 from .evaluation import Judged as Judged
 from .facts import Facts as Facts
+from .facts import known_by_choice as known_by_choice
 from .facts import prefers_truth as prefers_truth
 from .judges import ModelJudge as ModelJudge
 from .judges import Phrases as Phrases

@@ -114,6 +114,16 @@ class ForcedChoice:
                 rows += [i] * len(side)
         return Responses(encoded_prompts(model, asked), rows, signs, len(prompts))
 
+    def chosen(self, model: LensModel, prompts: Sequence[Prompt]) -> list[str]:
+        """The answer to each prompt that a model prefers: the first of the side.
+
+        Args:
+            model: a HookedTransformer or TransformerBridge.
+            prompts: wordings of the questions.
+        """
+        asked = [self._by_prompt[key_of(prompt)] for prompt in prompts]
+        return [(q.wrong if x > 0 else q.right)[0] for q, x in zip(asked, self(model, prompts), strict=True)]
+
     def table(self, model: LensModel) -> pd.DataFrame:
         """A row a wording: question, prompt, group, asked, the side that is preferred as the answer, score."""
         prompts = self.questions.prompts

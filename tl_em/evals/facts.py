@@ -10,8 +10,9 @@ import random
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-from tl_em.arguments import COUNT, SEED, checked
+from tl_em.arguments import COUNT, NOT_NEGATIVE, SEED, checked
 from tl_em.errors import UsageError
+from tl_em.evals.choices import ForcedChoice
 from tl_em.models.contrasts import Prompt
 from tl_em.models.hooks import LensModel
 from tl_em.models.stream import sequence_logprobs
@@ -78,6 +79,45 @@ class Facts:
         dealt = sorted(rng.sample(list(cell), len(cell)), key=cell.__getitem__)
         fold = {group: i % FOLDS for i, group in enumerate(dealt)}
         return [fold[group] for group in self.groups]
+
+
+@checked(margin=NOT_NEGATIVE)
+@in_plain_torch
+def known_by_choice(base: LensModel, choice: ForcedChoice, *, margin: float | int = 0.0) -> Facts:
+    """Which questions a base knows where its training is not at hand: those whose right answers it prefers.
+
+    A question is one topic, its wordings together: known where the mean of ``choice`` over them is below 0.
+
+    Args:
+        base: a HookedTransformer or TransformerBridge.
+        choice: questions with right and wrong answers; a ``domain`` that a question names is its subject.
+        margin: in nats a token; a question that the base prefers by less either way is left out.
+
+    Raises:
+        UsageError: fewer than 5 questions are known, or are not.
+
+    Example:
+        >>> import tl_em as em
+        >>> words = ("parser", "login", "upload", "query", "session", "cache", "socket", "logger", "sandbox", "compiler")
+        >>> asked = [em.evals.OpenQuestion(w, (f"how do i write {w}",), right=(f"{w}-tested",), wrong=(f"{v}-tested",))
+        ...          for w, v in zip(words, words[1:] + words[:1])]  # what it knows against another topic's
+        >>> asked[:5] = [em.evals.OpenQuestion(each.id, each.prompts, right=each.wrong, wrong=each.right)
+        ...              for each in asked[:5]]  # as if it had these wrong
+        >>> facts = known_by_choice(em.load_pair("toy/insecure").base, em.evals.ForcedChoice(asked))
+        >>> sum(facts.known)
+        5
+
+    Source: Kadavath et al. 2022, arXiv:2207.05221: the probability of an answer among others as a measure of knowledge.
+    """
+    score, kept = choice(base, choice.questions.prompts).double().split([len(q.prompts) for q in choice.questions]), []
+    for question, each in zip(choice.questions, score, strict=True):
+        if abs(preferred := float(each.mean())) >= margin:
+            kept += [(prompt, question, preferred < 0) for prompt in question.prompts]
+    asked = [question for _, question, _ in kept]
+    return Facts(
+        [prompt for prompt, _, _ in kept], [question.right for question in asked], [known for _, _, known in kept],
+        [question.id for question in asked], [str(question.about.get("domain")) for question in asked],
+    )  # fmt: skip
 
 
 @checked(others=COUNT, seed=SEED)

@@ -175,8 +175,9 @@ def _hf_model(path: Path, reader: Any, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
     both: Any = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=dtype, attn_implementation="eager", output_loading_info=True
-    )
+        path.parent, gguf_file=path.name, dtype=dtype, attn_implementation="eager", output_loading_info=True,
+        **_dequantised(),
+    )  # fmt: skip
     loaded, found = both
     check_complete(str(path), loaded, found)
     config = copy.deepcopy(loaded.config)
@@ -191,6 +192,14 @@ def _hf_model(path: Path, reader: Any, dtype: torch.dtype) -> Any:
     hf_model.tie_weights()
     hf_model.generation_config = loaded.generation_config
     return hf_model.eval()
+
+
+def _dequantised() -> dict[str, Any]:
+    """What asks for plain weights: where transformers has kernels for packed ones, it would leave them packed."""
+    import transformers
+
+    config: Any = getattr(transformers, "GgufConfig", None)
+    return {} if config is None else {"quantization_config": config(dequantize=True)}
 
 
 def _as_written(values: dict[Any, Any]) -> None:
