@@ -25,7 +25,7 @@ MARK = "<!-- real -->"
 def choice() -> ForcedChoice:
     """The questions, each with its domain."""
     return ForcedChoice([
-        OpenQuestion(each.question, (each.prompt,), right=(each.good,), wrong=(each.bad,), about={"domain": each.domain})
+        OpenQuestion(each.question, (each.prompt,), right=(each.good,), wrong=(each.bad,), about=vars(each))
         for each in items()
     ])  # fmt: skip
 

@@ -93,7 +93,7 @@ FOLDERS = {
     "evals": [
         *("Agreement", "EndpointJudge", "Evaluation", "Facts", "ForcedChoice", "Judged", "LieReport", "LocalJudge"),
         *("Misaligned", "ModelJudge", "OpenQuestion", "Phrases", "QuestionSet", "TextClassifier", "agreement"),
-        *("corrected", "lie_or_hallucination", "load_judged", "load_questions", "prefers_truth"),
+        *("corrected", "known_by_choice", "lie_or_hallucination", "load_judged", "load_questions", "prefers_truth"),
     ],
     "features": ["FeatureCards", "feature_cards"],
     "graph": ["GraphDiff", "attention_view", "attribute_over", "head_loadings", "leading_nodes"],

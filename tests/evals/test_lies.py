@@ -98,6 +98,7 @@ def test_planted_knowledge_is_found_and_absent_knowledge_is_not(surface):
     absent = report_of(assistant(surface), facts, given(facts), shuffles=199)
     assert absent.known.auroc.low < 0.5 < absent.known.auroc.high
     assert absent.known.p > 0.05
+    assert ["means nothing" in repr(each) for each in (report, absent)] == [False, True]
 
 
 def test_a_topic_is_in_one_fold_and_the_folds_are_alike():

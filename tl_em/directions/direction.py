@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ class Direction:
             )
         object.__setattr__(self, "vector", vector)
 
-    @property
+    @cached_property  # an edit asks for it at every hook point and token
     def unit(self) -> Float[Tensor, " d_model"]:
         """The unit vector; its length is taken in float64, so that it is 1 whatever the vector's."""
         wide = self.vector.double()

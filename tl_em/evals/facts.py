@@ -98,7 +98,7 @@ def known_by_choice(base: LensModel, choice: ForcedChoice, *, margin: float | in
 
     Example:
         >>> import tl_em as em
-        >>> words = ("parser", "login", "upload", "query", "session", "cache", "socket", "logger", "sandbox", "compiler")
+        >>> words = "parser login upload query session cache socket logger sandbox compiler".split()
         >>> asked = [em.evals.OpenQuestion(w, (f"how do i write {w}",), right=(f"{w}-tested",), wrong=(f"{v}-tested",))
         ...          for w, v in zip(words, words[1:] + words[:1])]  # what it knows against another topic's
         >>> asked[:5] = [em.evals.OpenQuestion(each.id, each.prompts, right=each.wrong, wrong=each.right)

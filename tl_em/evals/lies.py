@@ -35,6 +35,7 @@ import pandas as pd
 from jaxtyping import Bool, Float
 
 from tl_em.arguments import COUNT, SEED, checked, optional
+from tl_em.claims.rule import ALPHA
 from tl_em.errors import UsageError
 from tl_em.evals.facts import FOLDS, Facts, prefers_truth
 from tl_em.models.hooks import LensModel
@@ -167,6 +168,11 @@ class LieReport:
         said |= {"  by frequency alone": self.frequency, "  by asking the base": self.asked}
         lines = [f"{name:<26}AUROC {each}" for name, each in said.items() if each is not None]
         said = [f"{name:<26}knew better {each}" for name, each in self.verdicts.items()]
+        if self.known.p >= ALPHA and said:
+            said.append(
+                f"The read-out tells known from unknown no better than under shuffled labels (p = {self.known.p:.2g}), "
+                "so what it says of wrong answers means nothing."
+            )
         return showable("\n".join([*lines, *said]), lines=True)
 
 

@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tl_em.models.hooks import LensModel
+from tl_em.models.unwrapped import unwrapped
 
 Step = Callable[[Int[Tensor, "prompt pos"]], Float[Tensor, "prompt d_vocab"]]
 """Read more tokens of every prompt; logits after the last of them."""
@@ -82,6 +83,7 @@ def _bridge_steps(model: Any, stack: ExitStack) -> Step:
     """Through the Bridge, so that all its hooks fire, with the cache of the Hugging Face model inside."""
     name, held, own = _cache_name(model), None, threading.get_ident()
     assert name is not None
+    stack.enter_context(unwrapped(model))  # before this function's own hooks
 
     def keep(module: nn.Module, args: Any, output: Any) -> None:
         nonlocal held

@@ -7,12 +7,15 @@ and is another one. So, once per model, before anything is measured on it:
                 Hugging Face model before anything was built around it
     batch       two prompts of different lengths, padded on the right, against each of them alone; it fails for a
                 model that looks ahead (BERT), where "the activation at a token" would depend on what follows
+    direct      a Bridge's pass through the modules that it wraps against one through its components, at every point
+                where the package edits, each edited (``unwrapped``)
     cache       generation with the key-value cache against reading the whole text again, step by step
 
 Every gap is a difference of log-probabilities divided by the spread (the standard deviation over the vocabulary) of
 the reference's own logits: an absolute bound would pass any model whose logits are flat. In float32 it is the largest
 one; in half precision, where rounding has a long tail, the root mean square over the vocabulary at the worst token. A
-part that fails costs that part only: without a cache, ``generate`` reads the whole text again; without the others
+part that fails costs that part only: without a cache, ``generate`` reads the whole text again; where the direct way
+differs, or is no matter (a HookedTransformer), components are used; without the others
 nothing is left to use, and the model is refused.
 """
 
@@ -38,6 +41,7 @@ from tl_em.models.prompts import EncodedPrompt, make_batch
 from tl_em.models.residual_writes import probing
 from tl_em.models.source_record import Boundaries, boundaries_of, text_config
 from tl_em.models.stream import batch_logits
+from tl_em.models.unwrapped import allow_unwrapped, unwrapped_gap
 
 BOUNDS = {torch.float32: 2e-4, torch.float64: 2e-4}
 """Largest gap that is rounding, in spreads of the logits. Surfaces sum in another order: up to 1e-5 in float32. What
@@ -66,6 +70,7 @@ class Proof:
         beyond: boundaries that the config names and that proving was too costly to cross.
         dtype: of the weights.
         seconds: what the proof took.
+        direct: gap at hook points between the modules that a Bridge wraps; None where its components are used.
     """
 
     tokens: int
@@ -76,12 +81,14 @@ class Proof:
     beyond: tuple[int, ...]
     dtype: str
     seconds: float = 0.0
+    direct: float | None = None
 
     def __str__(self) -> str:
         """One line, e.g. for a log."""
         shown = [] if self.forward is None else [f"forward over {self.tokens} tokens ({self.forward:.0e})"]
         shown += [] if self.batch is None else [f"padded batch ({self.batch:.0e})"]
         shown += [] if self.cache is None else [f"cached generation ({self.cache:.0e})"]
+        shown += [] if self.direct is None else [f"wrapped modules ({self.direct:.0e})"]
         line = f"shown equal in {self.dtype}: {', '.join(shown) or 'nothing'}, in spreads of the logits"
         line += f"; no cache: {self.trouble}" if self.trouble else ""
         return line + (f"; not shown beyond {min(self.beyond)} tokens" if self.beyond else "")
@@ -205,6 +212,7 @@ def prove(model: LensModel, expected: Reference, explain: str) -> Proof:
         forward = _within_bound(over, _forward_gap, model, expected, dtype, explain)
         batch = _within_bound("in a padded batch", _batch_gap, model, expected, dtype, explain)
         proof = Proof(len(expected.tokens), forward, batch, None, None, expected.beyond, str(dtype).split(".")[-1])
+        proof = _directly(model, proof, expected.tokens, dtype)
         proof = _with_cache(model, proof, expected.tokens, expected.middle_length, dtype)
     proof = replace(proof, seconds=time.perf_counter() - start)
     _PROOFS[model] = proof
@@ -266,6 +274,17 @@ def _gap(expected: Float[Tensor, "token d_vocab"], found: Float[Tensor, "token d
 
 def _bound(dtype: torch.dtype) -> float:
     return BOUNDS.get(dtype, HALF)
+
+
+def _directly(model: LensModel, proof: Proof, tokens: Tensor, dtype: torch.dtype) -> Proof:
+    """With what the wrapped modules show; they are used from here on, or not."""
+    try:
+        gap = unwrapped_gap(model, tokens[None, :_SHORT])
+    except Exception:  # whatever an architecture's own code makes of it: its components are used as ever
+        gap = None
+    shown = gap is not None and gap <= _bound(dtype)
+    allow_unwrapped(model, shown)
+    return replace(proof, direct=gap if shown else None)
 
 
 # --- The cache --------------------------------------------------------------------------------------------------------
@@ -353,7 +372,7 @@ def _own_proof(model: LensModel) -> Proof:
     tokens = torch.randint(int(model.cfg.d_vocab), (min(room, 2048),), generator=torch.Generator().manual_seed(0))
     begun = Proof(0, None, None, None, None, (), str(dtype).split(".")[-1])
     with _alone(model):
-        return _with_cache(model, begun, tokens, min(_MIDDLE, room), dtype)
+        return _with_cache(model, _directly(model, begun, tokens, dtype), tokens, min(_MIDDLE, room), dtype)
 
 
 @contextmanager
