@@ -36,8 +36,9 @@ import tl_em as em
 from tl_em.graph.build import encoded_prompt
 from tl_em.graph.components import component_plan
 from tl_em.graph.cost import Limits
+from tl_em.graph.latents import latent_plan
 from tl_em.graph.leaders import led, scored_nodes
-from tl_em.graph.validation import ablatable, only
+from tl_em.graph.validation import ablatable, ablated, agreement, chosen, only, starts_late
 from tl_em.models.hooks import hooked
 from tl_em.models.prompts import EncodedPrompt
 from tl_em.organisms.real_organism import dictionary
@@ -160,21 +161,37 @@ def looked_at(model: Any, ids: Sequence[int], place: int) -> torch.Tensor:
     return torch.stack([seen[name] for name in names])
 
 
+def agreed(model: Any, prompt: dict[str, Any], kind: str) -> dict[str, Any]:
+    """r with exact ablation as a graph has it, of the scores of all nodes; no edges are drawn."""
+    encoded, start = chat(model, prompt, "prompt"), time.process_time()
+    target = tuple(prompt["target"])
+    if kind.startswith("latents"):
+        plan = latent_plan(model, encoded, [dictionary()], target, rule=None, adapter=None, skip=(0,))
+    else:
+        against: Any = {"components r": chat(model, prompt, "against"), "other words r": None, "mean r": "mean"}[kind]
+        plan = component_plan(model, encoded, target, against=against)
+    scored = scored_nodes(model, plan)
+    top, sample = chosen(scored, seed=0)
+    rows = [*top, *sample]
+    effects = ablated(model, plan, rows, late=starts_late(model, plan)).tolist()
+    found = agreement(scored, dict(zip(rows, effects, strict=True)), sample, seed=0)
+    figures = {name: found[name].value for name in ("pearson", "spearman", "pearson_sample") if found.get(name)}
+    return figures | {"cpu": time.process_time() - start, "peak": memory(), "tokens": len(encoded), "nodes": len(rows)}
+
+
 def jobs() -> Iterator[tuple[str, str, int]]:
     """What is done, the most wanted first: (kind, model, prompt)."""
     for at in FIRST[:12]:
-        yield "components", "base", at
-        yield "components", "tuned", at
-    for at in range(SEQUENCES):
-        yield "induction", "base", at
-    for at in FIRST[:12]:
-        yield "latents", "base", at
-    for at in FIRST[:12]:
-        yield "other words", "base", at
-    for at in FIRST[:12]:
-        yield "latents", "tuned", at
+        yield from ((kind, name, at) for kind in ("components r", "latents r") for name in ("base", "tuned"))
+    yield from (("components", "base", at) for at in range(3))
+    yield from (("latents", "base", at) for at in range(2))
+    yield from (("induction", "base", at) for at in range(2))
+    yield from (("other words r", "base", at) for at in FIRST[:12])
+    yield from (("components", "base", at) for at in range(3, 8))
+    yield from (("mean r", "base", at) for at in FIRST[:6])
+    yield from (("other words", "base", at) for at in range(8))
     for at in FIRST[12:]:
-        yield from ((kind, name, at) for kind in ("components", "latents") for name in ("base", "tuned"))
+        yield from ((kind, name, at) for kind in ("components r", "latents r") for name in ("base", "tuned"))
 
 
 def run(out: Path) -> None:
@@ -190,6 +207,8 @@ def run(out: Path) -> None:
             row = induction(model, at)
         elif kind == "latents":
             row = latents(model, PROMPTS[at])
+        elif kind.endswith(" r"):
+            row = agreed(model, PROMPTS[at], kind)
         else:
             row = components(model, PROMPTS[at], kind == "components", kind == "components" and at < 8)
         row = {"kind": kind, "model": name, "at": at, "loaded": loaded, **row}
@@ -203,7 +222,7 @@ def run(out: Path) -> None:
 
 def page(rows: list[dict[str, Any]]) -> str:
     """The tables of what was run."""
-    parts = [cost_table(rows), circuit_table(rows), induction_table(rows), each_table(rows)]
+    parts = [agreement_table(rows), cost_table(rows), circuit_table(rows), induction_table(rows), each_table(rows)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -211,26 +230,38 @@ def of(rows: list[dict[str, Any]], kind: str, model: str) -> list[dict[str, Any]
     return [row for row in rows if row["kind"] == kind and row["model"] == model]
 
 
-def cost_table(rows: list[dict[str, Any]]) -> str:
+def agreement_table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| graph | model | prompts | r with ablation | least | of the random sample | nodes drawn, of | CPU s (most) |",
-        "|---|---|---|---|---|---|---|---|",
+        "| scores | model | prompts | r with ablation | least | of the random sample, mean |",
+        "|---|---|---|---|---|---|",
     ]
-    names = {"components": "components, against the contrast prompt", "other words": "components, by default",
-             "latents": "latents"}  # fmt: skip
-    for kind, said in names.items():
+    for kind, said in AGREED.items():
         for model in ("base", "tuned"):
             if some := of(rows, kind, model):
-                r, cpu = [row["pearson"] for row in some], [row["cpu"] for row in some]
-                sample = np.mean([row.get("pearson_sample", np.nan) for row in some])
-                drawn, every = (np.mean([row["drawn"][name] for row in some]) for name in ("nodes", "of"))
-                lines.append(f"| {said} | {model} | {len(some)} | {mean(r)!r} | {min(r):.2f} | {sample:.2f} | "
-                             f"{drawn:.0f}, {every:.0f} | {np.mean(cpu):.0f} ({max(cpu):.0f}) |")  # fmt: skip
+                r, sample = ([row.get(name, np.nan) for row in some] for name in ("pearson", "pearson_sample"))
+                lines.append(
+                    f"| {said} | {model} | {len(some)} | {mean(r)!r} | {min(r):.2f} | {np.nanmean(sample):.2f} |"
+                )
+    return "\n".join(lines)
+
+
+def cost_table(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| validated graph | prompts | tokens | nodes drawn, of | their share of the effect | target left without the others "
+        "| r | CPU s (most) |", "|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for kind, said in (*AGREED.items(), ("induction r", "components, a random sequence twice")):
+        if some := of(rows, kind.removesuffix(" r"), "base"):
+            cpu, r = [row["cpu"] for row in some], np.mean([row["pearson"] for row in some])
+            tokens = [row["tokens"] for row in some]
+            drawn, every, share, left = (np.nanmean([row["drawn"].get(name, np.nan) for row in some])
+                                         for name in ("nodes", "of", "share of the effect", "faithfulness"))  # fmt: skip
+            kept = "" if np.isnan(left) else f"{left:.2f}"
+            lines.append(f"| {said} | {len(some)} | {min(tokens)} to {max(tokens)} | {drawn:.0f}, {every:.0f} | {share:.2f} | "
+                         f"{kept} | {r:.2f} | {np.mean(cpu):.0f} ({max(cpu):.0f}) |")  # fmt: skip
     peak, loaded = max(row["peak"] for row in rows), rows[0]["loaded"]
-    tokens = [row["tokens"] for row in rows if row["kind"] != "induction"]
-    lines.append(f"\nPrompts have {min(tokens)} to {max(tokens)} tokens. Peak memory of the process, over all graphs: "
-                 f"{peak:.1f} GB, {peak - loaded:.1f} GB beyond the peak at which both models had been loaded "
-                 f"({loaded:.1f} GB).")  # fmt: skip
+    lines.append(f"\nPeak memory of the process over all of this: {peak:.1f} GB, {peak - loaded:.1f} GB beyond the peak at which "
+                 f"both models had been loaded ({loaded:.1f} GB).")  # fmt: skip
     return "\n".join(lines)
 
 
@@ -280,12 +311,15 @@ def each_table(rows: list[dict[str, Any]]) -> str:
     return "r with exact ablation, prompt by prompt:\n\n" + "\n".join(lines)
 
 
+AGREED = {
+    "components r": "components, against the contrast prompt",
+    "other words r": "components, against other words (the default)",
+    "mean r": "components, against the mean over tokens",
+    "latents r": "latents",
+}
 COLUMNS = [
-    ("components", "base"),
-    ("components", "tuned"),
-    ("other words", "base"),
-    ("latents", "base"),
-    ("latents", "tuned"),
+    *((kind, name) for kind in ("components r", "latents r") for name in ("base", "tuned")),
+    ("other words r", "base"),
 ]
 
 
