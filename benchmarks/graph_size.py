@@ -247,21 +247,22 @@ def agreement_table(rows: list[dict[str, Any]]) -> str:
 
 def cost_table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| validated graph | prompts | tokens | nodes drawn, of | their share of the effect | target left without the others "
+        "| validated graph | prompts | tokens | nodes drawn, of | share of the effect | target left without others "
         "| r | CPU s (most) |", "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for kind, said in (*AGREED.items(), ("induction r", "components, a random sequence twice")):
         if some := of(rows, kind.removesuffix(" r"), "base"):
             cpu, r = [row["cpu"] for row in some], np.mean([row["pearson"] for row in some])
             tokens = [row["tokens"] for row in some]
-            drawn, every, share, left = (np.nanmean([row["drawn"].get(name, np.nan) for row in some])
-                                         for name in ("nodes", "of", "share of the effect", "faithfulness"))  # fmt: skip
+            names = ("nodes", "of", "share of the effect", "faithfulness")
+            figures = [[row["drawn"].get(name, np.nan) for row in some] for name in names]
+            drawn, every, share, left = np.mean(figures, axis=1)
             kept = "" if np.isnan(left) else f"{left:.2f}"
-            lines.append(f"| {said} | {len(some)} | {min(tokens)} to {max(tokens)} | {drawn:.0f}, {every:.0f} | {share:.2f} | "
-                         f"{kept} | {r:.2f} | {np.mean(cpu):.0f} ({max(cpu):.0f}) |")  # fmt: skip
+            head = f"| {said} | {len(some)} | {min(tokens)} to {max(tokens)} | {drawn:.0f}, {every:.0f} | {share:.2f}"
+            lines.append(f"{head} | {kept} | {r:.2f} | {np.mean(cpu):.0f} ({max(cpu):.0f}) |")
     peak, loaded = max(row["peak"] for row in rows), rows[0]["loaded"]
-    lines.append(f"\nPeak memory of the process over all of this: {peak:.1f} GB, {peak - loaded:.1f} GB beyond the peak at which "
-                 f"both models had been loaded ({loaded:.1f} GB).")  # fmt: skip
+    more = f"{peak - loaded:.1f} GB beyond the peak at which both models had been loaded ({loaded:.1f} GB)"
+    lines.append(f"\nPeak memory of the process over all of this: {peak:.1f} GB, {more}.")
     return "\n".join(lines)
 
 

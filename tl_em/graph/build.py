@@ -20,7 +20,7 @@ from tl_em.arguments import COUNT, NATURAL, checked, finite, whole
 from tl_em.errors import PromptError, UsageError
 from tl_em.graph.adapters import base_of
 from tl_em.graph.components import component_plan
-from tl_em.graph.cost import CHUNK, Limits
+from tl_em.graph.cost import CHUNK, LED_CHUNK, Limits
 from tl_em.graph.edges import drawn
 from tl_em.graph.graph import AttributionGraph
 from tl_em.graph.inputs import check_model, ids_of, is_chat, is_ids, positions
@@ -129,7 +129,8 @@ def attribute(
             raise UsageError("against= is for components; with dictionaries leave it out")
         plan = latent_plan(model, encoded, listed(dictionaries), target, rule=rule, adapter=base, skip=skipped,
                            limits=limits)  # fmt: skip
-    graph = drawn(model, plan, chunk=chunk, max_bytes=max_bytes)
+    large = plan.cost is not None and not plan.cost.whole
+    graph = drawn(model, plan, chunk=min(chunk, LED_CHUNK) if large else chunk, max_bytes=max_bytes)
     return validated(model, graph, plan, seed=seed) if validate else graph
 
 

@@ -30,7 +30,7 @@ MAX_NODES = 8000
 """Nodes that a graph which is drawn whole may have."""
 LEADERS, SHARE = 300, 0.9
 """Of a graph that is not drawn whole, so many nodes at most, until they hold so much of all nodes' effect."""
-LED_BYTES = 2**28
+LED_CHUNK, LED_BYTES = 64, 2**28
 """Of memory for a chunk of gradients there, where less than ``max_bytes``: larger chunks are no faster."""
 TRIAL = 8
 """Readers in a chunk that is timed."""

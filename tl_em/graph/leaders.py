@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from tl_em.graph.cost import LED_BYTES, Cost, Limits, row_bytes
+from tl_em.graph.cost import LED_BYTES, LED_CHUNK, Cost, Limits, row_bytes
 from tl_em.graph.edges import Wiring, drawn
 from tl_em.graph.graph import AttributionGraph
 from tl_em.graph.nodes import Graph, Node
@@ -44,7 +44,7 @@ def led(model: LensModel, plan: Wiring, limits: Limits, *, seed: int = 0) -> Att
     some = tuple(plan.written[row] for row in rows)
     kept = [*rows, *range(len(plan.written), len(scored.nodes))]
     part = replace(plan, written=some, totals=plan.totals[kept], passes=plan.wire(some))
-    chunk = max(1, min(limits.chunk, LED_BYTES // row_bytes(plan.cut)))
+    chunk = max(1, min(limits.chunk, LED_CHUNK, LED_BYTES // row_bytes(plan.cut)))
     graph = drawn(model, part, chunk=chunk, max_bytes=limits.max_bytes)
     said = {"nodes": len(rows), "of": len(plan.written), "share of the effect": round(share, 3)}
     if limits.validate:
