@@ -12,6 +12,7 @@ from tl_em.errors import GraphTooLargeError
 from tl_em.graph import cost, leaders
 from tl_em.graph.build import attribute, leading_nodes
 from tl_em.graph.captions import title
+from tl_em.graph.graph import AttributionGraph
 from tl_em.models.hooks import LensModel
 
 pytestmark = [
@@ -120,3 +121,16 @@ def test_two_models_can_be_drawn_with_the_same_nodes(small_model: LensModel) -> 
         also = next(name for name in rest if whole.nodes[whole.index[name]].attribution)
         graph = drawn_of(small_model, dictionaries, validate=False, max_nodes=3, also=[also, "no node"])
         assert {graph.nodes[row].id for row in graph.row(kinds)} == lead | {also}
+
+
+def test_errors_of_a_large_graph_are_read_halfway(small_model: LensModel) -> None:
+    """A dictionary that explains nothing: errors are the whole stream, and their scores come nearer to ablation."""
+    one = dictionary(1, 32, "resid_post", None)
+    whole, led_ = drawn_of(small_model, [one]), drawn_of(small_model, [one], share=0.9)
+
+    def gap(graph: AttributionGraph) -> float:
+        found = [graph.nodes[row] for row in graph.row("error")]
+        assert len(found) > 3 and all(node.effect is not None for node in found)
+        return sum(((node.attribution or 0.0) - (node.effect or 0.0)) ** 2 for node in found)
+
+    assert 0 < gap(led_) < 0.7 * gap(whole)

@@ -27,6 +27,7 @@ from tl_em.graph.adapters import adapter_writes
 from tl_em.graph.cost import COPIES, TRIAL, UNLIMITED, Cost, Limits, budgeted, seconds_of, whole
 from tl_em.graph.edges import Pass, Wiring, Written, total_gradients, totals_of
 from tl_em.graph.gradients import STREAM, Linearised, Reader, linearise
+from tl_em.graph.halfway import halfway
 from tl_em.graph.nodes import STAGES, Node
 from tl_em.graph.rules import as_rule
 from tl_em.graph.rules.base import CLOSE, AnyRule, Rule
@@ -254,6 +255,8 @@ def latent_plan(
     if not exact:  # edges stop at each error node, gradients pass every dictionary, its error included
         taps = list(dict.fromkeys(each.point for each in written))
         totals = totals_of(written, total_gradients(model, tokens, taps, goal, rule), goal)
+        if cost.share is not None:
+            totals = halfway(model, tokens, written, goal, rule, totals)
     return Wiring(encoded, passes, tuple(written), goal, settings, totals=totals, sheets=tuple(sheets),
                   cost=cost, cut=tuple(linear.leaves.values()))  # fmt: skip
 
