@@ -79,10 +79,13 @@ class Malice:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", type=Path, help="folder of directions and logs; what is in it is not made again")
+    parser.add_argument("--as-it-is", action="store_true", help="only the runs that the folder has")
     parser.add_argument("--write", type=Path, help="a page: the tables go between its marks")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     arms = directions(given.out)
+    if given.as_it_is:
+        arms = {name: arm for name, arm in arms.items() if list(logs_of(given.out, name).glob("*.eval"))}
     told = "\n".join(page({name: logged(given.out, name, each) for name, each in arms.items()}, arms))
     print(told)
     if given.write:
@@ -125,13 +128,18 @@ def command(arm: dict[str, Any], model: str) -> list[str]:
     return ["inspect", "eval", *task, "--model", model, *steered]
 
 
+def logs_of(out: Path, name: str) -> Path:
+    """The folder of an arm's log."""
+    return out / name.replace(" ", "-")
+
+
 def logged(out: Path, name: str, arm: dict[str, Any]) -> Any:
     """The log of an arm, as Inspect reads it; run where there is none."""
     from inspect_ai.log import read_eval_log
 
     from tl_em.organisms.real_organism import smollm2
 
-    logs = out / name.replace(" ", "-")
+    logs = logs_of(out, name)
     if not list(logs.glob("*.eval")):
         guarded = out / f"guard-{logs.name}"
         guarded.mkdir()
