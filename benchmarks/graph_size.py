@@ -186,8 +186,8 @@ def jobs() -> Iterator[tuple[str, str, int]]:
     yield from (("components", "base", at) for at in range(3))
     yield from (("latents", "base", at) for at in range(2))
     yield from (("induction", "base", at) for at in range(2))
-    yield from (("other words r", "base", at) for at in FIRST[:12])
     yield from (("components", "base", at) for at in range(3, 8))
+    yield from (("other words r", "base", at) for at in FIRST[:12])
     yield from (("mean r", "base", at) for at in FIRST[:6])
     yield from (("other words", "base", at) for at in range(8))
     for at in FIRST[12:]:
@@ -281,7 +281,7 @@ def circuit_table(rows: list[dict[str, Any]]) -> str:
         said = "" if default is None else f"{default['paths']:.1f} ({default['tokens']:.2f})"
         lines.append(f"| {name} | {found['nodes']} | {found['own']:.2f} | {np.mean(found['random']):.2f} "
                      f"({max(found['random']):.2f}) | {said} |")  # fmt: skip
-    return "\n".join(lines)
+    return "\n".join(lines if other else [line.rsplit("|", 2)[0] + "|" for line in lines])
 
 
 def induction_table(rows: list[dict[str, Any]]) -> str:
