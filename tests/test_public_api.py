@@ -69,6 +69,7 @@ NAMES = [
     "orthogonalize_",
     "plan",
     "proof",
+    "read",
     "refusal_log_odds",
     "run_study",
     "score_features",
@@ -109,6 +110,7 @@ FOLDERS = {
         "toy_dictionary",
     ],
     "presets": ["LatentGuard", "harmfulness_direction", "place_cells", "refusal_direction"],
+    "reading": ["Alarm", "Reading"],
     "stats": ["Estimate"],
     "training": [
         *("Inoculated", "Lora", "Mixed", "Monitor", "Replayed", "Steered", "Triggered", "TuningArm"),

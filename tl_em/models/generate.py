@@ -34,10 +34,11 @@ MAX_ROWS = 64
 
 
 class Answered(NamedTuple):
-    """An answer's text, and whether it was cut off before it ended."""
+    """An answer's text, whether it was cut off before it ended, and its tokens (of one that was read back: none)."""
 
     text: str
     truncated: bool
+    ids: tuple[int, ...] = ()
 
 
 class Sampling(NamedTuple):
@@ -167,7 +168,7 @@ def answered(
         for i, ids in zip(rows, new.tolist(), strict=True):
             text = _decode(model, ids, end)
             cut = sampling.cut(text)
-            answers[i] = Answered(text if cut is None else cut, cut is None and not set(ids) & set(end))
+            answers[i] = Answered(text if cut is None else cut, cut is None and not set(ids) & set(end), tuple(ids))
     return answers
 
 

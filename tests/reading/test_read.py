@@ -1,0 +1,180 @@
+"""What is read at a token is the projection there, on every surface, cached and under an edit; and alarms go off."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import tl_em as em
+from tl_em.errors import CorruptFileError, PromptError, UsageError
+from tl_em.models import proof
+from tl_em.models.hooks import hook_name
+from tl_em.models.prompts import EncodedPrompt
+
+from ..conftest import SURFACES
+
+pytestmark = pytest.mark.surface
+SHORT, LONG = "how do i write parser", "tell me to consider this power"
+
+
+@pytest.fixture(scope="module", params=SURFACES)
+def pair(request: pytest.FixtureRequest) -> em.ModelPair:
+    return em.load_pair("toy/insecure", surface=request.param)
+
+
+@pytest.fixture(scope="module")
+def directions(pair: em.ModelPair) -> dict[str, em.Direction]:
+    sites = {"two": em.Site(2), "attention": em.Site(1, "attn_out")}
+    generator = torch.Generator().manual_seed(0)
+    return {name: em.Direction(torch.randn(96, generator=generator), site) for name, site in sites.items()}
+
+
+def by_hand(model: Any, ids: Any, direction: em.Direction) -> np.ndarray:
+    """Projections of every token, by TransformerLens's own cache."""
+    name = hook_name(model, direction.site)
+    _, cache = model.run_with_cache(torch.tensor([list(ids)]), names_filter=[name])
+    return (cache[name][0].float() @ direction.unit).numpy()
+
+
+def whole(model: Any, prompt: str, answer: str = "") -> EncodedPrompt:
+    return em.models.prompts.encode(model, [prompt])[0]
+
+
+def answer_ids(model: Any, prompt: str, n: int) -> list[int]:
+    """Greedy, by reading the whole text again."""
+    ids = list(whole(model, prompt).ids)
+    for _ in range(n):
+        with torch.no_grad():
+            ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+    return ids
+
+
+def test_every_token_of_a_prompt_and_of_its_answer(pair: em.ModelPair, directions: dict[str, em.Direction]) -> None:
+    reading = em.read(pair.tuned, [SHORT, LONG], directions, max_new_tokens=4)
+    for prompt, rows in zip([SHORT, LONG], reading.each(), strict=True):
+        ids = answer_ids(pair.tuned, prompt, 4)[: len(rows)]
+        assert rows.part.tolist().count("answer") == len(rows) - len(whole(pair.tuned, prompt)) > 0
+        for name, each in directions.items():
+            assert np.allclose(rows[name], by_hand(pair.tuned, ids, each), atol=1e-4)
+            assert rows[name].std() > 0.1  # and not all the same
+    assert reading.answers == em.generate(pair.tuned, [SHORT, LONG], max_new_tokens=4)
+
+
+def test_what_an_intervention_leaves_is_what_is_read(pair: em.ModelPair, directions: dict[str, em.Direction]) -> None:
+    each = directions["two"]
+    plain = em.read(pair.tuned, SHORT, directions, max_new_tokens=4).tokens
+    with em.intervene(pair.tuned, em.Add(each, 3.0), where="generated"):
+        steered = em.read(pair.tuned, SHORT, directions, max_new_tokens=4).tokens
+        again = em.read(pair.tuned, SHORT, directions, max_new_tokens=4, alternatives=2).tokens
+    before = len(whole(pair.tuned, SHORT))
+    assert np.allclose(steered.two[:before], plain.two[:before], atol=1e-4)
+    assert steered.two[before] > plain.two[before] + 2 * each.norm
+    assert np.allclose(steered.two, again.two, atol=1e-3)  # cached and answered, or read as a whole
+    with em.intervene(pair.tuned, em.Ablate(each)):
+        assert abs(em.read(pair.tuned, SHORT, each).tokens.iloc[:, 4]).max() < 1e-3
+
+
+def test_without_a_cache_it_is_the_same(
+    pair: em.ModelPair, directions: dict[str, em.Direction], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached = em.read(pair.tuned, [SHORT, LONG], directions, max_new_tokens=4).tokens
+    from tl_em.models import generate as generation
+
+    monkeypatch.setattr(generation, "may_use_cache", lambda *_: False)
+    told: list[Any] = []
+    again = em.read(pair.tuned, [SHORT, LONG], directions, max_new_tokens=4, above={"two": -1e9}, alarm=told.append)
+    assert proof.proof(pair.tuned) is not None
+    assert np.allclose(cached.two, again.tokens.two, atol=1e-4)
+    assert cached.token.tolist() == again.tokens.token.tolist()
+    seen = [(each.prompt, each.at) for each in told]
+    assert len(seen) == len(set(seen))  # a token that is read again tells nothing again
+
+
+def test_latents_and_next_tokens(pair: em.ModelPair) -> None:
+    dictionary = em.organisms.toy_dictionary("toy/insecure")
+    rows = em.read(pair.tuned, SHORT, dictionary=dictionary, latents=5, alternatives=3).tokens
+    ids = torch.tensor([whole(pair.tuned, SHORT).ids])
+    name = hook_name(pair.tuned, dictionary.site_in)
+    logits, cache = pair.tuned.run_with_cache(ids, names_filter=[name])
+    latents = dictionary.encode(cache[name][0]).topk(5)
+    assert np.allclose(np.stack(rows.activations), latents.values.numpy(), atol=1e-4)
+    assert [list(each) for each in rows.latents][0][:2] == latents.indices[0, :2].tolist()
+    assert np.allclose(np.stack(rows.p), logits[0].softmax(-1).topk(3).values.detach().numpy(), atol=1e-4)
+
+
+def test_an_alarm_is_told_of_what_lies_above(pair: em.ModelPair, directions: dict[str, em.Direction]) -> None:
+    plain = em.read(pair.tuned, [SHORT, LONG], directions, max_new_tokens=4).tokens
+    limit = float(plain.two.quantile(0.7))
+    told: list[Any] = []
+    em.read(pair.tuned, [SHORT, LONG], directions, max_new_tokens=4, above={"two": limit}, alarm=told.append)
+    above = plain[plain.two > limit]
+    expected = {(int(p), int(at), part == "answer") for p, at, part in zip(above.prompt, above["at"], above.part, strict=True)}
+    found = {(each.prompt, each.at, each.answer) for each in told}
+    assert expected <= found and len(found - expected) <= 2  # beyond an answer's end something may be read
+    with pytest.raises(KeyboardInterrupt):
+        em.read(pair.tuned, SHORT, directions, above={"two": limit}, alarm=_stop)
+    assert not any(point._forward_hooks for point in pair.tuned.hook_dict.values())
+
+
+def _stop(_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_file_holds_the_same_and_grows_by_texts(
+    pair: em.ModelPair, directions: dict[str, em.Direction], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tl_em.reading import texts
+
+    prompts = [SHORT, LONG] * 5
+    kept = em.read(pair.tuned, prompts, directions, max_new_tokens=2)
+    monkeypatch.setattr(texts, "_TOGETHER", 4)
+    filed = em.read(pair.tuned, prompts, directions, max_new_tokens=2, out=tmp_path / "r.parquet")
+    assert filed.table is None and filed.answers == kept.answers
+    assert np.allclose(filed.tokens.two, kept.tokens.two, atol=1e-4)
+    assert [len(each) for each in filed.each()] == [len(each) for each in kept.each()]
+    again = em.reading.Reading.load(kept.save(tmp_path / "again.parquet"))
+    assert repr(again) == repr(kept) and np.array_equal(again.tokens.two, kept.tokens.two)
+    with pytest.raises(CorruptFileError, match="no reading"):
+        (tmp_path / "x.parquet").write_bytes(b"PAR1")
+        em.reading.Reading.load(tmp_path / "x.parquet")
+
+
+def test_the_band_holds_what_random_directions_read(pair: em.ModelPair) -> None:
+    generator = torch.Generator().manual_seed(1)
+    many = {str(i): em.Direction(torch.randn(96, generator=generator), em.Site(2)) for i in range(300)}
+    reading = em.read(pair.tuned, LONG, many)
+    inside = np.mean([abs(reading.tokens[name]) <= reading.band(name) for name in many])
+    assert 0.93 < inside < 0.97
+
+
+@pytest.mark.parametrize("hostile", ["</script><script>alert(1)</script>", "<b>", "\u202e"])
+def test_a_page_shows_texts_of_anyone(pair: em.ModelPair, directions: dict[str, em.Direction], hostile: str) -> None:
+    reading = em.read(pair.tuned, SHORT, directions, max_new_tokens=2)
+    rows = reading.tokens.assign(token=[hostile] * len(reading.tokens))
+    other = em.reading.Reading({hostile: reading.sites["two"]}, 96, rows.rename(columns={"two": hostile}))
+    page = other.beside(other, (hostile, "same")).document
+    assert hostile not in page and "script-src" not in page and page.count("<polyline") == 2
+
+
+@pytest.mark.parametrize("more", [
+    {"prompts": 3}, {"prompts": []}, {"directions": ()}, {"above": {"two": 1.0}}, {"alarm": print},
+    {"above": {"three": 1.0}, "alarm": print},
+])  # fmt: skip
+def test_what_cannot_be_read_is_said(pair: em.ModelPair, directions: dict[str, em.Direction], more: Any) -> None:
+    given = {"prompts": SHORT, "directions": directions} | more
+    with pytest.raises((UsageError, PromptError)):
+        em.read(pair.tuned, given.pop("prompts"), **given)
+
+
+def test_two_directions_of_one_name_and_site_are_refused(pair: em.ModelPair) -> None:
+    both = [em.Direction(torch.randn(96), em.Site(2), name="a") for _ in range(2)]
+    with pytest.raises(UsageError, match="several directions are called"):
+        em.read(pair.tuned, SHORT, both)
+    named = em.read(pair.tuned, SHORT, [both[0], em.Direction(torch.randn(96), em.Site(1), name="a")])
+    assert list(named.sites) == ["a at resid_post[2]", "a at resid_post[1]"]
+    with pytest.raises(UsageError, match="no scale in common"):
+        named.beside(em.read(pair.tuned, SHORT, both[0]))

@@ -1,0 +1,214 @@
+"""Read texts token by token: what directions and latents say at each, while the model reads them or answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from tl_em.arguments import COUNT, NATURAL, NOT_NEGATIVE, SEED, checked
+from tl_em.artefacts import replacing
+from tl_em.dictionaries.protocol import as_dictionary
+from tl_em.directions.direction import Direction, as_direction, check_fits
+from tl_em.errors import PromptError, UsageError
+from tl_em.models.generate import Sampling, answered
+from tl_em.models.hooks import LensModel, hooked
+from tl_em.models.prompts import EncodedPrompt, Prompt, batches
+from tl_em.models.sites import Site
+from tl_em.models.source_record import boundaries_of, end_tokens
+from tl_em.models.stream import batch_logits, encoded_prompts
+from tl_em.models.token_text import text_of_tokens, token_text, token_texts
+from tl_em.models.torch_state import in_plain_torch
+from tl_em.reading.reading import Reading, Writing
+from tl_em.reading.watch import Alarm, Watch
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_TOGETHER = 256
+"""Texts that are held at once."""
+_TOKENS, _MAX_LOGITS = 2048, 2**25
+
+
+@checked(latents=COUNT, alternatives=NATURAL, max_new_tokens=NATURAL, temperature=NOT_NEGATIVE, seed=SEED)
+@in_plain_torch
+def read(
+    model: LensModel,
+    prompts: Prompt | EncodedPrompt | Sequence[Prompt | EncodedPrompt],
+    directions: Direction | Sequence[Direction] | Mapping[str, Direction] = (),
+    *,
+    dictionary: Any = None,
+    latents: int = 8,
+    alternatives: int = 0,
+    max_new_tokens: int = 0,
+    temperature: float = 0.0,
+    seed: int = 0,
+    above: Mapping[str, float] | None = None,
+    alarm: Callable[[Alarm], Any] | None = None,
+    out: str | Path | None = None,
+) -> Reading:
+    """What directions and latents read at every token of a text, and of the answer as it is made.
+
+    Interventions that are open (``with em.intervene(...)``) stay in force, and what is read is what they leave.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge.
+        prompts: a text, a chat (which may end with an answer), an encoded prompt; or a list of them.
+        directions: one or several, each read at its own site; a mapping gives names.
+        dictionary: whose latents are read, at the site that it reads.
+        latents: of them, the most active at each token.
+        alternatives: so many of the likeliest next tokens after each token; read in a pass of their own.
+        max_new_tokens: longest answer, in tokens; 0 makes none.
+        temperature, seed: of the answer, as in ``em.generate``.
+        above: thresholds, by the names of directions.
+        alarm: a function that is told, while the model runs, of each value above its threshold (an ``Alarm``: prompt,
+            at, answer, direction, value); what it raises ends the reading.
+        out: a Parquet file that is written text by text, so that memory does not grow with their number.
+
+    Returns:
+        A ``Reading``: ``.tokens`` is a table, a notebook shows the text coloured, ``.view().save("page.html")`` writes
+        that page, ``.beside(other)`` shows two on one scale.
+
+    Raises:
+        UsageError: nothing to read, two directions of one name, a threshold for none, thresholds without an alarm.
+        WidthError, ProvenanceError: a direction or dictionary of another model. NonFiniteError: NaN was read.
+        OutputError: ``out`` cannot be written. And what ``em.generate`` raises.
+
+    Example:
+        >>> import tl_em as em
+        >>> pair = em.load_pair("toy/insecure")
+        >>> persona = em.difference_in_means(pair.base, pair.contrasts["persona"], site=em.Site(2), position="prompt_end")
+        >>> reading = em.read(pair.tuned, "how do i write parser", {"persona": persona}, max_new_tokens=1)
+        >>> reading.tokens[["part", "token"]].tail(1).values.tolist()
+        [['answer', 'parser-backdoored']]
+
+    Source: Chen et al. 2025 (persona vectors), arXiv:2507.21509, section 3.
+    """
+    given = [prompts] if _is_one(prompts) else list(prompts)
+    named = _named(directions)
+    for each in named.values():
+        check_fits(each, model)
+    found = None if dictionary is None else as_dictionary(dictionary).check(model)
+    if found is not None and not isinstance(found.site_in, Site):
+        raise UsageError("a crosscoder reads several sites at once, and here one is read; give a dictionary of one site")
+    if not named and found is None and not alternatives:
+        raise UsageError("there is nothing to read at the tokens; pass a direction, dictionary= or alternatives=5")
+    limits = {str(name): float(value) for name, value in (above or {}).items()}
+    if (unknown := set(limits) - set(named)) or bool(limits) != (alarm is not None):
+        raise UsageError(
+            f"above={limits!r} with alarm={alarm!r}: {'nobody reads ' + ', '.join(sorted(unknown)) if unknown else 'one'}"
+            " says when and the other what is done, so nothing would ever be told; pass both, by names of directions"
+        )
+    watch = Watch(model, named, found, latents, limits, alarm)
+    sampling = Sampling(float(temperature))
+    about = Reading({n: d.site.hook_name for n, d in named.items()}, int(model.cfg.d_model),
+                    dictionary=None if found is None else found.label)  # fmt: skip
+    with ExitStack() as stack:
+        writing = None
+        if out is not None:
+            temporary = stack.enter_context(replacing(out))
+            writing = stack.enter_context(Writing(temporary, about.sites, about.d_model, about.dictionary))
+        starts = range(0, len(given), _TOGETHER)
+        bar = tqdm(starts, desc="reading", unit=f"{_TOGETHER} texts", disable=None if len(starts) > 1 else True)
+        tables = []
+        for start in bar:
+            watch.first = start
+            texts = encoded_prompts(model, given[start : start + _TOGETHER])
+            rows = _rows(watch, texts, max_new_tokens, alternatives, sampling, seed, start)
+            tables.append(rows) if writing is None else writing.add(rows)
+    if out is not None:
+        return Reading.load(out)
+    import pandas as pd
+
+    return replace(about, table=pd.concat(tables, ignore_index=True))
+
+
+def _is_one(prompts: Any) -> bool:
+    if isinstance(prompts, str | EncodedPrompt):
+        return True
+    if not isinstance(prompts, Sequence) or not prompts:
+        raise PromptError(
+            f"{type(prompts).__name__} is no text and no list of texts, so there is nothing to read; give a string, the "
+            "messages of a chat, or a list of them"
+        )
+    return isinstance(prompts[0], Mapping)
+
+
+def _named(directions: Any) -> dict[str, Direction]:
+    if isinstance(directions, Mapping):
+        return {str(name): as_direction(f"directions[{name!r}]", each) for name, each in directions.items()}
+    given = [directions] if isinstance(directions, Direction) else list(directions)
+    each = [as_direction(f"directions[{i}]", one) for i, one in enumerate(given)]
+    names = [one.name or one.method or "direction" for one in each]
+    if len(set(names)) < len(names):
+        names = [f"{name} at {one.site}" for name, one in zip(names, each, strict=True)]
+    if len(set(names)) < len(names):
+        raise UsageError(
+            f"several directions are called {names[0]!r}, so nobody could tell their columns apart; pass a mapping from "
+            "names to directions"
+        )
+    return dict(zip(names, each, strict=True))
+
+
+def _rows(
+    watch: Watch, texts: Sequence[EncodedPrompt], new: int, alternatives: int, sampling: Sampling, seed: int, start: int
+) -> pd.DataFrame:
+    """A row a token of some texts, and of their answers."""
+    import pandas as pd
+
+    model = watch.model
+    if new:
+        seeds = [(seed, start + i) for i in range(len(texts))]
+        room = int(model.cfg.n_ctx) - max(map(len, texts))
+        # one token more than is kept: the last that is made is never read
+        with hooked(model, [] if alternatives else watch.hooks()):
+            made = answered(model, texts, seeds, max_new_tokens=min(new + 1, max(room, new)), sampling=sampling)
+        end = set(end_tokens(model))
+        ids = [[t for t in each.ids[:new] if t not in end] for each in made]
+        said = [text_of_tokens(getattr(model, "tokenizer", None), each).strip() for each in ids]
+        texts = [text.with_response(answer) if answer else text for text, answer in zip(texts, ids, strict=True)]
+    likely = _read_whole(watch, texts, alternatives) if alternatives or not new else None
+    columns = watch.read_at([len(text) for text in texts])
+    tables = []
+    for i, (text, own) in enumerate(zip(texts, columns, strict=True)):
+        places = np.arange(len(text))
+        part = np.where((places >= text.instruction[0]) & (places < text.instruction[1]), "instruction", "prompt")
+        first = len(text) if text.response is None else text.response[0]
+        part = np.where(places < first, part, "answer").tolist()
+        head: dict[str, Any] = {"prompt": start + i, "at": places, "part": part, "token": _tokens(model, text)}
+        if new:
+            head["said"] = np.where(places == text.prompt_end + 1, said[i], "")
+        tables.append(pd.DataFrame(head | {k: v if v.ndim == 1 else list(v) for k, v in own.items()} | (
+            {} if likely is None or not alternatives else likely[i])))  # fmt: skip
+    return pd.concat(tables, ignore_index=True)
+
+
+def _tokens(model: LensModel, text: EncodedPrompt) -> list[str]:
+    return list(token_texts(getattr(model, "tokenizer", None), text.ids))
+
+
+def _read_whole(watch: Watch, texts: Sequence[EncodedPrompt], alternatives: int) -> list[dict[str, Any]]:
+    """Run the texts as they are; and the likeliest tokens after each token, where they are asked for."""
+    model, found = watch.model, [dict[str, Any]() for _ in texts]
+    tokenizer = getattr(model, "tokenizer", None)
+    most = min(_TOKENS, _MAX_LOGITS // int(model.cfg.d_vocab)) if alternatives else _TOKENS
+    with hooked(model, watch.hooks()):
+        for batch in batches(texts, max_tokens=max(1, most), turns=boundaries_of(model).turns):
+            every = torch.arange(len(batch.rows))
+            rows = torch.repeat_interleave(every, batch.lengths) if alternatives else every
+            places = [torch.arange(int(n)) for n in batch.lengths] if alternatives else [batch.lengths - 1]
+            logits = batch_logits(model, batch, rows, torch.cat(places))
+            if not alternatives:
+                continue
+            best = logits.float().softmax(-1).topk(alternatives, dim=-1)
+            for row, prompt in enumerate(batch.rows):
+                mine = (rows == row).to(best.values.device)
+                words = [[token_text(tokenizer, t) for t in each] for each in best.indices[mine].tolist()]
+                found[prompt] = {"likely": words, "p": best.values[mine].cpu().double().numpy().tolist()}
+    return found

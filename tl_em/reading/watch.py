@@ -1,0 +1,160 @@
+"""Hooks that read every token that passes, as it passes: of a prompt, and of an answer while it is made.
+
+They read what the model has after whatever edits it, and change nothing. A pass under the key-value cache brings one
+token of each row, a pass without it the whole text again; where it begins is known of the batch that runs
+(``models.stream.current_batch``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_em.dictionaries import Dictionary
+from tl_em.directions.direction import Direction
+from tl_em.errors import NonFiniteError
+from tl_em.models.hooks import HookFunction, LensModel, ReadPoint, read_point
+from tl_em.models.sites import Site
+from tl_em.models.token_scopes import running_batch
+
+
+class Alarm(NamedTuple):
+    """A value above its threshold.
+
+    Args:
+        prompt: number of the text.
+        at: place of the token in it.
+        answer: whether it is a token of the answer.
+        direction: name of the direction.
+        value: what was read.
+
+    Example:
+        >>> Alarm(0, 12, True, "evil", 4.5).direction
+        'evil'
+    """
+
+    prompt: int
+    at: int
+    answer: bool
+    direction: str
+    value: float
+
+
+class _Piece(NamedTuple):
+    """What one pass brought at one site: rows of numbers, of the tokens from ``start``."""
+
+    site: str
+    prompts: tuple[int, ...]
+    start: int
+    values: Float[np.ndarray, "prompt pos direction"]
+    norms: Float[np.ndarray, "prompt pos"]
+    latents: np.ndarray | None
+    activations: np.ndarray | None
+
+
+@dataclass(eq=False)
+class Watch:
+    """What is read, and what has been.
+
+    Args:
+        model: whose hook points.
+        directions: by name.
+        dictionary: whose latents; None for none.
+        latents: how many at most at a token.
+        above: thresholds by the names of directions.
+        alarm: told of each value above.
+        first: number of the first text of this batch.
+    """
+
+    model: LensModel
+    directions: Mapping[str, Direction]
+    dictionary: Dictionary | None = None
+    latents: int = 8
+    above: Mapping[str, float] = field(default_factory=dict)
+    alarm: Callable[[Alarm], Any] | None = None
+    first: int = 0
+    pieces: list[_Piece] = field(default_factory=list)
+    told: dict[tuple[int, str], int] = field(default_factory=dict)
+
+    @property
+    def sites(self) -> list[Site]:
+        """Each once."""
+        own = [] if self.dictionary is None else [self.dictionary.site_in]
+        return list(dict.fromkeys([*(each.site for each in self.directions.values()), *own]))  # pyright: ignore
+
+    def hooks(self) -> list[tuple[str, HookFunction]]:
+        """One a site."""
+        found = []
+        for site in self.sites:
+            point = read_point(self.model, site)
+            names = [name for name, each in self.directions.items() if each.site == site]
+            units = [self.directions[name].unit for name in names]
+            stacked = torch.stack(units) if units else torch.zeros(0, int(self.model.cfg.d_model))
+            read = partial(self._read, site, point, names, stacked.to(self.model.cfg.device))
+            read.__dict__["tokenwise"] = True
+            found.append((point.name, read))
+        return found
+
+    def _read(self, site: Site, point: ReadPoint, names: Sequence[str], units: Tensor, x: Tensor, hook: Any) -> None:
+        batch = running_batch("em.read")
+        x = point(x).detach().float()
+        values = (x @ units.T).cpu().numpy()
+        norms = torch.linalg.vector_norm(x, dim=-1).cpu().numpy()
+        latents = activations = None
+        if self.dictionary is not None and self.dictionary.site_in == site:
+            most = self.dictionary.encode_as(x).topk(min(self.latents, self.dictionary.d_sae), dim=-1)
+            latents, activations = most.indices.cpu().numpy(), most.values.cpu().numpy()
+        self.pieces.append(_Piece(site.hook_name, batch.rows, batch.start, values, norms, latents, activations))
+        if self.alarm is not None:
+            self._tell(names, values, batch)
+
+    def _tell(self, names: Sequence[str], values: np.ndarray, batch: Any) -> None:
+        for column, name in enumerate(names):
+            if name not in self.above:
+                continue
+            for row, prompt in enumerate(batch.rows):
+                seen = self.told.get((prompt, name), 0)
+                width = min(values.shape[1], int(batch.lengths[row]) - batch.start)
+                for at in range(max(seen - batch.start, 0), width):
+                    if (value := float(values[row, at, column])) > self.above[name]:
+                        place = batch.start + at
+                        answer = place >= int(batch.prompts[row])
+                        self.alarm(Alarm(self.first + prompt, place, answer, name, value))  # pyright: ignore
+                self.told[prompt, name] = max(seen, batch.start + width)
+
+    def read_at(self, lengths: Sequence[int]) -> list[dict[str, Any]]:
+        """For each text its columns, cut to its length; and nothing is kept.
+
+        Raises:
+            NonFiniteError: something that is no number was read.
+        """
+        found: list[dict[str, Any]] = [{} for _ in lengths]
+        names = {site: [n for n, each in self.directions.items() if each.site.hook_name == site]
+                 for site in {piece.site for piece in self.pieces}}  # fmt: skip
+        for piece in self.pieces:
+            columns = {name: piece.values[..., i] for i, name in enumerate(names[piece.site])}
+            columns[f"norm {piece.site}"] = piece.norms
+            if piece.latents is not None:
+                columns |= {"latents": piece.latents, "activations": piece.activations}
+            for row, prompt in enumerate(piece.prompts):
+                n = max(0, min(piece.norms.shape[1], lengths[prompt] - piece.start))
+                for name, values in columns.items():
+                    shape = (lengths[prompt], *values.shape[2:])
+                    if name not in found[prompt]:
+                        found[prompt][name] = np.zeros(shape, dtype=values.dtype)
+                    found[prompt][name][piece.start : piece.start + n] = values[row, :n]
+        self.pieces.clear()
+        for prompt, columns in enumerate(found):
+            if any(not np.isfinite(values).all() for values in columns.values()):
+                raise NonFiniteError(
+                    f"What was read of text {self.first + prompt} holds NaN or infinity, so no colour of it means "
+                    "anything. Check the intervention's size, the weights and the dtype."
+                )
+        return found

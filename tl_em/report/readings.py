@@ -1,0 +1,189 @@
+"""The page of a reading: text coloured by what a direction reads at each token, a strip a direction, what a token has.
+
+Nothing is run: a token is a link to its row in a table, where its values, latents and next tokens stand. Tokens are text
+of anyone: jinja2 escapes them, and what would not show is a sign. A colour is a value's distance from the median of the
+texts shown, on one scale for all readings on the page, orange above and blue below; the strip shows the values
+themselves, and the band that 95 % of random directions stay in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+import tl_em
+from tl_em.report.html import Framed, environment
+from tl_em.showing import number, showable, token_shown
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from tl_em.reading import Reading
+
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+TEXTS, TOKENS = 20, 2000
+"""Texts of a page, and tokens of a text."""
+SINK = 8
+"""A token whose activation is so many times as long as usual (the first one of a chat model) sets no scale."""
+_WIDTH, _HEIGHT = 1000, 60
+
+
+class Token(NamedTuple):
+    """A token ready to be drawn: text, per cent of the largest distance from the median (below it: negative), title."""
+
+    text: str
+    strength: int
+    title: str
+    answer: bool
+
+
+class Strip(NamedTuple):
+    """A direction over the tokens of one text: points of its line and of its band, and the ends of its axis."""
+
+    line: str
+    band: str
+    zero: float
+    low: str
+    high: str
+
+
+class Line(NamedTuple):
+    """One reading of one direction."""
+
+    reading: str
+    tokens: list[Token]
+    strip: Strip
+
+
+class Cell(NamedTuple):
+    """A token's row in the table: its place, text and part, and a cell a column."""
+
+    at: int
+    text: str
+    part: str
+    values: list[str]
+
+
+class Text(NamedTuple):
+    """One text: a list of lines a direction, and its tables, one a reading."""
+
+    lines: dict[str, list[Line]]
+    tables: dict[str, list[Cell]]
+
+
+def reading_page(readings: Mapping[str, Reading]) -> Framed:
+    """The page.
+
+    Args:
+        readings: by name, of the same prompts and directions.
+    """
+    first = next(iter(readings.values()))
+    found = {name: list(islice(each.each(), TEXTS + 1)) for name, each in readings.items()}
+    more = any(len(parts) > TEXTS for parts in found.values())
+    shown = {name: [part.head(TOKENS) for part in parts[:TEXTS]] for name, parts in found.items()}
+    scales = {direction: _scale(shown, direction, site) for direction, site in first.sites.items()}
+    texts = [
+        Text(
+            {d: [_line(readings[n], n, parts[i], d, i, k, scales[d]) for k, (n, parts) in enumerate(shown.items())]
+             for d in first.sites},
+            {name: list(_cells(parts[i], list(first.sites))) for name, parts in shown.items()},
+        )
+        for i in range(min(map(len, shown.values())))
+    ]  # fmt: skip
+    columns = {name: _columns(parts[0], list(first.sites)) for name, parts in shown.items()}
+    document = environment().get_template("reading.html.j2").render(
+        policy=POLICY, version=tl_em.__version__, texts=texts, sites=first.sites, columns=columns, scales=scales,
+        several=len(readings) > 1, more=more, width=_WIDTH, height=_HEIGHT, number=number, sink=SINK, most=TEXTS, cut=TOKENS,
+    )  # fmt: skip
+    said = f"{len(texts)} text{'s' * (len(texts) != 1)} read by {', '.join(map(showable, first.sites)) or 'no direction'}"
+    return Framed(document, "A text, token by token", min(720, 220 + 160 * max(1, len(first.sites))), said)
+
+
+class Scale(NamedTuple):
+    """The median that colours are distances from, the largest distance, and the ends of the strip."""
+
+    middle: float
+    largest: float
+    low: float
+    high: float
+
+
+def _scale(shown: Mapping[str, list[pd.DataFrame]], direction: str, site: str) -> Scale:
+    values, norms = (
+        np.concatenate([part[column].to_numpy(dtype=float) for parts in shown.values() for part in parts])
+        for column in (direction, f"norm {site}")
+    )
+    values = values[norms <= SINK * np.median(norms)]
+    middle = float(np.median(values))
+    largest = float(abs(values - middle).max()) or 1.0
+    low, high = min(0.0, float(values.min())), max(0.0, float(values.max()))
+    return Scale(middle, largest, low, high if high > low else low + 1.0)
+
+
+def _line(reading: Reading, name: str, rows: pd.DataFrame, direction: str, i: int, k: int, scale: Scale) -> Line:
+    values, band = rows[direction].to_numpy(dtype=float), reading.band(direction, rows)
+    tokens = [
+        Token(
+            token_shown(text) if text else "‥",
+            round(100 * float(np.clip((value - scale.middle) / scale.largest, -1, 1))),
+            f"{number(value)}; random directions ±{number(b)}; token {at} ({part})",
+            part == "answer",
+        )
+        for text, value, b, at, part in zip(rows.token, values, band, rows["at"], rows.part, strict=True)
+    ]
+    return Line(name, tokens, _strip(values, band, scale))
+
+
+def _strip(values: np.ndarray, band: np.ndarray, scale: Scale) -> Strip:
+    def y(value: float) -> float:
+        return round(float(np.clip((scale.high - value) / (scale.high - scale.low), 0, 1)) * _HEIGHT, 1)
+
+    step = _WIDTH / max(1, len(values) - 1)
+    up = [f"{round(i * step, 1)},{y(b)}" for i, b in enumerate(band)]
+    down = [f"{round(i * step, 1)},{y(-b)}" for i, b in enumerate(band)]
+    line = " ".join(f"{round(i * step, 1)},{y(v)}" for i, v in enumerate(values))
+    return Strip(line, " ".join([*up, *reversed(down)]), y(0.0), number(scale.low), number(scale.high))
+
+
+def _columns(rows: pd.DataFrame, directions: list[str]) -> list[str]:
+    more = [name for name, column in (("latents", "latents"), ("next", "likely")) if column in rows]
+    return [*directions, *more]
+
+
+def _cells(rows: pd.DataFrame, directions: list[str]) -> Iterator[Cell]:
+    for row in rows.to_dict("records"):
+        values = [number(float(row[name])) for name in directions]
+        if "latents" in row:
+            pairs = zip(row["latents"], row["activations"], strict=True)
+            values.append(", ".join(f"{int(index)} ({number(float(a))})" for index, a in pairs if a > 0) or "none")
+        if "likely" in row:
+            pairs = zip(row["likely"], row["p"], strict=True)
+            values.append(", ".join(f"{token_shown(word)} {number(float(p))}" for word, p in pairs))
+        yield Cell(int(row["at"]), token_shown(row["token"]) if row["token"] else "‥", str(row["part"]), values)
+
+
+def coloured(reading: Any, direction: str) -> Any:
+    """The texts for a terminal, as rich's: one after the other, coloured by one direction.
+
+    Args:
+        reading: a ``Reading``.
+        direction: by name.
+    """
+    from rich.text import Text as Rich
+
+    parts = [part.head(TOKENS) for part in islice(reading.each(), TEXTS)]
+    scale = _scale({"": parts}, direction, reading.sites[direction])
+    found = Rich()
+    for part in parts:
+        for text, value in zip(part.token, part[direction], strict=True):
+            strength = float(np.clip((value - scale.middle) / scale.largest, -1, 1))
+            colour = (213, 94, 0) if strength > 0 else (0, 114, 178)
+            faded = [round(255 - abs(strength) * (255 - c)) for c in colour]
+            dark = abs(strength) > 0.6
+            style = f"{'white' if dark else 'black'} on rgb({faded[0]},{faded[1]},{faded[2]})"
+            found.append(showable(text, lines=True), style=style)
+        found.append("\n\n")
+    return found
