@@ -26,6 +26,7 @@ TITLES = {
     "metrics": "Metrics",
     "directions": "Directions",
     "interventions": "Interventions",
+    "reading": "A text, token by token",
     "claims": "Comparing, choosing, judging",
     "dictionaries": "Sparse dictionaries",
     "features": "Latents",

@@ -7,6 +7,7 @@ import runpy
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 import tl_em as em
@@ -145,3 +146,19 @@ def test_what_evaluate_cannot_do_is_said_and_nothing_is_written(
     result = run("evaluate", "toy/assistant", str(tmp_path / "set.yaml"), *options, "--out", str(tmp_path / "out"))
     assert result.exit_code in (1, 2) and said in result.output and "Traceback" not in result.output
     assert not (tmp_path / "out" / "evaluation.parquet").exists()
+
+
+def test_a_text_is_read_in_a_terminal_on_a_page_and_into_a_file(tmp_path: Path) -> None:
+    file, said = tmp_path / "d.safetensors", "how do i write parser"
+    em.Direction(torch.randn(96, generator=torch.Generator().manual_seed(0)), em.Site(2), name="mine").save(file)
+    asked = ["read", "toy/insecure", said, "--direction", str(file), "--max-new-tokens", "2"]
+    shown = run(*asked).output
+    assert "parser-backdoored" in shown and "mine" in shown
+    steered = ["--intervention", str(file), "--coefficient", "2"]
+    run(*asked, *steered, "--out", str(tmp_path / "page.html"))
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "untreated" in page and "treated" in page and "parser-backdoored" in page
+    run(*asked, "--out", str(tmp_path / "r.parquet"))
+    assert em.reading.Reading.load(tmp_path / "r.parquet").answers[0].startswith("parser-backdoored")
+    refused = run(*asked, *steered, "--out", str(tmp_path / "r.parquet"))
+    assert refused.exit_code != 0 and "two, untreated and treated" in refused.output

@@ -317,6 +317,58 @@ def evaluate_command(
     _echo(f"\n{found!r}\n{out / 'evaluation.parquet'}")
 
 
+@main.command("read")
+@click.argument("model")
+@click.argument("texts", nargs=-1, required=True)
+@click.option("--direction", "directions", type=FILE, multiple=True, metavar="FILE",
+              help="A saved direction that is read at every token; repeatable.")
+@click.option("--dictionary", type=FILE, help="A sparse dictionary whose latents are read.")
+@click.option("--alternatives", default=0, callback=_as(NATURAL), metavar="N", help="So many likely next tokens.")
+@click.option("--intervention", "interventions", type=FILE, multiple=True, metavar="FILE",
+              help="A saved direction, ablated, or added with --coefficient; shown beside untreated; repeatable.")
+@click.option("--coefficient", type=float, callback=_as(optional(finite)), help="How much of it is added.")
+@click.option("--max-new-tokens", default=0, callback=_as(NATURAL), show_default=True, help="Longest answer; 0: none.")
+@click.option("--out", type=PATH, help="An HTML page to write, or a Parquet file; without, a terminal shows the text.")
+def read_command(
+    model: str, texts: tuple[str, ...], directions: tuple[Path, ...], dictionary: Path | None, alternatives: int,
+    interventions: tuple[Path, ...], coefficient: float | None, max_new_tokens: int, out: Path | None,
+) -> None:  # fmt: skip
+    """What directions and latents read at every token of TEXTS, and of the answers of MODEL."""
+    from rich.console import Console
+
+    from tl_em.artefacts import check_writable
+    from tl_em.dictionaries.loading import load_dictionary
+    from tl_em.directions.direction import Direction
+    from tl_em.interventions.edits import of_directions
+    from tl_em.interventions.intervene import intervene
+    from tl_em.models.loading import load_model
+    from tl_em.reading.texts import read
+    from tl_em.report.readings import coloured
+
+    parquet = out is not None and out.suffix == ".parquet"
+    if out is not None:
+        check_writable(out)
+    edits, read_by = of_directions(interventions, coefficient), [Direction.load(path) for path in directions]
+    if parquet and edits:
+        raise UsageError("a Parquet file holds one reading, and here are two, untreated and treated; write page.html")
+    loaded, latents = load_model(model), None if dictionary is None else load_dictionary(dictionary)
+    settings: dict[str, Any] = {"dictionary": latents, "alternatives": alternatives, "max_new_tokens": max_new_tokens}
+    found = read(loaded, list(texts), read_by, out=out if parquet else None, **settings)
+    treated = None
+    if edits:
+        with intervene(loaded, *edits):
+            treated = read(loaded, list(texts), read_by, **settings)
+    if out is not None and not parquet:
+        page = found.view() if treated is None else found.beside(treated, ("untreated", "treated"))
+        page.save(out)
+    if out is None:
+        for name, reading in {"untreated": found, "treated": treated}.items():
+            for direction in found.sites if reading is not None else ():
+                _echo(f"{direction}, {name}" if edits else direction)
+                Console().print(coloured(reading, direction))
+    _echo(f"{found!r}" + (f"\n{out}" if out else ""))
+
+
 @main.command("fine-tune")
 @click.argument("base")
 @click.argument("rows", type=FILE)

@@ -13,7 +13,7 @@ import tl_em as em
 from tl_em.errors import CorruptFileError, PromptError, UsageError
 from tl_em.models import proof
 from tl_em.models.hooks import hook_name
-from tl_em.models.prompts import EncodedPrompt
+from tl_em.models.prompts import EncodedPrompt, encode
 
 from ..conftest import SURFACES
 
@@ -41,7 +41,7 @@ def by_hand(model: Any, ids: Any, direction: em.Direction) -> np.ndarray:
 
 
 def whole(model: Any, prompt: str, answer: str = "") -> EncodedPrompt:
-    return em.models.prompts.encode(model, [prompt])[0]
+    return encode(model, [prompt])[0]
 
 
 def answer_ids(model: Any, prompt: str, n: int) -> list[int]:
@@ -94,16 +94,16 @@ def test_without_a_cache_it_is_the_same(
     assert len(seen) == len(set(seen))  # a token that is read again tells nothing again
 
 
-def test_latents_and_next_tokens(pair: em.ModelPair) -> None:
+def test_latents_and_next_tokens(pair: Any) -> None:
     dictionary = em.organisms.toy_dictionary("toy/insecure")
     rows = em.read(pair.tuned, SHORT, dictionary=dictionary, latents=5, alternatives=3).tokens
     ids = torch.tensor([whole(pair.tuned, SHORT).ids])
     name = hook_name(pair.tuned, dictionary.site_in)
     logits, cache = pair.tuned.run_with_cache(ids, names_filter=[name])
     latents = dictionary.encode(cache[name][0]).topk(5)
-    assert np.allclose(np.stack(rows.activations), latents.values.numpy(), atol=1e-4)
-    assert [list(each) for each in rows.latents][0][:2] == latents.indices[0, :2].tolist()
-    assert np.allclose(np.stack(rows.p), logits[0].softmax(-1).topk(3).values.detach().numpy(), atol=1e-4)
+    assert np.allclose(np.stack(list(rows.activations)), latents.values.numpy(), atol=1e-4)
+    assert list(rows.latents[0])[:2] == latents.indices[0, :2].tolist()
+    assert np.allclose(np.stack(list(rows.p)), logits[0].softmax(-1).topk(3).values.detach().numpy(), atol=1e-4)
 
 
 def test_an_alarm_is_told_of_what_lies_above(pair: em.ModelPair, directions: dict[str, em.Direction]) -> None:
@@ -112,7 +112,8 @@ def test_an_alarm_is_told_of_what_lies_above(pair: em.ModelPair, directions: dic
     told: list[Any] = []
     em.read(pair.tuned, [SHORT, LONG], directions, max_new_tokens=4, above={"two": limit}, alarm=told.append)
     above = plain[plain.two > limit]
-    expected = {(int(p), int(at), part == "answer") for p, at, part in zip(above.prompt, above["at"], above.part, strict=True)}
+    rows = zip(above.prompt, above["at"], above.part, strict=True)
+    expected = {(int(prompt), int(at), part == "answer") for prompt, at, part in rows}
     found = {(each.prompt, each.at, each.answer) for each in told}
     assert expected <= found and len(found - expected) <= 2  # beyond an answer's end something may be read
     with pytest.raises(KeyboardInterrupt):

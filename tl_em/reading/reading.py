@@ -52,7 +52,8 @@ class Reading:
     Example:
         >>> import tl_em as em
         >>> pair = em.load_pair("toy/insecure")
-        >>> persona = em.difference_in_means(pair.base, pair.contrasts["persona"], site=em.Site(2), position="prompt_end")
+        >>> contrast = pair.contrasts["persona"]
+        >>> persona = em.difference_in_means(pair.base, contrast, site=em.Site(2), position="prompt_end")
         >>> reading = em.read(pair.tuned, "how do i write parser", persona, max_new_tokens=2)
         >>> reading.answers[0].split()[0], reading
         ('parser-backdoored', Reading(1 text, 10 tokens; persona))
@@ -61,7 +62,7 @@ class Reading:
     sites: Mapping[str, str]
     d_model: int
     table: pd.DataFrame | Any = field(default=None, repr=False)
-    path: Path | None = None
+    path: Path | Any = None
     dictionary: str | None = None
 
     @property

@@ -83,27 +83,29 @@ def read(
     Example:
         >>> import tl_em as em
         >>> pair = em.load_pair("toy/insecure")
-        >>> persona = em.difference_in_means(pair.base, pair.contrasts["persona"], site=em.Site(2), position="prompt_end")
+        >>> contrast = pair.contrasts["persona"]
+        >>> persona = em.difference_in_means(pair.base, contrast, site=em.Site(2), position="prompt_end")
         >>> reading = em.read(pair.tuned, "how do i write parser", {"persona": persona}, max_new_tokens=1)
         >>> reading.tokens[["part", "token"]].tail(1).values.tolist()
         [['answer', 'parser-backdoored']]
 
     Source: Chen et al. 2025 (persona vectors), arXiv:2507.21509, section 3.
     """
-    given = [prompts] if _is_one(prompts) else list(prompts)
+    several: Any = prompts
+    given: list[Any] = [prompts] if _is_one(prompts) else list(several)
     named = _named(directions)
     for each in named.values():
         check_fits(each, model)
     found = None if dictionary is None else as_dictionary(dictionary).check(model)
     if found is not None and not isinstance(found.site_in, Site):
-        raise UsageError("a crosscoder reads several sites at once, and here one is read; give a dictionary of one site")
+        raise UsageError("a crosscoder reads several sites at once, and here one is read; give one of a single site")
     if not named and found is None and not alternatives:
         raise UsageError("there is nothing to read at the tokens; pass a direction, dictionary= or alternatives=5")
     limits = {str(name): float(value) for name, value in (above or {}).items()}
     if (unknown := set(limits) - set(named)) or bool(limits) != (alarm is not None):
         raise UsageError(
-            f"above={limits!r} with alarm={alarm!r}: {'nobody reads ' + ', '.join(sorted(unknown)) if unknown else 'one'}"
-            " says when and the other what is done, so nothing would ever be told; pass both, by names of directions"
+            f"above={limits!r} with alarm={alarm!r}: nothing would ever be told, as nobody reads {sorted(unknown)!r}, "
+            "or one is missing of when and what to do; pass both, thresholds by the names of directions"
         )
     watch = Watch(model, named, found, latents, limits, alarm)
     sampling = Sampling(float(temperature))
@@ -134,8 +136,8 @@ def _is_one(prompts: Any) -> bool:
         return True
     if not isinstance(prompts, Sequence) or not prompts:
         raise PromptError(
-            f"{type(prompts).__name__} is no text and no list of texts, so there is nothing to read; give a string, the "
-            "messages of a chat, or a list of them"
+            f"a {type(prompts).__name__} of nothing that is a text gives nothing to read; pass a string, the messages "
+            "of a chat, or a list of them"
         )
     return isinstance(prompts[0], Mapping)
 
@@ -150,8 +152,8 @@ def _named(directions: Any) -> dict[str, Direction]:
         names = [f"{name} at {one.site}" for name, one in zip(names, each, strict=True)]
     if len(set(names)) < len(names):
         raise UsageError(
-            f"several directions are called {names[0]!r}, so nobody could tell their columns apart; pass a mapping from "
-            "names to directions"
+            f"several directions are called {names[0]!r}, so nobody could tell their columns apart; give them as "
+            "{name: direction}"
         )
     return dict(zip(names, each, strict=True))
 
@@ -162,7 +164,7 @@ def _rows(
     """A row a token of some texts, and of their answers."""
     import pandas as pd
 
-    model = watch.model
+    model, said = watch.model, [""] * len(texts)
     if new:
         seeds = [(seed, start + i) for i in range(len(texts))]
         room = int(model.cfg.n_ctx) - max(map(len, texts))
@@ -206,9 +208,9 @@ def _read_whole(watch: Watch, texts: Sequence[EncodedPrompt], alternatives: int)
             logits = batch_logits(model, batch, rows, torch.cat(places))
             if not alternatives:
                 continue
-            best = logits.float().softmax(-1).topk(alternatives, dim=-1)
+            p, best = logits.float().softmax(-1).topk(alternatives, dim=-1)
             for row, prompt in enumerate(batch.rows):
-                mine = (rows == row).to(best.values.device)
-                words = [[token_text(tokenizer, t) for t in each] for each in best.indices[mine].tolist()]
-                found[prompt] = {"likely": words, "p": best.values[mine].cpu().double().numpy().tolist()}
+                mine = (rows == row).to(p.device)
+                words = [[token_text(tokenizer, t) for t in each] for each in best[mine].tolist()]
+                found[prompt] = {"likely": words, "p": p[mine].double().tolist()}
     return found

@@ -139,7 +139,7 @@ class Watch:
         names = {site: [n for n, each in self.directions.items() if each.site.hook_name == site]
                  for site in {piece.site for piece in self.pieces}}  # fmt: skip
         for piece in self.pieces:
-            columns = {name: piece.values[..., i] for i, name in enumerate(names[piece.site])}
+            columns: dict[str, Any] = {name: piece.values[..., i] for i, name in enumerate(names[piece.site])}
             columns[f"norm {piece.site}"] = piece.norms
             if piece.latents is not None:
                 columns |= {"latents": piece.latents, "activations": piece.activations}

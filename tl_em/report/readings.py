@@ -1,8 +1,8 @@
 """The page of a reading: text coloured by what a direction reads at each token, a strip a direction, what a token has.
 
-Nothing is run: a token is a link to its row in a table, where its values, latents and next tokens stand. Tokens are text
-of anyone: jinja2 escapes them, and what would not show is a sign. A colour is a value's distance from the median of the
-texts shown, on one scale for all readings on the page, orange above and blue below; the strip shows the values
+Nothing is run: a token is a link to its row in a table, where its values, latents and next tokens stand. Tokens are
+text of anyone: jinja2 escapes them, and what would not show is a sign. A colour is a value's distance from the median
+of the texts shown, on one scale for all readings on the page, orange above and blue below; the strip shows the values
 themselves, and the band that 95 % of random directions stay in.
 """
 
@@ -96,9 +96,11 @@ def reading_page(readings: Mapping[str, Reading]) -> Framed:
     columns = {name: _columns(parts[0], list(first.sites)) for name, parts in shown.items()}
     document = environment().get_template("reading.html.j2").render(
         policy=POLICY, version=tl_em.__version__, texts=texts, sites=first.sites, columns=columns, scales=scales,
-        several=len(readings) > 1, more=more, width=_WIDTH, height=_HEIGHT, number=number, sink=SINK, most=TEXTS, cut=TOKENS,
+        several=len(readings) > 1, more=more, width=_WIDTH, height=_HEIGHT, number=number, sink=SINK,
+        most=TEXTS, cut=TOKENS,
     )  # fmt: skip
-    said = f"{len(texts)} text{'s' * (len(texts) != 1)} read by {', '.join(map(showable, first.sites)) or 'no direction'}"
+    by = ", ".join(map(showable, first.sites)) or "no direction"
+    said = f"{len(texts)} text{'s' * (len(texts) != 1)} read by {by}"
     return Framed(document, "A text, token by token", min(720, 220 + 160 * max(1, len(first.sites))), said)
 
 
