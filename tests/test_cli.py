@@ -159,6 +159,6 @@ def test_a_text_is_read_in_a_terminal_on_a_page_and_into_a_file(tmp_path: Path) 
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "untreated" in page and "treated" in page and "parser-backdoored" in page
     run(*asked, "--out", str(tmp_path / "r.parquet"))
-    assert em.reading.Reading.load(tmp_path / "r.parquet").answers[0].startswith("parser-backdoored")
+    assert em.reading.TextReading.load(tmp_path / "r.parquet").answers[0].startswith("parser-backdoored")
     refused = run(*asked, *steered, "--out", str(tmp_path / "r.parquet"))
     assert refused.exit_code != 0 and "two, untreated and treated" in refused.output

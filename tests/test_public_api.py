@@ -110,7 +110,7 @@ FOLDERS = {
         "toy_dictionary",
     ],
     "presets": ["LatentGuard", "harmfulness_direction", "place_cells", "refusal_direction"],
-    "reading": ["Alarm", "Reading"],
+    "reading": ["Alarm", "TextReading"],
     "stats": ["Estimate"],
     "training": [
         *("Inoculated", "Lora", "Mixed", "Monitor", "Replayed", "Steered", "Triggered", "TuningArm"),

@@ -137,11 +137,11 @@ def test_a_file_holds_the_same_and_grows_by_texts(
     assert filed.table is None and filed.answers == kept.answers
     assert np.allclose(filed.tokens.two, kept.tokens.two, atol=1e-4)
     assert [len(each) for each in filed.each()] == [len(each) for each in kept.each()]
-    again = em.reading.Reading.load(kept.save(tmp_path / "again.parquet"))
+    again = em.reading.TextReading.load(kept.save(tmp_path / "again.parquet"))
     assert repr(again) == repr(kept) and np.array_equal(again.tokens.two, kept.tokens.two)
     with pytest.raises(CorruptFileError, match="no reading"):
         (tmp_path / "x.parquet").write_bytes(b"PAR1")
-        em.reading.Reading.load(tmp_path / "x.parquet")
+        em.reading.TextReading.load(tmp_path / "x.parquet")
 
 
 def test_the_band_holds_what_random_directions_read(pair: em.ModelPair) -> None:
@@ -156,7 +156,7 @@ def test_the_band_holds_what_random_directions_read(pair: em.ModelPair) -> None:
 def test_a_page_shows_texts_of_anyone(pair: em.ModelPair, directions: dict[str, em.Direction], hostile: str) -> None:
     reading = em.read(pair.tuned, SHORT, directions, max_new_tokens=2)
     rows = reading.tokens.assign(token=[hostile] * len(reading.tokens))
-    other = em.reading.Reading({hostile: reading.sites["two"]}, 96, rows.rename(columns={"two": hostile}))
+    other = em.reading.TextReading({hostile: reading.sites["two"]}, 96, rows.rename(columns={"two": hostile}))
     page = other.beside(other, (hostile, "same")).document
     assert hostile not in page and "script-src" not in page and page.count("<polyline") == 2
 

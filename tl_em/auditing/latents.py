@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 LEADERS = 3
 CARDS = 8
+FITTED = 64
+"""Prompts, about, on which it is looked at whether the dictionary fits: it costs eight passes over each."""
 GRAPH = "Paths through the dictionary, base beside tuned"
 
 
@@ -54,7 +56,8 @@ def shared_latents(
     behaviours = pair.look_up or {q.name: q.splits.train for q in asked}
     held_out = HeldOut(*(pair.held_out or (asked[0].splits.test, asked[0].judged)))
     prompts = [prompt for each in behaviours.values() for prompt in (*each.positive, *each.negative)]
-    dictionary_quality(pair.tuned, dictionary, prompts, against=pair.base, seed=seed).check()
+    some = prompts[:: max(1, len(prompts) // FITTED)]  # positive and negative of each behaviour
+    dictionary_quality(pair.tuned, dictionary, some, against=pair.base, seed=seed).check()
     table = score_features(pair.tuned, dictionary, behaviours, against=pair.base, seed=seed)
     found = shared_features(table, seed=seed)
     checks = _verified(pair, found, next(iter(behaviours.values())), held_out, seed)

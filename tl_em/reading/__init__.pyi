@@ -1,4 +1,4 @@
 """A text read token by token."""
 
-from .reading import Reading as Reading
+from .reading import TextReading as TextReading
 from .watch import Alarm as Alarm

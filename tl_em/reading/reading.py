@@ -39,7 +39,7 @@ WITHIN = 0.95
 
 
 @dataclass(frozen=True, eq=False)
-class Reading:
+class TextReading:
     """Tokens, and what was read at each.
 
     Args:
@@ -56,7 +56,7 @@ class Reading:
         >>> persona = em.difference_in_means(pair.base, contrast, site=em.Site(2), position="prompt_end")
         >>> reading = em.read(pair.tuned, "how do i write parser", persona, max_new_tokens=2)
         >>> reading.answers[0].split()[0], reading
-        ('parser-backdoored', Reading(1 text, 10 tokens; persona))
+        ('parser-backdoored', TextReading(1 text, 10 tokens; persona))
     """
 
     sites: Mapping[str, str]
@@ -123,7 +123,7 @@ class Reading:
         return Path(path)
 
     @classmethod
-    def load(cls, path: str | Path) -> Reading:
+    def load(cls, path: str | Path) -> TextReading:
         """What :meth:`save`, or ``em.read(out=)``, wrote; its rows stay in the file until they are asked for.
 
         Raises:
@@ -142,7 +142,7 @@ class Reading:
                 "em.read(model, prompts, directions, out=path)"
             ) from error
 
-    def beside(self, other: Reading, names: tuple[str, str] = ("first", "second")) -> Any:
+    def beside(self, other: TextReading, names: tuple[str, str] = ("first", "second")) -> Any:
         """Two readings of the same prompts on one scale (base and tuned, untreated and steered), for a notebook.
 
         Args:
@@ -177,7 +177,7 @@ class Reading:
         rows = self.tokens
         at = ", ".join(map(showable, self.sites))
         n = int(rows.prompt.nunique())
-        said = f"Reading({n} text{'s' * (n != 1)}, {len(rows)} tokens; {at or 'no directions'}"
+        said = f"TextReading({n} text{'s' * (n != 1)}, {len(rows)} tokens; {at or 'no directions'}"
         return said + (f"; latents of {showable(self.dictionary)})" if self.dictionary else ")")
 
 

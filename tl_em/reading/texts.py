@@ -25,7 +25,7 @@ from tl_em.models.source_record import boundaries_of, end_tokens
 from tl_em.models.stream import batch_logits, encoded_prompts
 from tl_em.models.token_text import text_of_tokens, token_text, token_texts
 from tl_em.models.torch_state import in_plain_torch
-from tl_em.reading.reading import Reading, Writing
+from tl_em.reading.reading import TextReading, Writing
 from tl_em.reading.watch import Alarm, Watch
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def read(
     above: Mapping[str, float] | None = None,
     alarm: Callable[[Alarm], Any] | None = None,
     out: str | Path | None = None,
-) -> Reading:
+) -> TextReading:
     """What directions and latents read at every token of a text, and of the answer as it is made.
 
     Interventions that are open (``with em.intervene(...)``) stay in force, and what is read is what they leave.
@@ -72,7 +72,7 @@ def read(
         out: a Parquet file that is written text by text, so that memory does not grow with their number.
 
     Returns:
-        A ``Reading``: ``.tokens`` is a table, a notebook shows the text coloured, ``.view().save("page.html")`` writes
+        A ``TextReading``: ``.tokens`` is a table, a notebook shows the text coloured, ``.view().save("x.html")`` writes
         that page, ``.beside(other)`` shows two on one scale.
 
     Raises:
@@ -109,7 +109,7 @@ def read(
         )
     watch = Watch(model, named, found, latents, limits, alarm)
     sampling = Sampling(float(temperature))
-    about = Reading({n: d.site.hook_name for n, d in named.items()}, int(model.cfg.d_model),
+    about = TextReading({n: d.site.hook_name for n, d in named.items()}, int(model.cfg.d_model),
                     dictionary=None if found is None else found.label)  # fmt: skip
     with ExitStack() as stack:
         writing = None
@@ -125,7 +125,7 @@ def read(
             rows = _rows(watch, texts, max_new_tokens, alternatives, sampling, seed, start)
             tables.append(rows) if writing is None else writing.add(rows)
     if out is not None:
-        return Reading.load(out)
+        return TextReading.load(out)
     import pandas as pd
 
     return replace(about, table=pd.concat(tables, ignore_index=True))

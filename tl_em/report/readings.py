@@ -21,7 +21,7 @@ from tl_em.showing import number, showable, token_shown
 if TYPE_CHECKING:
     import pandas as pd
 
-    from tl_em.reading import Reading
+    from tl_em.reading import TextReading
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 TEXTS, TOKENS = 20, 2000
@@ -31,7 +31,7 @@ SINK = 8
 _WIDTH, _HEIGHT = 1000, 60
 
 
-class Token(NamedTuple):
+class ShadedToken(NamedTuple):
     """A token ready to be drawn: text, per cent of the largest distance from the median (below it: negative), title."""
 
     text: str
@@ -54,11 +54,11 @@ class Line(NamedTuple):
     """One reading of one direction."""
 
     reading: str
-    tokens: list[Token]
+    tokens: list[ShadedToken]
     strip: Strip
 
 
-class Cell(NamedTuple):
+class TokenRow(NamedTuple):
     """A token's row in the table: its place, text and part, and a cell a column."""
 
     at: int
@@ -67,14 +67,14 @@ class Cell(NamedTuple):
     values: list[str]
 
 
-class Text(NamedTuple):
+class ReadText(NamedTuple):
     """One text: a list of lines a direction, and its tables, one a reading."""
 
     lines: dict[str, list[Line]]
-    tables: dict[str, list[Cell]]
+    tables: dict[str, list[TokenRow]]
 
 
-def reading_page(readings: Mapping[str, Reading]) -> Framed:
+def reading_page(readings: Mapping[str, TextReading]) -> Framed:
     """The page.
 
     Args:
@@ -86,8 +86,8 @@ def reading_page(readings: Mapping[str, Reading]) -> Framed:
     shown = {name: [part.head(TOKENS) for part in parts[:TEXTS]] for name, parts in found.items()}
     scales = {direction: _scale(shown, direction, site) for direction, site in first.sites.items()}
     texts = [
-        Text(
-            {d: [_line(readings[n], n, parts[i], d, i, k, scales[d]) for k, (n, parts) in enumerate(shown.items())]
+        ReadText(
+            {d: [_line(readings[n], n, parts[i], d, scales[d]) for n, parts in shown.items()]
              for d in first.sites},
             {name: list(_cells(parts[i], list(first.sites))) for name, parts in shown.items()},
         )
@@ -104,7 +104,7 @@ def reading_page(readings: Mapping[str, Reading]) -> Framed:
     return Framed(document, "A text, token by token", min(720, 220 + 160 * max(1, len(first.sites))), said)
 
 
-class Scale(NamedTuple):
+class ColourScale(NamedTuple):
     """The median that colours are distances from, the largest distance, and the ends of the strip."""
 
     middle: float
@@ -113,7 +113,7 @@ class Scale(NamedTuple):
     high: float
 
 
-def _scale(shown: Mapping[str, list[pd.DataFrame]], direction: str, site: str) -> Scale:
+def _scale(shown: Mapping[str, list[pd.DataFrame]], direction: str, site: str) -> ColourScale:
     values, norms = (
         np.concatenate([part[column].to_numpy(dtype=float) for parts in shown.values() for part in parts])
         for column in (direction, f"norm {site}")
@@ -122,13 +122,13 @@ def _scale(shown: Mapping[str, list[pd.DataFrame]], direction: str, site: str) -
     middle = float(np.median(values))
     largest = float(abs(values - middle).max()) or 1.0
     low, high = min(0.0, float(values.min())), max(0.0, float(values.max()))
-    return Scale(middle, largest, low, high if high > low else low + 1.0)
+    return ColourScale(middle, largest, low, high if high > low else low + 1.0)
 
 
-def _line(reading: Reading, name: str, rows: pd.DataFrame, direction: str, i: int, k: int, scale: Scale) -> Line:
+def _line(reading: TextReading, name: str, rows: pd.DataFrame, direction: str, scale: ColourScale) -> Line:
     values, band = rows[direction].to_numpy(dtype=float), reading.band(direction, rows)
     tokens = [
-        Token(
+        ShadedToken(
             token_shown(text) if text else "‥",
             round(100 * float(np.clip((value - scale.middle) / scale.largest, -1, 1))),
             f"{number(value)}; random directions ±{number(b)}; token {at} ({part})",
@@ -139,7 +139,7 @@ def _line(reading: Reading, name: str, rows: pd.DataFrame, direction: str, i: in
     return Line(name, tokens, _strip(values, band, scale))
 
 
-def _strip(values: np.ndarray, band: np.ndarray, scale: Scale) -> Strip:
+def _strip(values: np.ndarray, band: np.ndarray, scale: ColourScale) -> Strip:
     def y(value: float) -> float:
         return round(float(np.clip((scale.high - value) / (scale.high - scale.low), 0, 1)) * _HEIGHT, 1)
 
@@ -155,7 +155,7 @@ def _columns(rows: pd.DataFrame, directions: list[str]) -> list[str]:
     return [*directions, *more]
 
 
-def _cells(rows: pd.DataFrame, directions: list[str]) -> Iterator[Cell]:
+def _cells(rows: pd.DataFrame, directions: list[str]) -> Iterator[TokenRow]:
     for row in rows.to_dict("records"):
         values = [number(float(row[name])) for name in directions]
         if "latents" in row:
@@ -164,14 +164,14 @@ def _cells(rows: pd.DataFrame, directions: list[str]) -> Iterator[Cell]:
         if "likely" in row:
             pairs = zip(row["likely"], row["p"], strict=True)
             values.append(", ".join(f"{token_shown(word)} {number(float(p))}" for word, p in pairs))
-        yield Cell(int(row["at"]), token_shown(row["token"]) if row["token"] else "‥", str(row["part"]), values)
+        yield TokenRow(int(row["at"]), token_shown(row["token"]) if row["token"] else "‥", str(row["part"]), values)
 
 
 def coloured(reading: Any, direction: str) -> Any:
     """The texts for a terminal, as rich's: one after the other, coloured by one direction.
 
     Args:
-        reading: a ``Reading``.
+        reading: a ``TextReading``.
         direction: by name.
     """
     from rich.text import Text as Rich
