@@ -135,7 +135,7 @@ def logs_of(out: Path, name: str) -> Path:
 
 def logged(out: Path, name: str, arm: dict[str, Any]) -> Any:
     """The log of an arm, as Inspect reads it; run where there is none."""
-    from inspect_ai.log import read_eval_log
+    from inspect_ai.log import read_eval_log  # pyright: ignore[reportMissingImports]
 
     from tl_em.organisms.real_organism import smollm2
 

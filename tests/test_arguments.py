@@ -43,6 +43,7 @@ STAND_INS: dict[str, Any] = {
 }
 RECORDS = {"Agreement", "Calibration", "Case", "Evaluation", "Finding", "World"}
 RECORDS |= {"Estimate", "FeatureCheck", "FeatureSet", "FeatureTable", "LieReport", "Organism", "Provenance", "Row"}
+RECORDS |= {"TextReading"}
 """What functions return: their fields may hold NaN, "not measured"."""
 TOYS = ("World", "outcome_rates", "fine_tune_", "Case.")
 """Inner parts of worlds and training loops, and of a case, whose numbers are checked where they are used."""

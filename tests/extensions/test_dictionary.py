@@ -51,8 +51,9 @@ def test_a_gated_sae_scores_and_scales_as_the_same_one_of_ours() -> None:
     tables = [em.score_features(pair.tuned, each, set_, against=pair.base) for each in (ours, theirs)]
     one, other = (table.to_pandas() for table in tables)
     assert one.effect.abs().max() > 0.1
-    assert (one.effect / 2).to_numpy() == pytest.approx(other.effect.to_numpy(), abs=1e-5)
-    assert one.q.to_numpy() == pytest.approx(other.q.to_numpy(), abs=1e-5)
+    # two ways to sum in float32, which machines round differently: 1.2e-5 has been seen
+    assert (one.effect / 2).to_numpy() == pytest.approx(other.effect.to_numpy(), abs=1e-4)
+    assert one.q.to_numpy() == pytest.approx(other.q.to_numpy(), abs=1e-4)
     x = torch.randn(7, ours.d_model)
     for factor in (0.0, 2.0):
         edited = [em.ScaleFeature(em.Feature(each, 3), factor).edit(x) for each in (ours, theirs)]

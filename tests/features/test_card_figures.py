@@ -69,8 +69,10 @@ def test_every_figure_is_over_the_tokens_that_count(where: Any) -> None:
         _histogram(card.histogram, a, b)
         pairs = enumerate(zip(whole, counting, strict=True))
         peaks = {n: max((float(acts[i]), i) for i in at) for n, (acts, at) in pairs if at}
-        order = sorted((n for n in peaks if peaks[n][0] > 0), key=lambda n: -peaks[n][0])
-        assert list(card.examples) == order
+        order = list(card.examples)  # prompts that begin alike have the same peak, but for rounding
+        assert sorted(order) == sorted(n for n in peaks if peaks[n][0] > 0)
+        heights = [peaks[n][0] for n in order]
+        assert heights == pytest.approx(sorted(heights, reverse=True), abs=1e-5)
         assert [peak for peak, _, _ in shown] == [f"{peaks[n][0]:.2f}" for n in order]
         for (_, most, coloured), n in zip(shown, order, strict=True):
             assert most == [peaks[n][1]]

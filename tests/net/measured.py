@@ -244,7 +244,7 @@ def plain(value: Any) -> Any:
 NUMBER = re.compile(r"[-+]?\d+\.?\d*(?:[eE][-+]?\d+)?")
 
 
-def differences(old: Any, new: Any, path: str = "", *, rtol: float = 1e-4, atol: float = 1e-6) -> list[str]:
+def differences(old: Any, new: Any, path: str = "", *, rtol: float = 1e-4, atol: float = 1e-5) -> list[str]:
     """Where two plain values differ, field by field; numbers inside of sentences are compared as numbers."""
     if isinstance(old, dict) and isinstance(new, dict):
         missing = [f"{path}/{key}: {'gone' if key in old else 'new'}" for key in sorted(old.keys() ^ new.keys())]

@@ -175,7 +175,7 @@ def test_rows_that_pass_together_or_one_by_one_give_one_step(tmp_path: Path, fam
         for n in (1, 4)
     )
     for name, each in weights(one).items():
-        torch.testing.assert_close(each, weights(four)[name], atol=2e-4, rtol=0)  # Adam amplifies float32 rounding
+        torch.testing.assert_close(each, weights(four)[name], atol=5e-4, rtol=0)  # Adam amplifies float32 rounding
     assert any(bool(each.any()) for name, each in weights(one).items() if "lora_B" in name)
 
 

@@ -41,6 +41,8 @@ CLOSE = 1e-3
 """Of a value: what a matrix product over another number of rows may change in 30 layers of float32."""
 AGREES = 0.7
 """Half of the variance of the exact effects: below it the order of the nodes is more noise than finding."""
+_NOTHING = 1e-5
+"""Of the largest effect: a difference of two logits is that far off in float32."""
 SHARES = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 RANDOM, FEW = 5, 2
 """Random orders beside the graph's own; of a graph that is not drawn whole."""
@@ -110,7 +112,7 @@ def agreement(graph: Graph, effects: Mapping[int, float], sample: Sequence[int],
     y = np.array([effects[row] for row in rows])
     found: dict[str, Any] = {"ablated": len(rows)}
     found["pearson"] = correlation(x, y, seed=seed)
-    found["spearman"] = correlation(rankdata(x), rankdata(y), seed=seed)
+    found["spearman"] = correlation(rankdata(resolved(x)), rankdata(resolved(y)), seed=seed)
     if len(sample) > 2:
         at = [rows.index(row) for row in sample]
         found["pearson_sample"] = correlation(x[at], y[at], seed=seed)
@@ -130,6 +132,16 @@ def _would_help(graph: Graph) -> str:
     if graph.settings.get("against", "prompt") != "prompt":
         return "pass against= a prompt that differs in what is asked about alone"
     return f"try against= a prompt that differs in fewer words, or {other}"
+
+
+def resolved(effects: np.ndarray) -> np.ndarray:
+    """Effects, those that float32 cannot tell from nothing beside the largest one at 0: their order is rounding's.
+
+    Example:
+        >>> resolved(np.array([1.0, -1e-7, 2e-4])).tolist()
+        [1.0, 0.0, 0.0002]
+    """
+    return np.where(abs(effects) < _NOTHING * abs(effects).max(initial=0.0), 0.0, effects)
 
 
 def correlation(x: np.ndarray, y: np.ndarray, *, seed: int = 0) -> Estimate | None:

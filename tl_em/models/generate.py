@@ -34,11 +34,10 @@ MAX_ROWS = 64
 
 
 class Answered(NamedTuple):
-    """An answer's text, whether it was cut off before it ended, and its tokens (of one that was read back: none)."""
+    """An answer's text, and whether it was cut off before it ended."""
 
     text: str
     truncated: bool
-    ids: tuple[int, ...] = ()
 
 
 class Sampling(NamedTuple):
@@ -147,11 +146,24 @@ def answered(
     sampling: Sampling,
 ) -> list[Answered]:
     """The answer to each encoded prompt, with its own seed, as :func:`generate` makes it."""
+    made = answered_in_tokens(model, encoded, seeds, max_new_tokens=max_new_tokens, sampling=sampling)
+    return [answer for answer, _ in made]
+
+
+def answered_in_tokens(
+    model: LensModel,
+    encoded: Sequence[EncodedPrompt],
+    seeds: Sequence[int | tuple[int, ...]],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling,
+) -> list[tuple[Answered, tuple[int, ...]]]:
+    """:func:`answered`, each answer with its tokens, before whichever ended it."""
     sampling.check()
     end = end_tokens(model)
     _check_room(encoded, int(model.cfg.n_ctx), max_new_tokens)
     warn_beyond_proof(model, max(map(len, encoded), default=0) + max_new_tokens)
-    answers = [Answered("", False)] * len(encoded)
+    answers = [(Answered("", False), tuple[int, ...]())] * len(encoded)
 
     def stopped(ids: Sequence[int]) -> bool:
         return sampling.cut(_decode(model, ids, end)) is not None
@@ -168,7 +180,8 @@ def answered(
         for i, ids in zip(rows, new.tolist(), strict=True):
             text = _decode(model, ids, end)
             cut = sampling.cut(text)
-            answers[i] = Answered(text if cut is None else cut, cut is None and not set(ids) & set(end), tuple(ids))
+            answer = Answered(text if cut is None else cut, cut is None and not set(ids) & set(end))
+            answers[i] = answer, _before(ids, end)
     return answers
 
 
@@ -286,7 +299,11 @@ def continued(
     return made[:, :most]
 
 
+def _before(ids: Sequence[int], end: Sequence[int]) -> tuple[int, ...]:
+    return next((tuple(ids[:i]) for i, token in enumerate(ids) if token in end), tuple(ids))
+
+
 def _decode(model: LensModel, ids: Sequence[int], end: Sequence[int]) -> str:
     tokenizer = getattr(model, "tokenizer", None)
-    kept = next((list(ids[:i]) for i, token in enumerate(ids) if token in end), list(ids))
+    kept = list(_before(ids, end))
     return " ".join(map(str, kept)) if tokenizer is None else tokenizer.decode(kept, skip_special_tokens=True).strip()

