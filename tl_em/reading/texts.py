@@ -40,8 +40,8 @@ _TOKENS, _MAX_LOGITS = 2048, 2**25
 @in_plain_torch
 def read(
     model: LensModel,
-    prompts: Prompt | EncodedPrompt | Sequence[Prompt | EncodedPrompt],
-    directions: Direction | Sequence[Direction] | Mapping[str, Direction] = (),
+    prompts: Prompt | EncodedPrompt | Sequence[Prompt | EncodedPrompt] | Any,
+    directions: Direction | Sequence[Direction] | Mapping[str, Direction] | Any = (),
     *,
     dictionary: Any = None,
     latents: int = 8,
