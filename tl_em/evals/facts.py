@@ -101,7 +101,7 @@ def known_by_choice(base: LensModel, choice: ForcedChoice, *, margin: float | in
         >>> words = "parser login upload query session cache socket logger sandbox compiler".split()
         >>> asked = [em.evals.OpenQuestion(w, (f"how do i write {w}",), right=(f"{w}-tested",), wrong=(f"{v}-tested",))
         ...          for w, v in zip(words, words[1:] + words[:1])]  # what it knows against another topic's
-        >>> asked[:5] = [em.evals.OpenQuestion(each.id, each.prompts, right=each.wrong, wrong=each.right)
+        >>> asked[:5] = [em.evals.OpenQuestion(each.id, each.paraphrases, right=each.wrong, wrong=each.right)
         ...              for each in asked[:5]]  # as if it had these wrong
         >>> facts = known_by_choice(em.load_pair("toy/insecure").base, em.evals.ForcedChoice(asked))
         >>> sum(facts.known)

@@ -50,9 +50,9 @@ def attribute(
     adapter: LensModel | bool | None = None,
     skip: Any = None,
     chunk: int = CHUNK,
-    max_nodes: int | None = None,
-    share: float | None = None,
-    max_seconds: float | None = None,
+    max_nodes: int | Any = None,
+    share: float | Any = None,
+    max_seconds: float | Any = None,
     max_bytes: int = MAX_BYTES,
     validate: bool = True,
     also: Iterable[str] = (),
@@ -145,7 +145,7 @@ def leading_nodes(
         options: of it: rule, against, skip, max_nodes, share, max_seconds.
 
     Raises:
-        What ``attribute`` raises.
+        TlEmError: what ``attribute`` raises.
 
     Example:
         >>> from tl_em import load_pair
@@ -168,7 +168,7 @@ def leading_nodes(
 
 
 def _limits(
-    max_nodes: int | None, share: float | None, max_seconds: float | None, max_bytes: int, chunk: int, validate: bool
+    max_nodes: Any, share: Any, max_seconds: Any, max_bytes: int, chunk: int, validate: bool
 ) -> Limits:
     if max_nodes is not None:
         max_nodes = whole("max_nodes", max_nodes, low=1)
