@@ -76,7 +76,7 @@ def check_generation() -> None:
 
 def run_readme(folder: Path) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     for i, block in enumerate(blocks):
         (folder / f"block_{i}.py").write_text(block, encoding="utf-8")
         print(f"  block {i + 1}")

@@ -83,6 +83,7 @@ def _bridge_steps(model: Any, stack: ExitStack) -> Step:
     """Through the Bridge, so that all its hooks fire, with the cache of the Hugging Face model inside."""
     name, held, own = _cache_name(model), None, threading.get_ident()
     assert name is not None
+    attentions = _attentions(model)  # all of them, before some give way to what they wrap
     stack.enter_context(unwrapped(model))  # before this function's own hooks
 
     def keep(module: nn.Module, args: Any, output: Any) -> None:
@@ -91,7 +92,7 @@ def _bridge_steps(model: Any, stack: ExitStack) -> Step:
             held = getattr(output, name, None)
 
     stack.callback(model.original_model.register_forward_hook(keep).remove)
-    for attention in _attentions(model):
+    for attention in attentions:
         stack.callback(attention.register_forward_pre_hook(_under_the_name_that_is_read, with_kwargs=True).remove)
     takes = inspect.signature(model.original_model.forward).parameters
     options: dict[str, Any] = {"use_cache": True} | ({"logits_to_keep": 1} if "logits_to_keep" in takes else {})
