@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 import tl_em
+from tl_em.graph.references import SINK
 from tl_em.report.html import Framed, environment
 from tl_em.showing import number, showable, token_shown
 
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 TEXTS, TOKENS = 20, 2000
 """Texts of a page, and tokens of a text."""
-SINK = 8
-"""A token whose activation is so many times as long as usual (the first one of a chat model) sets no scale."""
 _WIDTH, _HEIGHT = 1000, 60
 
 
@@ -96,7 +95,7 @@ def reading_page(readings: Mapping[str, TextReading]) -> Framed:
     columns = {name: _columns(parts[0], list(first.sites)) for name, parts in shown.items()}
     document = environment().get_template("reading.html.j2").render(
         policy=POLICY, version=tl_em.__version__, texts=texts, sites=first.sites, columns=columns, scales=scales,
-        several=len(readings) > 1, more=more, width=_WIDTH, height=_HEIGHT, number=number, sink=SINK,
+        several=len(readings) > 1, more=more, width=_WIDTH, height=_HEIGHT, number=number, sink=round(SINK),
         most=TEXTS, cut=TOKENS,
     )  # fmt: skip
     by = ", ".join(map(showable, first.sites)) or "no direction"
@@ -118,7 +117,7 @@ def _scale(shown: Mapping[str, list[pd.DataFrame]], direction: str, site: str) -
         np.concatenate([part[column].to_numpy(dtype=float) for parts in shown.values() for part in parts])
         for column in (direction, f"norm {site}")
     )
-    values = values[norms <= SINK * np.median(norms)]
+    values = values[norms <= SINK * np.median(norms)]  # a sink is far out, whatever the direction
     middle = float(np.median(values))
     largest = float(abs(values - middle).max()) or 1.0
     low, high = min(0.0, float(values.min())), max(0.0, float(values.max()))
