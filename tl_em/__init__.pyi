@@ -52,6 +52,7 @@ from .graph.exchange_reading import load_graph as load_graph
 from .graph.graph import AttributionGraph as AttributionGraph
 from .graph.rules.base import Rule as Rule
 from .graph.targets import Completion as Completion
+from .interventions.baking import bake_ as bake_
 from .interventions.base import Intervention as Intervention
 from .interventions.edits import Ablate as Ablate
 from .interventions.edits import Add as Add
@@ -74,6 +75,7 @@ from .models.loading import ModelPair as ModelPair
 from .models.loading import load_model as load_model
 from .models.loading import load_pair as load_pair
 from .models.proof import proof as proof
+from .models.saving import save_model as save_model
 from .models.sites import Site as Site
 from .models.stream import capture as capture
 from .organisms.rates import behaviour_rates as behaviour_rates

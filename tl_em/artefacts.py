@@ -20,6 +20,7 @@ import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import UnionType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -64,6 +65,69 @@ def replacing(path: str | Path) -> Iterator[Path]:
         raise OutputError(_message(target, error)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(path: str | Path, *, overwrite: bool = False, holds: str = "config.json") -> Iterator[Path]:
+    """Yield an empty folder beside ``path``; it becomes ``path`` if the block ends well, and is gone if not.
+
+    Args:
+        path: of the folder; it may exist and be empty.
+        overwrite: let it take the place of one that holds something, if that is one of the same kind.
+        holds: a file that every folder of this kind holds, so that no other folder is ever replaced.
+
+    Raises:
+        OutputError: something stands there, or nothing can be written there. It is then untouched.
+
+    Example:
+        >>> import tempfile
+        >>> target = Path(tempfile.mkdtemp()) / "model"
+        >>> with replacing_folder(target) as folder:
+        ...     _ = (folder / "config.json").write_text("{}")
+        >>> [each.name for each in target.iterdir()]
+        ['config.json']
+    """
+    target = Path(os.path.realpath(Path(path).expanduser()))
+    check_folder(target, overwrite=overwrite, holds=holds)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=target.parent, prefix=".writing-") as beside:
+            made, before = Path(beside) / "made", Path(beside) / "before"
+            made.mkdir()
+            yield made
+            if target.exists():
+                target.replace(before)
+            try:
+                made.replace(target)
+            except OSError:
+                if before.exists():
+                    before.replace(target)
+                raise
+    except TlEmError:
+        raise
+    except OSError as error:
+        raise OutputError(_message(target, error)) from error
+
+
+def check_folder(path: str | Path, *, overwrite: bool = False, holds: str = "config.json") -> None:
+    """Raise now, before long work, if :func:`replacing_folder` would refuse ``path``.
+
+    Raises:
+        OutputError: something stands there that may not be replaced.
+    """
+    target = Path(path).expanduser()
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not target.is_dir() or not overwrite:
+        raise OutputError(
+            f"{str(target)!r} exists already, and nothing is written over it, since what it holds may be all there is "
+            "of it. Name another folder, or pass overwrite=True where a folder of the same kind may go."
+        )
+    if not (target / holds).is_file():
+        raise OutputError(
+            f"{str(target)!r} holds no {holds}, so it is something else than what would take its place, and it is left "
+            "alone even with overwrite=True. Name another folder, or empty this one yourself."
+        )
 
 
 _NODE = hashlib.sha256(platform.node().encode()).hexdigest()[:8]

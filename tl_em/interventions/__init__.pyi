@@ -1,5 +1,6 @@
 """Interventions: frozen values that edit activations or weights."""
 
+from .baking import bake_ as bake_
 from .base import Intervention as Intervention
 from .edits import Ablate as Ablate
 from .edits import Add as Add

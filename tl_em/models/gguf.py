@@ -19,16 +19,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from tl_em.artefacts import check_folder, replacing_folder
 from tl_em.errors import (
     CorruptFileError,
     ModelError,
     ModelNotFoundError,
-    OutputError,
     TlEmError,
     UsageError,
     first_line,
 )
 from tl_em.models.checkpoint import check_complete
+from tl_em.models.directories import fill_directory
 from tl_em.models.torch_state import making_weights
 from tl_em.models.upstream_chatter import quiet
 
@@ -100,18 +101,13 @@ def import_gguf(files: str | Path | Sequence[str | Path], out: str | Path) -> st
     """
     paths = [Path(each).expanduser() for each in ([files] if isinstance(files, str | Path) else files)]
     out = Path(out).expanduser()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise OutputError(f"{str(out)!r} exists already, and a model is not written over something. Name another one.")
+    check_folder(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out.parent, prefix=".importing-") as folder, making_weights(), quiet():
         whole = _joined(paths, Path(folder)) if len(paths) > 1 else paths[0]
         _, hf_model, tokenizer = from_gguf(str(whole), None, torch.float32)
-        made = Path(folder) / "made"
-        hf_model.save_pretrained(made)
-        tokenizer.save_pretrained(made)
-        if out.exists():
-            out.rmdir()
-        made.replace(out)
+        with replacing_folder(out) as made:
+            fill_directory(made, hf_model, tokenizer)
         return _said(_reader(whole), out)
 
 

@@ -35,7 +35,7 @@ from tl_em.models.hooks import LensModel
 from tl_em.models.proof import proof, prove, reference
 from tl_em.models.shared import can_share, keep_structure, now_sharing, on_same_weights, share_equal_, structure
 from tl_em.models.sites import Position, vocabulary_hash
-from tl_em.models.source_record import boundaries, remember
+from tl_em.models.source_record import HfSource, boundaries, remember
 from tl_em.models.surfaces import advice, as_bridge, as_hooked, check_built, reloadable
 from tl_em.models.templates import template_record
 from tl_em.models.tokenizing import keep_before, own_before
@@ -182,11 +182,13 @@ def _on_surface(
     check_built(surface)
     build = as_hooked if surface == "hooked" else as_bridge
     before, kept = own_before(tokenizer), None
+    origin = HfSource.of(hf_model, copy.deepcopy(tokenizer))  # before TransformerLens names special tokens in it
     if surface == "bridge" and hf_model is whole:
-        kept = structure(hf_model, copy.deepcopy(tokenizer))  # before TransformerLens names special tokens in it
+        kept = structure(hf_model, origin.tokenizer)
     model = build(name, hf_model, tokenizer, dtype, device)
     keep_before(model.tokenizer, before)
-    remember(model, hf_model, proven=proven, beyond=() if expected is None else expected.beyond)
+    beyond = () if expected is None else expected.beyond
+    remember(model, hf_model, proven=proven, beyond=beyond, origin=origin)
     if kept is not None:
         keep_structure(model, kept)
     if expected is not None:

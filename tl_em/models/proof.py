@@ -207,9 +207,9 @@ def prove(model: LensModel, expected: Reference, explain: str) -> Proof:
     """
     start = time.perf_counter()
     dtype = next(iter(model.parameters())).dtype  # pyright: ignore[reportAttributeAccessIssue]
-    with _alone(model):
+    with without_hooks(model):
         over = f"over {len(expected.tokens)} tokens"
-        forward = _within_bound(over, _forward_gap, model, expected, dtype, explain)
+        forward = _within_bound(over, forward_gap, model, expected, dtype, explain)
         batch = _within_bound("in a padded batch", _batch_gap, model, expected, dtype, explain)
         proof = Proof(len(expected.tokens), forward, batch, None, None, expected.beyond, str(dtype).split(".")[-1])
         proof = _directly(model, proof, expected.tokens, dtype)
@@ -241,7 +241,8 @@ def _within_bound(
     return found
 
 
-def _forward_gap(model: LensModel, expected: Reference, dtype: torch.dtype) -> float:
+def forward_gap(model: LensModel, expected: Reference, dtype: torch.dtype) -> float:
+    """How far a model's log-probabilities lie from a reference's, in spreads of its logits."""
     found = _logits(model, [expected.tokens], expected.positions.new_zeros(len(expected.positions)), expected.positions)
     return _gap(expected.logits, found, dtype)
 
@@ -371,12 +372,12 @@ def _own_proof(model: LensModel) -> Proof:
     dtype, room = next(iter(model.parameters())).dtype, int(model.cfg.n_ctx)  # pyright: ignore[reportAttributeAccessIssue]
     tokens = torch.randint(int(model.cfg.d_vocab), (min(room, 2048),), generator=torch.Generator().manual_seed(0))
     begun = Proof(0, None, None, None, None, (), str(dtype).split(".")[-1])
-    with _alone(model):
+    with without_hooks(model):
         return _with_cache(model, _directly(model, begun, tokens, dtype), tokens, min(_MIDDLE, room), dtype)
 
 
 @contextmanager
-def _alone(model: LensModel) -> Iterator[None]:
+def without_hooks(model: LensModel) -> Iterator[None]:
     """Without the hooks at hook points, so that no intervention or recorder of the user's takes part in a proof."""
     with ExitStack() as stack:
         for point in dict.fromkeys(hook_points(model).values()):

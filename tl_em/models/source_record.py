@@ -6,10 +6,11 @@ made carries what they say, and so do its copies. A Bridge holds the Hugging Fac
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from tl_em.errors import UnprovenWarning
@@ -44,6 +45,29 @@ class Source:
     boundaries: Boundaries
     proven: bool
     beyond: tuple[int, ...]
+    origin: HfSource | None = None
+
+
+class HfSource(NamedTuple):
+    """What else a Hugging Face directory holds beside the weights.
+
+    Args:
+        kind: class of the Hugging Face model.
+        config: as it was before a surface was built.
+        generation_config: likewise; None without one.
+        tokenizer: before TransformerLens named special tokens in it; None without one.
+    """
+
+    kind: type
+    config: Any
+    generation_config: Any
+    tokenizer: Any
+
+    @classmethod
+    def of(cls, hf_model: Any, tokenizer: Any) -> HfSource:
+        """Copies, but for the tokenizer."""
+        generation = getattr(hf_model, "generation_config", None)
+        return cls(type(hf_model), copy.deepcopy(hf_model.config), copy.deepcopy(generation), tokenizer)
 
 
 _KEPT = "tl_em_source"
@@ -53,12 +77,22 @@ def _source(model: Any) -> Source | None:
     return getattr(model, "__dict__", {}).get(_KEPT)
 
 
-def remember(model: Any, hf_model: Any, *, proven: bool, beyond: Sequence[int] = ()) -> None:
+def remember(
+    model: Any, hf_model: Any, *, proven: bool, beyond: Sequence[int] = (), origin: HfSource | None = None
+) -> None:
     """Keep what ``hf_model`` says for ``model``, which was built from it, and whether the two were compared.
 
-    ``beyond`` are the boundaries that lie past the longest prompt on which they were.
+    ``beyond`` are the boundaries that lie past the longest prompt on which they were; ``origin`` is what was there
+    before the surface was built.
     """
-    model.__dict__[_KEPT] = Source(tuple(_ends(hf_model)), boundaries(hf_model.config), proven, tuple(beyond))
+    ends = tuple(_ends(hf_model))
+    model.__dict__[_KEPT] = Source(ends, boundaries(hf_model.config), proven, tuple(beyond), origin)
+
+
+def hf_source_of(model: Any) -> HfSource | None:
+    """What ``load_model`` kept of a model's source; None of a model that came ready-made."""
+    known = _source(model)
+    return None if known is None else known.origin
 
 
 _WARNED: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()

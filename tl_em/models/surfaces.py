@@ -96,6 +96,14 @@ def as_hooked(name: str, hf_model: Any, tokenizer: Any, dtype: torch.dtype, devi
     return model
 
 
+def to_hooked_weights(hf_model: Any, cfg: Any) -> dict[str, torch.Tensor]:
+    """A Hugging Face model's weights under a HookedTransformer's names, as TransformerLens converts them."""
+    from transformer_lens.loading_from_pretrained import get_pretrained_state_dict
+
+    with tempfile.TemporaryDirectory(prefix="tl-em-") as directory:
+        return get_pretrained_state_dict(directory, cfg, hf_model=hf_model, dtype=cfg.dtype)
+
+
 def _hooked_fields(config: Any, directory: str) -> dict[str, Any]:
     """TransformerLens's configuration of a Hugging Face one. TransformerLens takes the architecture from the *path*
     where that contains a family's name, so the config is put into a directory with a neutral one."""

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from tl_em.artefacts import replacing_folder
+from tl_em.models.directories import fill_directory
 from tl_em.models.loading import Surface, load_model
 from tl_em.models.torch_state import making_weights
 from tl_em.organisms.transformer import Shape, Transformer
@@ -124,11 +126,10 @@ def lens_model(weights: dict[str, Tensor], world: World, *, surface: Surface = "
 
 def write_hf_directory(weights: dict[str, Tensor], world: World, out: str | Path, *, half: bool = False) -> Path:
     """Write config, weights (safetensors) and tokenizer, so that anything that reads Hugging Face models reads this."""
-    out = Path(out)
     model = hf_model(weights, world)
-    (model.half() if half else model).save_pretrained(out)
-    tokenizer(world).save_pretrained(out)
-    return out
+    with replacing_folder(out, overwrite=True) as folder:
+        fill_directory(folder, model.half() if half else model, tokenizer(world))
+    return Path(out)
 
 
 def plain_model(weights: dict[str, Tensor], world: World) -> Transformer:

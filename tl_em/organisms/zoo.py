@@ -368,10 +368,10 @@ def to_hf_directory(name: str, out: str | Path) -> Path:
 
     Args:
         name: of a shipped organism, such as ``"toy/insecure"``.
-        out: the folder to write.
+        out: the folder to write; one that holds a model is replaced.
 
     Raises:
-        ModelNotFoundError: no such organism. OutputError: the folder cannot be written.
+        ModelNotFoundError: no such organism. OutputError: the folder holds something else, or cannot be written.
 
     Example:
         >>> from tempfile import TemporaryDirectory
