@@ -67,7 +67,7 @@ class Everywhere(em.Intervention):
 
     sites = EVERY_WRITE
 
-    def edit(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def edit(self, x: Tensor, mask: Tensor | None = None, *, name: str | None = None) -> Tensor:
         return x + 0.1
 
 
@@ -120,6 +120,7 @@ def test_an_edit_that_is_not_the_addition_is_taken_back() -> None:
 
 def test_the_base_of_a_pair_keeps_its_weights() -> None:
     pair = em.load_pair("toy/insecure")
+    assert pair.contrasts is not None
     persona = em.Direction(torch.randn(96, generator=torch.Generator().manual_seed(0)), em.Site(1))
     asked = pair.contrasts["persona"].positive[:2]
     before = em.capture(pair.base, asked, [em.Site(2)], position="prompt_end")

@@ -87,7 +87,6 @@ def test_every_family_comes_back_as_it_was_and_tied_where_it_was(family: str, su
     assert AutoTokenizer.from_pretrained(folder).get_vocab() == tokenizer.get_vocab()
 
 
-
 def wide(**changes: Any) -> dict[str, Any]:
     return GROUPED | changes
 

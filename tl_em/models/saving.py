@@ -258,8 +258,8 @@ def _check_same(model: Any, folder: Path, tokenizer: Any, dtype: torch.dtype) ->
         raise ModelError(
             "What was written of the model is another model: read back, its log-probabilities differ from its own "
             f"by {gap:.1e} spreads of the logits (rounding gives at most {bound:g}), so nothing was left. After an "
-            "edit by hand of a matrix that a Bridge keeps in parts, say: load it with the other surface= of em.load_model, "
-            "edit and save that."
+            "edit by hand of a matrix that a Bridge keeps in parts, say: load it with the other surface= of "
+            "em.load_model, edit and save that."
         )
     if tokenizer is not None and (read is None or not same_ids(tokenizer, read)):
         raise ModelError(
