@@ -44,7 +44,7 @@ from tl_em.dictionaries.protocol import AnyDictionary, as_dictionary
 from tl_em.dictionaries.tokens import Tokens, check_models, every_token, sample_spans
 from tl_em.errors import DictionaryFitError, UsageError
 from tl_em.models.hooks import LensModel, hook_name, hooked, read_point
-from tl_em.models.prompts import EncodedPrompt, Prompt
+from tl_em.models.prompts import Batch, EncodedPrompt, Prompt
 from tl_em.models.sites import Position, as_position
 from tl_em.models.stream import _inside, current_batch, encoded_prompts, sequence_logprobs, spans_of
 from tl_em.models.torch_state import in_plain_torch
@@ -354,7 +354,11 @@ class _Reading:
         def put(x: Tensor, hook: Any) -> Tensor:
             batch = current_batch.get()
             assert batch is not None  # sequence_logprobs says what it runs
-            mask = inside[list(batch.rows), : x.shape[1]].to(x.device)
+            mask = inside[list(batch.rows), batch.start : batch.start + x.shape[1]].to(x.device)
             return torch.where(mask[..., None], write(held["x"]).to(x.dtype), x)
 
+        def alike(batch: Batch, length: int) -> list[tuple[bool, ...]]:
+            return [tuple(row) for row in inside[list(batch.rows), :length].tolist()]
+
+        put.__dict__["alike"] = read.__dict__["alike"] = alike
         return [(point.name, read), (hook_name(self.model, self.dictionary.site_out), put)]

@@ -75,7 +75,8 @@ def _hooks(model: LensModel, intervention: Intervention, scope: Scope) -> list[t
     gates = [Gate(each, read_point(model, each.direction.site)) for each in intervention.conditions]
     edits = [(name, partial(_edit, intervention, scope, gates, name)) for name in intervention.points(model)]
     for _, edit in edits:
-        edit.__dict__["tokenwise"] = intervention.tokenwise and not gates
+        edit.__dict__["tokenwise"] = tokenwise = intervention.tokenwise and not gates
+        edit.__dict__["alike"] = scope.alike if tokenwise else None
     return [*((gate.point.name, gate.measure) for gate in gates), *edits]
 
 

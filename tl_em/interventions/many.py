@@ -40,6 +40,8 @@ from tl_em.models.token_scopes import running_batch
 Measure = Callable[..., Float[Tensor, " prompt"]]
 """Of a model and prompts."""
 Scores = Float[np.ndarray, "direction prompt"]
+_BESIDE = 8
+"""Directions whose rows are read together where nothing is shared among directions, but among prompts."""
 _MAX_LOGITS = 2**25
 """Logits held at once, over all directions of a pass: 128 MiB in float32."""
 
@@ -114,7 +116,8 @@ def along_each(
         edits: the intervention and the directions.
         prompts: what is measured on.
         measure: one number a prompt.
-        at_once: how many prompts share a batch; as many as their logits allow with all directions by default.
+        at_once: how many prompts share a batch where directions share what lies before the edit; as many as their
+            logits allow with all directions by default.
         said: what a progress bar calls it; no bar without.
     """
     if (responses := getattr(measure, "responses", None)) is not None:
@@ -150,8 +153,9 @@ def _together(
 ) -> Scores | None:
     """None unless a direction of the first batch has what it has alone, on the first prompt."""
     n, rows = len(edits.vectors), max(1, _MAX_LOGITS // int(model.cfg.d_vocab))
-    wide = min(n, rows)
-    tall = min(rows // wide, at_once or len(prompts))
+    apart = None in edits.homes  # directions share nothing, so prompts shall: few directions at once
+    wide = min(n, rows, _BESIDE if apart and len(prompts) > 1 else n)
+    tall = min(rows // wide, len(prompts) if apart else at_once or len(prompts))
     out = np.empty((n, len(prompts)))
     batches = tqdm(range(0, len(prompts), tall), desc=said, unit="batch", disable=None if said else True, leave=False)
     try:
@@ -192,7 +196,13 @@ def _edited_rows(model: LensModel, edits: Along, part: range, n_prompts: int) ->
             rows.update(batch=batch, of=part.start + torch.tensor(batch.rows) // n_prompts)
         return edits.edit(x, rows["of"], name)
 
-    with hooked(model, [(name, partial(apply, name=name)) for name in edits.template.points(model)]):
+    def alike(batch: Batch, length: int) -> list[int] | None:
+        return [row // n_prompts for row in batch.rows] if edits.template.tokenwise else None
+
+    hooks = [(name, partial(apply, name=name)) for name in edits.template.points(model)]
+    for _, each in hooks:
+        each.__dict__["alike"] = alike
+    with hooked(model, hooks):
         yield
 
 

@@ -11,7 +11,7 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -23,6 +23,18 @@ from tl_em.models.unwrapped import unwrapped
 
 Step = Callable[[Int[Tensor, "prompt pos"]], Float[Tensor, "prompt d_vocab"]]
 """Read more tokens of every prompt; logits after the last of them."""
+
+class ReadsOn(Protocol):
+    """Reads on after what it read before."""
+
+    def __call__(self, tokens: Int[Tensor, "prompt pos"]) -> Float[Tensor, "prompt pos d_vocab"]:
+        """Logits of these tokens, or of the last of them."""
+        ...
+
+    def select(self, rows: Int[Tensor, " prompt"]) -> None:
+        """Go on with these rows of what was read, each as often as it is named."""
+        ...
+
 
 _NAMES = ("cache", "past_key_values", "cache_params")
 """What transformers calls the cache, newest name first."""
@@ -37,13 +49,23 @@ def steps(model: LensModel, *, cached: bool) -> Iterator[Step]:
         cached: whether a call reads its own tokens alone, with what earlier calls read taken from the cache; else every
             call reads all tokens again.
     """
+    if not cached:
+        yield _reading_again(model)
+        return
+    with reading_on(model, last=True) as read:
+        yield lambda tokens: read(tokens)[:, -1]
+
+
+@contextmanager
+def reading_on(model: LensModel, *, last: bool = False) -> Iterator[ReadsOn]:
+    """A function that reads more tokens of every prompt after those that it read before, and gives their logits.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge; hooks on it stay in force.
+        last: whether the last token's logits alone are wanted; others may be missing then.
+    """
     with ExitStack() as stack:
-        if not cached:
-            yield _reading_again(model)
-        elif hasattr(model, "original_model"):
-            yield _bridge_steps(model, stack)
-        else:
-            yield _hooked_steps(model)
+        yield _BridgeReads(model, stack, last) if hasattr(model, "original_model") else _HookedReads(model)
 
 
 def has_cache(model: LensModel) -> bool:
@@ -63,45 +85,58 @@ def _reading_again(model: LensModel) -> Step:
     return step
 
 
-def _hooked_steps(model: LensModel) -> Step:
-    from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
+class _HookedReads:
+    """With TransformerLens's own cache."""
 
-    held: Any = None
+    def __init__(self, model: LensModel) -> None:
+        self.model, self.held = model, None
 
-    def step(tokens: Tensor) -> Tensor:
-        nonlocal held
-        tokens = tokens.to(model.cfg.device)
-        if held is None:
-            held = TransformerLensKeyValueCache.init_cache(model.cfg, model.cfg.device, len(tokens))
+    def __call__(self, tokens: Int[Tensor, "prompt pos"]) -> Float[Tensor, "prompt pos d_vocab"]:
+        from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
+
+        tokens = tokens.to(self.model.cfg.device)
+        if self.held is None:
+            self.held = TransformerLensKeyValueCache.init_cache(self.model.cfg, self.model.cfg.device, len(tokens))
         # Given no mask, a HookedTransformer takes pad tokens at an end of a prompt for padding; nothing here is padded.
-        return model(tokens, past_kv_cache=held, attention_mask=torch.ones_like(tokens), padding_side="right")[:, -1]
+        mask = torch.ones_like(tokens)
+        return self.model(tokens, past_kv_cache=self.held, attention_mask=mask, padding_side="right")
 
-    return step
+    def select(self, rows: Int[Tensor, " prompt"]) -> None:
+        assert self.held is not None
+        rows = rows.to(self.model.cfg.device)
+        for entry in self.held.entries:
+            entry.past_keys, entry.past_values = entry.past_keys[rows], entry.past_values[rows]
+        self.held.previous_attention_mask = self.held.previous_attention_mask[rows]
 
 
-def _bridge_steps(model: Any, stack: ExitStack) -> Step:
+class _BridgeReads:
     """Through the Bridge, so that all its hooks fire, with the cache of the Hugging Face model inside."""
-    name, held, own = _cache_name(model), None, threading.get_ident()
-    assert name is not None
-    attentions = _attentions(model)  # all of them, before some give way to what they wrap
-    stack.enter_context(unwrapped(model))  # before this function's own hooks
 
-    def keep(module: nn.Module, args: Any, output: Any) -> None:
-        nonlocal held
-        if threading.get_ident() == own:  # another thread may run the same model
-            held = getattr(output, name, None)
+    def __init__(self, model: Any, stack: ExitStack, last: bool) -> None:
+        name, own = _cache_name(model), threading.get_ident()
+        assert name is not None
+        self.model, self.name, self.held = model, name, None
+        attentions = _attentions(model)  # all of them, before some give way to what they wrap
+        stack.enter_context(unwrapped(model))  # before this function's own hooks
 
-    stack.callback(model.original_model.register_forward_hook(keep).remove)
-    for attention in attentions:
-        stack.callback(attention.register_forward_pre_hook(_under_the_name_that_is_read, with_kwargs=True).remove)
-    takes = inspect.signature(model.original_model.forward).parameters
-    options: dict[str, Any] = {"use_cache": True} | ({"logits_to_keep": 1} if "logits_to_keep" in takes else {})
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            if threading.get_ident() == own:  # another thread may run the same model
+                self.held = getattr(output, name, None)
 
-    def step(tokens: Tensor) -> Tensor:
-        given = {} if held is None else {name: held}
-        return model(tokens.to(model.cfg.device), padding_side="right", **options, **given)[:, -1]
+        stack.callback(model.original_model.register_forward_hook(keep).remove)
+        for attention in attentions:
+            stack.callback(attention.register_forward_pre_hook(_under_the_name_that_is_read, with_kwargs=True).remove)
+        takes = inspect.signature(model.original_model.forward).parameters
+        self.options: dict[str, Any] = {"use_cache": True, "padding_side": "right"}
+        self.options |= {"logits_to_keep": 1} if last and "logits_to_keep" in takes else {}
 
-    return step
+    def __call__(self, tokens: Int[Tensor, "prompt pos"]) -> Float[Tensor, "prompt pos d_vocab"]:
+        given = {} if self.held is None else {self.name: self.held}
+        return self.model(tokens.to(self.model.cfg.device), **self.options, **given)
+
+    def select(self, rows: Int[Tensor, " prompt"]) -> None:
+        held: Any = self.held
+        held.batch_select_indices(rows.to(self.model.cfg.device))
 
 
 def _cache_name(model: Any) -> str | None:

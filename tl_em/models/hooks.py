@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -25,6 +25,9 @@ from tl_em.models.sites import Site
 from tl_em.threads import holding
 
 HookFunction = Callable[..., Tensor | None]
+Alike = Callable[[Any, int], Sequence[Hashable] | None]
+"""Of a ``models.prompts.Batch`` and a length: a label for each row, equal where a hook does the same to the first so
+many tokens, if these are equal; None where it is unknown.  A hook's function has this as its attribute ``alike``."""
 
 
 # --- Models and their hook points -------------------------------------------------------------------------------------
@@ -228,6 +231,11 @@ class _Attached:
         return bool(getattr(self.function, "tokenwise", False))
 
     @property
+    def alike(self) -> Alike | None:
+        """Which rows it treats alike in their first tokens, where it says so."""
+        return getattr(self.function, "alike", None)
+
+    @property
     def in_place(self) -> bool:
         return any(handle is self.handle for handle in self.point.fwd_hooks)
 
@@ -246,7 +254,28 @@ def reads_in_pieces(model: LensModel) -> bool:
 
     Somebody else's may tell a prompt by the width of a pass, or mean the prompt's end by the last token of a pass.
     """
-    own = [hook.handle for hook in _ATTACHED.get(model, ()) if hook.tokenwise]
+    return _nothing_but(model, [hook for hook in _ATTACHED.get(model, ()) if hook.tokenwise])
+
+
+def groups_of(model: LensModel, batch: Any, length: int) -> list[Hashable] | None:
+    """A label for each row of a batch: hooks do to the first tokens of rows of one label the same; None if unknown.
+
+    Args:
+        model: with all hooks on it.
+        batch: a ``models.prompts.Batch``.
+        length: how many tokens.
+    """
+    own = [hook for hook in _ATTACHED.get(model, ()) if hook.alike is not None]
+    if not _nothing_but(model, own):
+        return None
+    labels = [each.alike(batch, length) for each in own if each.alike is not None]
+    known = [each for each in labels if each is not None]
+    return list(zip([0] * len(batch.rows), *known, strict=True)) if len(known) == len(labels) else None
+
+
+def _nothing_but(model: LensModel, hooks: Sequence[_Attached]) -> bool:
+    """Whether no other hook waits on a model or on one of its modules."""
+    own = [hook.handle for hook in hooks]
     points = {id(point): point for point in hook_points(model).values()}.values()
     if any(all(handle is not each for each in own) for point in points for handle in getattr(point, "fwd_hooks", ())):
         return False

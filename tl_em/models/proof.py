@@ -10,6 +10,8 @@ and is another one. So, once per model, before anything is measured on it:
     direct      a Bridge's pass through the modules that it wraps against one through its components, at every point
                 where the package edits, each edited (``unwrapped``)
     cache       generation with the key-value cache against reading the whole text again, step by step
+    beginning   two prompts that begin alike, read together with that beginning once, against each of them alone
+                (``beginnings``)
 
 Every gap is a difference of log-probabilities divided by the spread (the standard deviation over the vocabulary) of
 the reference's own logits: an absolute bound would pass any model whose logits are flat. In float32 it is the largest
@@ -35,6 +37,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_em.errors import CacheWarning, ModelError, TlEmError, first_line
+from tl_em.models.beginnings import LEAST, allow_beginnings, beginning_of
 from tl_em.models.cache import has_cache, steps
 from tl_em.models.hooks import LensModel, hook_points
 from tl_em.models.prompts import EncodedPrompt, make_batch
@@ -71,6 +74,7 @@ class Proof:
         dtype: of the weights.
         seconds: what the proof took.
         direct: gap at hook points between the modules that a Bridge wraps; None where its components are used.
+        beginning: gap of a padded batch whose beginning was read once; None where every prompt is read whole.
     """
 
     tokens: int
@@ -82,6 +86,7 @@ class Proof:
     dtype: str
     seconds: float = 0.0
     direct: float | None = None
+    beginning: float | None = None
 
     def __str__(self) -> str:
         """One line, e.g. for a log."""
@@ -89,6 +94,7 @@ class Proof:
         shown += [] if self.batch is None else [f"padded batch ({self.batch:.0e})"]
         shown += [] if self.cache is None else [f"cached generation ({self.cache:.0e})"]
         shown += [] if self.direct is None else [f"wrapped modules ({self.direct:.0e})"]
+        shown += [] if self.beginning is None else [f"beginnings read once ({self.beginning:.0e})"]
         line = f"shown equal in {self.dtype}: {', '.join(shown) or 'nothing'}, in spreads of the logits"
         line += f"; no cache: {self.trouble}" if self.trouble else ""
         return line + (f"; not shown beyond {min(self.beyond)} tokens" if self.beyond else "")
@@ -300,7 +306,32 @@ def _with_cache(model: LensModel, proof: Proof, tokens: Tensor, middle: int, dty
         return replace(proof, trouble=f"{type(error).__name__}: {first_line(error)}")
     if gap > _bound(dtype):
         return replace(proof, trouble=f"with it, log-probabilities differ by {gap:.2g} spreads of the logits")
-    return replace(proof, cache=gap)
+    return _with_beginnings(model, replace(proof, cache=gap), tokens, dtype)
+
+
+def _with_beginnings(model: LensModel, proof: Proof, tokens: Tensor, dtype: torch.dtype) -> Proof:
+    """With what reading the beginning of a padded batch once shows; it is done from here on, or not."""
+    allow_beginnings(model, True)
+    try:
+        gap = _beginning_gap(model, tokens, dtype)
+    except Exception:  # as above: what a cache of somebody else's raises
+        gap = None
+    shown = gap is not None and gap <= _bound(dtype)
+    allow_beginnings(model, shown)
+    return replace(proof, beginning=gap if shown else None)
+
+
+def _beginning_gap(model: LensModel, tokens: Int[Tensor, " pos"], dtype: torch.dtype) -> float | None:
+    """Of two prompts that begin alike, one padded, to each alone; None where there is no room for them."""
+    other = torch.cat([tokens[:LEAST], tokens[LEAST : 2 * LEAST].flip(0)])
+    prompts = [EncodedPrompt.from_ids(ids.tolist()) for ids in (tokens[: LEAST + 3], other[: int(model.cfg.n_ctx)])]
+    batch, last = make_batch(prompts, range(2)), [len(each) - 1 for each in prompts]
+    if beginning_of(model, batch, min(last)) is None:
+        return None
+    found = batch_logits(model, batch, torch.arange(2), torch.tensor(last)).float().cpu()
+    alone = [_logits(model, [torch.tensor(each.ids)], torch.tensor([0]), torch.tensor([at]))
+             for each, at in zip(prompts, last, strict=True)]  # fmt: skip
+    return _gap(torch.cat(alone), found, dtype)
 
 
 def _begun(model: LensModel, tokens: Tensor, middle: int) -> Iterator[int]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from tl_em.arguments import are_numbers, checked, token_ids
 from tl_em.errors import NonFiniteError, PositionError, PromptError, UsageError
+from tl_em.models.beginnings import Beginning, beginning_of, read_after
 from tl_em.models.hooks import LensModel, hook_name, hooked, read_point, resolve
 from tl_em.models.prompts import Batch, EncodedPrompt, Prompt, batches, encode, token_index
 from tl_em.models.sites import Position, Site, as_position, as_sites
@@ -232,6 +233,9 @@ def stream(
     current: dict[str, Any] = {}
 
     def read(site: int, x: Tensor, hook: Any) -> None:
+        running = current_batch.get()
+        if running is not None and running.start < current["start"]:
+            return  # of the beginning nothing is wanted
         found = points[site](current["pool"](x))
         current["finite"][site] = found.isfinite().flatten(1).all(1)
         keep(site, current["rows"], found)
@@ -240,14 +244,19 @@ def stream(
             raise _EverythingRead
 
     reads = [(point.name, partial(read, site)) for site, point in enumerate(points)]
+    for _, each in reads:
+        each.__dict__["alike"] = one_group
     max_tokens = _READ_TOKENS if torch.device(model.cfg.device).type == "cpu" else 8 * _READ_TOKENS
     with torch.no_grad(), hooked(model, reads, check=False):
         for batch in _batches(model, encoded, max_tokens):
             waiting.update(range(len(sites)))
-            pool = _pooling(spans[list(batch.rows)], batch.tokens.shape[1])
-            current.update(rows=torch.tensor(batch.rows), pool=pool, finite={})
+            wanted = spans[list(batch.rows)]
+            begun = beginning_of(model, batch, int(wanted.min()))
+            start = 0 if begun is None else begun.length
+            pool = _pooling(wanted - start, batch.tokens.shape[1] - start)
+            current.update(rows=torch.tensor(batch.rows), pool=pool, start=start, finite={})
             try:
-                _forward(model, batch)
+                _forward(model, batch, begun)
             except _EverythingRead:
                 _check_finite([current["finite"][i] for i in range(len(sites))], batch, sites, encoded)
                 continue
@@ -319,10 +328,18 @@ def fanned_out(
         _fanned.reset(fanned)
 
 
-def _forward(model: LensModel, batch: Batch) -> Any:
+def one_group(batch: Batch, length: int) -> list[int]:
+    """Of a hook that does the same in every row: ``models.hooks.Alike``."""
+    return [0] * len(batch.rows)
+
+
+def _forward(model: LensModel, batch: Batch, begun: Beginning | None = None) -> Any:
+    """Logits of every token of a batch, or of those after the beginning that was found."""
     running = current_batch.set(batch)
     tokens = batch.tokens[:1] if _fanned.get() else batch.tokens
     try:
+        if begun is not None:
+            return read_after(model, begun, current_batch)
         # padding_side: a HookedTransformer whose tokenizer pads on the left would take leading BOS tokens for padding.
         return model(tokens.to(model.cfg.device), padding_side="right")
     finally:
@@ -386,20 +403,28 @@ def batch_logits(
     model: LensModel, batch: Batch, rows: Int[Tensor, " token"], columns: Int[Tensor, " token"]
 ) -> Float[Tensor, "token d_vocab"]:
     """Logits at some tokens of a batch; only these are unembedded where the unembedding is a module of the model."""
-    with torch.no_grad(), _unembed_only(model, rows, columns) as narrowed:
-        logits = _forward(model, batch)
-    return logits[0] if narrowed else logits[rows, columns]
+    begun = None if _fanned.get() else beginning_of(model, batch, int(columns.min()))
+    start = 0 if begun is None else begun.length
+    with torch.no_grad(), _unembed_only(model, rows, columns - start, start) as narrowed:
+        logits = _forward(model, batch, begun)
+    return logits[0] if narrowed else logits[rows, columns - start]
 
 
 @contextmanager
-def _unembed_only(model: LensModel, rows: Tensor, columns: Tensor) -> Iterator[list[bool]]:
-    """Hand the unembedding the wanted tokens only, as one row; yields a list that is filled where that happened."""
+def _unembed_only(model: LensModel, rows: Tensor, columns: Tensor, start: int = 0) -> Iterator[list[bool]]:
+    """Hand the unembedding the wanted tokens only, as one row; yields a list that is filled where that happened.
+
+    They are tokens of the pass that begins at ``start``; of one before it nothing is wanted.
+    """
     happened: list[bool] = []
 
     def narrow(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         x = args[0] if args else None
         if not isinstance(x, Tensor) or x.ndim != 3:
             return None
+        running = current_batch.get()
+        if running is not None and running.start < start:
+            return (x[:, -1:], *args[1:])
         happened.append(True)
         return (x[rows.to(x.device), columns.to(x.device)][None], *args[1:])
 

@@ -110,6 +110,10 @@ class Scope:
         self._batch: Batch | None = None
         self._masks: dict[tuple[int, int], Mask] = {}
 
+    def alike(self, batch: Batch, length: int) -> list[tuple[bool, ...]]:
+        """For each row which of its first tokens are in scope: ``models.hooks.Alike``."""
+        return [tuple(row) for row in scope_mask(batch, self.where, length).tolist()]
+
     def mask(self, x: Tensor) -> Mask | None:
         """For activations [prompt pos d_model], on the CPU; None where everything is in scope."""
         if self.where == "all":

@@ -1,0 +1,200 @@
+"""What prompts begin with alike is read once, and nothing that comes out tells: which hooks allow it, and which do not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import tl_em as em
+from tl_em.interventions.many import Along, along_each
+from tl_em.models import proof, stream
+from tl_em.models.beginnings import Beginning, allow_beginnings
+from tl_em.models.hooks import LensModel, hooked
+from tl_em.models.prompts import EncodedPrompt
+from tl_em.models.stream import captured, next_token_logits, sequence_logprobs
+
+pytestmark = pytest.mark.surface
+LENGTHS, BEGUN = (15, 19, 22, 17), 9
+SITES = [em.Site(0), em.Site(1)]
+SCOPES: list[Any] = ["all", "prompt", "generated", "instruction", ("last", 2), ("last", 4)]
+
+
+def prompts(lengths: tuple[int, ...] = LENGTHS, begun: int = BEGUN) -> list[EncodedPrompt]:
+    """Prompts with a beginning in common, an instruction after it, and an answer of three tokens."""
+    draw = torch.Generator().manual_seed(2)
+    head = torch.randint(40, (begun,), generator=draw).tolist()
+    found = []
+    for k, length in enumerate(lengths):
+        ids = (*head, 30 + k, *torch.randint(40, (length - begun - 1,), generator=draw).tolist())
+        found.append(EncodedPrompt(ids, (begun + 1, length - 4), length - 4, (length - 3, length), ""))
+    return found
+
+
+@contextmanager
+def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Beginning | None]]:
+    """What was found of every batch."""
+    found: list[Beginning | None] = []
+    look = stream.beginning_of
+
+    def spy(*args: Any) -> Beginning | None:
+        found.append(look(*args))
+        return found[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stream, "beginning_of", spy)
+        yield found
+
+
+@contextmanager
+def whole(model: Any) -> Iterator[None]:
+    """Every prompt is read from its first token."""
+    allow_beginnings(model, False)
+    try:
+        yield
+    finally:
+        allow_beginnings(model, True)
+
+
+def direction(model: Any) -> em.Direction:
+    d_model = int(model.cfg.d_model)
+    return em.Direction(torch.randn(d_model, generator=torch.Generator().manual_seed(4)), em.Site(0))
+
+
+def test_it_is_shown_for_every_model_with_a_cache(model: LensModel) -> None:
+    shown = proof.proof(model)
+    assert shown is not None and shown.cache is not None
+    assert shown.beginning is not None and shown.beginning < 2e-4
+
+
+@pytest.mark.parametrize("where", SCOPES)
+def test_it_gives_what_whole_prompts_give_under_an_intervention(
+    small_model: Any, where: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, edit = prompts(), em.Add(direction(small_model), 3.0)
+    read: dict[str, Callable[[], Tensor]] = {
+        "logits": lambda: next_token_logits(small_model, asked),
+        "answers": lambda: sequence_logprobs(small_model, asked),
+        "activations": lambda: captured(small_model, asked, SITES, ["prompt_end", "response_mean"]),
+    }
+    for name, f in read.items():
+        with em.intervene(small_model, edit, where=where), counted(monkeypatch) as found:
+            once = f()
+            with whole(small_model):
+                apart = f()
+        plain = f()
+        # of the last four tokens of the shortest prompt one lies in the beginning: then not all rows are of one group
+        assert found[0] is not None and found[1] is None, name
+        assert len(found[0].batch.rows) == (2 if where == ("last", 4) else 1), name
+        assert (once - apart).abs().max() < 1e-4 * apart.abs().max() < (plain - apart).abs().max(), name
+
+
+def test_every_family_gives_the_same(model: LensModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = prompts()
+    with counted(monkeypatch) as found:
+        once = next_token_logits(model, asked)
+        with whole(model):
+            apart = next_token_logits(model, asked)
+    assert found[0] is not None and found[0].length == BEGUN
+    torch.testing.assert_close(once, apart, atol=1e-4 * float(apart.std()), rtol=1e-4)
+
+
+def test_many_directions_share_it_each_its_own(small_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, vectors = prompts(), torch.randn(5, int(small_model.cfg.d_model), generator=torch.Generator().manual_seed(1))
+    edits = Along(em.Ablate(direction(small_model)), vectors)
+    with counted(monkeypatch) as found:
+        once = along_each(small_model, edits, asked, sequence_logprobs)
+    assert any(each is not None and len(each.batch.rows) == len(vectors) for each in found)
+    for k in range(len(vectors)):
+        with whole(small_model), em.intervene(small_model, edits.alone(k)):
+            assert once[k] == pytest.approx(sequence_logprobs(small_model, asked).numpy(), abs=1e-4)
+    assert once.std(0).min() > 1e-3
+
+
+def test_what_lies_in_the_beginning_is_read_whole(small_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = prompts()
+    with counted(monkeypatch) as found:
+        everywhere = captured(small_model, asked, SITES, ["all"])
+        early = captured(small_model, asked, SITES, [-9])
+    assert found == [None, None]
+    with whole(small_model):
+        torch.testing.assert_close(everywhere, captured(small_model, asked, SITES, ["all"]))
+        torch.testing.assert_close(early, captured(small_model, asked, SITES, [-9]))
+
+
+@dataclass(frozen=True, eq=False)
+class Louder(em.Intervention):
+    """One of a stranger's own: it may look at other tokens, and nobody knows."""
+
+    site: em.Site = em.Site(1)
+
+    def edit(self, x: Tensor, mask: Tensor | None = None, *, name: str | None = None) -> Tensor:
+        return x * x.shape[1]
+
+
+class Tokenwise(Louder):
+    tokenwise = True
+
+    def edit(self, x: Tensor, mask: Tensor | None = None, *, name: str | None = None) -> Tensor:
+        return x * 2
+
+
+def test_a_hook_that_does_not_say_so_sees_whole_prompts(small_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    widths: list[int] = []
+
+    def note(x: Tensor, hook: Any) -> None:
+        widths.append(x.shape[1])
+
+    name, asked = "blocks.1.hook_resid_post", prompts()
+    with hooked(small_model, [(name, note)]):
+        next_token_logits(small_model, asked)
+    small_model.add_hook(name, note)
+    try:
+        next_token_logits(small_model, asked)
+    finally:
+        small_model.reset_hooks()
+    handle = small_model.blocks[1].register_forward_hook(lambda module, args, out: widths.append(args[0].shape[1]))
+    next_token_logits(small_model, asked)
+    handle.remove()
+    assert widths == [max(LENGTHS)] * 3
+    for edit, shared in ((Louder(), False), (Tokenwise(), True)):
+        with em.intervene(small_model, edit), counted(monkeypatch) as found:
+            next_token_logits(small_model, asked)
+        assert (found[0] is not None) is shared, edit
+
+
+@pytest.mark.parametrize(
+    ("lengths", "begun"), [(LENGTHS[:1], BEGUN), (LENGTHS, 5), ((120, 130), BEGUN)], ids=["one", "short", "hardly any"]
+)
+def test_it_is_read_once_only_where_that_is_worth_a_pass(
+    small_model: Any, lengths: tuple[int, ...], begun: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fits = tuple(min(each, int(small_model.cfg.n_ctx)) for each in lengths)
+    with counted(monkeypatch) as found:
+        next_token_logits(small_model, prompts(fits, begun))
+    assert found == [None]
+
+
+def test_a_model_that_was_shown_nothing_reads_whole(small_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with counted(monkeypatch) as found, whole(small_model):
+        next_token_logits(small_model, prompts())
+    assert found == [None]
+
+
+def test_tokens_read_are_those_of_one_beginning_and_of_every_rest(small_model: Any) -> None:
+    read: list[int] = []
+
+    @dataclass(frozen=True, eq=False)
+    class Counting(Tokenwise):
+        def edit(self, x: Tensor, mask: Tensor | None = None, *, name: str | None = None) -> Tensor:
+            read.append(x.shape[0] * x.shape[1])
+            return x
+
+    with em.intervene(small_model, Counting()):
+        next_token_logits(small_model, prompts())
+    assert read == [BEGUN, len(LENGTHS) * (max(LENGTHS) - BEGUN)]
