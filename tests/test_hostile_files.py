@@ -76,6 +76,7 @@ QUESTIONS = [{"id": "a", "paraphrases": ["how are you"], "samples_per_paraphrase
 CONTRAST = em.ContrastSet(["a b", "c d"], ["e f", "g h"], "label", "source", ["x", "y"], ["x", "y"])
 KINDS = {
     "direction": Kind(lambda path: direction().save(path), em.Direction.load, ".safetensors"),
+    "profile": Kind(lambda path: em.Profile([direction()]).save(path), em.Profile.load, ".safetensors"),
     "dictionary": Kind(lambda path: dictionary().save(path), em.load_dictionary, ".safetensors"),
     "graph": Kind(lambda path: graph().save_json(path), em.load_graph),
     "contrast set": Kind(CONTRAST.save, em.ContrastSet.load),

@@ -36,6 +36,7 @@ NAMES = [
     "ModelPair",
     "Organism",
     "Plan",
+    "Profile",
     "Question",
     "Report",
     "Row",

@@ -41,6 +41,7 @@ from .directions.direction import Direction as Direction
 from .directions.extract import difference_in_means as difference_in_means
 from .directions.extract import extract_directions as extract_directions
 from .directions.methods.base import Method as Method
+from .directions.profile import Profile as Profile
 from .errors import TlEmError as TlEmError
 from .evals.rates import evaluate as evaluate
 from .features.scoring import score_features as score_features

@@ -23,6 +23,7 @@ from torch import Tensor
 from tl_em.dictionaries.dictionary import Dictionary
 from tl_em.directions.direction import Direction
 from tl_em.directions.geometry import control_directions
+from tl_em.directions.profile import Profile
 from tl_em.errors import PositionError, UsageError
 from tl_em.models.contrasts import ContrastSet, Prompt
 from tl_em.models.hooks import LensModel
@@ -61,6 +62,32 @@ def random_directions(
     classes = (drawn_from.positive, drawn_from.negative) if both else (drawn_from, drawn_from)
     x = [activations_at(model, prompts, [direction.site], direction.position)[:, 0] for prompts in classes]
     return _random(direction, x[0], x[1], count, seed)
+
+
+def random_profiles(
+    model: LensModel,
+    profile: Profile,
+    drawn_from: ContrastSet | Sequence[Prompt | EncodedPrompt],
+    *,
+    count: int,
+    seed: int = 0,
+) -> list[Profile]:
+    """Random profiles in place of one: at every layer the same mixture of the prompts' activations, as long as its own.
+
+    A real profile's layers agree with each other, as the stream that they are read from does, so those of a random one
+    do too. Arguments as of :func:`random_directions`; activations are read at the position of the first direction.
+    """
+    both = isinstance(drawn_from, ContrastSet)
+    classes = (drawn_from.positive, drawn_from.negative) if both else (drawn_from, drawn_from)
+    position = profile.directions[0].position
+    x = [activations_at(model, prompts, profile.sites, position) for prompts in classes]
+    whole, rows = np.eye(profile.width), list[list[Direction]]()
+    for i, own in enumerate(profile.directions):
+        here = [each[:, i] for each in x]
+        varied = max(np.ptp(each, axis=0).max() for each in here) > 0
+        positive, negative = here if varied else (whole, whole)
+        rows.append(_random(own, positive, negative, count, seed))
+    return [Profile(each) for each in zip(*rows, strict=True)]
 
 
 def random_in_place(

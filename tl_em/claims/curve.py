@@ -26,11 +26,12 @@ import pandas as pd
 
 from tl_em.arguments import NATURAL, NOT_NEGATIVE, SEED, checked, finite, list_of, optional
 from tl_em.claims.arms import KL, Arm, numbers
-from tl_em.claims.controls import random_directions
+from tl_em.claims.controls import random_directions, random_profiles
 from tl_em.claims.dose import Dial, Treated
 from tl_em.claims.instructions import instructed
+from tl_em.directions.direction import Direction
 from tl_em.errors import NonFiniteError, UsageError
-from tl_em.interventions.base import Intervention, as_intervention, direction_of
+from tl_em.interventions.base import Intervention, as_intervention, directed_by
 from tl_em.metrics import Behaviour, Metric
 from tl_em.models.contrasts import ContrastSet, Prompt
 from tl_em.models.hooks import LensModel
@@ -315,7 +316,7 @@ def _arm(
 
 def _beside(arm: Arm, intervention: Intervention, contrast: ContrastSet | None, count: int) -> list[Intervention]:
     """The same intervention along random directions in place of its own."""
-    own = direction_of(intervention)
+    own = directed_by(intervention)
     if not count:
         return []
     if own is None:
@@ -323,8 +324,11 @@ def _beside(arm: Arm, intervention: Intervention, contrast: ContrastSet | None, 
             f"{type(intervention).__name__} has no direction that a random one could replace; pass controls=[…], "
             "interventions of the same kind with random vectors, or controls=0"
         )
-    random = random_directions(arm.model, own, contrast or arm.prompts, count=count, seed=arm.seed)
-    return [intervention.along(direction) for direction in random]
+    if isinstance(own, Direction):
+        random = random_directions(arm.model, own, contrast or arm.prompts, count=count, seed=arm.seed)
+    else:
+        random = random_profiles(arm.model, own, contrast or arm.prompts, count=count, seed=arm.seed)
+    return [intervention.along(each) for each in random]
 
 
 def _treated(dial: Dial, strengths: Numbers | None, target_kls: Numbers | None, both_signs: bool) -> list[Treated]:
@@ -383,5 +387,7 @@ def _tested(arm: Arm, t: Treated, random: Sequence[Treated]) -> Point:
 
 
 def _label(intervention: Intervention) -> str:
-    direction, name = direction_of(intervention), type(intervention).__name__
-    return name if direction is None else f"{name}({direction.name or 'direction'}) at {direction.site}"
+    directed, name = directed_by(intervention), type(intervention).__name__
+    if isinstance(directed, Direction):
+        return f"{name}({directed.name or 'direction'}) at {directed.site}"
+    return name if directed is None else f"{name}({directed!r})"

@@ -123,10 +123,7 @@ class Direction:
         Raises:
             OutputError: the path cannot be written; nothing is left behind.
         """
-        about: dict[str, Any] = {"schema": _SCHEMA, "layer": self.site.layer, "stream": self.site.stream}
-        about |= {name: getattr(self, name) for name in _PLAIN}
-        about |= {name: None if (e := getattr(self, name)) is None else e.to_json() for name in _RECORDS}
-        return save_tensors(path, {"vector": self.vector}, about)
+        return save_tensors(path, {"vector": self.vector}, {"schema": _SCHEMA, **record_of(self)})
 
     @classmethod
     def load(cls, path: str | Path) -> Direction:
@@ -135,15 +132,8 @@ class Direction:
         Raises:
             CorruptFileError: missing, truncated, or not a direction file.
         """
-        def made(tensors: dict[str, Tensor], about: dict[str, Any]) -> Direction:
-            found = checked_fields(cls, {name: about.get(name) for name in _PLAIN})
-            found |= {
-                name: kind.from_json(about[name]) for name, kind in _RECORDS.items() if about.get(name) is not None
-            }
-            return cls(tensors["vector"], Site(about["layer"], about["stream"]), **found)
-
         damage = "a damaged vector would steer somewhere else: write it again with direction.save(path)"
-        return load_tensors(path, _SCHEMA, made, damage=damage)
+        return load_tensors(path, _SCHEMA, lambda found, about: from_record(found["vector"], about), damage=damage)
 
     def _repr_html_(self) -> str:
         from tl_em.report import cards
@@ -157,6 +147,20 @@ class Direction:
             + (f", reliability={self.reliability}" if self.reliability else "")
             + ")"
         )
+
+
+def record_of(direction: Direction) -> dict[str, Any]:
+    """Everything about a direction but its vector, as JSON."""
+    about: dict[str, Any] = {"layer": direction.site.layer, "stream": direction.site.stream}
+    about |= {name: getattr(direction, name) for name in _PLAIN}
+    return about | {name: None if (e := getattr(direction, name)) is None else e.to_json() for name in _RECORDS}
+
+
+def from_record(vector: Tensor, about: dict[str, Any]) -> Direction:
+    """Back from ``record_of``; raises what Python raises for values that are not what they should be."""
+    found = checked_fields(Direction, {name: about.get(name) for name in _PLAIN})
+    found |= {name: kind.from_json(about[name]) for name, kind in _RECORDS.items() if about.get(name) is not None}
+    return Direction(vector, Site(about["layer"], about["stream"]), **found)
 
 
 as_direction = instance_of(

@@ -5,7 +5,7 @@ from .base import Intervention as Intervention
 from .edits import Ablate as Ablate
 from .edits import Add as Add
 from .edits import Clamp as Clamp
-from .edits import removed_mean as removed_mean
+from .hidden_steer import removed_mean as removed_mean
 from .latents import ScaleFeature as ScaleFeature
 from .subspaces import Erase as Erase
 from .subspaces import Leace as Leace

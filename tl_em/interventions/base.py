@@ -24,7 +24,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_em.arguments import FRACTION, checked, finite, settle
-from tl_em.directions.direction import Direction, check_fits
+from tl_em.directions.direction import Direction
+from tl_em.directions.profile import Profile, check_all_fit
 from tl_em.errors import UsageError
 from tl_em.models.hooks import LensModel, hook_name
 from tl_em.models.residual_writes import write_points
@@ -92,9 +93,10 @@ class Intervention:
     """An edit of activations at one or several sites: subclass it, and write ``edit`` and a ``site``.
 
     A subclass is a frozen dataclass. It says where it acts by a field or property ``site`` (a Site), ``sites`` (several
-    of them, or ``"every write"``: wherever something is written to the residual stream), or by holding its Direction in
-    ``direction``, at whose site it then acts. ``edit(x, mask=None)`` takes activations [... d_model] and gives new ones
-    of the same shape and dtype; ``name`` is passed too (that of the hook point) where its signature has it.
+    of them, or ``"every write"``: wherever something is written to the residual stream), or by holding its Direction
+    (or Profile) in ``direction``, at whose site (or sites) it then acts. ``edit(x, mask=None)`` takes activations
+    [... d_model] and gives new ones of the same shape and dtype; ``name`` is passed too (that of the hook point) where
+    its signature has it.
 
     Positions outside of ``mask`` stay what they were, whatever ``edit`` returns there.
 
@@ -158,8 +160,8 @@ class Intervention:
         inner = _inner(self)
         return Partial(self, strength) if inner is None else self.around_another(inner.at(strength))
 
-    def along(self, direction: Direction) -> Intervention:
-        """The same with another direction in place of its own.
+    def along(self, direction: Direction | Profile) -> Intervention:
+        """The same with another direction in place of its own; with another profile in place of a profile.
 
         Raises:
             UsageError: it has none.
@@ -167,7 +169,7 @@ class Intervention:
         inner = _inner(self)
         if inner is not None:
             return self.around_another(inner.along(direction))
-        if direction_of(self) is None or not _has_field(self, "direction"):
+        if not isinstance(direction, type(directed_by(self))) or not _has_field(self, "direction"):
             raise UsageError(
                 f"{type(self).__name__} has no direction that another one could replace; hold it in a field "
                 "`direction`, or pass interventions of the same kind as controls"
@@ -218,11 +220,11 @@ class Intervention:
 
     def check(self, model: LensModel) -> None:
         """Raise ``WidthError`` or ``ProvenanceError`` unless this belongs on the model."""
-        inner, direction = _inner(self), direction_of(self)
+        inner, directed = _inner(self), directed_by(self)
         if inner is not None:
             inner.check(model)
-        elif direction is not None:
-            check_fits(direction, model)
+        elif directed is not None:
+            check_all_fit(directed, model)
 
     # --- What follows from that ---
 
@@ -347,11 +349,11 @@ def sites_of(intervention: Intervention) -> tuple[Site, ...] | EveryWrite:
     Raises:
         UsageError: it does not say.
     """
-    intervention, direction = core(intervention), direction_of(intervention)
+    intervention, directed = core(intervention), directed_by(intervention)
     given = getattr(intervention, "sites", None)
     if given is None:
-        site = getattr(intervention, "site", None) or (direction and direction.site)
-        given = (site,) if site else ()
+        site = getattr(intervention, "site", None) or (directed.site if isinstance(directed, Direction) else None)
+        given = (site,) if site else directed.sites if isinstance(directed, Profile) else ()
     label = type(intervention).__name__
     if not given:
         raise UsageError(
@@ -371,6 +373,12 @@ def direction_of(intervention: Intervention) -> Direction | None:
     """The direction along which it edits, if there is one."""
     direction = getattr(core(intervention), "direction", None)
     return direction if isinstance(direction, Direction) else None
+
+
+def directed_by(intervention: Intervention) -> Direction | Profile | None:
+    """The direction or the profile along which it edits, if there is one."""
+    directed = getattr(core(intervention), "direction", None)
+    return directed if isinstance(directed, Direction | Profile) else None
 
 
 def _inner(intervention: Any) -> Intervention | None:
@@ -396,7 +404,7 @@ class _Foreign(Intervention):
     def tokenwise(self) -> bool:
         return bool(getattr(self.value, "tokenwise", False))
 
-    def along(self, direction: Direction) -> Intervention:
+    def along(self, direction: Direction | Profile) -> Intervention:
         return _Foreign(replace(self.value, direction=direction))
 
     def check(self, model: LensModel) -> None:

@@ -9,21 +9,13 @@ Zero-ablation is applied at every write to the residual stream (Arditi et al. 20
 2L + 1 hook points, which equals editing every block's input and output).  A centre belongs to a site, so ablation
 around one acts at the direction's own site unless a centre is given for each site (ACE, arXiv:2411.09003).
 
-**Control.**  Is an ablation to zero a hidden steer?
-
-    z = mean(r'x over prompts without the concept) / sd(r'x over all prompts)
-
-Setting the component along r to 0 moves every prompt by minus its component. Where prompts *without* the concept have a
-mean far from 0, what is called an ablation pushes all of them to where none of them was. A direction that was extracted
-here knows its z from its own prompts (``Direction.neutral``); ``removed_mean`` measures it on others. When the whole
-interval lies beyond 1 standard deviation, an ablation to zero warns; ``around=em.mean_activation(...)`` keeps the mean.
+**Control.**  Is an ablation to zero a hidden steer?  ``hidden_steer`` looks, and warns.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -33,19 +25,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_em.arguments import checked, finite, optional, settle, vectors
-from tl_em.directions.direction import Direction, Projection, as_direction
-from tl_em.directions.reliability import neutral_z
-from tl_em.errors import HiddenSteerWarning, UsageError, WidthError
+from tl_em.directions.direction import Direction
+from tl_em.directions.profile import Profile, as_directed, direction_at
+from tl_em.errors import UsageError, WidthError
 from tl_em.interventions.base import EVERY_WRITE, Activation, EveryWrite, Intervention, RowEdit
-from tl_em.models.class_means import as_contrast
-from tl_em.models.contrasts import ContrastSet
+from tl_em.interventions.hidden_steer import warn_of_hidden_steer
 from tl_em.models.hooks import LensModel
 from tl_em.models.sites import Site, as_site
-from tl_em.models.torch_state import in_plain_torch
-from tl_em.stats import Estimate
-
-_FAR = 1.0
-"""Standard deviations beyond which a removed mean is worth a warning."""
 
 
 def component(x: Activation, unit: Float[Tensor, " d_model"]) -> Float[Tensor, "*axes"]:
@@ -92,12 +78,17 @@ def around_rows(
 class Removal(Intervention):
     """What removals share: to zero at every write, or around a centre at the site that the centre belongs to."""
 
-    direction: Direction | Any
+    direction: Direction | Profile | Any
     around: Float[Tensor, " d_model"] | Mapping[Site, Float[Tensor, " d_model"]] | Any
 
     @property
     def _home(self) -> Site:
         """Where a single centre belongs."""
+        if isinstance(self.direction, Profile):
+            raise UsageError(
+                f"one centre for {self.direction!r}: a centre belongs to a site, and a profile has several; map each "
+                "of its sites to one: around={site: em.mean_activation(model, prompts, site=site, position=…), …}"
+            )
         return self.direction.site
 
     def _settle_centres(self, width: int) -> None:
@@ -145,7 +136,7 @@ class Ablate(Removal):
     """Directional ablation: remove the component along a direction, to zero or to a centre.
 
     Args:
-        direction: what to remove.
+        direction: what to remove. Of a Profile each layer's own, at that layer's site and not at every write.
         around: ``None``: to zero, at every write to the residual stream.  A vector [d_model] (a mean activation): to
             the centre's own component, at the direction's site, so that the mean is kept.  A mapping from Site to such
             vectors: at each of those sites.
@@ -166,22 +157,42 @@ class Ablate(Removal):
     Source: Arditi et al. 2024, arXiv:2406.11717, section 2.4; centred form: Marshall et al. 2024, arXiv:2411.09003.
     """
 
-    direction: Direction | Any
+    direction: Direction | Profile | Any
     around: Float[Tensor, " d_model"] | Mapping[Site, Float[Tensor, " d_model"]] | Any = None
 
     def __post_init__(self) -> None:
-        settle(self, direction=as_direction)
-        self._settle_centres(len(self.direction.vector))
+        settle(self, direction=as_directed)
+        own = self._directions
+        self._settle_centres(len(own[0].vector))
+        if isinstance(self.direction, Profile) and self.around is not None and {*self.around} - {*self.direction.sites}:
+            wrong = ", ".join(map(str, {*self.around} - {*self.direction.sites}))
+            raise UsageError(
+                f"around= has a centre at {wrong}, where {self.direction!r} has no direction; give centres at its sites"
+            )
+
+    @property
+    def _directions(self) -> tuple[Direction, ...]:
+        return self.direction.directions if isinstance(self.direction, Profile) else (self.direction,)
+
+    @property
+    def sites(self) -> tuple[Site, ...] | EveryWrite:
+        """Every write, the sites of the centres, or those of a profile."""
+        return self.direction.sites if isinstance(self.direction, Profile) and self.around is None else super().sites
+
+    @property
+    def linear(self) -> bool:
+        """To zero it is a projection; around a centre it is affine, and of a profile another one at each site."""
+        return self.around is None and isinstance(self.direction, Direction)
 
     def check(self, model: LensModel) -> None:
         """Raise as every intervention does; warn when an ablation to zero is known to be a hidden steer."""
         super().check(model)
-        if self.around is None:
-            _warn_of_hidden_steer(self.direction)
+        for each in self._directions if self.around is None else ():
+            warn_of_hidden_steer(each)
 
     def edit(self, x: Tensor, mask: Tensor | None = None, *, name: str | None = None) -> Tensor:
         """Set the component along the direction to the centre's (0 without one)."""
-        unit, centre = self.direction.unit, self._centre(name)
+        unit, centre = direction_at(self.direction, name).unit, self._centre(name)
         target = 0.0 if centre is None else float(centre @ unit)
         return set_component(x, unit, target)
 
@@ -195,61 +206,13 @@ class Ablate(Removal):
         return lambda x, rows, name=None: around_rows(x, units[rows], self._centre(name))
 
 
-@checked(contrast=as_contrast, direction=as_direction)
-@in_plain_torch
-def removed_mean(model: LensModel, direction: Direction, contrast: ContrastSet) -> Estimate:
-    """Mean component of prompts without the concept along a direction, in standard deviations of all prompts.
-
-    Args:
-        model: any HookedTransformer or TransformerBridge.
-        direction: read at its own site and position.
-        contrast: prompts with the concept and without it, preferably others than those it was extracted from.
-
-    Returns:
-        z with its interval; 0 means that an ablation to zero leaves prompts without the concept where they are on
-        average.
-
-    Raises:
-        UsageError: fewer than three prompts in a class, or activations that do not vary along the direction.
-
-    Example:
-        >>> import tl_em as em
-        >>> pair = em.load_pair("toy/insecure")
-        >>> parts = pair.contrasts["persona"].split(seed=0)
-        >>> persona = em.difference_in_means(pair.base, parts.train, site=em.Site(2), position="prompt_end")
-        >>> removed_mean(pair.base, persona, parts.test).beyond(1.0)  # an ablation to zero is no hidden steer here
-        False
-    """
-    projected = Projection(direction)
-    positive, negative = (projected(model, each).double().numpy() for each in (contrast.positive, contrast.negative))
-    found = neutral_z(positive, negative)
-    if found is None:
-        raise UsageError(
-            f"{contrast!r} gives no standard deviation along {direction.name or 'the direction'} (fewer than three "
-            "prompts in a class, or no variation); give more prompts"
-        )
-    return found
-
-
-def _warn_of_hidden_steer(direction: Direction) -> None:
-    """Warn when an ablation to zero along the direction is known to move prompts without the concept."""
-    if direction.neutral is not None and direction.neutral.beyond(_FAR):
-        warnings.warn(
-            f"{direction.name or 'the direction'}: prompts without the concept lie at z = {direction.neutral} standard "
-            "deviations along it, so an ablation to zero pushes all of them by that much, which is a steer; keep the "
-            "mean with em.Ablate(direction, around=em.mean_activation(model, negative_prompts, site=direction.site, "
-            "position=direction.position))",
-            HiddenSteerWarning,
-            stacklevel=4,
-        )
-
-
 @dataclass(frozen=True, eq=False)
 class Add(Intervention):
     """Activation addition: add ``coefficient`` times the raw vector at the direction's site.
 
     Args:
-        direction: what to add; its raw length counts, so that 1 is one difference in means.
+        direction: what to add; its raw length counts, so that 1 is one difference in means. Of a Profile each layer's
+            own, at that layer's site.
         coefficient: steering coefficient, in lengths of the raw vector.
 
     Raises:
@@ -262,11 +225,11 @@ class Add(Intervention):
     Source: Turner et al. 2023, arXiv:2308.10248; Arditi et al. 2024, arXiv:2406.11717, section 2.3.
     """
 
-    direction: Direction | Any
+    direction: Direction | Profile | Any
     coefficient: float | int | Any = 1.0
 
     def __post_init__(self) -> None:
-        settle(self, direction=as_direction, coefficient=finite)
+        settle(self, direction=as_directed, coefficient=finite)
 
     @property
     def strongest(self) -> float:
@@ -280,7 +243,7 @@ class Add(Intervention):
 
     def edit(self, x: Tensor, mask: Tensor | None = None, *, name: str | None = None) -> Tensor:
         """``x + coefficient * vector``."""
-        return x + (self.coefficient * self.direction.vector).to(x.device, x.dtype)
+        return x + (self.coefficient * direction_at(self.direction, name).vector).to(x.device, x.dtype)
 
     def rowwise(self, vectors: Float[Tensor, "direction d_model"]) -> RowEdit:
         """Many vectors at once, with the one coefficient."""
@@ -293,7 +256,7 @@ class Clamp(Intervention):
     """Keep the component along a direction between two bounds, at the direction's site.
 
     Args:
-        direction: along which.
+        direction: along which. Of a Profile each layer's own, at that layer's site.
         low: lower bound of the component along the unit vector, in the units of the activations; ``None``: none.
         high: upper bound; ``high`` alone is activation capping.
 
@@ -307,12 +270,12 @@ class Clamp(Intervention):
     Source: capping ``h - v max(0, v'h - t)``: arXiv:2601.10387.
     """
 
-    direction: Direction | Any
+    direction: Direction | Profile | Any
     low: float | int | Any = None
     high: float | int | Any = None
 
     def __post_init__(self) -> None:
-        settle(self, direction=as_direction, low=optional(finite), high=optional(finite))
+        settle(self, direction=as_directed, low=optional(finite), high=optional(finite))
         if self.low is None and self.high is None:
             raise UsageError("Clamp without a bound changes nothing; pass low=, high= or both")
         if self.low is not None and self.high is not None and self.low > self.high:
@@ -320,8 +283,8 @@ class Clamp(Intervention):
 
     def edit(self, x: Tensor, mask: Tensor | None = None, *, name: str | None = None) -> Tensor:
         """Move components that lie outside the bounds onto the nearer bound."""
-        target = component(x, self.direction.unit).clamp(min=self.low, max=self.high)
-        return set_component(x, self.direction.unit, target)
+        unit = direction_at(self.direction, name).unit
+        return set_component(x, unit, component(x, unit).clamp(min=self.low, max=self.high))
 
 
 def of_directions(given: Any, coefficient: float | int | None = None) -> tuple[Intervention | Any, ...]:
