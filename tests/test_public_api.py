@@ -102,7 +102,8 @@ FOLDERS = {
     "features": ["FeatureCards", "feature_cards"],
     "graph": ["GraphDiff", "attention_view", "attribute_over", "head_loadings", "leading_nodes"],
     "interop": [
-        *("from_sae_lens", "import_gguf", "import_mean_diffs", "import_persona_vectors"),
+        *("export_control_vector", "from_sae_lens", "import_control_vector"),
+        *("import_gguf", "import_mean_diffs", "import_persona_vectors"),
         *("import_refusal_direction", "import_steering_vector"),
     ],
     "interventions": ["Leace", "leace", "orthogonalized", "removed_mean"],

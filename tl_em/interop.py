@@ -2,6 +2,8 @@
 
 from tl_em.dictionaries.loading import from_sae_lens as from_sae_lens
 from tl_em.dictionaries.loading import load_dictionary as load_dictionary
+from tl_em.directions.control_vectors import export_control_vector as export_control_vector
+from tl_em.directions.control_vectors import import_control_vector as import_control_vector
 from tl_em.directions.interchange import import_mean_diffs as import_mean_diffs
 from tl_em.directions.interchange import import_persona_vectors as import_persona_vectors
 from tl_em.directions.interchange import import_refusal_direction as import_refusal_direction

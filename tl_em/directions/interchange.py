@@ -84,7 +84,7 @@ def import_refusal_direction(path: str | Path, *, model: LensModel | None = None
             f"{about} does not say at which position and layer direction.pt was read ({type(error).__name__}: "
             f"{error}), and at another it means nothing; get the whole folder of the run"
         ) from error
-    origin = _origin(model, vector.shape[-1], last=layer)
+    origin = published_origin(model, vector.shape[-1], last=layer)
     return Direction(vector, Site(layer, "resid_pre"), position, name, origin, _METHOD)
 
 
@@ -117,7 +117,7 @@ def import_mean_diffs(
     inside = Path(path) / "generate_directions" / "mean_diffs.pt"
     stack = _tensor(inside if inside.is_file() else Path(path), axes=3)
     positions, layers, width = stack.shape
-    made = name, _origin(model, width, layers=layers), _METHOD
+    made = name, published_origin(model, width, layers=layers), _METHOD
     return tuple(
         Direction(stack[p, layer], Site(layer, "resid_pre"), p - positions, *made) for p, layer in _not_zero(stack)
     )
@@ -161,7 +161,8 @@ def import_persona_vectors(
         )
     trait, tokens = (named[1], named[2]) if named else (path.stem, "response_avg")
     stack = _tensor(path, axes=2)
-    made = position or _TOKENS[tokens], name or trait, _origin(model, stack.shape[-1], layers=len(stack) - 1), _METHOD
+    origin = published_origin(model, stack.shape[-1], layers=len(stack) - 1)
+    made = position or _TOKENS[tokens], name or trait, origin, _METHOD
     sites = [Site(0, "resid_pre"), *map(Site, range(len(stack)))]
     return {layer: Direction(stack[layer], sites[layer], *made) for (layer,) in _not_zero(stack[:-1])}
 
@@ -208,7 +209,7 @@ def import_steering_vector(
         row = torch.as_tensor(x)
         row = row.reshape(-1) if row.numel() == row.shape[-1] else row
         depth = layer + int(model.cfg.n_layers) if layer < 0 and model is not None else layer
-        origin = _origin(model, row.shape[-1], last=depth)
+        origin = published_origin(model, row.shape[-1], last=depth)
         found[depth] = Direction(row, Site(depth, _STREAMS[kind]), position, name, origin)
     return found
 
@@ -245,10 +246,20 @@ def _not_zero(stack: Float[Tensor, "..."]) -> list[tuple[int, ...]]:
     return [tuple(row) for row in (length > _ROUNDING * length.max()).nonzero().tolist()]
 
 
-def _origin(
+def published_origin(
     model: LensModel | None, width: int, *, layers: int | None = None, last: int | None = None
 ) -> Provenance | None:
-    """The provenance of vectors made on ``model``, once its shape agrees; None without a model."""
+    """The provenance of vectors made on ``model``, once its shape agrees; None without a model.
+
+    Args:
+        model: on which they were made, at the caller's word.
+        width: of the vectors.
+        layers: of how many layers there are some.
+        last: the last layer of which there are some.
+
+    Raises:
+        WidthError, ProvenanceError: not made on a model like this one.
+    """
     if model is None:
         return None
     origin = Provenance.of(model)

@@ -212,7 +212,7 @@ def _with_biases(origin: HfSource, dtype: torch.dtype, wanted: Sequence[str]) ->
     raise ModelError(
         f"{wanted[0]} was given a value (em.bake_ does that), and a {origin.kind.__name__} has no such bias, nor a "
         "switch in its config that gives it one, so what was baked cannot be written. Apply it while the model runs, "
-        "with em.intervene(model, em.Add(direction))."
+        "with em.intervene(model, em.Add(direction)), or give it to llama.cpp: em.interop.export_control_vector(...)."
     )
 
 
