@@ -79,6 +79,7 @@ NAMES = [
     "select_candidate",
     "select_direction",
     "shared_features",
+    "stream",
     "train_organism",
     "untie_embeddings_",
     "verify_feature",

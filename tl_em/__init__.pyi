@@ -79,6 +79,7 @@ from .models.proof import proof as proof
 from .models.saving import save_model as save_model
 from .models.sites import Site as Site
 from .models.stream import capture as capture
+from .models.streaming import stream as stream
 from .organisms.rates import behaviour_rates as behaviour_rates
 from .organisms.studies import run_study as run_study
 from .organisms.zoo import Organism as Organism

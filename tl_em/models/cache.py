@@ -113,14 +113,14 @@ class _BridgeReads:
     """Through the Bridge, so that all its hooks fire, with the cache of the Hugging Face model inside."""
 
     def __init__(self, model: Any, stack: ExitStack, last: bool) -> None:
-        name, own = _cache_name(model), threading.get_ident()
+        name = _cache_name(model)
         assert name is not None
-        self.model, self.name, self.held = model, name, None
+        self.model, self.name, self.held, self.stepping = model, name, None, 0
         attentions = _attentions(model)  # all of them, before some give way to what they wrap
         stack.enter_context(unwrapped(model))  # before this function's own hooks
 
         def keep(module: nn.Module, args: Any, output: Any) -> None:
-            if threading.get_ident() == own:  # another thread may run the same model
+            if threading.get_ident() == self.stepping:  # somebody else's pass, in whatever thread, is none of ours
                 self.held = getattr(output, name, None)
 
         stack.callback(model.original_model.register_forward_hook(keep).remove)
@@ -131,8 +131,11 @@ class _BridgeReads:
         self.options |= {"logits_to_keep": 1} if last and "logits_to_keep" in takes else {}
 
     def __call__(self, tokens: Int[Tensor, "prompt pos"]) -> Float[Tensor, "prompt pos d_vocab"]:
-        given = {} if self.held is None else {self.name: self.held}
-        return self.model(tokens.to(self.model.cfg.device), **self.options, **given)
+        given, self.stepping = {} if self.held is None else {self.name: self.held}, threading.get_ident()
+        try:
+            return self.model(tokens.to(self.model.cfg.device), **self.options, **given)
+        finally:
+            self.stepping = 0
 
     def select(self, rows: Int[Tensor, " prompt"]) -> None:
         held: Any = self.held

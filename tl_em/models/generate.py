@@ -11,7 +11,7 @@ on what else is answered (but for rounding, where two tokens are that close), an
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -76,7 +76,8 @@ class Sampling(NamedTuple):
         return text[: min(places)].strip() if places else None
 
 
-def _stops(name: str, value: Any) -> tuple[str, ...]:
+def stops(name: str, value: Any) -> tuple[str, ...]:
+    """Texts that end an answer, as a tuple; one text is one of them."""
     given = (value,) if isinstance(value, str) else value
     if not isinstance(given, list | tuple) or not all(isinstance(each, str) and each for each in given):
         raise UsageError(f"{name}={value!r} is no list of texts, so it could end no answer; pass stop=['Human:'], say")
@@ -85,7 +86,7 @@ def _stops(name: str, value: Any) -> tuple[str, ...]:
 
 @checked(
     prompts=listed, max_new_tokens=COUNT, temperature=NOT_NEGATIVE, top_p=FRACTION, repetition_penalty=POSITIVE,
-    stop=_stops, seed=SEED,
+    stop=stops, seed=SEED,
 )  # fmt: skip
 @in_plain_torch
 def generate(
@@ -161,7 +162,7 @@ def answered_in_tokens(
     """:func:`answered`, each answer with its tokens, before whichever ended it."""
     sampling.check()
     end = end_tokens(model)
-    _check_room(encoded, int(model.cfg.n_ctx), max_new_tokens)
+    check_room(encoded, int(model.cfg.n_ctx), max_new_tokens)
     warn_beyond_proof(model, max(map(len, encoded), default=0) + max_new_tokens)
     answers = [(Answered("", False), tuple[int, ...]())] * len(encoded)
 
@@ -205,7 +206,8 @@ def answered_together(model: LensModel, encoded: Sequence[EncodedPrompt], max_ne
     return batches
 
 
-def _check_room(encoded: Sequence[EncodedPrompt], n_ctx: int, max_new_tokens: int) -> None:
+def check_room(encoded: Sequence[EncodedPrompt], n_ctx: int, max_new_tokens: int) -> None:
+    """Raise ``PromptTooLongError`` unless every prompt and its answer fit the context together."""
     longest = max((len(prompt) for prompt in encoded), default=0)
     if longest + max_new_tokens > n_ctx:
         raise PromptTooLongError(
@@ -277,6 +279,21 @@ def continued(
         chooser: of the tokens; the most probable ones by default.
         lengths: of the prompts; the tensor's width by default.
     """
+    made = tokens[:, :0]
+    for made, _ in continuing(step, tokens, max_new_tokens, end, chooser, lengths):
+        pass
+    return made
+
+
+def continuing(
+    step: Step,
+    tokens: Int[Tensor, "prompt pos"],
+    max_new_tokens: int,
+    end: Sequence[int],
+    chooser: Chooser | None = None,
+    lengths: Int[Tensor, " prompt"] | None = None,
+) -> Iterator[tuple[Int[Tensor, "prompt new"], bool]]:
+    """The same one token at a time: the new tokens so far, and whether all rows have ended."""
     chooser = chooser or Chooser()
     lengths = torch.full((len(tokens),), tokens.shape[1]) if lengths is None else lengths
     ends, made = torch.tensor(list(end), dtype=torch.long), torch.zeros(len(tokens), max_new_tokens, dtype=torch.long)
@@ -296,7 +313,7 @@ def continued(
         most = max([most, *(count[going] + 1).tolist()])
         new = chosen[:, None]
         read = torch.cat([read, new], 1)
-    return made[:, :most]
+        yield made[:, :most], bool(done.all())
 
 
 def _before(ids: Sequence[int], end: Sequence[int]) -> tuple[int, ...]:
@@ -304,6 +321,11 @@ def _before(ids: Sequence[int], end: Sequence[int]) -> tuple[int, ...]:
 
 
 def _decode(model: LensModel, ids: Sequence[int], end: Sequence[int]) -> str:
+    return unstripped(model, ids, end).strip()
+
+
+def unstripped(model: LensModel, ids: Sequence[int], end: Sequence[int]) -> str:
+    """The text of an answer's tokens up to whichever ended it, with the space around it."""
     tokenizer = getattr(model, "tokenizer", None)
     kept = list(_before(ids, end))
-    return " ".join(map(str, kept)) if tokenizer is None else tokenizer.decode(kept, skip_special_tokens=True).strip()
+    return " ".join(map(str, kept)) if tokenizer is None else tokenizer.decode(kept, skip_special_tokens=True)

@@ -282,6 +282,9 @@ def generating(model: LensModel, batch: Batch) -> Iterator[None]:
 
     def step(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         nonlocal seen
+        now = current_batch.get()
+        if now is None or now.prompts is not batch.prompts:
+            return  # a pass of somebody else's, while an answer is handed out token by token
         width = args[0].shape[1]
         start = seen if width <= seen else 0
         seen = start + width
