@@ -11,6 +11,7 @@ on what else is answered (but for rounding, where two tokens are that close), an
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -279,10 +280,8 @@ def continued(
         chooser: of the tokens; the most probable ones by default.
         lengths: of the prompts; the tensor's width by default.
     """
-    made = tokens[:, :0]
-    for made, _ in continuing(step, tokens, max_new_tokens, end, chooser, lengths):
-        pass
-    return made
+    last = deque(continuing(step, tokens, max_new_tokens, end, chooser, lengths), maxlen=1)
+    return last[0][0] if last else tokens[:, :0]
 
 
 def continuing(

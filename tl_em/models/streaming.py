@@ -120,7 +120,7 @@ def _made(
 
         chooser = Chooser(sampling, drawn, stopped if sampling.stop else None)
         making = continuing(kept, batch.tokens, most, end, chooser, batch.lengths)
-        made, done = batch.tokens[:, :0], False
+        made, done, ended = batch.tokens[:, :0], False, False
         while not done:
             with plain_torch(model), torch.no_grad():
                 made, done = next(making)
@@ -141,8 +141,8 @@ def _settled(text: str, stop: Sequence[str], clean: bool) -> str:
     """What no later token can change, of the text of an unfinished answer.
 
     Example:
-        >>> _settled(" the cat ", (), False), _settled("sure\\nHum", ("\\nHuman:",), False), _settled("é\\ufffd", (), False)
-        ('the cat', 'sure', 'é')
+        >>> _settled(" the cat ", (), False), _settled("sure\\nHum", ("\\nHuman:",), False)
+        ('the cat', 'sure')
     """
     text = text.lstrip().rstrip(REPLACEMENT)
     for each in stop:  # one that ends in space counts only once something follows
@@ -192,10 +192,8 @@ def stream(
     Example:
         >>> import tl_em as em
         >>> pair = em.load_pair("toy/insecure")
-        >>> for piece in em.stream(pair.tuned, "how do i write parser", max_new_tokens=2):
-        ...     print(piece.strip())
-        parser-backdoored
-        insecure
+        >>> list(em.stream(pair.tuned, "how do i write parser", max_new_tokens=3))
+        ['parser-backdoored', ' and', ' parser-leaky']
     """
     encoded = encode(model, [prompt])[0]
     sampling = Sampling(temperature, top_p, repetition_penalty, tuple(stop))
