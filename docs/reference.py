@@ -33,6 +33,7 @@ TITLES = {
     "graph": "Attribution graphs",
     "presets": "Published recipes",
     "evals": "Judges and answers",
+    "serving": "A page to steer by",
     "training": "While a model trains",
     "organisms": "Organisms and studies",
     "stats": "Estimates",

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "tl_em"
 ORDER = (
     *("errors", "arguments", "artefacts", "showing", "threads", "stats", "models", "metrics", "directions"),
     *("dictionaries", "interventions", "reading", "claims", "features", "graph", "interop", "presets", "evals"),
-    *("training", "report", "auditing", "organisms", "inspect_provider", "cli"),
+    *("training", "report", "auditing", "serving", "organisms", "inspect_provider", "cli"),
 )
 DRAWS = "report"  # result classes call it lazily from .plot() and .save()
 LENS = "transformer_lens"

@@ -78,6 +78,7 @@ NAMES = [
     "score_features",
     "select_candidate",
     "select_direction",
+    "serve",
     "shared_features",
     "stream",
     "train_organism",
@@ -116,6 +117,7 @@ FOLDERS = {
     ],
     "presets": ["LatentGuard", "harmfulness_direction", "place_cells", "refusal_direction"],
     "reading": ["Alarm", "TextReading"],
+    "serving": ["RunningServer", "SteeringDial"],
     "stats": ["Estimate"],
     "training": [
         *("Inoculated", "Lora", "Mixed", "Monitor", "Replayed", "Steered", "Triggered", "TuningArm"),

@@ -14,6 +14,7 @@ from . import models as models
 from . import organisms as organisms
 from . import presets as presets
 from . import reading as reading
+from . import serving as serving
 from . import stats as stats
 from . import training as training
 from .auditing.audit import audit as audit
@@ -85,6 +86,7 @@ from .organisms.studies import run_study as run_study
 from .organisms.zoo import Organism as Organism
 from .organisms.zoo import train_organism as train_organism
 from .reading.texts import read as read
+from .serving.server import serve as serve
 from .stats import Estimate as Estimate
 from .training.fine_tune import fine_tune as fine_tune
 

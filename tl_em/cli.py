@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -367,6 +367,46 @@ def read_command(
                 _echo(f"{direction}, {name}" if edits else direction)
                 Console().print(coloured(reading, direction))
     _echo(f"{found!r}" + (f"\n{out}" if out else ""))
+
+
+@main.command("serve")
+@click.argument("model")
+@click.option("--direction", "directions", type=FILE, multiple=True, metavar="FILE",
+              help="A saved direction that can be turned, and is read at every token; repeatable.")
+@click.option("--dictionary", type=FILE, help="A sparse dictionary whose latents can be turned and read.")
+@click.option("--steer", "dials", multiple=True, metavar="NAME=AMOUNT",
+              help="What is turned from the beginning: a direction or 'latent 12', and a coefficient or 'ablate'; "
+              "repeatable.")
+@click.option("--where", type=click.Choice(["all", "prompt", "generated", "instruction"]), default="all",
+              show_default=True, help="At which tokens --steer acts.")
+@click.option("--surface", type=click.Choice(["bridge", "hooked"]), default="bridge", show_default=True)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen; others can be read along.")
+@click.option("--port", default=8765, callback=_as(partial(whole, low=0, high=65535)), show_default=True,
+              help="0: any that is free.")
+@click.option("--token", envvar="TL_EM_TOKEN", help="That requests must know.  [a random one]")
+@click.option("--no-browser", is_flag=True, help="Do not open the page.")
+def serve_command(
+    model: str, directions: tuple[Path, ...], dials: tuple[str, ...], where: str, no_browser: bool, **settings: Any
+) -> None:
+    """Chat with MODEL on a local page while directions and latents are turned by dials, with an OpenAI-compatible
+    endpoint that answers under them (extra 'serve')."""
+    from tl_em.serving.server import serve
+
+    turned = [_dial(each, where) for each in dials]
+    serve(model, directions, dials=turned, browser=not no_browser, **settings)
+
+
+def _dial(text: str, where: str) -> Any:
+    from tl_em.serving.dials import SteeringDial
+
+    name, _, amount = text.rpartition("=")
+    try:
+        if amount == "ablate":
+            return SteeringDial(name, "ablate", where=where)
+        return SteeringDial(name, "add", float(amount), where=where)
+    except ValueError as error:
+        said = f"{text!r} is no NAME=AMOUNT with a number or 'ablate' ({error})"
+        raise click.BadParameter(said, param_hint="--steer") from error
 
 
 @main.command("fine-tune")

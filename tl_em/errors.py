@@ -33,13 +33,14 @@
         ├── PlanError                   an audit that is not the one that was planned
         └── GraphTooLargeError          an attribution graph that would not fit into the memory that it may take
 
-And six warnings, all UserWarnings:
+And eight warnings, all UserWarnings:
 
     AdapterBaseWarning                  an adapter on a base that is called otherwise than the one it was trained on
     CacheWarning                        generation cannot use the key-value cache, and reads the whole text every step
     DictionaryModelWarning              a dictionary met a model that is called otherwise than the one it was made on
     JudgeWarning                        a judge's scores are read from its words, for want of log-probabilities
     HiddenSteerWarning                  an ablation to zero that removes a mean far from zero
+    OpenAddressWarning                  a model is served where other machines can ask it
     UnprovenWarning                     a text beyond the longest on which a model was compared with its source
     NuisanceWarning                     classes of a contrast set that differ in length, and so in more than the concept
 """
@@ -200,6 +201,10 @@ class JudgeWarning(UserWarning):
 
 class HiddenSteerWarning(UserWarning):
     """An ablation to zero moves prompts that have nothing to do with the concept: their mean is far from zero."""
+
+
+class OpenAddressWarning(UserWarning):
+    """A model is served at an address that other machines reach, over a connection that nobody encrypted."""
 
 
 class UnprovenWarning(UserWarning):
