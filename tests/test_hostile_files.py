@@ -77,6 +77,9 @@ CONTRAST = em.ContrastSet(["a b", "c d"], ["e f", "g h"], "label", "source", ["x
 KINDS = {
     "direction": Kind(lambda path: direction().save(path), em.Direction.load, ".safetensors"),
     "profile": Kind(lambda path: em.Profile([direction()]).save(path), em.Profile.load, ".safetensors"),
+    "layer vectors": Kind(
+        lambda path: em.interop.export_layer_vectors(direction(), path), em.interop.import_layer_vectors
+    ),
     "dictionary": Kind(lambda path: dictionary().save(path), em.load_dictionary, ".safetensors"),
     "graph": Kind(lambda path: graph().save_json(path), em.load_graph),
     "contrast set": Kind(CONTRAST.save, em.ContrastSet.load),

@@ -104,9 +104,10 @@ FOLDERS = {
     "features": ["FeatureCards", "feature_cards"],
     "graph": ["GraphDiff", "attention_view", "attribute_over", "head_loadings", "leading_nodes"],
     "interop": [
-        *("export_control_vector", "from_sae_lens", "import_control_vector"),
-        *("import_gguf", "import_mean_diffs", "import_persona_vectors"),
-        *("import_refusal_direction", "import_steering_vector"),
+        *("export_control_vector", "export_layer_vectors", "export_saklas", "export_steering_vector"),
+        *("export_steerkit", "from_sae_lens", "import_control_vector", "import_gguf", "import_layer_vectors"),
+        *("import_mean_diffs", "import_persona_vectors"),
+        *("import_refusal_direction", "import_saklas", "import_steering_vector", "import_steerkit"),
     ],
     "interventions": ["Leace", "leace", "orthogonalized", "removed_mean"],
     "metrics": ["Metric"],

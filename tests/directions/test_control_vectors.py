@@ -121,8 +121,8 @@ def test_the_model_is_checked_and_becomes_the_provenance(small_model: Any, tmp_p
     [
         (em.Site(0), "block 0"),
         (em.Site(1, "resid_pre"), "block 0"),
-        (em.Site(0, "resid_pre"), "block 0"),
-        (em.Site(1, "attn_out"), "after a block"),
+        (em.Site(0, "resid_pre"), "no output of a block"),
+        (em.Site(1, "attn_out"), "no output of a block"),
     ],
 )
 def test_what_llama_cpp_cannot_add_is_refused_and_nothing_is_left(site: em.Site, said: str, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ import torch
 from tl_em.arguments import checked, finite
 from tl_em.artefacts import DAMAGE, json_of, replacing
 from tl_em.directions.direction import Direction, from_record, record_of
-from tl_em.directions.interchange import published_origin
+from tl_em.directions.interchange import block_of, of_layers
 from tl_em.directions.profile import Profile, as_directed, check_all_fit
 from tl_em.errors import CorruptFileError, FileError, ModelError, TlEmError, UsageError, first_line
 from tl_em.models.hooks import LensModel
@@ -139,11 +139,7 @@ def import_control_vector(
         rows, ours = _read(Path(path))
         if ours is not None:
             return _ours(rows, ours, name)
-        origin = published_origin(model, len(next(iter(rows.values()))), last=max(rows))
-        made = position, name, origin, "control_vector"
-        return Profile([Direction(row, Site(layer), *made) for layer, row in rows.items() if bool(row.any())])
-    except (CorruptFileError, UsageError):
-        raise
+        return of_layers(rows, path, model, position, name, "control_vector")
     except TlEmError:
         raise
     except Exception as error:  # no common base: whatever a file that is cut off, or no GGUF file, makes a reader raise
@@ -157,13 +153,8 @@ def import_control_vector(
 
 
 def _block(site: Site) -> int:
-    """The block whose output a site is."""
-    after = {"resid_post": site.layer, "resid_pre": site.layer - 1}.get(site.stream)
-    if after is None:
-        raise UsageError(
-            f"{site} is no place at which a control vector acts: it is added to the residual stream after a block. "
-            "Export directions at em.Site(layer), or use the model that em.bake_ and em.save_model give."
-        )
+    """The block whose output a site is, where llama.cpp adds to it."""
+    after = block_of(site)
     if after < 1:
         raise UsageError(
             f"{site} lies at or before the output of block 0, where llama.cpp adds nothing: it refuses such a file. "
@@ -211,11 +202,6 @@ def _read(path: Path) -> tuple[dict[int, torch.Tensor], Any]:
         if tensor.tensor_type != GGMLQuantizationType.F32 or len(tensor.shape) != 1 or not layer.isdecimal():
             raise ValueError(f"{tensor.name} has {len(tensor.shape)} axes of {tensor.tensor_type.name}, not one of F32")
         rows[int(layer)] = torch.from_numpy(np.array(tensor.data, dtype=np.float32))
-    widths = {len(row) for row in rows.values()}
-    if len(widths) != 1 or not all(bool(row.isfinite().all()) for row in rows.values()):
-        raise ValueError(f"{len(rows)} directions of the widths {sorted(widths)}, or NaN among them")
-    if not any(bool(row.any()) for row in rows.values()):
-        raise ValueError("every direction is 0")
     ours = _text(reader, _OURS)
     return dict(sorted(rows.items())), None if ours is None else json_of(ours)
 

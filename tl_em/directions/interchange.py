@@ -31,6 +31,7 @@ from torch import Tensor
 from tl_em.arguments import checked, optional
 from tl_em.artefacts import json_of, read_text
 from tl_em.directions.direction import Direction
+from tl_em.directions.profile import Profile, as_directed
 from tl_em.errors import CorruptFileError, ProvenanceError, UsageError, WidthError
 from tl_em.models.hooks import LensModel
 from tl_em.models.sites import Position, Provenance, Site, Stream, as_position
@@ -72,7 +73,7 @@ def import_refusal_direction(path: str | Path, *, model: LensModel | None = None
     Source: arXiv:2406.11717 and the repository andyrdt/refusal_direction.
     """
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
-    vector = _tensor(folder / "direction.pt", axes=1)
+    vector = tensor_in(folder / "direction.pt", axes=1)
     about = folder / "direction_metadata.json"
     try:
         record = json_of(read_text(about))
@@ -115,7 +116,7 @@ def import_mean_diffs(
         ['resid_pre[0]', 'resid_pre[1]', 'resid_pre[2]']
     """
     inside = Path(path) / "generate_directions" / "mean_diffs.pt"
-    stack = _tensor(inside if inside.is_file() else Path(path), axes=3)
+    stack = tensor_in(inside if inside.is_file() else Path(path), axes=3)
     positions, layers, width = stack.shape
     made = name, published_origin(model, width, layers=layers), _METHOD
     return tuple(
@@ -160,7 +161,7 @@ def import_persona_vectors(
             "'prompt_end'), or keep the published name, TRAIT_response_avg_diff.pt"
         )
     trait, tokens = (named[1], named[2]) if named else (path.stem, "response_avg")
-    stack = _tensor(path, axes=2)
+    stack = tensor_in(path, axes=2)
     origin = published_origin(model, stack.shape[-1], layers=len(stack) - 1)
     made = position or _TOKENS[tokens], name or trait, origin, _METHOD
     sites = [Site(0, "resid_pre"), *map(Site, range(len(stack)))]
@@ -214,10 +215,58 @@ def import_steering_vector(
     return found
 
 
+@checked(directed=as_directed)
+def export_steering_vector(directed: Profile | Direction | Any) -> dict[str, Any]:
+    """A profile, or one direction, as the arguments of a ``SteeringVector`` of the package steering-vectors.
+
+    That package has no file format of its own (its objects are pickled, and this package writes no pickles), so the
+    object is made where it is wanted: ``SteeringVector(**em.interop.export_steering_vector(profile))``.
+
+    Args:
+        directed: at ``resid_post``, or at ``resid_pre`` beyond the first layer, which is what the block before gives;
+            or at ``attn_out`` or ``mlp_out``, which are outputs of ``self_attn`` and ``mlp`` where no norm follows.
+
+    Returns:
+        ``{"layer_activations": {layer: [d_model]}, "layer_type": …}``.
+
+    Raises:
+        UsageError: the input of the first block, or a stream that is no module's output.
+
+    Example:
+        >>> import tl_em as em
+        >>> profile = em.Profile([em.Direction(torch.ones(2), em.Site(layer)) for layer in (3, 4)])
+        >>> made = em.interop.export_steering_vector(profile)
+        >>> made["layer_type"], sorted(made["layer_activations"])
+        ('decoder_block', [3, 4])
+
+    Source: the package steering-vectors, 0.12.
+    """
+    directions = directed.directions if isinstance(directed, Profile) else (directed,)
+    stream = directions[0].site.stream
+    kind = next((kind for kind, theirs in _STREAMS.items() if theirs == stream), "decoder_block")
+    at = {each.site.layer if kind != "decoder_block" else block_of(each.site): each.vector for each in directions}
+    return {"layer_activations": at, "layer_type": kind}
+
+
+def block_of(site: Site) -> int:
+    """The block whose output a site is: where libraries that hook Hugging Face's blocks add a vector.
+
+    Raises:
+        UsageError: it is no block's output.
+    """
+    after = {"resid_post": site.layer, "resid_pre": site.layer - 1}.get(site.stream, -1)
+    if after < 0:
+        raise UsageError(
+            f"{site} is no output of a block, and that is where other libraries add vectors; export directions at "
+            "em.Site(layer), or an edited model: em.bake_(model, em.Add(direction)), em.save_model(model, folder)"
+        )
+    return after
+
+
 # --- Reading and checking ---------------------------------------------------------------------------------------------
 
 
-def _tensor(path: Path, *, axes: int) -> Float[Tensor, "..."]:
+def tensor_in(path: Path, *, axes: int) -> Float[Tensor, "..."]:
     """The one floating-point tensor in a file, float32 on the CPU, with so many axes and finite."""
     try:
         found = torch.load(path, weights_only=True, map_location="cpu")
@@ -238,6 +287,31 @@ def _tensor(path: Path, *, axes: int) -> Float[Tensor, "..."]:
             "projection; the run that wrote it failed: get another"
         )
     return found.float()
+
+
+def of_layers(
+    rows: Mapping[int, Float[Tensor, " d_model"]],
+    path: str | Path,
+    model: LensModel | None,
+    position: Position,
+    name: str | None,
+    method: str | None,
+) -> Profile:
+    """A profile of what is added to the outputs of blocks, by block; vectors of 0 are left out.
+
+    Raises:
+        CorruptFileError: there is none, their widths differ, or one is not finite.
+        WidthError, ProvenanceError: not made on the model that is given.
+    """
+    widths = {len(row) for row in rows.values()}
+    some = {layer: row for layer, row in sorted(rows.items()) if bool(row.any())}
+    if len(widths) != 1 or not some or not all(bool(row.isfinite().all()) for row in rows.values()):
+        raise CorruptFileError(
+            f"{str(path)!r} holds {len(rows)} vectors of the widths {sorted(widths)}, {len(rows) - len(some)} of them "
+            "0, or NaN among them, so they are no directions of a model; get the file again"
+        )
+    origin = published_origin(model, widths.pop(), last=max(rows))
+    return Profile([Direction(row, Site(layer), position, name, origin, method) for layer, row in some.items()])
 
 
 def _not_zero(stack: Float[Tensor, "..."]) -> list[tuple[int, ...]]:
