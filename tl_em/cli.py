@@ -270,7 +270,7 @@ def calibrate_command(
               "the choice between right and wrong answers, where QUESTIONS has them.")
 @click.option("--base-url", help="Of the endpoint.")
 @click.option("--intervention", "interventions", type=FILE, multiple=True, metavar="FILE",
-              help="A saved direction, which is ablated, or added with --coefficient; repeatable.")
+              help="A direction, profile or control vector (GGUF): ablated, or added with --coefficient; repeatable.")
 @click.option("--coefficient", type=float, callback=_as(optional(finite)), help="How much of it is added.")
 @click.option("--where", type=click.Choice(["all", "prompt", "generated"]), default="all", show_default=True,
               help="The tokens that are treated.")
@@ -325,7 +325,7 @@ def evaluate_command(
 @click.option("--dictionary", type=FILE, help="A sparse dictionary whose latents are read.")
 @click.option("--alternatives", default=0, callback=_as(NATURAL), metavar="N", help="So many likely next tokens.")
 @click.option("--intervention", "interventions", type=FILE, multiple=True, metavar="FILE",
-              help="A saved direction, ablated, or added with --coefficient; shown beside untreated; repeatable.")
+              help="A direction, profile or control vector (GGUF), ablated, or added with --coefficient; repeatable.")
 @click.option("--coefficient", type=float, callback=_as(optional(finite)), help="How much of it is added.")
 @click.option("--max-new-tokens", default=0, callback=_as(NATURAL), show_default=True, help="Longest answer; 0: none.")
 @click.option("--out", type=PATH, help="An HTML page to write, or a Parquet file; without, a terminal shows the text.")

@@ -173,3 +173,21 @@ def test_a_profile_is_baked(surface: str, make_model: Callable[..., Any]) -> Non
     steered = run(model, steer)
     em.bake_(model, steer)
     assert (run(model) - steered).abs().max() <= 1e-5 * float(steered.std())
+
+
+def test_files_of_every_kind_are_interventions_on_a_command_line(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    from tl_em.interventions.edits import of_directions
+
+    profile = em.Profile(directions(layers=(1, 2)))
+    files = [profile[1].save(tmp_path / "d.safetensors"), profile.save(tmp_path / "p.safetensors")]
+    files.append(em.interop.export_control_vector(profile, tmp_path / "c.gguf"))
+    (one, several, also) = of_directions(files, 2.0)
+    assert isinstance(one, em.Add) and one.direction.site == em.Site(1)
+    for each in (several, also):
+        assert isinstance(each, em.Add) and each.coefficient == 2.0 and each.direction.layers == (1, 2)
+        assert all(torch.equal(each.direction[i].vector, profile[i].vector) for i in profile)
+    (ablated,) = of_directions(str(files[1]))
+    assert isinstance(ablated, em.Ablate) and ablated.sites == profile.sites
+    with pytest.raises(CorruptFileError, match="not a direction"):
+        of_directions(str(tmp_path / "none.safetensors"))

@@ -28,7 +28,7 @@ from tl_em.models.hooks import LensModel
 from tl_em.models.sites import Site, Stream
 from tl_em.showing import showable
 
-_SCHEMA = "tl-em/profile/1"
+PROFILE_SCHEMA = "tl-em/profile/1"
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +141,7 @@ class Profile(Mapping[int, Direction]):
         Raises:
             OutputError: the path cannot be written; nothing is left behind.
         """
-        about = {"schema": _SCHEMA, "directions": [record_of(each) for each in self.directions]}
+        about = {"schema": PROFILE_SCHEMA, "directions": [record_of(each) for each in self.directions]}
         return save_tensors(path, {f"layer.{each.site.layer}": each.vector for each in self.directions}, about)
 
     @classmethod
@@ -158,7 +158,8 @@ class Profile(Mapping[int, Direction]):
                 raise ValueError(f"{len(tensors)} vectors for {len(found)} layers")
             return found
 
-        return load_tensors(path, _SCHEMA, made, damage="a damaged vector would steer somewhere else: write it again")
+        damage = "a damaged vector would steer somewhere else: write it again with profile.save(path)"
+        return load_tensors(path, PROFILE_SCHEMA, made, damage=damage)
 
     def to_pandas(self) -> pd.DataFrame:
         """A row a layer: layer, stream, position, length, split-half reliability."""

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from tl_em.arguments import checked, finite, optional, settle, vectors
 from tl_em.directions.direction import Direction
+from tl_em.directions.files import load_directed
 from tl_em.directions.profile import Profile, as_directed, direction_at
 from tl_em.errors import UsageError, WidthError
 from tl_em.interventions.base import EVERY_WRITE, Activation, EveryWrite, Intervention, RowEdit
@@ -291,7 +292,7 @@ def of_directions(given: Any, coefficient: float | int | None = None) -> tuple[I
     """Interventions from directions or their files, as a command line gives them; what is an intervention stays one.
 
     Args:
-        given: a file (commas part several), a direction, an intervention, or a list of these.
+        given: a file (commas part several), a direction or profile, an intervention, or a list of these.
         coefficient: how much of each direction is added; None ablates it.
 
     Raises:
@@ -306,6 +307,6 @@ def of_directions(given: Any, coefficient: float | int | None = None) -> tuple[I
     items = given.split(",") if isinstance(given, str) else given if isinstance(given, list | tuple) else [given]
     if coefficient is not None and not items:
         raise UsageError("a coefficient came without a direction, so nothing is added; give a file of one too")
-    made = [Direction.load(str(each)) if isinstance(each, str | os.PathLike) else each for each in items]
+    made = [load_directed(str(each)) if isinstance(each, str | os.PathLike) else each for each in items]
     treat = Ablate if coefficient is None else lambda each: Add(each, float(coefficient))
-    return tuple(treat(each) if isinstance(each, Direction) else each for each in made)
+    return tuple(treat(each) if isinstance(each, Direction | Profile) else each for each in made)

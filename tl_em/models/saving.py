@@ -44,7 +44,7 @@ it: rounding of sums in another order. Where the surface itself is farther from 
 HookedTransformer is (2e-5 in 30 layers), twice that."""
 
 
-def save_model(model: LensModel, out: str | Path, *, overwrite: bool = False) -> Path:
+def save_model(model: LensModel | Any, out: str | Path, *, overwrite: bool | Any = False) -> Path:
     """Write a model as it is now as a Hugging Face directory: config, tokenizer with its chat template, safetensors.
 
     ``transformers.AutoModelForCausalLM.from_pretrained(out)`` loads it, and so does everything that reads such
