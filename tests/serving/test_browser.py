@@ -141,7 +141,7 @@ def test_kl_stands_beside_every_dial(browser: Any, server: Any) -> None:
     tab.say()
     tab.until("document.querySelectorAll('.dial .kl b').length === 3")
     one = tab.dial("persona").locator(".kl").inner_text()
-    assert "n = 1" in one and "prompt's end" in one and float(one.split()[1]) > 0.01
+    assert "n = 1" in one and "prompt's end" in one and float(one.split()[1]) > 0.01 and "random directions" in one
     assert "if it were on" in tab.dial("refusal").locator(".kl").inner_text()
     tab.page.locator(".dial input[type=range]").first.fill("0")
     tab.until("document.querySelector('.dial .kl b').textContent === '0.000'")

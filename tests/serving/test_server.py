@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import torch
 
 import tl_em as em
 from tl_em.interventions.many import kl_from_now
@@ -94,6 +95,12 @@ def test_kl_beside_each_dial(asker: Asker, pair: em.ModelPair, directions: Any) 
     assert first["kl"] == pytest.approx(expected, rel=1e-4) and expected > 0.05
     assert (first["n"], first["over"]) == (2, "prompt's end of each turn")
     assert abs(zero["kl"]) < 1e-6 and 0 < off["kl"] < first["kl"]
+    random = em.Direction(torch.randn(96, generator=torch.Generator().manual_seed(0)), em.Site(2))
+    with em.intervene(pair.base, em.Add(random, directions["persona"].norm / random.norm)):
+        assert len(first["random"]) == 3 and first["random"][0] == pytest.approx(
+            float(kl(pair.base, [turns[:1], turns]).mean()), rel=1e-3
+        )
+    assert "random" not in off and len(set(first["random"])) == 3
     assert late["n"] >= 4 and late["over"] == "tokens of answers" and late["kl"] > 0.05
     assert found["all"]["kl"] > 0
     asked = asker.send("POST", "/api/kl", {"messages": MESSAGES, "dials": [LATE, {"name": "nobody"}]}).json()

@@ -3,8 +3,9 @@
     KL(untreated || treated) = sum p log(p / q)       over the next token, in nats; a mean over n places
 
 The places are the prompt's end of each turn of the conversation; of a dial that acts on answers alone they are the
-answers' tokens, since before them it does nothing. Of the untreated model with itself it is 0; what is small beside
-what another seed changes says little.
+last answer's tokens, since before them it does nothing.
+
+**Control**: the same done along ``RANDOM`` random directions of the same length, drawn evenly, at the same places.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,8 +38,8 @@ LONGEST, DEFAULT = 4096, 256
 """Tokens of an answer: at most, and where nobody says how many."""
 MOST_TURNS, MOST_TEXT = 200, 200_000
 """Messages of a conversation, and characters of all of them."""
-LATENTS, LIKELY, TURNS_OF_KL = 8, 8, 8
-"""Latents at a token; likely tokens in its place; last turns over which KL is taken."""
+LATENTS, LIKELY, TURNS_OF_KL, RANDOM = 8, 8, 8, 3
+"""Latents at a token; likely tokens in its place; last turns over which KL is taken; random directions beside it."""
 Emit = Callable[[dict[str, Any]], None]
 Stopped = Callable[[], bool]
 
@@ -227,9 +228,10 @@ def divergence(
         stopped: whether nobody wants the rest; looked at between two dials.
     """
     ends, answers = _places(served, messages)
+    randoms = [_randomly(served, k) for k in range(RANDOM)]
     before: dict[bool, Tensor | None] = {False: _logprobs(served, ends, False), True: None}
 
-    def measured(group: Sequence[SteeringDial]) -> dict[str, Any]:
+    def measured(group: Sequence[SteeringDial], served: Served = served) -> dict[str, Any]:
         late = bool(group) and all(dial.where == "generated" for dial in group)
         places = answers if late else ends
         if not group or not places:
@@ -248,18 +250,27 @@ def divergence(
     for dial in dials:
         if stopped():
             return {}
-        each.append(_or_error(measured, [SteeringDial(**{**_fields(dial), "on": True})]))
+        each.append(_or_error(measured, [replace(dial, on=True)]))
+        if dial.on and dial.name in served.directions and each[-1]["kl"] is not None:
+            found = [_or_error(measured, [dial], other)["kl"] for other in randoms if not stopped()]
+            each[-1]["random"] = [kl for kl in found if kl is not None]
     on = [dial for dial in dials if dial.on]
     return {"each": each, "all": _or_error(measured, on)}
 
 
-def _fields(dial: SteeringDial) -> dict[str, Any]:
-    return {name: getattr(dial, name) for name in dial.__dataclass_fields__}
+def _randomly(served: Served, k: int) -> Served:
+    """The same with random directions in place of its own, each as long as the one whose place it takes."""
+    generator = torch.Generator().manual_seed(k)
+    found = {}
+    for name, each in served.directions.items():
+        drawn = torch.randn(len(each.vector), generator=generator)
+        found[name] = replace(each, vector=drawn / drawn.norm() * each.norm, neutral=None)
+    return replace(served, directions=found)
 
 
-def _or_error(measured: Callable[..., dict[str, Any]], group: Sequence[SteeringDial]) -> dict[str, Any]:
+def _or_error(measured: Callable[..., dict[str, Any]], *given: Any) -> dict[str, Any]:
     try:
-        return measured(group)
+        return measured(*given)
     except TlEmError as error:
         return {"kl": None, "n": 0, "over": "", "error": str(error)}
 

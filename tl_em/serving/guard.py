@@ -6,7 +6,7 @@ is compared in constant time; a ``Host`` that is an address or a name of this ma
 one); and, where a browser says from which page it comes, this very page. Bodies are bounded. The page itself may load
 nothing and send to nobody but this server.
 
-Source: Fetch Metadata and Host checks as in OWASP, *Server-Side Request Forgery* and *DNS Rebinding* notes.
+Source: Jackson et al. 2007, "Protecting Browsers from DNS Rebinding Attacks" (ACM CCS), for the check of ``Host``.
 """
 
 from __future__ import annotations

@@ -198,7 +198,8 @@ function drawKl(dials, found) {
   dials.forEach((dial, i) => {
     const box = document.querySelectorAll(".dial")[S.dials.indexOf(dial)];
     const each = found && found.each ? found.each[i] : null;
-    box.querySelector(".kl").replaceChildren(...klSaid(each), dial.on ? "" : found ? " (if it were on)" : "");
+    const random = each && each.random && each.random.length ? "; random directions of its length " + each.random.map((kl) => number(kl, 3)).join(", ") : "";
+    box.querySelector(".kl").replaceChildren(...klSaid(each), random || (dial.on || !found ? "" : " (if it were on)"));
     box.querySelectorAll(".note").forEach((note) => note.remove());
     const notes = each ? [...(each.warnings || []), ...(each.error ? [each.error] : [])] : [];
     notes.forEach((note) => box.append(made("p", { class: "note" }, note)));

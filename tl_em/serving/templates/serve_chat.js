@@ -208,7 +208,7 @@ function redraw(turn) {
     arm.foot.replaceChildren(...parts.map((part) => made("span", {}, part)));
     if (name === "steered" && (arm.done || arm.stopped)) {
       const code = made("button", { type: "button", class: "quiet" }, "Python"), back = made("button", { type: "button", class: "quiet" }, "Set these dials");
-      code.addEventListener("click", () => { python(turn); document.body.dataset.tab = "token"; tabs(); });
+      code.addEventListener("click", () => { document.body.dataset.tab = "token"; tabs(); python(turn); $("python").scrollIntoView({ block: "center" }); });
       back.addEventListener("click", () => restore(turn));
       arm.foot.append(code, back);
     }
