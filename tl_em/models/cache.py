@@ -27,7 +27,7 @@ Step = Callable[[Int[Tensor, "prompt pos"]], Float[Tensor, "prompt d_vocab"]]
 class ReadsOn(Protocol):
     """Reads on after what it read before."""
 
-    def __call__(self, tokens: Int[Tensor, "prompt pos"]) -> Float[Tensor, "prompt pos d_vocab"]:
+    def __call__(self, tokens: Int[Tensor, "prompt pos"]) -> Float[Tensor, "prompt last d_vocab"]:
         """Logits of these tokens, or of the last of them."""
         ...
 
@@ -130,7 +130,7 @@ class _BridgeReads:
         self.options: dict[str, Any] = {"use_cache": True, "padding_side": "right"}
         self.options |= {"logits_to_keep": 1} if last and "logits_to_keep" in takes else {}
 
-    def __call__(self, tokens: Int[Tensor, "prompt pos"]) -> Float[Tensor, "prompt pos d_vocab"]:
+    def __call__(self, tokens: Int[Tensor, "prompt pos"]) -> Float[Tensor, "prompt last d_vocab"]:
         given, self.stepping = {} if self.held is None else {self.name: self.held}, threading.get_ident()
         try:
             return self.model(tokens.to(self.model.cfg.device), **self.options, **given)

@@ -52,12 +52,12 @@ class AnswerSettings:
         max_new_tokens, temperature, top_p, repetition_penalty, stop, seed: as there.
     """
 
-    max_new_tokens: int = DEFAULT
-    temperature: float = 0.0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    stop: tuple[str, ...] = ()
-    seed: int = 0
+    max_new_tokens: int | Any = DEFAULT
+    temperature: float | Any = 0.0
+    top_p: float | Any = 1.0
+    repetition_penalty: float | Any = 1.0
+    stop: tuple[str, ...] | Any = ()
+    seed: int | Any = 0
 
     def __post_init__(self) -> None:
         settle(

@@ -67,13 +67,13 @@ class SteeringDial:
         (persona +1.5 (generated), None, 12)
     """
 
-    name: str
+    name: str | Any
     act: Act | Any = "add"
     coefficient: float | int | Any = 1.0
     low: float | int | Any = None
     high: float | int | Any = None
     where: Where | Any = "all"
-    on: bool = True
+    on: bool | Any = True
 
     def __post_init__(self) -> None:
         settle(self, act=_act, coefficient=finite, low=optional(finite), high=optional(finite))
