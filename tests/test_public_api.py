@@ -104,6 +104,7 @@ FOLDERS = {
     "features": ["FeatureCards", "feature_cards"],
     "graph": ["GraphDiff", "attention_view", "attribute_over", "head_loadings", "leading_nodes"],
     "interop": [
+        *("described", "upload_graph", "upload_latents"),
         *("export_control_vector", "export_layer_vectors", "export_saklas", "export_steering_vector"),
         *("export_steerkit", "from_sae_lens", "import_control_vector", "import_gguf", "import_layer_vectors"),
         *("import_mean_diffs", "import_persona_vectors"),

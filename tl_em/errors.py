@@ -28,6 +28,7 @@
     │   └── OutputError                 a path that cannot be written
     ├── StudyError                      cells of a study failed; the finished ones are kept
     ├── JudgeError                      a judge elsewhere gave no answer; what it gave before is kept
+    ├── ServiceError                    a service elsewhere refused, or gave no answer
     ├── InUseError                      another thread has a block open on this model, or waits for this one
     └── UsageError                      arguments that contradict each other
         ├── PlanError                   an audit that is not the one that was planned
@@ -165,6 +166,10 @@ class StudyError(TlEmError, RuntimeError):
 
 class JudgeError(TlEmError, RuntimeError):
     """A judge that is asked over a network gave no answer; the answers that it gave are kept."""
+
+
+class ServiceError(TlEmError, RuntimeError):
+    """A service that is asked over a network refused, or gave no answer."""
 
 
 class InUseError(TlEmError, RuntimeError):

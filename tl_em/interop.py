@@ -16,4 +16,7 @@ from tl_em.directions.saklas import import_saklas as import_saklas
 from tl_em.directions.steerkit import export_steerkit as export_steerkit
 from tl_em.directions.steerkit import import_steerkit as import_steerkit
 from tl_em.graph.exchange_reading import load_graph as load_graph
+from tl_em.graph.neuronpedia import described as described
+from tl_em.graph.neuronpedia import upload_graph as upload_graph
+from tl_em.graph.neuronpedia import upload_latents as upload_latents
 from tl_em.models.gguf import import_gguf as import_gguf
