@@ -372,7 +372,7 @@ def read_command(
 @main.command("serve")
 @click.argument("model")
 @click.option("--direction", "directions", type=FILE, multiple=True, metavar="FILE",
-              help="A saved direction that can be turned, and is read at every token; repeatable.")
+              help="A direction, profile or control vector (GGUF) to turn, and to read at every token; repeatable.")
 @click.option("--dictionary", type=FILE, help="A sparse dictionary whose latents can be turned and read.")
 @click.option("--steer", "dials", multiple=True, metavar="NAME=AMOUNT",
               help="What is turned from the beginning: a direction or 'latent 12', and a coefficient or 'ablate'; "

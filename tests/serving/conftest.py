@@ -51,7 +51,7 @@ class Asker:
 
 
 @cache
-def extracted() -> dict[str, em.Direction]:
+def extracted() -> dict[str, Any]:
     """Of the toy on one surface; they fit it on the other too."""
     pair = em.load_pair("toy/insecure")
     sites = {"persona": em.Site(2), "refusal": em.Site(1)}
@@ -60,7 +60,9 @@ def extracted() -> dict[str, em.Direction]:
         for name, site in sites.items()
     }
     far = replace(found["refusal"], neutral=em.Estimate(3.0, 2.5, 3.5, 100, 100.0, "made up"), name="far")
-    return found | {"far": far} | {"persona of a head": em.Direction(found["persona"].vector, em.Site(1, "attn_out"))}
+    profile = em.Profile([replace(found["persona"], site=em.Site(layer), name="profile") for layer in (0, 1, 2)])
+    head = em.Direction(found["persona"].vector, em.Site(1, "attn_out"))
+    return found | {"far": far, "profile": profile, "persona of a head": head}
 
 
 @pytest.fixture(scope="module", params=SURFACES)
@@ -69,7 +71,7 @@ def pair(request: pytest.FixtureRequest) -> em.ModelPair:
 
 
 @pytest.fixture(scope="module")
-def directions() -> dict[str, em.Direction]:
+def directions() -> dict[str, Any]:
     return extracted()
 
 

@@ -34,6 +34,7 @@ STATES: dict[str, list[SteeringDial]] = {
     "ablate": [SteeringDial("persona", "ablate")],
     "clamp": [SteeringDial("persona", "clamp", low=9.0, high=20.5)],
     "cap": [SteeringDial("persona", "clamp", high=-4.0)],
+    "profile": [SteeringDial("profile", "add", 0.5, where="prompt"), SteeringDial("profile", "add", 0.2)],
     "latent": [SteeringDial("latent 154", "add", 8.0)],
     "latents": [SteeringDial("latent 154", "clamp", low=9.0), SteeringDial("latent 91", "ablate", where="generated")],
     "order": [
@@ -105,6 +106,15 @@ def test_text_of_anyone_is_a_literal(served: Served) -> None:
     assert "__import__" in code and "\u202e" not in code
     strings = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
     assert strings.count(HOSTILE) >= 5
+
+
+def test_each_kind_of_file_has_its_own_reader(served: Served) -> None:
+    given = replace(served, files={"persona": "a.gguf", "profile": "b.safetensors", "refusal": "c.safetensors"})
+    dials = [SteeringDial(name) for name in ("persona", "profile", "refusal")]
+    code = python_of(given, dials, [{"role": "user", "content": "x"}], AnswerSettings())
+    for line in ('persona = em.interop.import_control_vector("a.gguf")', 'profile = em.Profile.load("b.safetensors")',
+                 'refusal = em.Direction.load("c.safetensors")'):  # fmt: skip
+        assert line in code
 
 
 def test_neighbours_of_one_scope_share_a_block() -> None:

@@ -65,10 +65,10 @@ def test_the_untreated_answer_stands_beside(asker: Asker) -> None:
 
 
 def test_what_is_read_is_what_read_reads(asker: Asker, pair: em.ModelPair, directions: Any) -> None:
-    events = asker.events([LATE])
+    events, each = asker.events([LATE]), {n: d for n, d in directions.items() if n != "profile"}
+    each["profile"], sae = directions["profile"][1], em.organisms.toy_dictionary("toy/insecure")
     with em.intervene(pair.base, em.Add(directions["persona"], 2.0), where="generated"):
-        reading = em.read(pair.base, QUESTION, directions, dictionary=em.organisms.toy_dictionary("toy/insecure"),
-                          max_new_tokens=N)  # fmt: skip
+        reading = em.read(pair.base, QUESTION, each, dictionary=sae, max_new_tokens=N)
     rows = [row for each in events for row in each.get("read", [])]
     assert [row["at"] for row in rows] == list(range(len(reading.tokens)))
     for name in directions:

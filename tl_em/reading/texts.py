@@ -93,7 +93,7 @@ def read(
     """
     several: Any = prompts
     given: list[Any] = [prompts] if _is_one(prompts) else list(several)
-    named = named_directions(directions)
+    named = _named(directions)
     for each in named.values():
         check_fits(each, model)
     found = None if dictionary is None else as_dictionary(dictionary).check(model)
@@ -142,8 +142,7 @@ def _is_one(prompts: Any) -> bool:
     return isinstance(prompts[0], Mapping)
 
 
-def named_directions(directions: Any) -> dict[str, Direction]:
-    """One direction, several, or a mapping, each under the name that it is read by."""
+def _named(directions: Any) -> dict[str, Direction]:
     if isinstance(directions, Mapping):
         return {str(name): as_direction(f"directions[{name!r}]", each) for name, each in directions.items()}
     given = [directions] if isinstance(directions, Direction) else list(directions)

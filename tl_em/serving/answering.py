@@ -21,6 +21,8 @@ from scipy.stats import beta
 from torch import Tensor
 
 from tl_em.arguments import FRACTION, NOT_NEGATIVE, POSITIVE, SEED, settle, whole
+from tl_em.directions.direction import Direction
+from tl_em.directions.profile import Profile
 from tl_em.errors import PromptError, TlEmError, UsageError
 from tl_em.models.generate import Sampling, stops
 from tl_em.models.hooks import hooked
@@ -154,7 +156,7 @@ def answered_live(
     began = time.monotonic()
     model, tokenizer = served.model, getattr(served.model, "tokenizer", None)
     encoded = encode(model, [prompt])[0]
-    watch = Watch(model, served.directions if reading else {}, served.dictionary if reading else None, LATENTS)
+    watch = Watch(model, served.read if reading else {}, served.dictionary if reading else None, LATENTS)
     with served.applied(dials) as warned, hooked(model, watch.hooks()):
         streaming = Streaming(
             model, encoded, (settings.seed, 0), max_new_tokens=settings.max_new_tokens, sampling=settings.sampling(),
@@ -202,7 +204,7 @@ def _read(served: Served, watch: Watch, length: int, told: int) -> list[dict[str
     found = []
     for at in range(told, length):
         each: dict[str, Any] = {"at": at, "values": {}, "bands": {}}
-        for name, direction in served.directions.items():
+        for name, direction in served.read.items():
             each["values"][name] = float(columns[name][at])
             each["bands"][name] = float(columns[f"norm {direction.site.hook_name}"][at]) * share
         if "latents" in columns:
@@ -261,10 +263,15 @@ def divergence(
 def _randomly(served: Served, k: int) -> Served:
     """The same with random directions in place of its own, each as long as the one whose place it takes."""
     generator = torch.Generator().manual_seed(k)
-    found = {}
+
+    def along(each: Direction, drawn: Tensor) -> Direction:
+        return replace(each, vector=drawn / drawn.norm() * each.norm, neutral=None)
+
+    found: dict[str, Direction | Profile] = {}
     for name, each in served.directions.items():
-        drawn = torch.randn(len(each.vector), generator=generator)
-        found[name] = replace(each, vector=drawn / drawn.norm() * each.norm, neutral=None)
+        drawn = torch.randn(int(served.model.cfg.d_model), generator=generator)
+        many = isinstance(each, Profile)  # whose layers agree with each other, as a real one's do
+        found[name] = Profile([along(one, drawn) for one in each.directions]) if many else along(each, drawn)
     return replace(served, directions=found)
 
 

@@ -15,6 +15,8 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 
 import tl_em
+from tl_em.directions.direction import Direction
+from tl_em.directions.profile import Profile
 from tl_em.errors import TlEmError, UsageError
 from tl_em.graph.references import SINK
 from tl_em.models.sites import Provenance
@@ -55,7 +57,7 @@ class Page:
         """``GET /api/about``: what can be turned and read."""
         served, dictionary = self.served, self.served.dictionary
         directions = [
-            {"name": name, "site": str(each.site), "norm": each.norm, "file": f"{slug(name)}.safetensors"}
+            {"name": name, "about": _about(each), "file": f"{slug(name)}.safetensors"}
             for name, each in served.directions.items()
         ]
         latents = None if dictionary is None else {
@@ -122,7 +124,7 @@ class Page:
         return PlainTextResponse(python_of(self.served, dials, messages_of(body.get("messages")), settings))
 
     async def file(self, request: Request) -> Response:
-        """``GET /api/files/NAME``: a direction, as ``em.Direction.load`` reads it."""
+        """``GET /api/files/NAME``: a direction or profile, as its ``load`` reads it."""
         name = request.path_params["name"]
         found = next((d for n, d in self.served.directions.items() if f"{slug(n)}.safetensors" == name), None)
         if found is None:
@@ -147,8 +149,6 @@ def application(
         thread: that runs the model; one of its own by default.
     """
     thread = thread or ModelThread()
-    for dial in dials:
-        served.intervention(dial)
     page = Page(served, thread, dials)
     endpoint = Endpoint(served, thread, lambda: page.dials)
     routes = [
@@ -186,6 +186,13 @@ async def _broken(request: Request, error: Any) -> Response:
 async def _lines(events: AsyncIterator[Event]) -> AsyncIterator[str]:
     async for event in events:
         yield json.dumps(event) + "\n"
+
+
+def _about(directed: Direction | Profile) -> str:
+    if isinstance(directed, Direction):
+        return f"{directed.site}, length {directed.norm:.2f}"
+    middle = directed.directions[len(directed.directions) // 2]
+    return f"{directed.stream} at {len(directed)} layers, read at {middle.site}"
 
 
 def _label(served: Served) -> str:

@@ -22,6 +22,7 @@ from typing import Any, Literal, get_args
 from tl_em.arguments import finite, optional, settle
 from tl_em.dictionaries import Dictionary
 from tl_em.directions.direction import Direction
+from tl_em.directions.profile import Profile
 from tl_em.errors import UsageError
 from tl_em.interventions.base import Intervention
 from tl_em.interventions.edits import Ablate, Add, Clamp
@@ -140,7 +141,7 @@ class Served:
 
     Args:
         model: that answers.
-        directions: by name.
+        directions: by name; profiles too, which are turned at all their layers and read at the middle one.
         dictionary: whose latents can be turned and read; None for none.
         source: what ``em.load_model`` was given; None of a model that was there already.
         surface: on which it was loaded.
@@ -149,12 +150,18 @@ class Served:
     """
 
     model: LensModel
-    directions: Mapping[str, Direction] = field(default_factory=dict)
+    directions: Mapping[str, Direction | Profile] = field(default_factory=dict)
     dictionary: Dictionary | None = None
     source: str | None = None
     surface: str = "bridge"
     files: Mapping[str, str] = field(default_factory=dict)
     dictionary_file: str | None = None
+
+    @property
+    def read(self) -> dict[str, Direction]:
+        """Along which direction each is read."""
+        return {name: each if isinstance(each, Direction) else each.directions[len(each.directions) // 2]
+                for name, each in self.directions.items()}  # fmt: skip
 
     def intervention(self, dial: SteeringDial) -> Intervention:
         """What a dial does.
@@ -165,9 +172,10 @@ class Served:
         if dial.latent is not None and dial.name not in self.directions:
             return self._of_latent(dial, dial.latent)
         if dial.name not in self.directions:
+            served = ", ".join(map(showable, self.directions))
             raise UsageError(
-                f"{showable(dial.name)!r} is not served, so it cannot be turned; take one of "
-                f"{', '.join(map(showable, self.directions)) or 'none'}"
+                f"{showable(dial.name)!r} is not served, so it cannot be turned; "
+                + (f"take one of {served}" if served else "serve it: em.serve(model, [direction])")
             )
         direction = self.directions[dial.name]
         if dial.act == "add":

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tl_em.directions.direction import Direction
 from tl_em.models.templates import has_template
 from tl_em.models.token_scopes import Where
 from tl_em.serving.answering import AnswerSettings
@@ -38,7 +39,7 @@ def python_of(
         file, note = served.files.get(name), ""
         if file is None:
             file, note = f"{slug(name)}.safetensors", "  # the page hands this file out"
-        lines.append(f"{variable} = em.Direction.load({_text(file)}){note}")
+        lines.append(f"{variable} = {_loader(served, name, file)}({_text(file)}){note}")
     if any(each.name not in names for each in on):
         file, note = served.dictionary_file, ""
         if file is None:
@@ -59,6 +60,12 @@ def _model(served: Served) -> str:
     if served.source is None:
         return "model = ...  # the model that em.serve was given: em.load_model(source)"
     return f"model = em.load_model({_text(served.source)}, surface={_text(served.surface)})"
+
+
+def _loader(served: Served, name: str, file: str) -> str:
+    if file.lower().endswith(".gguf"):
+        return "em.interop.import_control_vector"
+    return "em.Direction.load" if isinstance(served.directions[name], Direction) else "em.Profile.load"
 
 
 def _names(served: Served, dials: Sequence[SteeringDial]) -> dict[str, str]:

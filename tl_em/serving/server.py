@@ -9,19 +9,22 @@ import threading
 import warnings
 import webbrowser
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from tl_em.arguments import checked, whole
 from tl_em.dictionaries.loading import load_dictionary
 from tl_em.dictionaries.protocol import as_dictionary
-from tl_em.directions.direction import Direction, check_fits
+from tl_em.directions.direction import Direction
+from tl_em.directions.files import load_directed
+from tl_em.directions.profile import Profile, as_directed, check_all_fit
 from tl_em.errors import OpenAddressWarning, UsageError
 from tl_em.models.hooks import LensModel
 from tl_em.models.loading import load_model
 from tl_em.models.sites import Provenance, Site
-from tl_em.reading.texts import named_directions
 from tl_em.serving.dials import Served, SteeringDial
+from tl_em.showing import showable
 
 PORT = 8765
 
@@ -54,6 +57,8 @@ class RunningServer:
 
         self.token = token
         """That every request must know: in the page's address, or as ``Authorization: Bearer``."""
+        for dial in dials:
+            served.intervention(dial)
         self._model_thread = ModelThread()
         app = application(served, token, host=host, dials=dials, thread=self._model_thread)
         self._socket = listening
@@ -131,7 +136,7 @@ def _loopback(host: str) -> bool:
 @checked(port=lambda name, value: whole(name, value, low=0, high=65535))
 def serve(
     model: LensModel | str | Path | Any,
-    directions: Direction | Sequence[Direction | str | Path] | Mapping[str, Direction] | Any = (),
+    directions: Direction | Profile | Sequence[Direction | Profile | str | Path] | Mapping[str, Direction] | Any = (),
     *,
     dictionary: Any = None,
     dials: Sequence[SteeringDial] = (),
@@ -151,7 +156,7 @@ def serve(
 
     Args:
         model: a HookedTransformer or TransformerBridge, or what ``em.load_model`` takes.
-        directions: what can be turned and read: directions, or files of them; a mapping gives names.
+        directions: what can be turned and read: directions, profiles, or files of either; a mapping gives names.
         dictionary: whose latents can be turned and read: a dictionary, or a file of one.
         dials: what is turned from the beginning (``em.serving.SteeringDial``).
         surface: of a model that is loaded here.
@@ -179,9 +184,6 @@ def serve(
     Source: the endpoint's form: OpenAI's API reference, "Chat completions".
     """
     _check_extra()
-    made = _served(model, directions, dictionary, surface)
-    for dial in dials:
-        made.intervention(dial)
     if not _loopback(host):
         warnings.warn(
             f"host={host!r} is open to other machines, over a connection that nobody encrypted: whoever reads along "
@@ -189,7 +191,11 @@ def serve(
             OpenAddressWarning,
             stacklevel=2,
         )
-    server = RunningServer(made, dials, host, _listening(host, port), token or secrets.token_urlsafe(24))
+    with ExitStack() as stack:
+        listening = stack.enter_context(_listening(host, port))  # before a model is loaded, which takes longer
+        made = _served(model, directions, dictionary, surface)
+        server = RunningServer(made, dials, host, listening, token or secrets.token_urlsafe(24))
+        stack.pop_all()
     if block:
         print(f"Serving at {server.address}\nEndpoint {server.base_url}, API key {server.token}\nEnd with Ctrl-C.")
     if browser:
@@ -213,25 +219,33 @@ def _check_extra() -> None:
 def _served(model: Any, directions: Any, dictionary: Any, surface: Any) -> Served:
     source = str(model) if isinstance(model, str | Path) else None
     loaded: Any = load_model(source, surface=surface) if source is not None else model
-    many = [directions] if isinstance(directions, str | Path) else directions
-    files: dict[int, str] = {}
-    if not isinstance(many, Mapping | Direction):
-        read = []
-        for each in many:
-            if isinstance(each, str | Path):
-                found = Direction.load(each)
-                found = found if found.name else found.renamed(Path(each).stem)
-                files[id(found)] = str(each)
-                each = found
-            read.append(each)
-        many = read
-    named = named_directions(many)
+    named, files = _named(directions)
     for each in named.values():
-        check_fits(each, loaded)
+        check_all_fit(each, loaded)
     file = str(dictionary) if isinstance(dictionary, str | Path) else None
     found = dictionary if file is None else load_dictionary(file)
     latents = None if found is None else as_dictionary(found).check(loaded)
     if latents is not None and not isinstance(latents.site_in, Site):
         raise UsageError("a crosscoder reads several sites at once, and here one is read; give one of a single site")
-    known = {name: files[id(each)] for name, each in named.items() if id(each) in files}
-    return Served(loaded, named, latents, source, Provenance.of(loaded).surface, known, file)
+    return Served(loaded, named, latents, source, Provenance.of(loaded).surface, files, file)
+
+
+def _named(directions: Any) -> tuple[dict[str, Direction | Profile], dict[str, str]]:
+    """Directions and profiles by name, and the files of those that came from one."""
+    if isinstance(directions, Mapping) and not isinstance(directions, Profile):
+        return {str(name): as_directed(f"directions[{name!r}]", each) for name, each in directions.items()}, {}
+    one = isinstance(directions, str | Path | Direction | Profile)
+    named: dict[str, Direction | Profile] = {}
+    files: dict[str, str] = {}
+    for i, each in enumerate([directions] if one else directions):
+        file = str(each) if isinstance(each, str | Path) else None
+        found = as_directed(f"directions[{i}]", each if file is None else load_directed(file))
+        name = found.name or (None if file is None else Path(file).stem) or f"direction {i}"
+        if name in named:
+            raise UsageError(
+                f"several directions are called {showable(name)!r}, so a dial could mean any of them; give them as "
+                "{name: direction}, or rename one: direction.renamed(name)"
+            )
+        named[name] = found
+        files |= {} if file is None else {name: file}
+    return named, files

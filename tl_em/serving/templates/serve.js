@@ -82,7 +82,7 @@ function sent(dials) {
 
 function siteOf(name) {
   const direction = S.about.directions.find((each) => each.name === name);
-  return direction ? direction.site + ", length " + number(direction.norm) : S.about.dictionary ? S.about.dictionary.site : "";
+  return direction ? direction.about : S.about.dictionary ? S.about.dictionary.site : "";
 }
 
 function isLatent(name) {
