@@ -34,6 +34,8 @@ class Tab:
     """A page that was opened, what it asked for and what it complained of."""
 
     def __init__(self, browser: Any, server: Any, screen: str = "wide", scheme: str = "light") -> None:
+        for each in browser.contexts:  # a page that is still open may turn the dials a moment later
+            each.close()
         self.width, self.height = SCREENS[screen]
         view = {"width": self.width, "height": self.height}
         self.page = browser.new_context(viewport=view, color_scheme=scheme).new_page()
