@@ -257,7 +257,8 @@ def divergence(
             found = [_or_error(measured, [dial], other)["kl"] for other in randoms if not stopped()]
             each[-1]["random"] = [kl for kl in found if kl is not None]
     on = [dial for dial in dials if dial.on]
-    return {"each": each, "all": _or_error(measured, on)}
+    alone = each[dials.index(on[0])] if len(on) == 1 else None
+    return {"each": each, "all": alone or _or_error(measured, on)}
 
 
 def _randomly(served: Served, k: int) -> Served:

@@ -162,7 +162,6 @@ let later = null;
 function turned() {
   const on = S.dials.filter((dial) => dial.on && isWhole(dial));
   $("state").textContent = on.length ? on.map(dialSaid).join(" · ") : "untreated";
-  document.querySelectorAll(".dial .kl").forEach((each) => { each.classList.add("old"); });
   clearTimeout(later);
   later = setTimeout(async () => {
     try {
@@ -182,6 +181,7 @@ async function measure() {
   const draft = $("draft").value.trim();
   if (draft) messages.push({ role: "user", content: draft });
   if (!messages.some((each) => each.role === "user")) return drawKl(dials, null);
+  document.querySelectorAll(".dial .kl").forEach((each) => { each.textContent = "KL …"; });
   try {
     const found = await (await asked("/api/kl", { dials: sent(dials), messages }, { signal: S.kl.signal })).json();
     drawKl(dials, found);
