@@ -146,7 +146,7 @@ def test_kl_stands_beside_every_dial(browser: Any, server: Any) -> None:
     assert "n = 1" in one and "prompt's end" in one and float(one.split()[1]) > 0.01 and "random directions" in one
     assert "if it were on" in tab.dial("refusal").locator(".kl").inner_text()
     tab.page.locator(".dial input[type=range]").first.fill("0")
-    tab.until("document.querySelector('.dial .kl b').textContent === '0.000'")
+    tab.until("document.querySelector('.dial .kl b')?.textContent === '0.000'")
     assert tab.errors == []
 
 
