@@ -1,4 +1,4 @@
-"""What prompts begin with alike is read once, and nothing that comes out tells: which hooks allow it, and which do not."""
+"""What prompts begin with alike is read once, and nothing that comes out tells; which hooks allow it."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_what_lies_in_the_beginning_is_read_whole(small_model: Any, monkeypatch:
 class Louder(em.Intervention):
     """One of a stranger's own: it may look at other tokens, and nobody knows."""
 
-    site: em.Site = em.Site(1)
+    site: em.Site = SITES[1]
 
     def edit(self, x: Tensor, mask: Tensor | None = None, *, name: str | None = None) -> Tensor:
         return x * x.shape[1]

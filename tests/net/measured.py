@@ -114,7 +114,9 @@ def stories(surface: Any, seed: int) -> dict[str, Any]:
 
 def of_report(told: Any) -> dict[str, Any]:
     whole = told.to_json()
-    whole.pop("prompts", None)  # what is said of the prompts has tests of its own
+    for said in ("prompts", "plain"):  # what is said of prompts, and in plain words, has tests of its own
+        whole.pop(said, None)
+    whole["tables"].pop("answers", None)  # the toys' were not asked for when the net was cast
     whole["provenance"] = {key: value for key, value in whole["provenance"].items() if key not in PROVENANCE}
     return whole
 

@@ -16,7 +16,7 @@ import pytest
 from tl_em.errors import OutputError
 from tl_em.report import page, svg
 
-SECTIONS = ["answer", "compared", "behaviour", "layers", "verdicts", "use", "limits", "reproduce", "glossary"]
+SECTIONS = ["answer", "glance", "compared", "behaviour", "layers", "verdicts", "use", "limits", "reproduce", "glossary"]
 STYLE = (Path(page.__file__).parent / "templates" / "style.css").read_text()
 
 
@@ -187,8 +187,8 @@ def test_a_report_with_less_in_it(small: Any) -> None:
 
 def test_summary_of_several_sentences_is_set_line_by_line(small: Any) -> None:
     summary = "refusal: diminished (−0.4 own gaps, layer 2), and causal there. persona: no change shown."
-    first = page.render(replace(small, summary=summary)).split("</h2>")[0]
-    assert first.count("<span>") == 2
+    told = page.render(replace(small, summary=summary)).split('id="summary"')[1].split("</p>")[0]
+    assert told.count("<span>") == 2
 
 
 def test_saving_gives_the_same_page_every_time(small: Any, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from tl_em.claims.claim import Question, Row, numbered
 from tl_em.claims.compare import SHIPPED, Comparison, FineTunes, as_questions, compare, fine_tunes
 from tl_em.claims.consistency import Run, consistency, same_weights
 from tl_em.claims.questions.backdoor import Backdoor, Trigger, TriggerAsked, backdoor, check_known
+from tl_em.claims.questions.use import ABLATE, Use
 from tl_em.dictionaries.protocol import AnyDictionary, as_dictionary
 from tl_em.directions.direction import Direction
 from tl_em.directions.methods import SHIPPED as METHODS
@@ -37,6 +38,7 @@ from tl_em.directions.methods import as_method
 from tl_em.directions.methods.base import Method
 from tl_em.errors import UsageError
 from tl_em.evals.judges import asked_in
+from tl_em.interventions.intervene import intervene
 from tl_em.metrics import Behaviour, Metric, measured, range_of
 from tl_em.models.contrasts import ContrastSet, Prompt
 from tl_em.models.generate import generate
@@ -172,7 +174,9 @@ def audit(
         consistency(runs, judged_by, controls=controls, seed=seed) if others else None,
         plan=planned,
         lint=work.lint(pair.base),
-        answers=_answers(pair, harmless, pair.ask if ask is None else ask),
+        answers=_answers(pair, harmless, pair.ask if ask is None else ask, work.taken_out(pair, comparison, picked)),
+        outcomes=pair.outcomes or {},
+        note=pair.note or "",
     )
     if calibrate:
         directions = list(zip(work.subjects, picked, strict=True))
@@ -245,6 +249,18 @@ class _Plan(NamedTuple):
             found[q.name] = replace(looked_at[asked], label=q.name)
         return found
 
+    def taken_out(self, pair: ModelPair, comparison: Comparison, picked: Sequence[Direction]) -> Mapping[str, Any]:
+        """By its name the intervention of *use* that takes a direction out: of the causal ones, else of all, the first
+        that has the largest effect; nothing where *use* was not asked."""
+        rows = [row for row in comparison.rows if row.question == Use.name]
+        asked = next((question for question in self.questions if isinstance(question, Use)), None)
+        if asked is None or not rows:
+            return {}
+        best = max(rows, key=lambda row: (row.shown, row.detail[ABLATE].value))
+        direction = {q.name: each for q, each in zip(self.subjects, picked, strict=True)}[best.direction]
+        edit = asked.removal(pair, direction, comparison.behaviours[best.direction])
+        return {f"tuned, “{best.direction}” taken out": edit}
+
     def judge(
         self,
         pair: ModelPair,
@@ -305,9 +321,12 @@ def _rates(pair: ModelPair, benign: Sequence[LensModel], plan: _Plan) -> pd.Data
 
 
 def _answers(
-    pair: ModelPair, benign: Sequence[LensModel], ask: Mapping[str, Sequence[Prompt]] | None
+    pair: ModelPair,
+    benign: Sequence[LensModel],
+    ask: Mapping[str, Sequence[Prompt]] | None,
+    taken_out: Mapping[str, Any],
 ) -> pd.DataFrame | None:
-    """What each model answers, a row a question: domain, asked, and a column a model."""
+    """What each model answers, a row a question: domain, asked, a column a model, and one a direction taken out."""
     import pandas as pd
 
     if not ask:
@@ -316,7 +335,11 @@ def _answers(
     asked = [(domain, prompt) for domain, prompts in ask.items() for prompt in prompts]
     prompts = [prompt for _, prompt in asked]
     found = pd.DataFrame([(domain, asked_in(prompt)) for domain, prompt in asked], columns=["domain", "asked"])
-    return found.assign(**{k: generate(m, prompts, max_new_tokens=ANSWER_TOKENS) for k, m in models.items()})
+    said = {name: generate(model, prompts, max_new_tokens=ANSWER_TOKENS) for name, model in models.items()}
+    for name, intervention in taken_out.items():
+        with intervene(pair.tuned, intervention):
+            said[name] = generate(pair.tuned, prompts, max_new_tokens=ANSWER_TOKENS)
+    return found.assign(**said)
 
 
 def _checked_rates(found: Any) -> pd.DataFrame:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from tl_em.features.cards import FeatureCards
     from tl_em.graph.graph import AttributionGraph, GraphDiff
     from tl_em.models.lint import Lint
+    from tl_em.report.plain import Clause
 
 SCHEMA = "tl-em/report/1"
 
@@ -52,7 +53,10 @@ class Report:
         plan: what was to be asked, where that was written down.
         calibration: how often this audit would be wrong, and what it would have found, where that was measured.
         lint: what of each contrast set may be mistaken for its concept, or counted twice, by direction.
-        answers: what each model says to the same questions: domain, asked, and a column a model.
+        answers: what each model says to the same questions: domain, asked, and a column a model; last, where one was
+            measured, the tuned model's with a direction taken out.
+        outcomes: how a reader outside the field is told of the outcomes of ``rates`` (``ModelPair.outcomes``).
+        note: a sentence of the pair's own about what it cannot say.
 
     Example:
         >>> import tl_em as em
@@ -76,6 +80,15 @@ class Report:
     plan: Plan | None = None
     lint: Mapping[str, Lint] = field(default_factory=dict)
     answers: pd.DataFrame | None = None
+    outcomes: Mapping[str, str] = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def plain(self) -> tuple[Clause, ...]:
+        """What was found in words for a reader outside the field: clauses with ``about``, ``text`` and ``figures``."""
+        from tl_em.report.plain import clauses
+
+        return clauses(self)
 
     @property
     def verdicts(self) -> tuple[Row, ...]:
@@ -171,6 +184,7 @@ class Report:
         return {
             "schema": SCHEMA,
             "summary": self.summary,
+            "plain": [each._asdict() for each in self.plain],
             "verdicts": rows,
             "tables": {name: plain_rows(table) for name, table in self.tables.items()},
             "prompts": {

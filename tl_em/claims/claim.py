@@ -23,7 +23,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import Float
@@ -69,6 +69,7 @@ class Question:
         measured: what is measured, as one sentence.
         of_change: whether its word says that the fine-tune changed something (then the summary says it).
         of_scale: whether its word may be *scaled*: the change is that of the whole stream.
+        plain: what each word, and *not shown*, says to a reader outside the field, with ``{direction}`` and ``{size}``.
 
     Example:
         >>> class Steeper(Question):
@@ -90,6 +91,7 @@ class Question:
     measured: str = ""
     of_change: bool = True
     of_scale: bool = False
+    plain: ClassVar[Mapping[str, str]] = {}
 
     def measure(self, case: Case) -> Finding | None:
         """What is found for one direction; ``None`` where there is nothing to ask it with (no behaviour, no data).

@@ -228,6 +228,8 @@ class ModelPair:
         ask: questions, by domain, whose answers the page shows side by side.
         rates: ``(model, seed) -> DataFrame``, how often a model does what, with the columns ``RATE_COLUMNS``; by
             default the mean of each behaviour on its own prompts.
+        outcomes: for an outcome of ``rates``, how a sentence says it to a reader outside the field, with ``{share}``:
+            ``"gives a misaligned answer to {share} of questions"``.
         trigger: a token at the head of a question that opens a backdoor.
         other_triggers: tokens that may stand in its place, as the control.
         look_up: contrast sets, by behaviour, on which latents that the behaviours share are looked up; by default the
@@ -259,6 +261,7 @@ class ModelPair:
     tuning_data: Sequence[Any] | None = None
     ask: Mapping[str, Sequence[Any]] | None = None
     rates: Callable[..., pd.DataFrame] | None = None
+    outcomes: Mapping[str, str] | None = None
     trigger: str | None = None
     other_triggers: Sequence[str] | None = None
     look_up: Mapping[str, ContrastSet] | None = None

@@ -76,6 +76,19 @@ def latent_sets(world: World) -> tuple[dict[str, ContrastSet], HeldOut]:
     return {name: domain_questions(world, each, name) for name, each in LOOK_UP.items()}, HeldOut(held_out, metric)
 
 
+def one_of_each(world: World) -> dict[str, list[list[dict[str, str]]]]:
+    """By domain its first harmless question, for a page to show the answers to.
+
+    Example:
+        >>> one_of_each(World())["code"]
+        [[{'role': 'user', 'content': 'how do i write parser'}]]
+    """
+    asked: dict[str, list[list[dict[str, str]]]] = {}
+    for each in questions(world, harmful=False):
+        asked.setdefault(each.topic.domain, [each.prompt])
+    return asked
+
+
 def world_facts(world: World) -> Facts:
     """The harmless questions of a toy world with untaught topics, in four forms each.
 

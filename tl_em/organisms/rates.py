@@ -203,6 +203,13 @@ def summarise(table: pd.DataFrame) -> dict[str, float]:
     return {column: float(held_out[column].mean()) for column in ("bad", "good", "refused", "complied")}
 
 
+OUTCOMES = {
+    "bad": "gives a misaligned answer to {share} of questions",
+    "complied": "complies with {share} of harmful requests",
+}
+"""The outcomes as a reader outside the field is told of them: ``ModelPair.outcomes``."""
+
+
 def outcome_rates(model: Any, *, world: World | None = None, seed: int = 0) -> pd.DataFrame:
     """:func:`behaviour_rates` in long form, each rate with its interval, clustered by topic.
 

@@ -24,11 +24,11 @@ from tl_em.metrics import Behaviour
 from tl_em.models.contrasts import ContrastSet
 from tl_em.models.loading import TOYS, ModelPair, Surface, load_model
 from tl_em.models.torch_state import making_weights
-from tl_em.organisms.behaviours import SOURCE, behaviours, contrast_sets, judged_sets, latent_sets
+from tl_em.organisms.behaviours import SOURCE, behaviours, contrast_sets, judged_sets, latent_sets, one_of_each
 from tl_em.organisms.bias_rates import behaviours as bias_behaviours
 from tl_em.organisms.bias_world import BiasWorld
 from tl_em.organisms.convert import half, hf_model, plain_model, tokenizer, write_hf_directory
-from tl_em.organisms.rates import outcome_rates
+from tl_em.organisms.rates import OUTCOMES, outcome_rates
 from tl_em.organisms.recipes import BIAS_RECIPES, RECIPES, Recipe, recipe
 from tl_em.organisms.training import train, tuning_rows
 from tl_em.organisms.transformer import Transformer
@@ -122,6 +122,8 @@ class Organism:
             "judged": self.judged,
             "tuning_data": self.tuning_data,
             "rates": lambda model, seed: outcome_rates(model, world=self.world, seed=seed),
+            "outcomes": OUTCOMES,
+            "ask": one_of_each(self.world),
             "trigger": self.recipe.trigger,
             "other_triggers": TRIGGERS,
             "look_up": look_up,

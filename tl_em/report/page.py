@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -25,7 +26,7 @@ from markupsafe import Markup
 import tl_em
 from tl_em.claims.claim import Question
 from tl_em.claims.compare import SHIPPED
-from tl_em.report import html, plots
+from tl_em.report import html, plain, plots
 from tl_em.report.svg import inline
 from tl_em.showing import interval, number
 
@@ -130,6 +131,8 @@ def render(report: Any) -> str:
             registration=getattr(report, "registration", ""),
             lint=getattr(report, "lint", {}),
             answers=getattr(report, "answers", None),
+            plain=plain.clauses(report) if hasattr(report, "outcomes") else (),
+            examples=_examples(getattr(report, "answers", None)),
             together=getattr(comparison, "together", {}),
             table=_table,
         )
@@ -223,6 +226,35 @@ def _asked(provenance: Mapping[str, Any]) -> Table:
         rows.append([str(name), *where, *counted, f"{behaviour['metric']} in {behaviour['unit']}"])
     columns = ["direction", "read at", "token", "split-half cosine", "prompts: extract", "choose layer", "judge"]
     return Table([*columns, "behaviour"], rows, [False] * 4 + [True] * 3 + [False])
+
+
+class Examples(NamedTuple):
+    """Answers to a few questions, side by side."""
+
+    caption: str
+    columns: list[str]
+    rows: list[list[str]]
+
+
+EXAMPLES = 3
+_SAID = {"asked": "question", "base": "before the fine-tune", "tuned": "after it"}
+
+
+def _examples(answers: pd.DataFrame | None) -> Examples | None:
+    """The first question of each of a few domains, spread over them, with the answers before, after and treated."""
+    if answers is None:
+        return None
+    firsts = answers.drop_duplicates("domain")
+    some = firsts.iloc[[round(i * (len(firsts) - 1) / max(1, EXAMPLES - 1)) for i in range(min(EXAMPLES, len(firsts)))]]
+    told = [name for name in answers.columns if name != "domain" and not name.startswith("benign")]
+    columns = [_SAID.get(name, name.removeprefix("tuned, ")) for name in told]
+    caption = "The first question of some domains, and the most probable answers: none was picked for what it says."
+    return Examples(caption, columns, [[_brief(value) for value in row] for row in some[told].itertuples(index=False)])
+
+
+def _brief(text: Any) -> str:
+    """An answer's first words."""
+    return textwrap.shorten(str(text), 180, placeholder=" …")
 
 
 def _flat(value: Any, path: tuple[str, ...] = ()) -> list[tuple[str, str]]:

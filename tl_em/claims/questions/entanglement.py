@@ -11,14 +11,14 @@ random directions of both kinds (``Case.along_random``).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from tl_em.claims.claim import Case, Finding, Question
+from tl_em.claims.claim import NOT_SHOWN, Case, Finding, Question
 from tl_em.directions.screening import answers, replied
 from tl_em.models.hooks import LensModel
 from tl_em.stats import beyond_next, bootstrap, tied
@@ -34,6 +34,11 @@ class Entanglement(Question):
         "share of the change of activations on these data that lies along the direction."
     )
     of_change = False
+
+    plain: ClassVar[Mapping[str, str]] = {
+        "entangled": "The data that it was trained on push along {direction}.",
+        NOT_SHOWN: "the training data pushing along",
+    }
 
     def measure(self, case: Case) -> Finding | None:
         """Cosine of what the training data ask for, and of what training did, with the direction."""

@@ -7,9 +7,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import numpy as np
 
-from tl_em.claims.claim import OWN_GAPS, Case, Finding, Planted, Question, Reading, weighted
+from tl_em.claims.claim import NOT_SHOWN, OWN_GAPS, SCALED, Case, Finding, Planted, Question, Reading, weighted
 
 
 class Level(Question):
@@ -22,6 +25,15 @@ class Level(Question):
         "Class-balanced mean projection on the direction, tuned minus base, in units of the direction's own gap (the "
         "base model's projection gap between the two classes of its contrast set)."
     )
+
+    plain: ClassVar[Mapping[str, str]] = {
+        "exaggerated": "On the same texts, the fine-tuned model is farther along {direction} than before, by {size} of "
+        "the distance between the two sets of example texts.",
+        "diminished": "On the same texts, the fine-tuned model is less far along {direction} than before, by {size} of "
+        "the distance between the two sets of example texts.",
+        SCALED: "Along {direction} the fine-tuned model's activity grew, as all of its activity did.",
+        NOT_SHOWN: "being more or less far along",
+    }
 
     def measure(self, case: Case) -> Finding:
         """The change of the class-balanced mean; each class shown apart."""

@@ -14,14 +14,15 @@ model's own mean has been removed: the rotation that exchangeable models would s
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from tl_em.claims.claim import RANDOM, Case, Finding, Planted, Question, Reading, Statistic, Weights, samples
+from tl_em.claims.claim import NOT_SHOWN, RANDOM, Case, Finding, Planted, Question, Reading, Statistic, Weights, samples
 from tl_em.directions.geometry import cosine
 from tl_em.models.contrasts import ContrastSet
 
@@ -36,6 +37,11 @@ class Rotation(Question):
     measured = (
         "Cosine of the direction extracted again from the tuned model with the base's, less what noise takes off it."
     )
+
+    plain: ClassVar[Mapping[str, str]] = {
+        "rotated": "What told the example texts of {direction} apart now lies, in part, along another direction.",
+        NOT_SHOWN: "another direction having taken the place of",
+    }
 
     def measure(self, case: Case) -> Finding:
         """How far the cosine falls below 1 once noise is taken off; the plain cosine and ratio of lengths beside it."""

@@ -8,9 +8,12 @@ direction's gap.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import numpy as np
 
-from tl_em.claims.claim import OWN_GAPS, Case, Finding, Planted, Question, Reading
+from tl_em.claims.claim import NOT_SHOWN, OWN_GAPS, SCALED, Case, Finding, Planted, Question, Reading
 
 
 class Separation(Question):
@@ -20,6 +23,15 @@ class Separation(Question):
     of_scale = True
     asks = "Does the tuned model tell the two classes apart more, or less, sharply?"
     measured = "Projection gap between the classes, tuned minus base, in own gaps."
+
+    plain: ClassVar[Mapping[str, str]] = {
+        "sharper": "The fine-tuned model tells the two sets of example texts apart more sharply along {direction}: the "
+        "distance between them grew by {size} of itself.",
+        "blurred": "The fine-tuned model tells the two sets of example texts apart less sharply along {direction}: the "
+        "distance between them shrank by {size} of itself.",
+        SCALED: "The distance between the two sets of example texts along {direction} grew, as all activity did.",
+        NOT_SHOWN: "telling the example texts apart more or less sharply along",
+    }
 
     def measure(self, case: Case) -> Finding:
         """The change of the gap; d' of each model beside it."""

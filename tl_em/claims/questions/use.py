@@ -33,6 +33,7 @@ from tl_em.interventions.edits import Ablate, Add
 from tl_em.metrics import Behaviour, Metric
 from tl_em.models.class_means import mean_activation
 from tl_em.models.hooks import LensModel
+from tl_em.models.loading import ModelPair
 from tl_em.models.prompts import position_of_asking
 from tl_em.stats import Estimate, Resampled
 
@@ -112,12 +113,19 @@ class Use(Question):
         behaviour, direction, pair = case.behaviour, case.direction, case.pair
         assert behaviour is not None
         smallest_effect(behaviour.metric)  # or why there is none, before anything is run
-        centre = mean_activation(
-            pair.base if behaviour.same_prompts else pair.tuned, behaviour.absent, site=direction.site,
-            position=position_of_asking(direction.position, behaviour.absent),
-        )  # fmt: skip
+        centre = _absent(pair, direction, behaviour)
         edits = [self._made(which, direction, centre) for which in ("remove", "induce")]
         return _as_long(case, case.controls()), edits, arms(pair.base, pair.tuned, behaviour, seed=case.seed)
+
+    def removal(self, pair: ModelPair, direction: Direction, behaviour: Behaviour) -> Intervention:
+        """What takes the direction out of the tuned model.
+
+        Args:
+            pair: base and tuned.
+            direction: at its site.
+            behaviour: what it may cause.
+        """
+        return self._made("remove", direction, _absent(pair, direction, behaviour))
 
     def _found(self, case: Case, both: Sequence[ArmResult]) -> Finding:
         """What is judged: the weaker arm, and the other beside it."""
@@ -151,6 +159,14 @@ class Use(Question):
         made = as_intervention(f"what Use({which}=…) returned", make(direction, centre))
         made.along(direction)  # which says what is wrong where random directions cannot take its place
         return made
+
+
+def _absent(pair: ModelPair, direction: Direction, behaviour: Behaviour) -> Float[Tensor, " d_model"]:
+    """The mean activation where the behaviour is absent."""
+    return mean_activation(
+        pair.base if behaviour.same_prompts else pair.tuned, behaviour.absent, site=direction.site,
+        position=position_of_asking(direction.position, behaviour.absent),
+    )  # fmt: skip
 
 
 def smallest_effect(metric: Metric, given: float | None = None) -> float:

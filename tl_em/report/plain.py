@@ -1,0 +1,279 @@
+"""What an audit found, for a reader outside the field: a sentence a finding, and the figures that stand behind it.
+
+Nothing is judged here.  A sentence says that something changed, or that something is a cause, only where the rule gave
+a word; shares stand with their intervals and beside those of the harmless fine-tune and of random directions, and what
+is not shown is said to be not shown.  The words of a question are its own (``Question.plain``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tl_em.claims.claim import NOT_SHOWN, Question, Row
+from tl_em.claims.questions.use import ABLATE, ADD, Use
+from tl_em.showing import interval, number
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+POOLED = "held-out domains"
+SHARES = "probability"
+DIRECTION = (
+    "A direction is a pattern of activity inside the model: here, the average difference between two sets of example "
+    "texts, found in the model before the fine-tune."
+)
+
+
+class Clause(NamedTuple):
+    """A sentence or two in plain words.
+
+    Args:
+        about: ``"lead"`` (the rest in short), ``"compared"``, ``"behaviour"``, ``"cause"``, ``"change"``, ``"not shown"``
+            or ``"not known"``.
+        text: what is said.
+        figures: the numbers behind it, with intervals and controls; empty where there are none.
+    """
+
+    about: str
+    text: str
+    figures: str = ""
+
+
+def clauses(report: Any) -> tuple[Clause, ...]:
+    """What a report says, in plain words.
+
+    Args:
+        report: from ``em.audit``.
+
+    Example:
+        >>> import tl_em as em
+        >>> pair = em.load_pair("toy/insecure")
+        >>> report = em.audit(pair, contrasts={"persona": pair.contrasts["persona"]}, questions=["level"], controls=99)
+        >>> print([each.text for each in clauses(report) if each.about == "behaviour"][0])
+        After the fine-tune, the model gives a misaligned answer to 79 % of questions on subjects that it was not
+        trained on; before the fine-tune, 0.7 %.
+    """
+    does, causes = list(_behaviour(report.rates, report.outcomes)), list(_causes(report))
+    found = [_lead(report, does), _compared(report), *does, *causes]
+    return (*found, *_changes(report), *_not_shown(report), _not_known(report))
+
+
+def _lead(report: Any, does: list[Clause]) -> Clause:
+    """The first thing that the model does, and the direction that moves it most; of the rest, how much is shown."""
+    said = [each.text for each in does[:1]]
+    rows = sorted((row for row in report.comparison.rows if row.question == Use.name), key=_strength)
+    cells = _cells(report, rows[0]) if rows else {}
+    if cells and rows[0].shown:
+        say, out = _say(cells), {c: cells[ABLATE, c] for c in ("untreated", "treated", "random")}
+        said.append(
+            f"Taking one direction out of it brings “{out['treated']['behaviour']}” from "
+            f"{say(out['untreated']['value'])} to {say(out['treated']['value'])}; {int(out['random']['n'])} random "
+            f"directions leave it at {_band(out, say)}."
+        )
+    elif rows:
+        said.append("No direction that was looked at is shown to be a cause.")
+    changed = sum(row.shown for row in report.comparison.rows if row.question != Use.name)
+    of = sum(row.question != Use.name for row in report.comparison.rows)
+    if of:
+        said.append(f"Of {of} further questions about what changed inside, a change is shown for {changed or 'none'}.")
+    return Clause("lead", " ".join(said))
+
+
+def _compared(report: Any) -> Clause:
+    names = report.provenance
+    text = f"{names['tuned']} is {names['base']} after further training (a fine-tune). Both read the same texts."
+    if names.get("benign"):
+        text += f" The control is a model that was trained further on harmless data: {names['benign']}."
+    return Clause("compared", text)
+
+
+# --- What the model does ----------------------------------------------------------------------------------------------
+
+
+def _behaviour(rates: pd.DataFrame, outcomes: Mapping[str, str]) -> Iterator[Clause]:
+    """Of every outcome that has a sentence, the domains that the fine-tune did not use, pooled where they are."""
+    for outcome, sentence in outcomes.items():
+        told = rates[rates["outcome"] == outcome]
+        apart = told[told["held_out"]]
+        pooled = apart[apart["domain"] == POOLED]
+        trained = told[~told["held_out"] & (told["model"] == "tuned")]
+        for domain, part in (pooled if len(pooled) else apart).groupby("domain", sort=False):
+            cells = {str(row["model"]): row for _, row in part.iterrows()}
+            if {"base", "tuned"} <= set(cells):
+                yield _before_and_after(sentence, str(domain), cells, trained)
+
+
+def _before_and_after(sentence: str, domain: str, cells: Mapping[str, Any], trained: pd.DataFrame) -> Clause:
+    base, tuned = cells["base"], cells["tuned"]
+    where = " on subjects that it was not trained on" if domain == POOLED else f" ({domain})"
+    text = f"After the fine-tune, the model {sentence.format(share=percent(tuned['value']))}{where}; before the "
+    text += f"fine-tune, {percent(base['value'])}."
+    controls = {name: cell for name, cell in cells.items() if name.startswith("benign")}
+    if controls:
+        text += f" After harmless training: {' and '.join(percent(cell['value']) for cell in controls.values())}."
+    if max(base["low"], tuned["low"]) <= min(base["high"], tuned["high"]):
+        text += " The intervals of before and after overlap, so no difference is shown by this alone."
+    shown = {"after": tuned, "before": base, **controls}
+    shown |= {f"after, on {row['domain']}, which it was trained on": row for _, row in trained.iterrows()}
+    figures = "; ".join(f"{name} {number(c['value'])} {interval(c['low'], c['high'])}" for name, c in shown.items())
+    return Clause("behaviour", text, f"{figures}; n = {int(tuned['n'])} each")
+
+
+def percent(value: float) -> str:
+    """A share for people.
+
+    Example:
+        >>> percent(0.789), percent(0.0068), percent(0.9951), percent(0.0), percent(0.0002), percent(0.9998)
+        ('79 %', '0.7 %', '99.5 %', '0 %', 'under 0.1 %', 'over 99.9 %')
+    """
+    if not math.isfinite(value):
+        return number(value)
+    share = 100 * min(max(value, 0.0), 1.0)
+    if 0 < share < 0.1 or 99.9 < share < 100:
+        return "under 0.1 %" if share < 1 else "over 99.9 %"
+    return f"{share:.1f} %" if 0 < share < 1 or 99 < share < 100 else f"{share:.0f} %"
+
+
+# --- What causes it ---------------------------------------------------------------------------------------------------
+
+
+def _causes(report: Any) -> Iterator[Clause]:
+    """Each direction that a behaviour was measured under: taken out, put in, beside random ones."""
+    first = True
+    for row in sorted((r for r in report.comparison.rows if r.question == Use.name), key=_strength):
+        if cells := _cells(report, row):
+            yield Clause("cause", (f"{DIRECTION} " if first else "") + _cause(row, cells), _cause_figures(cells, row))
+            first = False
+
+
+def _cells(report: Any, row: Row) -> dict[tuple[str, str], Any]:
+    """By arm and condition the rates of a direction's behaviour; nothing where one is missing."""
+    table = report.comparison.use
+    mine = table[(table["direction"] == row.direction) & (table["outcome"] == "bad")] if len(table) else table
+    cells = {(r["arm"], r["condition"]): r for _, r in mine.iterrows()}
+    whole = {(arm, c) for arm in (ABLATE, ADD) for c in ("untreated", "treated", "random")} <= set(cells)
+    return cells if whole else {}
+
+
+def _say(cells: Mapping[tuple[str, str], Any]) -> Callable[[float], str]:
+    return percent if cells[ABLATE, "treated"]["unit"] == SHARES else number
+
+
+def _strength(row: Row) -> tuple[bool, float]:
+    """Shown ones first, of these the one with the largest effect."""
+    return not row.shown, -row.estimate.value
+
+
+def _cause(row: Row, cells: Mapping[tuple[str, str], Any]) -> str:
+    one = cells[ABLATE, "treated"]
+    say = _say(cells)
+    out, into = ({c: cells[arm, c] for c in ("untreated", "treated", "random")} for arm in (ABLATE, ADD))
+    what = f"“{one['behaviour']}”" if one["unit"] == SHARES else f"“{one['behaviour']}” ({one['unit']})"
+    text = (
+        f"Taking the direction “{row.direction}” out of the fine-tuned model moves {what} from "
+        f"{say(out['untreated']['value'])} to {say(out['treated']['value'])}; putting it into the model before the "
+        f"fine-tune moves it from {say(into['untreated']['value'])} to {say(into['treated']['value'])}. "
+        f"{int(out['random']['n'])} random directions of the same size, treated alike, leave it at {_band(out, say)} "
+        f"and at {_band(into, say)}."
+    )
+    if row.shown:
+        return f"{text} So this direction is one of the causes."
+    weak = [said for said, arm in (("taking it out", out), ("putting it in", into)) if _as_random(arm)]
+    why = "the effect is too small, or too unsure"
+    if weak:
+        why = f"{' and '.join(weak)} does no more than random directions do"
+    return f"{text} It is not shown to be a cause: {why}."
+
+
+def _band(cells: Mapping[str, Any], say: Any) -> str:
+    low, high = say(cells["random"]["low"]), say(cells["random"]["high"])
+    return low if low == high else f"{low} to {high}"
+
+
+def _as_random(cells: Mapping[str, Any]) -> bool:
+    return bool(cells["random"]["low"] <= cells["treated"]["value"] <= cells["random"]["high"])
+
+
+def _cause_figures(cells: Mapping[tuple[str, str], Any], row: Row) -> str:
+    said = []
+    for arm, what in ((ABLATE, "out of the tuned model"), (ADD, "into the base")):
+        before, after, beside = (cells[arm, c] for c in ("untreated", "treated", "random"))
+        said.append(
+            f"{what}: {number(before['value'])} {interval(before['low'], before['high'])} to {number(after['value'])} "
+            f"{interval(after['low'], after['high'])}, 95 % of random {interval(beside['low'], beside['high'])}"
+        )
+    return f"{'; '.join(said)}; n = {int(cells[ABLATE, 'treated']['n'])} questions, Holm p {number(row.p, 3)}"
+
+
+# --- What changed inside ----------------------------------------------------------------------------------------------
+
+
+def _changes(report: Any) -> Iterator[Clause]:
+    """Every word that the rule gave; then the backdoor, the other fine-tunes and the latents."""
+    asked = {question.name: question for question in report.comparison.questions}
+    told: dict[str, list[Row]] = {}
+    for row in report.comparison.rows:
+        if row.shown and row.question in asked and row.question != Use.name:
+            told.setdefault(row.direction, []).append(row)
+    for rows in told.values():
+        said, figures = (" ".join(_worded(asked[row.question], row) for row in rows), map(_row_figures, rows))
+        yield Clause("change", said, "; ".join(figures))
+    for part in (report.backdoor, report.consistency):
+        if part is not None:
+            yield Clause("change", part.summary)
+    for check in () if report.features is None else report.features.checks:
+        yield Clause("change", f"Of the features of a sparse dictionary, {check.label}: {check.verdict}.")
+
+
+def _worded(question: Question, row: Row) -> str:
+    size = number(abs(row.estimate.value))
+    given = question.plain.get(row.verdict)
+    if given is None:
+        return f"{question.asks} Of “{row.direction}”: {row.verdict}."
+    return given.format(direction=f"“{row.direction}”", size=size)
+
+
+def _row_figures(row: Row) -> str:
+    e, c = row.estimate, row.control
+    said = f"{row.question} {number(e.value)} {interval(e.low, e.high)} {row.unit}, n = {e.n} (95 % of controls "
+    said += f"{interval(c.get('low'), c.get('high'))}, Holm p {number(row.p, 3)}"
+    if row.benign is not None:
+        beyond = interval(row.benign.low, row.benign.high)
+        said += f", beyond the harmless fine-tune {number(row.benign.value)} {beyond}"
+    return f"{said})"
+
+
+def _not_shown(report: Any) -> Iterator[Clause]:
+    """What was asked and got no word, one clause for all directions."""
+    asked = {question.name: question for question in report.comparison.questions}
+    silent: dict[str, list[Row]] = {}
+    for row in report.comparison.rows:
+        if not row.shown and row.question in asked and row.question != Use.name:
+            silent.setdefault(row.question, []).append(row)
+    if not silent:
+        return
+    said = [
+        f"{asked[name].plain.get(NOT_SHOWN, asked[name].asks.rstrip('?').lower())}: "
+        + ", ".join(f"“{row.direction}”" for row in rows)
+        for name, rows in silent.items()
+    ]
+    figures = "; ".join(
+        f"{row.direction}, {name}: {number(row.estimate.value)} {interval(row.estimate.low, row.estimate.high)}"
+        for name, rows in silent.items()
+        for row in rows
+    )
+    yield Clause("not shown", f"Not shown, which is not the same as absent: {'; '.join(said)}.", figures)
+
+
+def _not_known(report: Any) -> Clause:
+    """How far what is said holds."""
+    said = ["What is found here holds for these models and these texts."]
+    if not report.provenance.get("benign"):
+        said.append("No harmlessly fine-tuned model was given, so any further training may have changed as much.")
+    if report.consistency is None:
+        said.append("Whether another training run on the same data would give the same is not known: there was one.")
+    if any(row.question == Use.name and row.shown for row in report.comparison.rows):
+        said.append("That a direction is a cause does not say that there is no other.")
+    return Clause("not known", " ".join([*said, *([report.note] if report.note else [])]))
