@@ -14,7 +14,6 @@ from tl_em.report import page
 from tl_em.report.plain import POOLED, clauses, percent
 from tl_em.showing import number
 
-
 ASKED: dict[str, Any] = {"controls": 99, "questions": ["level", "separation", "use"]}
 
 
