@@ -1,5 +1,6 @@
 """What a model answers, judged."""
 
+from .answered_contrasts import answered_contrast as answered_contrast
 from .choices import ForcedChoice as ForcedChoice
 from .endpoint import EndpointJudge as EndpointJudge
 from .evaluation import Evaluation as Evaluation

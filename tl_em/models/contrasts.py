@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from tl_em.arguments import FRACTION, SEED, checked
@@ -24,6 +25,7 @@ from tl_em.errors import EmptyContrastError, FileError, PromptError, UsageError
 from tl_em.models.contrast_files import read_contrast
 from tl_em.models.contrast_formats import from_saved
 from tl_em.models.contrast_rows import Form, Prompt, is_message
+from tl_em.models.contrast_templates import from_instructions, from_template
 from tl_em.models.lint import Lint, linted
 from tl_em.models.together import Together, words_of
 from tl_em.stats import tied
@@ -198,6 +200,77 @@ class ContrastSet:
         return linted(
             self, together(self), inseparable(self), others, tokenizer=getattr(model, "tokenizer", model), seed=seed
         )
+
+    @classmethod
+    def from_template(
+        cls,
+        template: Prompt | Any,
+        positive: Any,
+        negative: Any,
+        *,
+        shared: Mapping[str, Sequence[str]] | Any = MappingProxyType({}),
+        label: str | None = None,
+        source: str | None = None,
+    ) -> ContrastSet:
+        """A set out of one template: both classes differ in what fills a field, and in nothing else.
+
+        Args:
+            template: a text or a list of messages with fields in curly brackets: ``"You are {persona}. {question}"``.
+            positive, negative: what fills the field that differs, a list of texts; where several fields differ, a list
+                of mappings from field to text.
+            shared: for each other field a list of texts; every combination of them is used, in both classes, and is a
+                group: its prompts stay together when the set is split.
+            label, source: as for the set.
+
+        Returns:
+            A set of (combinations of ``shared``) x (fillings) prompts a class.
+
+        Raises:
+            UsageError: a field that nothing fills, or a filling without a field.
+
+        Example:
+            >>> s = ContrastSet.from_template("Act as if you were {mood}. {question}", ["furious"], ["at ease"],
+            ...                               shared={"question": ["How are you?", "What is new?"]}, label="anger")
+            >>> s, s.positive[0]
+            (ContrastSet('anger', 2 positive, 2 negative), 'Act as if you were furious. How are you?')
+            >>> s.negative_groups
+            ('How are you?', 'What is new?')
+
+        Source: Zou et al. 2023, arXiv:2310.01405, section 3.1.
+        """
+        return cls(**from_template(template, positive, negative, shared), label=label, source=source)
+
+    @classmethod
+    def from_instructions(
+        cls,
+        positive: Sequence[str] | str | Any,
+        negative: Sequence[str] | str | Any,
+        questions: Sequence[str] | Any,
+        *,
+        label: str | None = None,
+        source: str | None = None,
+    ) -> ContrastSet:
+        """Shared questions after system prompts that ask for a trait, and after such that ask against it.
+
+        ``em.evals.answered_contrast`` lets the model answer them and keeps the answers that show what was asked for:
+        read at ``"response_mean"``, their difference is the trait's persona vector.
+
+        Args:
+            positive, negative: system prompts, one or several.
+            questions: user messages, the same for both classes; each is a group.
+            label, source: as for the set.
+
+        Raises:
+            UsageError: no list of texts.
+
+        Example:
+            >>> s = ContrastSet.from_instructions("You are cruel.", "You are kind.", ["How are you?"])
+            >>> s.positive[0][0]["content"], s.positive[0][1]["content"]
+            ('You are cruel.', 'How are you?')
+
+        Source: Chen et al. 2025, arXiv:2507.21509, section 2.2.
+        """
+        return cls(**from_instructions(positive, negative, questions), label=label, source=source)
 
     @classmethod
     def load(

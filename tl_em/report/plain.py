@@ -30,8 +30,8 @@ class Clause(NamedTuple):
     """A sentence or two in plain words.
 
     Args:
-        about: ``"lead"`` (the rest in short), ``"compared"``, ``"behaviour"``, ``"cause"``, ``"change"``, ``"not shown"``
-            or ``"not known"``.
+        about: ``"lead"`` (the rest in short), ``"compared"``, ``"behaviour"``, ``"cause"``, ``"change"``,
+            ``"not shown"`` or ``"not known"``.
         text: what is said.
         figures: the numbers behind it, with intervals and controls; empty where there are none.
     """
