@@ -50,7 +50,7 @@ TOYS = ("World", "outcome_rates", "fine_tune_", "Case.")
 ELSEWHERE = (*TOYS, "Dictionary.feature")
 ELSEWHERE += ("Provenance.of", "AttributionGraph", "attention_view", "attribute", "head_loadings")
 """Checked where the value is made; and graphs, whose numbers mean something beside their prompt: see tests/graph."""
-MAY_BE_NEGATIVE = {"coefficient", "factor", "min_coherence", "min_induce", "seeds"}
+MAY_BE_NEGATIVE = {"above", "below", "coherent", "coefficient", "factor", "min_coherence", "min_induce", "seeds"}
 MAY_BE_NEGATIVE |= {"strength", "strengths", "threshold"}
 
 

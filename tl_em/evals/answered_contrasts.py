@@ -34,9 +34,8 @@ _as_contrast = instance_of(
 
 
 @checked(
-    contrast=_as_contrast, judge=as_judge, coherence=optional(as_judge), above=optional(finite), below=optional(finite),
-    coherent=optional(finite),
-    max_new_tokens=COUNT, temperature=NOT_NEGATIVE, seed=SEED,
+    above=optional(finite), below=optional(finite), coherent=optional(finite), max_new_tokens=COUNT,
+    temperature=NOT_NEGATIVE, seed=SEED, contrast=_as_contrast, judge=as_judge, coherence=optional(as_judge),
 )  # fmt: skip
 @in_plain_torch
 def answered_contrast(
