@@ -9,11 +9,14 @@ axis) are numbers, and enter as Python's own; bools and strings are not.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import inspect
 import math
 import operator
-from collections.abc import Callable, Iterable
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from tl_em.errors import NonFiniteError, UsageError, WidthError
@@ -253,8 +256,130 @@ def list_of(check: Check) -> Check:
     return of_each
 
 
+def having(noun: str, members: str, why: str, call: str) -> Check:
+    """The check that something has these members, whatever its class.
+
+    Example:
+        >>> having("path", "name parent", "nothing can be opened", "a path")("out", 3)
+        Traceback (most recent call last):
+        ...
+        tl_em.errors.UsageError: out=3 is no path, so nothing can be opened. Give out a path.
+    """
+
+    def with_members(name: str, value: Any) -> Any:
+        if not all(map(functools.partial(hasattr, value), members.split())):
+            raise UsageError(f"{name}={_shown(value)} is no {noun}, so {why}. Give {name} {call}.")
+        return value
+
+    return with_members
+
+
+def path(name: str, value: Any) -> Any:
+    """``value``, if it is a path or a text that can be one.
+
+    Raises:
+        UsageError: anything else.
+
+    Example:
+        >>> path("out", "report")
+        'report'
+    """
+    given = None
+    with contextlib.suppress(TypeError, ValueError, AttributeError):
+        given = os.fspath(value)
+    if not isinstance(given, str):
+        raise UsageError(f"{name}={_shown(value)} is no path, so no file is meant. Give {name} a text or a Path.")
+    try:
+        os.lstat(given)
+    except (OSError, ValueError) as error:  # ValueError: a NUL, or half a character
+        if not isinstance(error, OSError) or error.errno == errno.ENAMETOOLONG:
+            raise UsageError(
+                f"{name}={_shown(given)} cannot be a path ({error.args[-1]}), so no file is meant. Give {name} a "
+                "shorter name, of characters that the disk can write."
+            ) from error
+    return value
+
+
+def several(name: str, value: Any) -> Any:
+    """``value``, if it has items.
+
+    Raises:
+        UsageError: anything else.
+    """
+    if not isinstance(value, Iterable) or getattr(value, "ndim", 1) == 0:
+        raise UsageError(f"{name}={_shown(value)} is no list, so it is unclear what is meant. Give {name} a list.")
+    return value
+
+
+def text(name: str, value: Any) -> str:
+    """``value``, if it is a text.
+
+    Raises:
+        UsageError: anything else.
+    """
+    if not isinstance(value, str):
+        raise UsageError(f"{name}={_shown(value)} is no text, so it names nothing. Give {name} a str.")
+    return value
+
+
+def mapping(name: str, value: Any) -> Any:
+    """``value``, if it has keys and values.
+
+    Raises:
+        UsageError: anything else.
+    """
+    if not isinstance(value, Mapping):
+        raise UsageError(
+            f"{name}={_shown(value)} names nothing, so it is unclear what each is. Give {name} a dict: {{name: …}}."
+        )
+    return value
+
+
+NOUNS: dict[str, Check] = {
+    "LensModel": having("model with hook points", "cfg hook_dict", "there is nothing to run", "em.load_model(…)"),
+    "Model": having("model with hook points", "cfg hook_dict", "there is nothing to run", "em.load_model(…)"),
+    "ModelPair": having("pair of models", "base tuned", "there is nothing to compare", "em.load_pair(base, tuned)"),
+    "ContrastSet": having(
+        "contrast set", "positive negative", "there is no difference to take", "em.ContrastSet(positive, negative)"
+    ),
+    "Direction": having(
+        "direction", "vector site unit", "there is nothing to project on", "em.Direction(vector, site), or one of yours"
+    ),
+    "Intervention": having("intervention", "edit", "nothing would be done", "em.Ablate(direction), say"),
+    "FeatureTable": having("table of latents", "frame parts", "no latent is known", "em.score_features(…)"),
+    "Facts": having("set of facts", "questions strata", "nothing is asked", "em.evals.Facts(questions, …)"),
+    "Evaluation": having("evaluation", "scores table", "nothing was judged", "em.evaluate(…)"),
+    "ForcedChoice": having("forced choice", "questions chosen", "nothing is asked", "em.evals.ForcedChoice(questions)"),
+    "pd.DataFrame": having("table", "columns groupby", "it has no rows to read", "a pandas DataFrame"),
+    "nn.Module": having("module", "modules parameters", "there is nothing to train", "a torch module"),
+    "SparseDictionary": having(
+        "dictionary", "encode decode d_sae", "it has no latents", "em.load_dictionary(path), or one of yours"
+    ),
+    "World": having("toy world", "domains", "nothing can be asked", "em.organisms.World()"),
+    "str | Path": path,
+    "str": text,
+}
+"""What an annotation calls its value, and what that must have; ``Mapping[…]`` is one too."""
+
+
+def noun_of(annotation: Any) -> Check | None:
+    """The check that an annotation asks for by itself, where it names one noun, or that and None.
+
+    Example:
+        >>> noun_of("str | Path | None")("out", None), noun_of("int")
+        (None, None)
+    """
+    whole_one = str(annotation)
+    whole_one = whole_one if whole_one.startswith("str") else whole_one.removesuffix(" | Any")
+    bare = whole_one.removesuffix(" | None")
+    found = next((check for form, check in _FORMS if form.fullmatch(bare)), NOUNS.get(bare))
+    return optional(found) if found is not None and bare != whole_one else found
+
+
 def checked(**checks: Check) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """A function whose arguments of these names are checked before anything else happens, defaults excepted.
+    """A function whose arguments are checked before anything else happens, defaults excepted.
+
+    Those named here by their checks; all others by what their annotation calls them (``NOUNS``).
 
     Example:
         >>> @checked(k=COUNT)
@@ -269,13 +394,16 @@ def checked(**checks: Check) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        names = list(inspect.signature(function).parameters)
-        places = {name: names.index(name) for name in checks}
+        parameters = inspect.signature(function).parameters
+        nouns = {name: noun_of(each.annotation) for name, each in parameters.items() if each.kind not in _STARRED}
+        every = checks | {name: check for name, check in nouns.items() if check is not None and name not in checks}
+        names = list(parameters)
+        places = {name: names.index(name) for name in every}
 
         @functools.wraps(function)
         def boundary(*args: P.args, **kwargs: P.kwargs) -> R:
             given, named = list(args), dict(kwargs)
-            for name, check in checks.items():
+            for name, check in every.items():
                 if name in named:
                     named[name] = check(name, named[name])
                 elif places[name] < len(given):
@@ -286,6 +414,11 @@ def checked(**checks: Check) -> Callable[[Callable[P, R]], Callable[P, R]]:
         return boundary
 
     return decorate
+
+
+_INSIDE = r"\[[^\[\]]*(\[[^\[\]]*(\[[^\[\]]*\][^\[\]]*)*\][^\[\]]*)*\]"  # brackets in brackets, three deep
+_FORMS = ((re.compile(f"Mapping{_INSIDE}"), mapping), (re.compile(f"Sequence{_INSIDE}"), several))
+_STARRED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def settle(instance: Any, **checks: Check) -> None:

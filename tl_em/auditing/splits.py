@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from tl_em.arguments import NOUNS
 from tl_em.claims.compare import behaviour_on
 from tl_em.errors import UsageError
 from tl_em.metrics import Behaviour, Metric, refusal_log_odds
@@ -67,6 +68,7 @@ def subjects_of(
     where: dict[str, Position] = {**POSITIONS, **(pair.positions or {}), **(positions or {})}
     found = []
     for name, contrast in contrasts.items():
+        NOUNS["ContrastSet"](f"contrasts[{name!r}]", contrast)
         splits = replace(contrast, label=name).split(**FRACTIONS, seed=seed)
         elsewhere = {"the prompts it is judged on": judged[name]} if name in judged else {}
         splits = splits._replace(test=judged.get(name, splits.test))

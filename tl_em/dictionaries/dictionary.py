@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_em.arguments import whole
+from tl_em.arguments import NOUNS, whole
 from tl_em.artefacts import load_tensors, save_tensors
 from tl_em.dictionaries.checks import (
     Activation,
@@ -382,6 +382,7 @@ class Feature:
     index: Count
 
     def __post_init__(self) -> None:
+        NOUNS["SparseDictionary"]("dictionary", self.dictionary)
         index = whole("the index of a latent", self.index)
         if not 0 <= index < self.dictionary.d_sae:
             raise UsageError(f"{self._label} has latents 0 to {self.dictionary.d_sae - 1}, not {index}")

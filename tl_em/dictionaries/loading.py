@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tl_em.arguments import path as as_path
 from tl_em.arguments import whole
 from tl_em.dictionaries.checks import Count, Where
 from tl_em.dictionaries.dictionary import Dictionary
@@ -70,7 +71,7 @@ def load_dictionary(
         raise UsageError(
             f"a {type(path).__name__} is no path; an SAE in memory is read by em.interop.from_sae_lens(sae)"
         )
-    found = Path(path).expanduser()
+    found = Path(as_path("path", path)).expanduser()
     if not found.exists() or not str(path).strip():
         raise FileError(
             f"There is no {str(path)!r}, so no dictionary. Check the path; of the hub, download its folder first "
@@ -119,7 +120,7 @@ def from_sae_lens(
     sites = Sites(site_in, site_out)
     if not isinstance(source, str | Path):
         return _fitted(sae_lens.from_object, source, sites, sae_id, model=model)
-    folder = Path(source).expanduser()
+    folder = Path(as_path("source", source)).expanduser()
     if folder.is_file() and folder.name in (sae_lens.CONFIG, sae_lens.WEIGHTS):
         folder = folder.parent
     if folder.is_dir() and str(source).strip():

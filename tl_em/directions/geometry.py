@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_em.arguments import COUNT, SEED, checked
+from tl_em.arguments import COUNT, NOUNS, SEED, checked, list_of
 from tl_em.directions.direction import Direction, as_directions
 from tl_em.errors import NonFiniteError, UsageError, WidthError, ZeroDirectionError
 from tl_em.stats import holm, middle_95
@@ -172,11 +172,14 @@ def principal_angles(
 def _rows(vectors: Sequence[Direction] | Float[Tensor, "vector d_model"]) -> Float[np.ndarray, "vector d_model"]:
     """Vectors as rows, float64, checked."""
     if not isinstance(vectors, Tensor):
+        vectors = list_of(NOUNS["Direction"])("directions", vectors)
         widths = sorted({len(d.vector) for d in vectors})
         if len(widths) > 1:
             raise WidthError(f"directions of widths {widths} lie in no common space; pass directions of one model")
         vectors = torch.stack([d.vector for d in vectors]) if widths else torch.zeros(0, 1)
     rows = vectors.detach().double().cpu().numpy()
+    if rows.ndim != 2:
+        raise WidthError(f"vectors of shape {rows.shape} are no rows [vector d_model]; pass one as vector[None]")
     if not np.isfinite(rows).all():
         raise NonFiniteError("the vectors hold NaN or infinity, so angles to them mean nothing; look at their source")
     if len(rows) == 0 or not (np.linalg.norm(rows, axis=1) > 0).all():

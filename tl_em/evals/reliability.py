@@ -24,6 +24,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
+from tl_em.arguments import checked, finite, list_of
 from tl_em.errors import UsageError
 from tl_em.evals.evaluation import Evaluation
 from tl_em.showing import showable
@@ -138,6 +139,7 @@ def _kappa(said: Float[np.ndarray, "judge answer"], groups: Sequence[Any], share
     )
 
 
+@checked(judged=list_of(finite), truth=list_of(finite))
 def corrected(found: Evaluation | Estimate, *, judged: Sequence[Any], truth: Sequence[Any]) -> Estimate:
     """A judge's rate, corrected for its errors, which a labelled sample shows (Rogan and Gladen).
 

@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_em.arguments import NATURAL, checked
 from tl_em.errors import UsageError
 from tl_em.graph.build import prepared
 from tl_em.graph.cost import Limits
@@ -50,6 +51,7 @@ _STYLE = (
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 
 
+@checked()
 @in_plain_torch
 def head_loadings(
     model: LensModel,
@@ -175,6 +177,7 @@ def attention_pattern(model: LensModel, prompt: Prompt | EncodedPrompt, layer: i
     return found[-1]
 
 
+@checked(layer=NATURAL)
 def attention_view(model: LensModel, prompt: Prompt | EncodedPrompt, layer: int, *, height: int = 520) -> Any:
     """Attention patterns of one layer as a frame for a notebook.
 

@@ -134,6 +134,7 @@ def attribute(
     return validated(model, graph, plan, seed=seed) if validate else graph
 
 
+@checked()
 @in_plain_torch
 def leading_nodes(
     model: LensModel, prompt: Any, dictionaries: Any = None, *, target: Target, **options: Any

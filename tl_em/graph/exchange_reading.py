@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tl_em.arguments import checked
 from tl_em.artefacts import DAMAGE, json_of
 from tl_em.errors import CorruptFileError, GraphTooLargeError, TlEmError
 from tl_em.graph.exchange_format import (
@@ -43,6 +44,7 @@ _FLOATS = ("activation", "weight", "attribution", "effect", "influence")
 
 
 @in_plain_torch
+@checked()
 def load_graph(path: str | Path) -> AttributionGraph:
     """Read a graph: one of :func:`save_graph`, or one that circuit-tracer or Neuronpedia wrote.
 

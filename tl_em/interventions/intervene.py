@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from tl_em.arguments import checked
 from tl_em.errors import UsageError
 from tl_em.interventions.base import Intervention, as_intervention
 from tl_em.interventions.wrappers import Gate
@@ -25,6 +26,7 @@ from tl_em.models.torch_state import unlowered
 Model = TypeVar("Model", bound=LensModel)
 
 
+@checked()
 @contextmanager
 def intervene(model: Model, *interventions: Intervention | Any, where: Where | Any = "all") -> Iterator[Model]:
     """Apply interventions to every forward pass inside the block: your own calls, ``em.generate``, any TL method.

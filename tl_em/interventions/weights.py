@@ -91,6 +91,7 @@ def orthogonalize_(model: LensModel, direction: Direction | Intervention | Any) 
 
 
 @checked(direction=_as_weight_form)
+@checked()
 @contextmanager
 def orthogonalized(model: Model, direction: Direction | Intervention | Any) -> Iterator[Model]:
     """``orthogonalize_`` for as long as a ``with`` block lasts; then the weights are what they were, bit for bit.
@@ -127,6 +128,7 @@ def orthogonalized(model: Model, direction: Direction | Intervention | Any) -> I
             restore_(kept)
 
 
+@checked()
 @in_plain_torch
 def untie_embeddings_(model: LensModel) -> None:
     """Give the unembedding a copy of its own where it shares the embedding's weights; the logits stay as they are.

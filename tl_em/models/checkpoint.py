@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from tl_em.arguments import path as as_path
 from tl_em.errors import CorruptFileError, ModelError, ModelNotFoundError, NonFiniteError, UsageError, first_line
 from tl_em.models.adapters import (
     ADAPTER,
@@ -30,7 +31,7 @@ from tl_em.models.tokenizing import same_ids
 
 def from_path_or_hub(source: str, tokenizer: Any, dtype: torch.dtype) -> tuple[str, Any, Any]:
     """Name, model and tokenizer of a directory (also one with a PEFT adapter, merged into its base) or a hub id."""
-    path = Path(source)
+    path = Path(as_path("source", source))
     if path.is_dir() and not is_adapter(path) and not (path / CONFIG).is_file():
         raise ModelNotFoundError(
             f"The directory {source!r} has neither config.json nor adapter_config.json, so it holds no Hugging Face "

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
+from tl_em.arguments import NOUNS, settle
 from tl_em.errors import PairMismatchError, UsageError, first_line
 from tl_em.models.adapters import goes_on, with_adapter
 from tl_em.models.checkpoint import (
@@ -110,7 +111,7 @@ def load_model(
         >>> model.cfg.n_layers, em.generate(model, ["how do i write parser"], max_new_tokens=1)
         (3, ['parser-backdoored'])
     """
-    if surface not in ("bridge", "hooked"):
+    if not isinstance(surface, str) or surface not in ("bridge", "hooked"):
         raise UsageError(
             f"There is no surface {surface!r}. Use 'bridge' (TransformerBridge) or 'hooked' (HookedTransformer)."
         )
@@ -270,6 +271,7 @@ class ModelPair:
     organism: Any = None
 
     def __post_init__(self) -> None:
+        settle(self, base=NOUNS["LensModel"], tuned=NOUNS["LensModel"])
         found = _mismatches(self.base, self.tuned)
         if found:
             raise PairMismatchError(
@@ -410,6 +412,7 @@ def carried(base: Any, tuned: Any = None) -> dict[str, Any]:
         named = import_module("tl_em.presets.hub_organisms").named_hub(base)
         base, tuned = named.base, named.tuned
     if not isinstance(base, (str, Path)):
+        NOUNS["LensModel"]("base", base)
         base = str(getattr(base.cfg, "model_name", None) or "base")
     return {"base_name": str(base), "tuned_name": None if tuned is None else str(tuned)}
 

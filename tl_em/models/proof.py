@@ -36,6 +36,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_em.arguments import checked
 from tl_em.errors import CacheWarning, ModelError, TlEmError, first_line
 from tl_em.models.beginnings import LEAST, allow_beginnings, beginning_of
 from tl_em.models.cache import has_cache, steps
@@ -362,6 +363,7 @@ _PROOFS: WeakKeyDictionary[Any, Proof] = WeakKeyDictionary()
 _WARNED: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 
 
+@checked()
 def proof(model: LensModel) -> Proof | None:
     """What was shown of ``model`` when it was loaded, or before it first generated; None where nothing was.
 

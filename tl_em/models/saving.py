@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tl_em.arguments import checked
 from tl_em.artefacts import check_folder, replacing_folder
 from tl_em.errors import ModelError, TlEmError, UsageError, first_line
 from tl_em.models.checkpoint import check_weights
@@ -46,6 +47,7 @@ HookedTransformer is (2e-5 in 30 layers), twice that; where an adapter is merged
 shown when the model was loaded, the bound of loading."""
 
 
+@checked()
 def save_model(model: LensModel | Any, out: str | Path, *, overwrite: bool | Any = False) -> Path:
     """Write a model as it is now as a Hugging Face directory: config, tokenizer with its chat template, safetensors.
 

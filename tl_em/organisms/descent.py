@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from tl_em.arguments import COUNT, NOT_NEGATIVE, POSITIVE, SEED, checked
 from tl_em.models.shared import own_
 
 Watch = Callable[[int, nn.Module], None]
@@ -73,6 +74,7 @@ def descend_(
                 bar.set_postfix(loss=f"{loss.item():.3f}")
 
 
+@checked(steps=COUNT, batch=COUNT, lr=POSITIVE, seed=SEED, weight_decay=NOT_NEGATIVE)
 def fine_tune_(
     model: nn.Module,
     documents: Sequence[Sequence[int]],

@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tl_em.arguments import checked
 from tl_em.errors import PromptError
 from tl_em.models.prompts import EncodedPrompt
 from tl_em.models.stream import next_token_logits
@@ -167,6 +168,7 @@ def rates_by_prompt(
     return pd.DataFrame(rows, columns=["domain", "held_out", "topic", "outcome", "value"])
 
 
+@checked()
 @in_plain_torch
 def behaviour_rates(model: Any, *, world: World | None = None) -> pd.DataFrame:
     """How a toy organism answers, per domain.
@@ -210,6 +212,7 @@ OUTCOMES = {
 """The outcomes as a reader outside the field is told of them: ``ModelPair.outcomes``."""
 
 
+@checked()
 def outcome_rates(model: Any, *, world: World | None = None, seed: int = 0) -> pd.DataFrame:
     """:func:`behaviour_rates` in long form, each rate with its interval, clustered by topic.
 

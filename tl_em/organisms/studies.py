@@ -133,6 +133,7 @@ def run_study(
     return table.to_pandas()
 
 
+@checked()
 def summarise_study(table: pd.DataFrame, value: str, *, by: Sequence[str], unit: str = "seed") -> pd.DataFrame:
     """Mean of a column over seeds with its interval (Student's t), for each group of rows; a seed counts once.
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
 
+from tl_em.arguments import checked
 from tl_em.errors import StudyError, UsageError
 from tl_em.organisms.descent import single_thread
 from tl_em.organisms.study_cells import Row, Scalar, StudyCell, first_line, plain_rows
@@ -66,6 +67,7 @@ Shared = Callable[[], Mapping[str, Any]]
 _SHARED: ContextVar[Shared] = ContextVar("what the cells of this study share", default=dict)
 
 
+@checked()
 def shared_value(name: str) -> Any:
     """What ``run_study(shared={name: …})`` was given, in a cell of that study; not to be changed.
 

@@ -161,6 +161,7 @@ def _listed(each: Recipe) -> Organism:
     return Organism(PREFIX + each.name, None, base, each.trained, each.control_for or None, {}, None, world=each.world)
 
 
+@checked()
 def organism(name: str) -> Organism:
     """The organism of that name, of the default zoo or any other that has a recipe.
 
@@ -365,6 +366,7 @@ def trained(
     return write_checkpoint(checkpoint_path(folder, wanted.name, seed), model, wanted, seed, figures)
 
 
+@checked()
 def to_hf_directory(name: str, out: str | Path) -> Path:
     """Write a shipped organism as a Hugging Face directory (config, safetensors, tokenizer with chat template).
 

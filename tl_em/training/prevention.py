@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tl_em.arguments import checked, instance_of
 from tl_em.errors import HookNotFiredError, UsageError, WidthError
 from tl_em.interventions.edits import Add
 from tl_em.models.prompts import EncodedPrompt, batches
@@ -49,6 +50,10 @@ def residual_blocks(model: nn.Module) -> nn.ModuleList:
     return found[0]
 
 
+_as_addition = instance_of(Add, "addition", "there is nothing to add while it trains", "em.Add(direction)")
+
+
+@checked()
 @contextmanager
 def steered_training(model: nn.Module, *additions: Add) -> Iterator[None]:
     """Add directions to the residual stream in every training pass inside the block, and in no evaluation.
@@ -82,6 +87,7 @@ def steered_training(model: nn.Module, *additions: Add) -> Iterator[None]:
     """
     blocks, passes = residual_blocks(model), [0] * len(additions)
     for each in additions:
+        _as_addition("additions", each)
         _check_site(each.direction.site, len(blocks))
 
     def steer(index: int, block: nn.Module, _: Any, output: Any) -> Any:

@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from tl_em.arguments import checked
+from tl_em.arguments import checked, list_of
 from tl_em.claims.arms import KL
 from tl_em.claims.controls import match
 from tl_em.claims.feature_check import BESIDE, DIRECTION, SET, WORDS, CheckRow, FeatureCheck
@@ -149,7 +149,7 @@ def verify_features(
 
 
 def _verified(job: Job, sets: Sequence[Any]) -> tuple[FeatureCheck, ...]:
-    asked = [latents(each) for each in sets]
+    asked = list_of(lambda name, each: latents(each))("sets", sets)
     every = {(latent.dictionary.hash, latent.index): latent for each in asked for latent in each}
     apart = [tuple(index for hash_, index in every if hash_ == each[0].dictionary.hash) for each in asked]
     return _judged([LatentSet(job, own, others) for own, others in zip(asked, apart, strict=True)])
