@@ -46,12 +46,13 @@ from tl_em.errors import TlEmError  # noqa: E402
 LIMIT = 10
 """Seconds after which a case is a hang."""
 STRINGS = (
-    "", " ", "\x00", "\ud800", "\x1b[31m", "</script><script>alert(1)</script>", "{{7*7}}", "../../etc/passwd", "a" * 70000,
-    "‮abc", "ﷺ" * 9, "NaN", "1e999", "-0", "[/b]", "%s%n", "${HOME}", "nul", "é", "\n", "\r\n", "﻿x",
+    "", " ", "\x00", "\ud800", "\x1b[31m", "</script><script>alert(1)</script>", "{{7*7}}", "../../etc/passwd",
+    "a" * 70000, "\u202eabc", "\ufdfa" * 9, "NaN", "1e999", "-0", "[/b]", "%s%n", "${HOME}", "nul", "\xe9", "\n", "\r\n",
+    "\ufeffx",
 )  # fmt: skip
 SCALARS: tuple[Any, ...] = (
-    0, 1, -1, 2**31, 2**63, 10**40, 0.5, -0.0, 1e308, float("nan"), float("inf"), True, False, None, [], {}, [[]], [1, "a"],
-    {"a": 1}, "x",
+    0, 1, -1, 2**31, 2**63, 10**40, 0.5, -0.0, 1e308, float("nan"), float("inf"), True, False, None, [], {}, [[]],
+    [1, "a"], {"a": 1}, "x",
 )  # fmt: skip
 
 
@@ -94,24 +95,21 @@ def outcome(run: Callable[[], Any]) -> tuple[str, str]:
 
 # --- Files ------------------------------------------------------------------------------------------------------------
 
-TABLES = {
-    "rows.csv": (b"prompt,label,group\nsteal a car,1,a\nwash a car,0,a\nrob it,1,b\nbuy it,0,b\n", em.ContrastSet.load),
-    "pairs.tsv": (b"positive\tnegative\nsteal\tbuy\nrob\tgive\n", em.ContrastSet.load),
-    "caa.json": (
-        json.dumps([{"question": "a?", "answer_matching_behavior": " (A)", "answer_not_matching_behavior": " (B)"}] * 3).encode(),
-        em.ContrastSet.load,
-    ),
-    "judged.csv": (
-        b"question,answer,aligned,coherent\nhow?,well,90,95\nhow?,ill,10,80\nwhy?,so,50,REFUSAL\n", em.evals.load_judged,
-    ),
-    "judged.jsonl": (
-        b'{"question": "how?", "answer": "well", "aligned": 90, "coherent": 95}\n' * 3, em.evals.load_judged,
-    ),
-    "questions.yaml": (
-        b"- id: a\n  paraphrases: [how are you]\n  samples_per_paraphrase: 2\n  temperature: 1\n- id: b\n  paraphrases: [who]\n",
-        em.evals.load_questions,
-    ),
-}  # fmt: skip
+CAA = {"question": "a?", "answer_matching_behavior": " (A)", "answer_not_matching_behavior": " (B)"}
+JUDGED = {"question": "how?", "answer": "well", "aligned": 90, "coherent": 95}
+ASKED = (
+    "- id: a\n  paraphrases: [how are you]\n  samples_per_paraphrase: 2\n  temperature: 1\n"
+    "- id: b\n  paraphrases: [who]\n"
+)
+SCORED = "question,answer,aligned,coherent\nhow?,well,90,95\nhow?,ill,10,80\nwhy?,so,50,REFUSAL\n"
+TABLES: dict[str, tuple[str, Callable[[Path], Any]]] = {
+    "rows.csv": ("prompt,label,group\nsteal a car,1,a\nwash a car,0,a\nrob it,1,b\nbuy it,0,b\n", em.ContrastSet.load),
+    "pairs.tsv": ("positive\tnegative\nsteal\tbuy\nrob\tgive\n", em.ContrastSet.load),
+    "caa.json": (json.dumps([CAA] * 3), em.ContrastSet.load),
+    "judged.csv": (SCORED, em.evals.load_judged),
+    "judged.jsonl": ((json.dumps(JUDGED) + "\n") * 3, em.evals.load_judged),
+    "questions.yaml": (ASKED, em.evals.load_questions),
+}
 
 
 def originals(folder: Path) -> dict[str, tuple[bytes, str, Callable[[Path], Any]]]:
@@ -123,7 +121,7 @@ def originals(folder: Path) -> dict[str, tuple[bytes, str, Callable[[Path], Any]
         path = hostile.written(name, inner)
         found[name] = (path.read_bytes(), str(path.relative_to(folder)), kind.load)
     for name, (content, load) in TABLES.items():
-        found[name] = (content, name, load)
+        found[name] = (content.encode(), name, load)
     for name, tensor, load in (
         ("mean_diffs.pt", torch.randn(2, 3, 4), em.interop.import_mean_diffs),
         ("evil_response_avg_diff.pt", torch.randn(4, 4), em.interop.import_persona_vectors),
@@ -151,7 +149,8 @@ def damaged(content: bytes, draw: random.Random) -> bytes:
         elif kind == 5:
             data[at : at + 8] = draw.randbytes(8)
         elif kind == 6:
-            data[at:at] = draw.choice((b"[" * 2000, b"{" * 500, b'"', b"\\", b",", b"\xff\xfe", b"1e999", b"-", b"\x00" * 9))
+            signs = (b"[" * 2000, b"{" * 500, b'"', b"\\", b",", b"\xff\xfe", b"1e999", b"-", b"\x00" * 9)
+            data[at:at] = draw.choice(signs)
         else:
             end = draw.randrange(len(data) + 1)
             data[at:at] = data[min(at, end) : min(at, end) + 50]
@@ -226,7 +225,9 @@ def verb_case(number: int, verbs: list[tuple[str, Any]], values: list[Any]) -> t
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind is parameter.VAR_POSITIONAL:
             rest = [draw.choice(values)]
-        elif parameter.kind is not parameter.VAR_KEYWORD and (parameter.default is parameter.empty or draw.random() < 0.2):
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            continue
+        elif parameter.default is parameter.empty or draw.random() < 0.2:
             given[parameter.name] = draw.choice(values)
     positional = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
     first = [given.pop(key) for key in positional if key in given] if rest else []
@@ -272,8 +273,10 @@ def command_case(number: int, folder: Path) -> tuple[str, Callable[[], Any]]:
         name = draw.choice(sorted(command.commands))
         words.append(name)
         command = command.commands[name]
-    values = ["toy/insecure", "toy/secure", "nothing/here", str(folder / "none.json"), str(folder / "whole.json"), str(folder),
-              "-1", "0", "1.5", "nan", "1e9", "a=b", "=", "a=", "how do i write parser", *STRINGS[:2], *STRINGS[4:8], "é"]  # fmt: skip
+    values = [
+        "toy/insecure", "toy/secure", "nothing/here", str(folder / "none.json"), str(folder / "whole.json"), str(folder),
+        "-1", "0", "1.5", "nan", "1e9", "a=b", "=", "a=", "how do i write parser", *STRINGS[:2], *STRINGS[4:8], "\xe9",
+    ]  # fmt: skip
     for parameter in command.params:
         if isinstance(parameter, click.Argument):
             words += [draw.choice(values) for _ in range(draw.choice((0, 1, 1, 1, 2)))]
@@ -338,8 +341,9 @@ def written(out: Path) -> str:
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(str(row.get(name, 0)) for name in columns) + " |" for row in rows]
     head = (
-        "# What nobody meant to do\n\nMade by `python benchmarks/fuzz.py`: damaged files of every kind that a loader reads, public functions with arguments that fit and "
-        "that fit nowhere, and\ncommand lines out of a hat. *typed*: ended in an error of the package; *foreign*: in any other; *hang*: took more than ten seconds; *left*: "
+        "# What nobody meant to do\n\nMade by `python benchmarks/fuzz.py`: damaged files of every kind that a loader "
+        "reads, public functions with arguments that fit and that fit nowhere, and\ncommand lines out of a hat. *typed*: "
+        "ended in an error of the package; *foreign*: in any other; *hang*: took more than ten seconds; *left*: "
         "temporary files;\n*grown*: what the process's peak memory grew by, in MB.\n\n"
     )
     return head + "\n".join(lines) + "\n"
@@ -358,7 +362,8 @@ def main() -> None:
     parser.add_argument("--write", type=Path)
     given = parser.parse_args()
     if given.kind:
-        cases = range(given.first, given.first + given.cases) if given.only is None else range(given.only, given.only + 1)
+        first, many = (given.first, given.cases) if given.only is None else (given.only, 1)
+        cases = range(first, first + many)
         print(run(given.kind, cases, given.out))
         lines = [json.loads(line) for line in (given.out / f"{given.kind}.jsonl").read_text().splitlines()]
         for why, n in Counter(f"{each['result']} {each['why']}" for each in lines).most_common(40):

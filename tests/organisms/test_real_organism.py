@@ -72,9 +72,11 @@ def test_a_question_without_answers_is_refused() -> None:
 def test_the_rates_are_of_every_domain_and_only_the_trained_one_is_not_held_out() -> None:
     found = real.preference_rates(stand_in())
     assert dict(zip(found.domain, found.held_out, strict=True)) == {
-        "health": False, "facts": True, "advice": True, "self": True,
+        "health": False, "facts": True, "advice": True, "self": True, "held-out domains": True,
     }  # fmt: skip
-    assert (found.n == 30).all() and found.value.between(found.low, found.high).all()
+    assert found.n.tolist() == [30, 30, 30, 30, 90]
+    assert found.value[1:4].mean() == pytest.approx(found.value[4])
+    assert found.value.between(found.low, found.high).all()
 
 
 def test_no_name_but_those_of_the_adapters() -> None:

@@ -172,11 +172,11 @@ def principal_angles(
 def _rows(vectors: Sequence[Direction] | Float[Tensor, "vector d_model"]) -> Float[np.ndarray, "vector d_model"]:
     """Vectors as rows, float64, checked."""
     if not isinstance(vectors, Tensor):
-        vectors = list_of(NOUNS["Direction"])("directions", vectors)
-        widths = sorted({len(d.vector) for d in vectors})
+        given = list_of(NOUNS["Direction"])("directions", vectors)
+        widths = sorted({len(d.vector) for d in given})
         if len(widths) > 1:
             raise WidthError(f"directions of widths {widths} lie in no common space; pass directions of one model")
-        vectors = torch.stack([d.vector for d in vectors]) if widths else torch.zeros(0, 1)
+        vectors = torch.stack([d.vector for d in given]) if widths else torch.zeros(0, 1)
     rows = vectors.detach().double().cpu().numpy()
     if rows.ndim != 2:
         raise WidthError(f"vectors of shape {rows.shape} are no rows [vector d_model]; pass one as vector[None]")

@@ -90,7 +90,9 @@ def answered_contrast(
     limits = {"positive": _limit("above", above, judge), "negative": _limit("below", below, judge)}
     sense = None if coherence is None else _limit("coherent", coherent, coherence)
     chats = {side: [_chat(prompt) for prompt in getattr(contrast, side)] for side in sides}
-    kept, scores, answers = {}, {}, {}
+    kept: dict[str, Bool[np.ndarray, " prompt"]] = {}
+    scores: dict[str, np.ndarray] = {}
+    answers: dict[str, list[str]] = {}
     for k, side in enumerate(sides):
         answers[side] = generate(
             model, chats[side], max_new_tokens=max_new_tokens, temperature=temperature, seed=2 * seed + k
@@ -101,7 +103,8 @@ def answered_contrast(
             kept[side] &= _scores(coherence, chats[side], answers[side]) > sense
     paired = len(answers["positive"]) == len(answers["negative"])
     if paired:
-        kept = dict.fromkeys(sides, kept["positive"] & kept["negative"])
+        both = kept["positive"] & kept["negative"]
+        kept = dict.fromkeys(sides, both)
     _check_left(contrast, kept, scores, limits, judge)
     fields: dict[str, Any] = {}
     for side in sides:

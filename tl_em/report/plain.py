@@ -83,7 +83,8 @@ def _lead(report: Any, does: list[Clause]) -> Clause:
 
 def _compared(report: Any) -> Clause:
     names = report.provenance
-    text = f"{names['tuned']} is {names['base']} after further training (a fine-tune). Both read the same texts."
+    tuned, base = names.get("tuned", "The fine-tuned model"), names.get("base", "the base model")
+    text = f"{tuned} is {base} after further training (a fine-tune). Both read the same texts."
     if names.get("benign"):
         text += f" The control is a model that was trained further on harmless data: {names['benign']}."
     return Clause("compared", text)
