@@ -47,8 +47,8 @@ LIMIT = 10
 """Seconds after which a case is a hang."""
 STRINGS = (
     "", " ", "\x00", "\ud800", "\x1b[31m", "</script><script>alert(1)</script>", "{{7*7}}", "../../etc/passwd",
-    "a" * 70000, "\u202eabc", "\ufdfa" * 9, "NaN", "1e999", "-0", "[/b]", "%s%n", "${HOME}", "nul", "\xe9", "\n", "\r\n",
-    "\ufeffx",
+    "a" * 70000, "\u202eabc", "\ufdfa" * 9, "NaN", "1e999", "-0", "[/b]", "%s%n", "${HOME}", "nul", "\xe9", "\n",
+    "\r\n", "\ufeffx",
 )  # fmt: skip
 SCALARS: tuple[Any, ...] = (
     0, 1, -1, 2**31, 2**63, 10**40, 0.5, -0.0, 1e308, float("nan"), float("inf"), True, False, None, [], {}, [[]],
@@ -274,8 +274,9 @@ def command_case(number: int, folder: Path) -> tuple[str, Callable[[], Any]]:
         words.append(name)
         command = command.commands[name]
     values = [
-        "toy/insecure", "toy/secure", "nothing/here", str(folder / "none.json"), str(folder / "whole.json"), str(folder),
-        "-1", "0", "1.5", "nan", "1e9", "a=b", "=", "a=", "how do i write parser", *STRINGS[:2], *STRINGS[4:8], "\xe9",
+        "toy/insecure", "toy/secure", "nothing/here", str(folder / "none.json"), str(folder / "whole.json"),
+        str(folder), "-1", "0", "1.5", "nan", "1e9", "a=b", "=", "a=", "how do i write parser", *STRINGS[:2],
+        *STRINGS[4:8], "\xe9",
     ]  # fmt: skip
     for parameter in command.params:
         if isinstance(parameter, click.Argument):
@@ -342,8 +343,8 @@ def written(out: Path) -> str:
     lines += ["| " + " | ".join(str(row.get(name, 0)) for name in columns) + " |" for row in rows]
     head = (
         "# What nobody meant to do\n\nMade by `python benchmarks/fuzz.py`: damaged files of every kind that a loader "
-        "reads, public functions with arguments that fit and that fit nowhere, and\ncommand lines out of a hat. *typed*: "
-        "ended in an error of the package; *foreign*: in any other; *hang*: took more than ten seconds; *left*: "
+        "reads, public functions with arguments that fit and that fit nowhere, and\ncommand lines out of a hat. "
+        "*typed*: ended in an error of the package; *foreign*: in any other; *hang*: took over ten seconds; *left*: "
         "temporary files;\n*grown*: what the process's peak memory grew by, in MB.\n\n"
     )
     return head + "\n".join(lines) + "\n"

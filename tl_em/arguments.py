@@ -346,8 +346,8 @@ NOUNS: dict[str, Check] = {
         "direction", "vector site unit", "there is nothing to project on", "em.Direction(vector, site), or one of yours"
     ),
     "Intervention": having("intervention", "edit", "nothing would be done", "em.Ablate(direction), say"),
-    "FeatureTable": having("table of latents", "frame parts", "no latent is known", "em.score_features(…)"),
-    "Facts": having("set of facts", "questions strata", "nothing is asked", "em.evals.Facts(questions, …)"),
+    "FeatureTable": having("table of latents", "to_pandas", "no latent is known", "em.score_features(…)"),
+    "Facts": having("set of facts", "prompts truths", "nothing is asked", "em.evals.Facts(prompts, …)"),
     "Evaluation": having("evaluation", "scores table", "nothing was judged", "em.evaluate(…)"),
     "ForcedChoice": having("forced choice", "questions chosen", "nothing is asked", "em.evals.ForcedChoice(questions)"),
     "pd.DataFrame": having("table", "columns groupby", "it has no rows to read", "a pandas DataFrame"),

@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from tl_em.arguments import checked, finite, list_of
+from tl_em.arguments import checked
 from tl_em.errors import UsageError
 from tl_em.evals.evaluation import Evaluation
 from tl_em.showing import showable
@@ -139,7 +139,7 @@ def _kappa(said: Float[np.ndarray, "judge answer"], groups: Sequence[Any], share
     )
 
 
-@checked(judged=list_of(finite), truth=list_of(finite))
+@checked()
 def corrected(found: Evaluation | Estimate, *, judged: Sequence[Any], truth: Sequence[Any]) -> Estimate:
     """A judge's rate, corrected for its errors, which a labelled sample shows (Rogan and Gladen).
 

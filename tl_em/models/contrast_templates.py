@@ -130,5 +130,5 @@ def _filled(template: Any, values: Mapping[str, str]) -> Prompt:
 
     if isinstance(template, str):
         return fill(template)
-    messages: list[Any] = [*template]
-    return [{**message, "content": fill(message["content"])} for message in messages]
+    messages: Any = template
+    return [{**message, "content": fill(str(message["content"]))} for message in messages]

@@ -23,6 +23,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tl_em.arguments import checked, instance_of
+from tl_em.directions.direction import Direction
+from tl_em.directions.profile import Profile
 from tl_em.errors import HookNotFiredError, UsageError, WidthError
 from tl_em.interventions.edits import Add
 from tl_em.models.prompts import EncodedPrompt, batches
@@ -85,31 +87,40 @@ def steered_training(model: nn.Module, *additions: Add) -> Iterator[None]:
 
     Source: Chen et al. 2025, arXiv:2507.21509.
     """
-    blocks, passes = residual_blocks(model), [0] * len(additions)
-    for each in additions:
-        _as_addition("additions", each)
-        _check_site(each.direction.site, len(blocks))
+    added = [part for each in additions for part in _apart(_as_addition("additions", each))]
+    blocks, passes = residual_blocks(model), [0] * len(added)
+    for direction, _ in added:
+        _check_site(direction.site, len(blocks))
 
     def steer(index: int, block: nn.Module, _: Any, output: Any) -> Any:
         if not (torch.is_grad_enabled() or block.training):
             return None
         passes[index] += 1
-        steered = _added(_first(output), additions[index])
+        steered = _added(_first(output), *added[index])
         return steered if isinstance(output, Tensor) else (steered, *output[1:])
 
-    with _watching(blocks, [each.direction.site.layer for each in additions], steer):
+    with _watching(blocks, [direction.site.layer for direction, _ in added], steer):
         yield
     if not all(passes):
         raise HookNotFiredError(
-            f"No training pass went through {additions[passes.index(0)].direction.site}, so what was trained was not "
+            f"No training pass went through {added[passes.index(0)][0].site}, so what was trained was not "
             "steered; train the model that was given, inside the block, with gradients"
         )
 
 
-def _added(x: Float[Tensor, "prompt pos d_model"], add: Add) -> Float[Tensor, "prompt pos d_model"]:
-    if x.shape[-1] != len(add.direction.vector):
+def _apart(addition: Add) -> list[tuple[Direction, Add]]:
+    """Each direction with its own addition: of a profile one a layer."""
+    given = addition.direction
+    every = list(given.values()) if isinstance(given, Profile) else [given]
+    return [(each, Add(each, addition.coefficient)) for each in every]
+
+
+def _added(
+    x: Float[Tensor, "prompt pos d_model"], direction: Direction, add: Add
+) -> Float[Tensor, "prompt pos d_model"]:
+    if x.shape[-1] != len(direction.vector):
         raise WidthError(
-            f"the direction is {len(add.direction.vector)} wide and the residual stream {x.shape[-1]}; steer with a "
+            f"the direction is {len(direction.vector)} wide and the residual stream {x.shape[-1]}; steer with a "
             "direction of the model that is trained"
         )
     return add.edit(x)
