@@ -112,7 +112,8 @@ def _fillings(side: str, given: Any, own: Sequence[str]) -> list[dict[str, str]]
                 f"{side} holds {item!r:.60}, and the template has the fields {', '.join(own)} for it to fill. Give one "
                 f"text for each: {side}=[{{{example}}}]."
             )
-    return [dict(item) for item in found]  # pyright: ignore[reportArgumentType]
+    filled: Any = found
+    return [dict(item) for item in filled]
 
 
 def _texts(name: str, values: Any) -> list[str]:
