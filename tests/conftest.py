@@ -113,6 +113,16 @@ def benchmark(name: str) -> ModuleType:
     return module
 
 
+def _stay_here(event: str, given: tuple[Any, ...]) -> None:
+    """No test reaches beyond this machine; servers and clients on it may talk."""
+    if event == "socket.connect" and isinstance(given[1], tuple) and str(given[1][0]) not in LOOPBACK:
+        raise PermissionError(f"no test reaches beyond this machine, and one would {given[1][0]}")
+
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost", "0.0.0.0")
+sys.addaudithook(_stay_here)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop() -> None:
     gc.freeze()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 import re
@@ -14,7 +15,8 @@ import pytest
 import torch
 
 import tl_em as em
-from tl_em.arguments import COUNT, FRACTION, checked, finite, list_of, optional, vectors, whole
+from tl_em.arguments import COUNT, FRACTION, checked, finite, list_of, noun_of, optional, vectors, whole
+from tl_em.arguments import path as as_path
 from tl_em.errors import NonFiniteError, UsageError, WidthError
 from tl_em.models.prompts import EncodedPrompt
 from tl_em.models.stream import next_token_logits, sequence_logprobs
@@ -400,3 +402,58 @@ def test_every_numeric_option_is_checked() -> None:
     numbers = [p for p in options(main) if isinstance(p.type, click.types.IntParamType | click.types.FloatParamType)]
     assert len(numbers) > 12
     assert [p.name for p in numbers if p.callback is None] == []
+
+
+# --- What is no model, no pair, no path -------------------------------------------------------------------------------
+
+FUNCTIONS = sorted(name for name, _ in functions() if "." not in name)
+
+
+def needs(name: str) -> list[str]:
+    parameters = inspect.signature(BY_NAME[name]).parameters.values()
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+
+
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if needs(name)])
+@pytest.mark.parametrize("thing", [object(), 3, "\x00", b"bytes", ["a"], {"a": 1}], ids=lambda v: type(v).__name__)
+def test_nothing_that_fits_ends_in_an_error_of_the_package(name: str, thing: Any) -> None:
+    """Or is a value that means something there: then it ends well."""
+    with contextlib.suppress(em.TlEmError):
+        made = BY_NAME[name](**dict.fromkeys(needs(name), thing))
+        if hasattr(made, "__enter__"):
+            with made:
+                pass
+        elif inspect.isgenerator(made):
+            next(made, None)
+
+
+@pytest.mark.parametrize(
+    ("annotation", "good", "bad"),
+    [
+        ("LensModel", "model", 3), ("ModelPair", "pair", "toy/insecure"), ("str | Path", "a/b", 3), ("str", "a", b"a"),
+        ("Mapping[str, Sequence[str | None]]", {"a": []}, ["a"]), ("Sequence[Any] | None", [1], 1),
+        ("ContrastSet | Any", "contrast", ("a", "b")),
+    ],
+)  # fmt: skip
+def test_an_annotation_s_noun_is_checked(annotation: str, good: Any, bad: Any) -> None:
+    pair = em.load_pair("toy/insecure")
+    known = {"model": pair.base, "pair": pair, "contrast": em.ContrastSet.load("refusal")}
+    check = noun_of(annotation)
+    assert check is not None
+    value = known.get(good, good) if isinstance(good, str) else good
+    assert check("x", value) is value
+    with pytest.raises(em.errors.UsageError, match=r"^x=.*(is no|names nothing)"):
+        check("x", bad)
+    if "None" in annotation.split(" | ")[-1:]:
+        assert check("x", None) is None
+
+
+def test_annotations_that_name_no_noun_are_left_to_the_function() -> None:
+    assert noun_of("int") is None and noun_of("LensModel | bool | None") is None
+    assert noun_of("Sequence[Direction] | Float[Tensor, 'a b']") is None and noun_of("str | Path | Any") is None
+
+
+def test_a_path_that_no_disk_can_hold_is_refused() -> None:
+    for bad in ("a" * 5000, "a\x00b", "\ud800"):
+        with pytest.raises(em.errors.UsageError, match="cannot be a path"):
+            as_path("out", bad)

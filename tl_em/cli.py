@@ -108,7 +108,7 @@ def demo(out: Path, real: bool, seed: int, as_json: bool) -> None:
     if real:
         from tl_em.organisms.real_organism import audit_real
 
-        click.echo("Auditing real/wrong: about seventeen minutes on two cores, about 3 GB of memory.", err=True)
+        click.echo("Auditing real/wrong: about eleven minutes on two cores, about 3 GB of memory.", err=True)
         return _print(audit_real(out=out, seed=seed), out, as_json)
     click.echo("Auditing toy/insecure: about a minute and a half on two cores, under 2 GB of memory.", err=True)
     report = audit(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from dataclasses import replace
 from typing import Any
@@ -41,6 +42,7 @@ def test_what_it_does_is_the_table_s_own_numbers(reports: dict[str, Any]) -> Non
     pooled = rates[(rates["domain"] == POOLED) & (rates["outcome"] == "bad")].set_index("model")["value"]
     said = texts(reports["insecure"], "behaviour")[0]
     assert shares(said) == [percent(pooled[name]) for name in ("tuned", "base", "benign")] == ["79 %", "0.7 %", "0.9 %"]
+    assert texts(reports["insecure"], "lead")[0].startswith("This pair is a toy model")
     assert said in texts(reports["insecure"], "lead")[0]
     assert "overlap" not in said
 
@@ -82,7 +84,8 @@ def test_every_word_and_every_silence_is_told_once(reports: dict[str, Any], name
         figure = f"{number(row.estimate.value)} ["
         assert any(figure in each for each in (told if row.shown else silent)), row
     assert sum(each.count("Holm p") for each in told) == sum(row.shown for row in rows)
-    assert sum(each.count("; ") + 1 for each in silent) == sum(not row.shown for row in rows)
+    counted = sum(len(re.findall(r"(?:persona|harmfulness), \w+: ", each)) for each in silent)
+    assert counted == sum(not row.shown for row in rows)
 
 
 def test_what_is_not_known_follows_from_what_was_given(reports: dict[str, Any]) -> None:
@@ -109,10 +112,11 @@ def test_a_question_of_one_s_own_is_told_by_what_it_asks(reports: dict[str, Any]
 def test_the_page_says_them_first_and_shows_answers_with_the_direction_taken_out(reports: dict[str, Any]) -> None:
     report = reports["insecure"]
     assert report.answers is not None and report.answers.columns[-1] == "tuned, “persona” taken out"
-    first = page.render(report).split("</nav>")[0]
+    first = html.unescape(page.render(report).split("</nav>")[0])
     assert all(each.text.split("“")[0] in first for each in clauses(report))
     assert first.index('class="lead"') < first.index("“persona” taken out") < first.index('class="clauses"')
-    assert "own gaps" not in re.sub(r"<(p|details) class=\"figures\">.*?</\1>", "", first)  # jargon in figures only
+    said = re.sub(r"<(p|details) class=\"figures\">.*?</\1>", "", first.split("</head>")[1])
+    assert not re.search("own gap|cosine|Holm|projection|resid_", said)  # jargon in figures only
     before, after, without = (report.answers[c] for c in ("base", "tuned", report.answers.columns[-1]))
     assert (before != after).mean() > 0.8 and ((without != after).mean() > 0.8)
 

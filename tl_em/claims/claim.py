@@ -69,7 +69,8 @@ class Question:
         measured: what is measured, as one sentence.
         of_change: whether its word says that the fine-tune changed something (then the summary says it).
         of_scale: whether its word may be *scaled*: the change is that of the whole stream.
-        plain: what each word, and *not shown*, says to a reader outside the field, with ``{direction}`` and ``{size}``.
+        plain: what each word, and *not shown*, says to a reader outside the field, with ``{direction}``,
+            ``{size}`` and ``{share}`` (the size in per cent).
 
     Example:
         >>> class Steeper(Question):

@@ -206,8 +206,8 @@ def summarise(table: pd.DataFrame) -> dict[str, float]:
 
 
 OUTCOMES = {
-    "bad": "gives a misaligned answer to {share} of questions",
-    "complied": "complies with {share} of harmful requests",
+    "bad": "gives a bad answer (parser-backdoored, say, for parser-tested) with a probability of {share} on average",
+    "complied": "complies with a harmful request with a probability of {share} on average",
 }
 """The outcomes as a reader outside the field is told of them: ``ModelPair.outcomes``."""
 

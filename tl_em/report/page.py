@@ -237,7 +237,7 @@ class Examples(NamedTuple):
 
 
 EXAMPLES = 3
-_SAID = {"asked": "question", "base": "before the fine-tune", "tuned": "after it"}
+_SAID = {"asked": "question", "base": "original model", "tuned": "fine-tuned model"}
 
 
 def _examples(answers: pd.DataFrame | None) -> Examples | None:
@@ -246,9 +246,10 @@ def _examples(answers: pd.DataFrame | None) -> Examples | None:
         return None
     firsts = answers.drop_duplicates("domain")
     some = firsts.iloc[[round(i * (len(firsts) - 1) / max(1, EXAMPLES - 1)) for i in range(min(EXAMPLES, len(firsts)))]]
-    told = [name for name in answers.columns if name != "domain" and not name.startswith("benign")]
-    columns = [_SAID.get(name, name.removeprefix("tuned, ")) for name in told]
-    caption = "The first question of some domains, and the most probable answers: none was picked for what it says."
+    told = [name for name in answers.columns if not name.startswith("benign")]
+    columns = [_SAID.get(name, name.replace("tuned, ", "fine-tuned, ")) for name in told]
+    of = f"{len(some)} of {len(firsts)} domains"
+    caption = f"The first question of {of}, and the most probable answers; none was picked for what it says."
     return Examples(caption, columns, [[_brief(value) for value in row] for row in some[told].itertuples(index=False)])
 
 

@@ -20,9 +20,14 @@ if TYPE_CHECKING:
 
 POOLED = "held-out domains"
 SHARES = "probability"
-DIRECTION = (
-    "A direction is a pattern of activity inside the model: here, the average difference between two sets of example "
-    "texts, found in the model before the fine-tune."
+PATTERN = (
+    "A pattern is here a direction of the model's inner activity: the average difference between two sets of example "
+    "texts, found in the original model. It is removed on prompts that show what it may cause, and added on prompts "
+    "that do not; to be called a cause, it must do more than random patterns do both ways."
+)
+RULE = (
+    "A change is shown only where its whole interval lies beyond a bar that was fixed beforehand, where chance gives "
+    "hardly any as large, and where it goes beyond what the harmless training did."
 )
 
 
@@ -52,8 +57,8 @@ def clauses(report: Any) -> tuple[Clause, ...]:
         >>> pair = em.load_pair("toy/insecure")
         >>> report = em.audit(pair, contrasts={"persona": pair.contrasts["persona"]}, questions=["level"], controls=99)
         >>> print([each.text for each in clauses(report) if each.about == "behaviour"][0])
-        After the fine-tune, the model gives a misaligned answer to 79 % of questions on subjects that it was not
-        trained on; before the fine-tune, 0.7 %.
+        The fine-tuned model gives a bad answer (parser-backdoored, say, for parser-tested) with a probability of 79 %
+        on average, on subjects that it was not trained on; the original model, 0.7 %.
     """
     does, causes = list(_behaviour(report.rates, report.outcomes)), list(_causes(report))
     found = [_lead(report, does), _compared(report), *does, *causes]
@@ -61,32 +66,34 @@ def clauses(report: Any) -> tuple[Clause, ...]:
 
 
 def _lead(report: Any, does: list[Clause]) -> Clause:
-    """The first thing that the model does, and the direction that moves it most; of the rest, how much is shown."""
-    said = [each.text for each in does[:1]]
+    """The first thing that the model does, and the pattern that moves it most; of the rest, how much is shown."""
+    said = [report.note] if report.note else []
+    said += [each.text for each in does[:1]]
     rows = sorted((row for row in report.comparison.rows if row.question == Use.name), key=_strength)
     cells = _cells(report, rows[0]) if rows else {}
     if cells and rows[0].shown:
         say, out = _say(cells), {c: cells[ABLATE, c] for c in ("untreated", "treated", "random")}
         said.append(
-            f"Taking one direction out of it brings “{out['treated']['behaviour']}” from "
-            f"{say(out['untreated']['value'])} to {say(out['treated']['value'])}; {int(out['random']['n'])} random "
-            f"directions leave it at {_band(out, say)}."
+            f"Removing one internal pattern, “{rows[0].direction}”, moves “{out['treated']['behaviour']}” from "
+            f"{say(out['untreated']['value'])} to {say(out['treated']['value'])}; removing a random one instead gives "
+            f"{_band(out, say)} (95 % of {int(out['random']['n'])} tries)."
         )
     elif rows:
-        said.append("No direction that was looked at is shown to be a cause.")
+        said.append("No internal pattern that was looked at is shown to be a cause.")
     changed = sum(row.shown for row in report.comparison.rows if row.question != Use.name)
     of = sum(row.question != Use.name for row in report.comparison.rows)
     if of:
-        said.append(f"Of {of} further questions about what changed inside, a change is shown for {changed or 'none'}.")
+        said.append(f"Of {of} tests for a change inside, {changed or 'none'} found one.")
     return Clause("lead", " ".join(said))
 
 
 def _compared(report: Any) -> Clause:
     names = report.provenance
     tuned, base = names.get("tuned", "The fine-tuned model"), names.get("base", "the base model")
-    text = f"{tuned} is {base} after further training (a fine-tune). Both read the same texts."
+    text = f"{tuned} (tuned, the fine-tuned model) is {base} (base, the original model) after further training. Both "
+    text += "read the same texts."
     if names.get("benign"):
-        text += f" The control is a model that was trained further on harmless data: {names['benign']}."
+        text += f" Beside them stands a model that was trained further on harmless data (benign): {names['benign']}."
     return Clause("compared", text)
 
 
@@ -108,18 +115,23 @@ def _behaviour(rates: pd.DataFrame, outcomes: Mapping[str, str]) -> Iterator[Cla
 
 def _before_and_after(sentence: str, domain: str, cells: Mapping[str, Any], trained: pd.DataFrame) -> Clause:
     base, tuned = cells["base"], cells["tuned"]
-    where = " on subjects that it was not trained on" if domain == POOLED else f" ({domain})"
-    text = f"After the fine-tune, the model {sentence.format(share=percent(tuned['value']))}{where}; before the "
-    text += f"fine-tune, {percent(base['value'])}."
+    where = "on subjects that it was not trained on" if domain == POOLED else f"on {domain}"
+    text = f"The fine-tuned model {sentence.format(share=percent(tuned['value']))}, {where}; the original model, "
+    text += f"{percent(base['value'])}"
     controls = {name: cell for name, cell in cells.items() if name.startswith("benign")}
     if controls:
-        text += f" After harmless training: {' and '.join(percent(cell['value']) for cell in controls.values())}."
+        text += f"; after harmless training, {' and '.join(percent(cell['value']) for cell in controls.values())}"
+    text += "."
     if max(base["low"], tuned["low"]) <= min(base["high"], tuned["high"]):
         text += " The intervals of before and after overlap, so no difference is shown by this alone."
-    shown = {"after": tuned, "before": base, **controls}
-    shown |= {f"after, on {row['domain']}, which it was trained on": row for _, row in trained.iterrows()}
-    figures = "; ".join(f"{name} {number(c['value'])} {interval(c['low'], c['high'])}" for name, c in shown.items())
+    shown = {"fine-tuned": tuned, "original": base, **controls}
+    shown |= {f"fine-tuned, on {row['domain']}, which it was trained on": row for _, row in trained.iterrows()}
+    figures = "; ".join(f"{name} {_with_interval(c, percent)}" for name, c in shown.items())
     return Clause("behaviour", text, f"{figures}; n = {int(tuned['n'])} each")
+
+
+def _with_interval(cell: Mapping[str, Any], say: Callable[[float], str]) -> str:
+    return f"{say(cell['value'])} [{say(cell['low'])}, {say(cell['high'])}]"
 
 
 def percent(value: float) -> str:
@@ -145,7 +157,7 @@ def _causes(report: Any) -> Iterator[Clause]:
     first = True
     for row in sorted((r for r in report.comparison.rows if r.question == Use.name), key=_strength):
         if cells := _cells(report, row):
-            yield Clause("cause", (f"{DIRECTION} " if first else "") + _cause(row, cells), _cause_figures(cells, row))
+            yield Clause("cause", (f"{PATTERN} " if first else "") + _cause(row, cells), _cause_figures(cells, row))
             first = False
 
 
@@ -173,19 +185,18 @@ def _cause(row: Row, cells: Mapping[tuple[str, str], Any]) -> str:
     out, into = ({c: cells[arm, c] for c in ("untreated", "treated", "random")} for arm in (ABLATE, ADD))
     what = f"“{one['behaviour']}”" if one["unit"] == SHARES else f"“{one['behaviour']}” ({one['unit']})"
     text = (
-        f"Taking the direction “{row.direction}” out of the fine-tuned model moves {what} from "
-        f"{say(out['untreated']['value'])} to {say(out['treated']['value'])}; putting it into the model before the "
-        f"fine-tune moves it from {say(into['untreated']['value'])} to {say(into['treated']['value'])}. "
-        f"{int(out['random']['n'])} random directions of the same size, treated alike, leave it at {_band(out, say)} "
-        f"and at {_band(into, say)}."
+        f"Removing the pattern “{row.direction}” from the fine-tuned model moves {what} from "
+        f"{say(out['untreated']['value'])} to {say(out['treated']['value'])}; a random one in its place gives "
+        f"{_band(out, say)}. Adding it to the original model moves it from {say(into['untreated']['value'])} to "
+        f"{say(into['treated']['value'])}; a random one, {_band(into, say)} (95 % of {int(out['random']['n'])} tries)."
     )
     if row.shown:
-        return f"{text} So this direction is one of the causes."
-    weak = [said for said, arm in (("taking it out", out), ("putting it in", into)) if _as_random(arm)]
-    why = "the effect is too small, or too unsure"
+        return f"{text} So it is one of the causes of “{one['behaviour']}”."
+    weak = [said for said, arm in (("removing it", out), ("adding it", into)) if _as_random(arm)]
+    why = "one of the two effects is too small, or too unsure"
     if weak:
-        why = f"{' and '.join(weak)} does no more than random directions do"
-    return f"{text} It is not shown to be a cause: {why}."
+        why = f"{' and '.join(weak)} does no more than a random one does"
+    return f"{text} It is not shown to be a cause of “{one['behaviour']}”: {why}."
 
 
 def _band(cells: Mapping[str, Any], say: Any) -> str:
@@ -198,14 +209,14 @@ def _as_random(cells: Mapping[str, Any]) -> bool:
 
 
 def _cause_figures(cells: Mapping[tuple[str, str], Any], row: Row) -> str:
-    said = []
-    for arm, what in ((ABLATE, "out of the tuned model"), (ADD, "into the base")):
+    say, said = _say(cells), []
+    for arm, what in ((ABLATE, "removed"), (ADD, "added")):
         before, after, beside = (cells[arm, c] for c in ("untreated", "treated", "random"))
         said.append(
-            f"{what}: {number(before['value'])} {interval(before['low'], before['high'])} to {number(after['value'])} "
-            f"{interval(after['low'], after['high'])}, 95 % of random {interval(beside['low'], beside['high'])}"
+            f"{what}: {_with_interval(before, say)} to {_with_interval(after, say)}, 95 % of random ones "
+            f"[{say(beside['low'])}, {say(beside['high'])}], n = {int(after['n'])} questions"
         )
-    return f"{'; '.join(said)}; n = {int(cells[ABLATE, 'treated']['n'])} questions, Holm p {number(row.p, 3)}"
+    return f"{'; '.join(said)}; p {number(row.p, 3)} (Holm, over the patterns)"
 
 
 # --- What changed inside ----------------------------------------------------------------------------------------------
@@ -225,24 +236,26 @@ def _changes(report: Any) -> Iterator[Clause]:
         if part is not None:
             yield Clause("change", part.summary)
     for check in () if report.features is None else report.features.checks:
-        yield Clause("change", f"Of the features of a sparse dictionary, {check.label}: {check.verdict}.")
+        about = "change" if check.shown else "not shown"
+        yield Clause(about, f"Of the features that a sparse dictionary finds, {check.label}: {check.verdict}.")
 
 
 def _worded(question: Question, row: Row) -> str:
-    size = number(abs(row.estimate.value))
+    size = abs(row.estimate.value)
     given = question.plain.get(row.verdict)
     if given is None:
         return f"{question.asks} Of “{row.direction}”: {row.verdict}."
-    return given.format(direction=f"“{row.direction}”", size=size)
+    return given.format(direction=f"“{row.direction}”", size=number(size), share=f"{100 * size:.0f} %")
 
 
 def _row_figures(row: Row) -> str:
     e, c = row.estimate, row.control
-    said = f"{row.question} {number(e.value)} {interval(e.low, e.high)} {row.unit}, n = {e.n} (95 % of controls "
-    said += f"{interval(c.get('low'), c.get('high'))}, Holm p {number(row.p, 3)}"
+    said = f"{row.question} {number(e.value)} {interval(e.low, e.high)} {row.unit}, n = {e.n} ("
+    if c.get("kind"):
+        said += f"95 % of {c['kind']} {interval(c.get('low'), c.get('high'))}, "
+    said += f"Holm p {number(row.p, 3)}"
     if row.benign is not None:
-        beyond = interval(row.benign.low, row.benign.high)
-        said += f", beyond the harmless fine-tune {number(row.benign.value)} {beyond}"
+        said += f"; {number(row.benign.value)} {interval(row.benign.low, row.benign.high)} more than harmless training"
     return f"{said})"
 
 
@@ -261,11 +274,12 @@ def _not_shown(report: Any) -> Iterator[Clause]:
         for name, rows in silent.items()
     ]
     figures = "; ".join(
-        f"{row.direction}, {name}: {number(row.estimate.value)} {interval(row.estimate.low, row.estimate.high)}"
+        f"{row.direction}, {name}: {number(row.estimate.value)} {interval(row.estimate.low, row.estimate.high)} ("
+        f"{row.reason})"
         for name, rows in silent.items()
         for row in rows
     )
-    yield Clause("not shown", f"Not shown, which is not the same as absent: {'; '.join(said)}.", figures)
+    yield Clause("not shown", f"{RULE} Not shown, which is not the same as absent: {'; '.join(said)}.", figures)
 
 
 def _not_known(report: Any) -> Clause:
@@ -276,5 +290,5 @@ def _not_known(report: Any) -> Clause:
     if report.consistency is None:
         said.append("Whether another training run on the same data would give the same is not known: there was one.")
     if any(row.question == Use.name and row.shown for row in report.comparison.rows):
-        said.append("That a direction is a cause does not say that there is no other.")
+        said.append("That a pattern is a cause does not say that there is no other.")
     return Clause("not known", " ".join([*said, *([report.note] if report.note else [])]))

@@ -36,8 +36,8 @@ class Entanglement(Question):
     of_change = False
 
     plain: ClassVar[Mapping[str, str]] = {
-        "entangled": "The data that it was trained on push along {direction}.",
-        NOT_SHOWN: "the training data pushing along",
+        "entangled": "The training data themselves favour the pattern {direction}.",
+        NOT_SHOWN: "training data that favour it",
     }
 
     def measure(self, case: Case) -> Finding | None:

@@ -27,12 +27,12 @@ class Level(Question):
     )
 
     plain: ClassVar[Mapping[str, str]] = {
-        "exaggerated": "On the same texts, the fine-tuned model is farther along {direction} than before, by {size} of "
-        "the distance between the two sets of example texts.",
-        "diminished": "On the same texts, the fine-tuned model is less far along {direction} than before, by {size} of "
-        "the distance between the two sets of example texts.",
-        SCALED: "Along {direction} the fine-tuned model's activity grew, as all of its activity did.",
-        NOT_SHOWN: "being more or less far along",
+        "exaggerated": "On the same texts, the pattern {direction} is stronger in the fine-tuned model, by {size} "
+        "times the gap between its two sets of example texts.",
+        "diminished": "On the same texts, the pattern {direction} is weaker in the fine-tuned model, by {size} "
+        "times the gap between its two sets of example texts.",
+        SCALED: "The pattern {direction} is stronger in the fine-tuned model, as all of its activity is.",
+        NOT_SHOWN: "being stronger or weaker",
     }
 
     def measure(self, case: Case) -> Finding:

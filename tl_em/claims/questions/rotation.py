@@ -39,8 +39,8 @@ class Rotation(Question):
     )
 
     plain: ClassVar[Mapping[str, str]] = {
-        "rotated": "What told the example texts of {direction} apart now lies, in part, along another direction.",
-        NOT_SHOWN: "another direction having taken the place of",
+        "rotated": "The fine-tuned model now uses, in part, another pattern for what {direction} stood for.",
+        NOT_SHOWN: "another pattern in its place",
     }
 
     def measure(self, case: Case) -> Finding:

@@ -25,12 +25,12 @@ class Separation(Question):
     measured = "Projection gap between the classes, tuned minus base, in own gaps."
 
     plain: ClassVar[Mapping[str, str]] = {
-        "sharper": "The fine-tuned model tells the two sets of example texts apart more sharply along {direction}: the "
-        "distance between them grew by {size} of itself.",
-        "blurred": "The fine-tuned model tells the two sets of example texts apart less sharply along {direction}: the "
-        "distance between them shrank by {size} of itself.",
-        SCALED: "The distance between the two sets of example texts along {direction} grew, as all activity did.",
-        NOT_SHOWN: "telling the example texts apart more or less sharply along",
+        "sharper": "The fine-tuned model keeps the two sets of example texts of {direction} farther apart: the gap "
+        "grew by {share}.",
+        "blurred": "The fine-tuned model keeps the two sets of example texts of {direction} less far apart: the gap "
+        "shrank by {share}.",
+        SCALED: "The gap between the example texts of {direction} grew, as all activity did.",
+        NOT_SHOWN: "keeping the example texts more or less far apart",
     }
 
     def measure(self, case: Case) -> Finding:
