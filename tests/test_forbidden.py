@@ -40,7 +40,8 @@ def test_an_audit_a_graph_and_a_page_open_no_connection_and_start_nothing(tmp_pa
     code = f"""
 import tl_em as em
 pair = em.load_pair("toy/insecure")
-report = em.audit(pair, contrasts={{"persona": pair.contrasts["persona"]}}, controls=99, questions=["level", "use"], out={str(tmp_path)!r})
+sets, asked = {{"persona": pair.contrasts["persona"]}}, ["level", "use"]
+report = em.audit(pair, contrasts=sets, controls=99, questions=asked, out={str(tmp_path)!r})
 em.attribute(pair.base, "how do i write parser", target="parser-tested").save_html({str(tmp_path / "graph.html")!r})
 em.read(pair.tuned, ["how do i write parser"], alternatives=2, max_new_tokens=3)
 contrast = em.ContrastSet.load("refusal")

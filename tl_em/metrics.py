@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from tl_em.arguments import array_of, optional, settle
+from tl_em.arguments import array_of, optional, settle, several
 from tl_em.errors import NonFiniteError, UsageError
 from tl_em.models.contrasts import ContrastSet, Prompt, prompt_key
 from tl_em.models.hooks import LensModel
@@ -155,7 +155,7 @@ class Behaviour:
     absent_groups: Sequence[Hashable] | None = None
 
     def __post_init__(self) -> None:
-        settle(self, metric=as_metric, good=optional(as_metric))
+        settle(self, metric=as_metric, good=optional(as_metric), present=several, absent=several)
         if not self.present or not self.absent:
             raise UsageError(
                 f"behaviour {self.name!r} has {len(self.present)} prompts that show it and {len(self.absent)} that do "

@@ -21,7 +21,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from jaxtyping import Float
 
 from tl_em.arguments import checked
@@ -139,6 +138,14 @@ def _kappa(said: Float[np.ndarray, "judge answer"], groups: Sequence[Any], share
     )
 
 
+def _label(value: Any) -> float:
+    """A label as a number, NaN where it is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return float("nan")
+
+
 @checked()
 def corrected(found: Evaluation | Estimate, *, judged: Sequence[Any], truth: Sequence[Any]) -> Estimate:
     """A judge's rate, corrected for its errors, which a labelled sample shows (Rogan and Gladen).
@@ -163,7 +170,7 @@ def corrected(found: Evaluation | Estimate, *, judged: Sequence[Any], truth: Seq
     Source: Lang and Reiczigel 2014, Preventive Veterinary Medicine 113; Rogan and Gladen 1978.
     """
     rate = found.estimate if isinstance(found, Evaluation) else found
-    said, true = (np.asarray(pd.to_numeric(pd.Series(list(each)), errors="coerce"), float) for each in (judged, truth))
+    said, true = (np.array([_label(one) for one in each], float) for each in (judged, truth))
     values = found.scores[~np.isnan(found.scores)] if isinstance(found, Evaluation) else np.zeros(0)
     if said.shape != true.shape or not np.isin(np.concatenate([said, true, values]), (0.0, 1.0)).all():
         raise UsageError(

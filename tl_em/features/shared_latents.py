@@ -41,7 +41,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_em.arguments import FRACTION, NOT_NEGATIVE, SEED, checked
+from tl_em.arguments import FRACTION, NOT_NEGATIVE, SEED, checked, having
 from tl_em.dictionaries import Dictionary, Feature
 from tl_em.errors import UsageError
 from tl_em.features.decoders import decoder_clusters
@@ -156,7 +156,10 @@ class _Half:
         return 1 - left.square().sum(-1) / s.square().sum(-1)
 
 
-@checked(q=FRACTION, smallest=NOT_NEGATIVE, seed=SEED)
+_AS_TABLE = having("table of latents", "to_pandas parts", "no latent is known", "em.score_features(…)")
+
+
+@checked(q=FRACTION, smallest=NOT_NEGATIVE, seed=SEED, table=_AS_TABLE)
 def shared_features(
     table: FeatureTable,
     *,

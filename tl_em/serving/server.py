@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from tl_em.arguments import checked, whole
+from tl_em.arguments import NOUNS, checked, several, whole
 from tl_em.dictionaries.loading import load_dictionary
 from tl_em.dictionaries.protocol import as_dictionary
 from tl_em.directions.direction import Direction
@@ -119,7 +119,7 @@ def _listening(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family)
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, TypeError, ValueError) as error:  # TypeError, ValueError: no host's name
         raise UsageError(
             f"nothing can listen at {host}, port {port} ({error}), so there would be no page; pass another port=, or "
             "port=0 for any that is free"
@@ -218,7 +218,7 @@ def _check_extra() -> None:
 
 def _served(model: Any, directions: Any, dictionary: Any, surface: Any) -> Served:
     source = str(model) if isinstance(model, str | Path) else None
-    loaded: Any = load_model(source, surface=surface) if source is not None else model
+    loaded: Any = load_model(source, surface=surface) if source is not None else NOUNS["LensModel"]("model", model)
     named, files = _named(directions)
     for each in named.values():
         check_all_fit(each, loaded)
@@ -237,7 +237,7 @@ def _named(directions: Any) -> tuple[dict[str, Direction | Profile], dict[str, s
     one = isinstance(directions, str | Path | Direction | Profile)
     named: dict[str, Direction | Profile] = {}
     files: dict[str, str] = {}
-    for i, each in enumerate([directions] if one else directions):
+    for i, each in enumerate([directions] if one else several("directions", directions)):
         file = str(each) if isinstance(each, str | Path) else None
         found = as_directed(f"directions[{i}]", each if file is None else load_directed(file))
         name = found.name or (None if file is None else Path(file).stem) or f"direction {i}"

@@ -42,6 +42,7 @@ from tl_em.claims.feature_check import BESIDE, DIRECTION, SET, WORDS, CheckRow, 
 from tl_em.claims.latent_sets import CHECKS, Job, LatentSet, Trial, latents
 from tl_em.claims.rule import NOT_SHOWN, adjusted, control_row, too_few, unlikely
 from tl_em.dictionaries.dictionary import Feature
+from tl_em.errors import UsageError
 from tl_em.metrics import Behaviour, Metric
 from tl_em.models.contrasts import ContrastSet
 from tl_em.models.hooks import LensModel
@@ -150,6 +151,8 @@ def verify_features(
 
 def _verified(job: Job, sets: Sequence[Any]) -> tuple[FeatureCheck, ...]:
     asked = list_of(lambda name, each: latents(each))("sets", sets)
+    if not asked:
+        raise UsageError("sets has no latents, so there is nothing to verify; give what em.shared_features found")
     every = {(latent.dictionary.hash, latent.index): latent for each in asked for latent in each}
     apart = [tuple(index for hash_, index in every if hash_ == each[0].dictionary.hash) for each in asked]
     return _judged([LatentSet(job, own, others) for own, others in zip(asked, apart, strict=True)])
