@@ -112,7 +112,7 @@ def test_a_question_of_one_s_own_is_told_by_what_it_asks(reports: dict[str, Any]
 def test_the_page_says_them_first_and_shows_answers_with_the_direction_taken_out(reports: dict[str, Any]) -> None:
     report = reports["insecure"]
     assert report.answers is not None and report.answers.columns[-1] == "tuned, “persona” taken out"
-    first = html.unescape(page.render(report).split("</nav>")[0])
+    first = html.unescape(page.render(report).split("</nav>")[0]).replace("\xa0", " ")
     assert all(each.text.split("“")[0] in first for each in clauses(report))
     assert first.index('class="lead"') < first.index("“persona” taken out") < first.index('class="clauses"')
     said = re.sub(r"<(p|details) class=\"figures\">.*?</\1>", "", first.split("</head>")[1])

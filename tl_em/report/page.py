@@ -131,7 +131,7 @@ def render(report: Any) -> str:
             registration=getattr(report, "registration", ""),
             lint=getattr(report, "lint", {}),
             answers=getattr(report, "answers", None),
-            plain=plain.clauses(report) if hasattr(report, "outcomes") else (),
+            plain=_together(plain.clauses(report)) if hasattr(report, "outcomes") else (),
             examples=_examples(getattr(report, "answers", None)),
             together=getattr(comparison, "together", {}),
             table=_table,
@@ -251,6 +251,11 @@ def _examples(answers: pd.DataFrame | None) -> Examples | None:
     of = f"{len(some)} of {len(firsts)} domains"
     caption = f"The first question of {of}, and the most probable answers; none was picked for what it says."
     return Examples(caption, columns, [[_brief(value) for value in row] for row in some[told].itertuples(index=False)])
+
+
+def _together(clauses: Sequence[plain.Clause]) -> list[plain.Clause]:
+    """No line ends before a per-cent sign."""
+    return [plain.Clause(c.about, c.text.replace(" %", "\xa0%"), c.figures.replace(" %", "\xa0%")) for c in clauses]
 
 
 def _brief(text: Any) -> str:
