@@ -185,6 +185,10 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], about: Mapping
     return Path(path)
 
 
+class _OtherKind(CorruptFileError):
+    """A whole file, of something else."""
+
+
 def load_tensors(
     path: str | Path, schema: str, make: Callable[[dict[str, Tensor], dict[str, Any]], Made], *, damage: str
 ) -> Made:
@@ -201,16 +205,26 @@ def load_tensors(
     """
     from safetensors import SafetensorError, safe_open
 
+    kind = schema.split("/")[1]
+    if not os.path.lexists(path):
+        raise CorruptFileError(f"{str(path)!r} is not a {kind}: there is no such file. Check the path.")
     try:
         with safe_open(str(path), framework="pt") as file:
             about = json_of((file.metadata() or {})["tl_em"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+        if (held := str(about["schema"]).split("/"))[:1] == ["tl-em"] and len(held) > 1 and held[1] != kind:
+            raise _OtherKind(
+                f"{path} is not a {kind}: it holds a {held[1]}. Read it as that: em.Direction.load, em.Profile.load, "
+                "em.load_dictionary."
+            )
         if about["schema"] != schema:
             raise KeyError(f"schema {about['schema']!r}")
         return make(tensors, about)
+    except _OtherKind:
+        raise
     except (SafetensorError, OSError, *DAMAGE, TlEmError) as error:
         raise CorruptFileError(
-            f"{path} is not a {schema.split('/')[1]} that this version can read "
+            f"{path} is not a {kind} that this version can read "
             f"({type(error).__name__}: {error}); {damage}"
         ) from error
 

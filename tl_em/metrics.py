@@ -162,6 +162,10 @@ class Behaviour:
                 "not; both are needed, since an ablation is measured on the first and an addition on the second"
             )
 
+    def __repr__(self) -> str:
+        counted = f"{len(self.present)} prompts that show it, {len(self.absent)} that do not"
+        return f"Behaviour({self.name!r}, {getattr(self.metric, 'name', self.metric)}, {counted})"
+
     @property
     def same_prompts(self) -> bool:
         """Whether the behaviour is absent from the base and not from some of the prompts: both lists are the same."""

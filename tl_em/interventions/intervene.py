@@ -39,9 +39,10 @@ def intervene(model: Model, *interventions: Intervention | Any, where: Where | A
         model: any HookedTransformer or TransformerBridge.
         *interventions: applied in this order.
         where: the tokens that are edited. ``"all"``: prompt and answer alike. ``"prompt"``, ``"generated"`` (the
-            answer), ``"instruction"`` (the last user message) or ``("last", k)`` (the last k tokens of the prompt):
-            then run the model with this package's verbs, which know which token is what; the edits are the same with
-            and without the key-value cache, alone and in a batch. Nest blocks to give interventions different scopes.
+            answer's own tokens; its first one is predicted at the prompt's last, so that one stays as it is),
+            ``"instruction"`` (the last user message) or ``("last", k)`` (the last k tokens of the prompt): then run the
+            model with this package's verbs, which know which token is what; the edits are the same with and without the
+            key-value cache, alone and in a batch. Nest blocks to give interventions different scopes.
 
     Yields:
         The same model.

@@ -105,9 +105,13 @@ class Lint:
         apart = [fault.what for fault in self.faults if fault.what in PROPERTIES]
         said = [f"told apart by {', '.join(apart)}"] if apart else []
         said += [fault.found for fault in self.faults if fault.what not in PROPERTIES]
-        return showable(f"Lint({self.label!r}: {'; '.join(said) or 'nothing found'})")
+        n = len(self.together.labels)
+        nothing = "nothing found" if n >= ENOUGH else f"nothing found, in {n} prompts; {ENOUGH} can show a confound"
+        return showable(f"Lint({self.label!r}: {'; '.join(said) or nothing})")
 
 
+ENOUGH = 16
+"""Prompts below which a property that tells the classes apart without a fault is hardly told from chance."""
 PROPERTIES = {
     "length": "write both classes to one length: the same sentences with one word exchanged",
     "first": "begin both classes with the same words",

@@ -112,11 +112,16 @@ class TextReading:
         return rows[f"norm {self.sites[name]}"].to_numpy(dtype=float) * share**0.5
 
     def save(self, path: str | Path) -> Path:
-        """Write a Parquet file.
+        """Write a Parquet file; a page is written by ``.view().save("page.html")``.
 
         Raises:
-            OutputError: the path cannot be written.
+            OutputError: the path cannot be written. UsageError: its ending is a page's.
         """
+        if Path(path).suffix.lower() in (".html", ".htm"):
+            raise UsageError(
+                f"{str(path)!r} would be a table in Parquet, which no browser shows. Write the page from what "
+                ".view or .beside gives, which has a .save of its own."
+            )
         with replacing(path) as temporary, Writing(temporary, self.sites, self.d_model, self.dictionary) as writing:
             for part in self.each():
                 writing.add(part)
@@ -153,16 +158,25 @@ class TextReading:
             A page: shown by a notebook, written by its ``.save("page.html")``.
 
         Raises:
-            UsageError: other directions.
+            UsageError: other directions, or other prompts.
         """
         if dict(other.sites) != dict(self.sites):
             raise UsageError(
                 f"one reading has {list(self.sites)} and the other {list(other.sites)}, so they have no scale in "
                 "common; read both with the same directions"
             )
+        if (mine := self._asked()) != (theirs := other._asked()):
+            raise UsageError(
+                f"the two are readings of other prompts ({len(mine)} texts and {len(theirs)}), so what stands side by "
+                "side would not be the same token; read the same prompts twice"
+            )
         from tl_em.report.readings import reading_page
 
         return reading_page({names[0]: self, names[1]: other})
+
+    def _asked(self) -> list[tuple[str, ...]]:
+        """The tokens of each text but those of its answer."""
+        return [tuple(part.token[part.part != "answer"]) for part in self.each()]
 
     def view(self) -> Any:
         """The texts coloured, as a page: shown by a notebook, written by its ``.save("page.html")``."""
