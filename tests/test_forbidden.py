@@ -11,13 +11,32 @@ from pathlib import Path
 
 import pytest
 
-FORBIDDEN = Path(__file__).parent / "forbidden"
+FORBIDDEN = '''import sys
+
+ALLOWED = ("uname", "lscpu")
+"""Programs that Python's own ``platform`` or a library asks about the machine."""
+
+
+def _watch(event: str, given: tuple[object, ...]) -> None:
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.sendto"):
+        raise PermissionError(f"forbidden: {event} {given[-1] if event == 'socket.connect' else given[0]}")
+    if event in ("subprocess.Popen", "os.system", "os.posix_spawn", "os.exec", "pty.spawn"):
+        program = str(given[0]).rsplit("/", 1)[-1]
+        if program not in ALLOWED:
+            raise PermissionError(f"forbidden: {event} {program}")
+
+
+sys.addaudithook(_watch)
+'''
+"""A ``sitecustomize``: a process that opens a connection or starts another program ends, and says which."""
 ROOT = Path(__file__).parents[1]
 
 
-def run(code: str, *, online: bool = False) -> subprocess.CompletedProcess[str]:
+def run(code: str, folder: Path, *, online: bool = False) -> subprocess.CompletedProcess[str]:
     """Python in a process of its own, in which connections and programs are forbidden."""
-    path = os.pathsep.join([str(FORBIDDEN), str(ROOT)])
+    (folder / "site").mkdir()
+    (folder / "site" / "sitecustomize.py").write_text(FORBIDDEN)
+    path = os.pathsep.join([str(folder / "site"), str(ROOT)])
     known = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     known |= {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     offline = {} if online else {"HF_HUB_OFFLINE": "1"}
@@ -31,8 +50,8 @@ STARTS = "import subprocess; subprocess.run(['ls'])"
 
 
 @pytest.mark.parametrize("code", [CONNECTS, STARTS])
-def test_what_is_forbidden_ends_the_process(code: str) -> None:
-    found = run(code)
+def test_what_is_forbidden_ends_the_process(code: str, tmp_path: Path) -> None:
+    found = run(code, tmp_path)
     assert found.returncode == 1 and "PermissionError: forbidden" in found.stderr
 
 
@@ -47,7 +66,7 @@ em.read(pair.tuned, ["how do i write parser"], alternatives=2, max_new_tokens=3)
 contrast = em.ContrastSet.load("refusal")
 print(report.summary)
 """
-    found = run(code, online=True)  # not even where the hub's client would be willing
+    found = run(code, tmp_path, online=True)  # not even where the hub's client would be willing
     assert found.returncode == 0, found.stderr[-2000:]
     assert "persona" in found.stdout
     assert json.loads((tmp_path / "report.json").read_text())["plain"]
@@ -56,11 +75,12 @@ print(report.summary)
 def test_the_command_line_neither(tmp_path: Path) -> None:
     words = ["graph", "of", "toy/insecure", "how do i write parser", "--target", "parser-tested"]
     words += ["--out", str(tmp_path / "g")]
-    found = run(f"import sys; sys.argv = ['tl-em', *{words!r}]; from tl_em.cli import main; main()", online=True)
+    code = f"import sys; sys.argv = ['tl-em', *{words!r}]; from tl_em.cli import main; main()"
+    found = run(code, tmp_path, online=True)
     assert found.returncode == 0, found.stderr[-2000:]
 
 
-def test_a_model_in_memory_whose_name_looks_like_a_hub_s_asks_nobody_for_a_tokenizer() -> None:
+def test_a_model_in_memory_whose_name_looks_like_a_hub_s_asks_nobody_for_a_tokenizer(tmp_path: Path) -> None:
     code = """
 import transformers, torch
 import tl_em as em
@@ -71,7 +91,7 @@ model.config.name_or_path = model.name_or_path = "somebody/some-model"
 made = em.load_model(model)
 print(em.capture(made, [[1, 2, 3]], [em.Site(0)], position="prompt_end").shape)
 """
-    found = run(code, online=True)
+    found = run(code, tmp_path, online=True)
     assert found.returncode == 0, found.stderr[-2000:]
     assert "torch.Size([1, 1, 16])" in found.stdout
 

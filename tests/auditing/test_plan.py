@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from html import unescape
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,6 +32,7 @@ def planned(**settings: Any) -> em.Plan:
 
 
 def test_no_weights_are_read_for_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    import_module("tl_em.organisms.zoo")  # which keeps the function under its own name
     monkeypatch.setattr(loading, "load_model", None)  # calling it would fail
     toy = em.plan("toy/insecure")
     assert (toy.asked["base"], toy.asked["tuned"]) == ("toy/assistant", "toy/insecure")

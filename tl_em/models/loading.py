@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
-from tl_em.arguments import NOUNS, settle
+from tl_em.arguments import NOUNS, having, settle
 from tl_em.errors import PairMismatchError, UsageError, first_line
 from tl_em.models.adapters import goes_on, with_adapter
 from tl_em.models.checkpoint import (
@@ -200,6 +200,7 @@ def _on_surface(
 # --- Pairs ------------------------------------------------------------------------------------------------------------
 
 
+_NAMED = having("model", "cfg", "it has no name", "a directory, a hub id, or em.load_model(…)")
 RATE_COLUMNS = ("domain", "held_out", "outcome", "value", "low", "high", "n")
 """What ``ModelPair.rates`` returns: a row for each domain of questions and outcome, with its 95 % interval."""
 
@@ -412,7 +413,7 @@ def carried(base: Any, tuned: Any = None) -> dict[str, Any]:
         named = import_module("tl_em.presets.hub_organisms").named_hub(base)
         base, tuned = named.base, named.tuned
     if not isinstance(base, (str, Path)):
-        NOUNS["LensModel"]("base", base)
+        _NAMED("base", base)
         base = str(getattr(base.cfg, "model_name", None) or "base")
     return {"base_name": str(base), "tuned_name": None if tuned is None else str(tuned)}
 
