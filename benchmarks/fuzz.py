@@ -248,7 +248,7 @@ def verbs() -> list[tuple[str, Any]]:
     """Public functions and classes; a Protocol is made by nobody."""
     found = [(name, f) for name, f in functions() if "." not in name and name not in SLOW]
     classes = {name.split(".")[0] for name, _ in functions() if name.endswith(".__init__")}
-    every = dict(vars(em)) | {name: getattr(em, name) for name in em.__all__}
+    every = {name: getattr(em, name) for name in dir(em)}
     return [*found, *((name, every[name]) for name in sorted(classes)
                       if name in every and not getattr(every[name], "_is_protocol", False))]
 

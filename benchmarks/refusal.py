@@ -71,7 +71,7 @@ import tl_em as em
 from tl_em.artefacts import check_writable, replacing
 from tl_em.claims.questions.inversion import ReplyInversion, reply_inversion
 from tl_em.directions.geometry import control_directions
-from tl_em.interventions.edits import removed_mean
+from tl_em.interventions.hidden_steer import removed_mean
 from tl_em.models.loading import load_model
 from tl_em.organisms.contrasts import CONTRAST_PARAPHRASES, ToyQuestion, dissociated_prompts, judge_questions, questions
 from tl_em.organisms.rates import bad, complied, good, judged_harmful, refused

@@ -244,7 +244,8 @@ def choose(model: em.LensModel, found: Sequence[em.Direction], parts: Parts) -> 
 
 def sites_of(edit: em.Ablate) -> list[em.Site]:
     """Where it acts."""
-    return list(edit.around) if isinstance(edit.around, dict) else [edit.direction.site]
+    own: Any = edit.direction
+    return list(edit.around) if isinstance(edit.around, dict) else [own.site]
 
 
 def steering(
