@@ -87,7 +87,7 @@ def _cut(batch: Batch, rows: list[int], length: int) -> Batch:
     return batch._replace(tokens=batch.tokens[rows, :length], rows=tuple(batch.rows[row] for row in rows), **parts)
 
 
-def read_after(model: LensModel, begun: Beginning, running: Any) -> Float[Tensor, "prompt pos d_vocab"]:
+def read_after(model: LensModel, begun: Beginning, running: Any) -> Float[Tensor, "row last d_vocab"]:
     """Read the beginnings, then the rest of every row; logits of the rest.
 
     Args:

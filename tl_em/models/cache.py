@@ -27,8 +27,8 @@ Step = Callable[[Int[Tensor, "prompt pos"]], Float[Tensor, "prompt d_vocab"]]
 class ReadsOn(Protocol):
     """Reads on after what it read before."""
 
-    def __call__(self, tokens: Int[Tensor, "prompt pos"]) -> Float[Tensor, "prompt last d_vocab"]:
-        """Logits of these tokens, or of the last of them."""
+    def __call__(self, tokens: Int[Tensor, "prompt pos"]) -> Float[Tensor, "row last d_vocab"]:
+        """Logits of these tokens, of the last of them, or of those that a hook hands the unembedding as one row."""
         ...
 
     def select(self, rows: Int[Tensor, " prompt"]) -> None:
@@ -91,7 +91,7 @@ class _HookedReads:
     def __init__(self, model: LensModel) -> None:
         self.model, self.held = model, None
 
-    def __call__(self, tokens: Int[Tensor, "prompt pos"]) -> Float[Tensor, "prompt pos d_vocab"]:
+    def __call__(self, tokens: Int[Tensor, "prompt pos"]) -> Float[Tensor, "row last d_vocab"]:
         from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
         tokens = tokens.to(self.model.cfg.device)
@@ -130,7 +130,7 @@ class _BridgeReads:
         self.options: dict[str, Any] = {"use_cache": True, "padding_side": "right"}
         self.options |= {"logits_to_keep": 1} if last and "logits_to_keep" in takes else {}
 
-    def __call__(self, tokens: Int[Tensor, "prompt pos"]) -> Float[Tensor, "prompt last d_vocab"]:
+    def __call__(self, tokens: Int[Tensor, "prompt pos"]) -> Float[Tensor, "row last d_vocab"]:
         given, self.stepping = {} if self.held is None else {self.name: self.held}, threading.get_ident()
         try:
             return self.model(tokens.to(self.model.cfg.device), **self.options, **given)

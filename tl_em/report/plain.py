@@ -161,7 +161,7 @@ def _causes(report: Any) -> Iterator[Clause]:
             first = False
 
 
-def _cells(report: Any, row: Row) -> dict[tuple[str, str], Any]:
+def _cells(report: Any, row: Row | Any) -> dict[tuple[str, str], Any]:
     """By arm and condition the rates of a direction's behaviour; nothing where one is missing."""
     table = report.comparison.use
     mine = table[(table["direction"] == row.direction) & (table["outcome"] == "bad")] if len(table) else table
@@ -174,12 +174,12 @@ def _say(cells: Mapping[tuple[str, str], Any]) -> Callable[[float], str]:
     return percent if cells[ABLATE, "treated"]["unit"] == SHARES else number
 
 
-def _strength(row: Row) -> tuple[bool, float]:
+def _strength(row: Row | Any) -> tuple[bool, float]:
     """Shown ones first, of these the one with the largest effect."""
     return not row.shown, -row.estimate.value
 
 
-def _cause(row: Row, cells: Mapping[tuple[str, str], Any]) -> str:
+def _cause(row: Row | Any, cells: Mapping[tuple[str, str], Any]) -> str:
     one = cells[ABLATE, "treated"]
     say = _say(cells)
     out, into = ({c: cells[arm, c] for c in ("untreated", "treated", "random")} for arm in (ABLATE, ADD))
@@ -208,7 +208,7 @@ def _as_random(cells: Mapping[str, Any]) -> bool:
     return bool(cells["random"]["low"] <= cells["treated"]["value"] <= cells["random"]["high"])
 
 
-def _cause_figures(cells: Mapping[tuple[str, str], Any], row: Row) -> str:
+def _cause_figures(cells: Mapping[tuple[str, str], Any], row: Row | Any) -> str:
     say, said = _say(cells), []
     for arm, what in ((ABLATE, "removed"), (ADD, "added")):
         before, after, beside = (cells[arm, c] for c in ("untreated", "treated", "random"))
@@ -240,7 +240,7 @@ def _changes(report: Any) -> Iterator[Clause]:
         yield Clause(about, f"Of the features that a sparse dictionary finds, {check.label}: {check.verdict}.")
 
 
-def _worded(question: Question, row: Row) -> str:
+def _worded(question: Question | Any, row: Row | Any) -> str:
     size = abs(row.estimate.value)
     given = question.plain.get(row.verdict)
     if given is None:
@@ -248,7 +248,7 @@ def _worded(question: Question, row: Row) -> str:
     return given.format(direction=f"“{row.direction}”", size=number(size), share=f"{100 * size:.0f} %")
 
 
-def _row_figures(row: Row) -> str:
+def _row_figures(row: Row | Any) -> str:
     e, c = row.estimate, row.control
     said = f"{row.question} {number(e.value)} {interval(e.low, e.high)} {row.unit}, n = {e.n} ("
     if c.get("kind"):
