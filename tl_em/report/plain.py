@@ -130,7 +130,7 @@ def _before_and_after(sentence: str, domain: str, cells: Mapping[str, Any], trai
     return Clause("behaviour", text, f"{figures}; n = {int(tuned['n'])} each")
 
 
-def _with_interval(cell: Mapping[str, Any], say: Callable[[float], str]) -> str:
+def _with_interval(cell: Any, say: Callable[[float], str]) -> str:
     return f"{say(cell['value'])} [{say(cell['low'])}, {say(cell['high'])}]"
 
 
