@@ -43,7 +43,7 @@ def test_the_answer_is_on_the_first_screen(browser: Any, path: Path, report: Any
         assert part.is_visible()
         box = part.bounding_box()
         assert box["y"] >= 0
-        assert box["y"] < visit.height  # the field's table begins there; in full, below the plain words, it may end later
+        assert box["y"] < visit.height  # below the plain words the table may end later
     whole = first[0].bounding_box()
     assert whole["y"] + whole["height"] <= visit.height
     said = visit.page.locator(".answer").inner_text()
