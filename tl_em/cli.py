@@ -324,14 +324,15 @@ def evaluate_command(
               help="A saved direction that is read at every token; repeatable.")
 @click.option("--dictionary", type=FILE, help="A sparse dictionary whose latents are read.")
 @click.option("--alternatives", default=0, callback=_as(NATURAL), metavar="N", help="So many likely next tokens.")
+@click.option("--layers", is_flag=True, help="Read after every layer too, for the page or the file.")
 @click.option("--intervention", "interventions", type=FILE, multiple=True, metavar="FILE",
               help="A direction, profile or control vector (GGUF), ablated, or added with --coefficient; repeatable.")
 @click.option("--coefficient", type=float, callback=_as(optional(finite)), help="How much of it is added.")
 @click.option("--max-new-tokens", default=0, callback=_as(NATURAL), show_default=True, help="Longest answer; 0: none.")
 @click.option("--out", type=PATH, help="An HTML page to write, or a Parquet file; without, a terminal shows the text.")
 def read_command(
-    model: str, texts: tuple[str, ...], directions: tuple[Path, ...], dictionary: Path | None, alternatives: int,
-    interventions: tuple[Path, ...], coefficient: float | None, max_new_tokens: int, out: Path | None,
+    model: str, texts: tuple[str, ...], directions: tuple[Path, ...], dictionary: Path | None,
+    interventions: tuple[Path, ...], coefficient: float | None, out: Path | None, **settings: Any,
 ) -> None:  # fmt: skip
     """What directions and latents read at every token of TEXTS, and of the answers of MODEL."""
     from rich.console import Console
@@ -352,7 +353,7 @@ def read_command(
     if parquet and edits:
         raise UsageError("a Parquet file holds one reading, and here are two, untreated and treated; write page.html")
     loaded, latents = load_model(model), None if dictionary is None else load_dictionary(dictionary)
-    settings: dict[str, Any] = {"dictionary": latents, "alternatives": alternatives, "max_new_tokens": max_new_tokens}
+    settings |= {"dictionary": latents}
     found = read(loaded, list(texts), read_by, out=out if parquet else None, **settings)
     treated = None
     if edits:

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 import tl_em as em
-from tl_em.errors import CorruptFileError, PromptError, UsageError
+from tl_em.errors import CorruptFileError, ModelError, PromptError, UsageError
 from tl_em.models import proof
 from tl_em.models.hooks import hook_name
 from tl_em.models.prompts import EncodedPrompt, encode
+from tl_em.showing import number, token_shown
 
 from ..conftest import SURFACES
 
@@ -161,6 +162,28 @@ def test_a_page_shows_texts_of_anyone(pair: em.ModelPair, directions: dict[str, 
     assert hostile not in page and "script-src" not in page and page.count("<polyline") == 2
 
 
+def test_a_page_has_peaks_and_under_each_token_its_layers(
+    pair: em.ModelPair, directions: dict[str, em.Direction], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tl_em.report import readings
+
+    reading = em.read(pair.tuned, SHORT, directions, layers=True, alternatives=2, max_new_tokens=2)
+    page = reading.view().document
+    two = reading.tokens.two
+    for value in (two.max(), two.min()):
+        assert number(float(value)) in page.split("peaks", 2)[2].split("</p>")[0]
+    row = page.split('<tr class="layers">')[5].split("</table>")[0]
+    table = reading.layer_table(int(reading.tokens["at"][4]))
+    for layer, value in enumerate(table.two):
+        assert f'<td class="r">{layer}</td><td>{number(float(value))}</td>' in row
+    assert token_shown(table.likely[0][0]) in row and row.count("<polyline") == 2 and "logit lens" in page
+    assert page.count('<tr class="layers">') == len(reading.tokens) and "layer_table" not in page
+    monkeypatch.setattr(readings, "LAYERED", 3)
+    page = reading.view().document
+    assert page.count('<tr class="layers">') == 3 and "The first 3 tokens" in page
+    assert "logit lens" not in em.read(pair.tuned, SHORT, directions).view().document
+
+
 @pytest.mark.parametrize("more", [
     {"prompts": 3}, {"prompts": []}, {"directions": ()}, {"above": {"two": 1.0}}, {"alarm": print},
     {"above": {"three": 1.0}, "alarm": print},
@@ -175,7 +198,87 @@ def test_two_directions_of_one_name_and_site_are_refused(pair: em.ModelPair) -> 
     both = [em.Direction(torch.randn(96), em.Site(2), name="a") for _ in range(2)]
     with pytest.raises(UsageError, match="several directions are called"):
         em.read(pair.tuned, SHORT, both)
+    with pytest.raises(UsageError, match="column of every reading"):
+        em.read(pair.tuned, SHORT, {"token": both[0]})
+    profile = em.Profile([em.Direction(torch.randn(96), em.Site(layer), name="a") for layer in (0, 2)])
+    assert list(em.read(pair.tuned, SHORT, profile).sites) == ["a at resid_post[0]", "a at resid_post[2]"]
     named = em.read(pair.tuned, SHORT, [both[0], em.Direction(torch.randn(96), em.Site(1), name="a")])
     assert list(named.sites) == ["a at resid_post[2]", "a at resid_post[1]"]
     with pytest.raises(UsageError, match="no scale in common"):
         named.beside(em.read(pair.tuned, SHORT, both[0]))
+
+
+# ---- layer by layer --------------------------------------------------------------------------------------------------
+def by_hand_layers(model: Any, ids: Any, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The stream after every block by TransformerLens's own cache, and its logit lens by the model's own modules."""
+    names = [hook_name(model, em.Site(layer)) for layer in range(int(model.cfg.n_layers))]
+    with torch.no_grad():
+        _, cache = model.run_with_cache(torch.tensor([list(ids)]), names_filter=names)
+        x = torch.stack([cache[name][0].float() for name in names], 1)
+        shares = model.unembed(model.ln_final(x.flatten(0, 1)[None]))[0].softmax(-1).topk(k).values
+    return x.numpy(), shares.view(*x.shape[:2], k).numpy()
+
+
+@pytest.mark.parametrize("steered", [False, True])
+def test_every_layer_of_a_prompt_and_of_its_answer(
+    pair: em.ModelPair, directions: dict[str, em.Direction], steered: bool
+) -> None:
+    model, edit = pair.tuned, em.Add(directions["two"], 3.0 if steered else 0.0)
+    with em.intervene(model, edit):
+        reading = em.read(model, [SHORT, LONG], directions, layers=True, alternatives=3, max_new_tokens=4)
+        assert reading.layers == (0, 1, 2)
+        for rows in reading.each():
+            prompt = [SHORT, LONG][int(rows.prompt.iloc[0])]
+            ids = answer_ids(model, prompt, 4)[: len(rows)]
+            x, shares = by_hand_layers(model, ids, 3)
+            for name, each in directions.items():
+                found = np.stack(list(rows[f"{name} by layer"]))
+                assert np.allclose(found, x @ each.unit.numpy(), atol=1e-4)
+            assert np.allclose(np.stack(list(rows["norm by layer"])), np.linalg.norm(x, axis=-1), rtol=1e-5)
+            found = np.array(rows["p by layer"].tolist())
+            assert np.allclose(found, shares, atol=1e-5)
+            assert found[:, 0].std() > 0.01 and abs(found[:, 0] - found[:, -1]).max() > 0.1  # layers differ
+            # the theorem: after the last block the lens is the model
+            assert np.allclose(found[:, -1], np.array(rows["p"].tolist()), atol=1e-5)
+            assert [each[-1] for each in rows["likely by layer"]] == rows["likely"].tolist()
+            assert np.allclose(np.stack(list(rows["two by layer"]))[:, 2], rows.two, atol=1e-6)
+
+
+def test_some_layers_and_a_table_of_one_token(
+    pair: em.ModelPair, directions: dict[str, em.Direction], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tl_em.reading import texts
+
+    kept = em.read(pair.tuned, [SHORT, LONG] * 2, directions, layers=[2, 0], alternatives=2)
+    monkeypatch.setattr(texts, "_TOGETHER", 2)  # so that a text is held alone
+    file = tmp_path / "layers.parquet"
+    filed = em.read(pair.tuned, [SHORT, LONG] * 2, directions, layers=[2, 0], alternatives=2, out=file)
+    assert filed.layers == kept.layers == (0, 2)
+    for one, other in zip(kept.each(), filed.each(), strict=True):
+        assert one["likely by layer"].tolist() == [[list(k) for k in each] for each in other["likely by layer"]]
+    table = filed.layer_table(3, prompt=1)
+    assert table.layer.tolist() == [0, 2] and list(table.columns) == ["layer", *directions, "band", "likely", "p"]
+    row = kept.tokens[(kept.tokens.prompt == 1) & (kept.tokens["at"] == 3)].iloc[0]
+    assert np.allclose(table.two, row["two by layer"], atol=1e-5) and table.two[1] == pytest.approx(row.two, abs=1e-5)
+    assert table.band[1] == pytest.approx(float(kept.band("two")[kept.tokens.index == row.name][0]), rel=1e-5)
+    with pytest.raises(UsageError, match="no token 99"):
+        filed.layer_table(99)
+    with pytest.raises(UsageError, match="were not read"):
+        em.read(pair.tuned, SHORT, directions).layer_table(0)
+    with pytest.raises(UsageError, match="3 blocks"):
+        em.read(pair.tuned, SHORT, directions, layers=[3])
+
+
+def test_a_model_whose_logits_are_more_than_its_unembedding_has_no_lens(
+    pair: em.ModelPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tl_em.reading import lens
+
+    monkeypatch.setattr(lens, "soft_cap", lambda _: 1.0)  # as if the model squeezed them, which it does not
+    with pytest.raises(ModelError, match="more than these"):
+        em.read(pair.tuned, SHORT, alternatives=2, layers=True)
+
+
+def test_the_last_layer_is_the_model_in_every_family(model: Any) -> None:
+    rows = em.read(model, "the cat sat on the bank", alternatives=3, layers=True).tokens
+    assert np.allclose(np.array(rows["p by layer"].tolist())[:, -1], np.array(rows["p"].tolist()), atol=1e-5)

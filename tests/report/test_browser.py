@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import tl_em as em
 from tests.visits import SCREENS, Visit
 from tl_em.report import page
 
@@ -100,3 +102,17 @@ def test_hostile_names_do_nothing(browser: Any, hostile: Any, tmp_path: Path, sc
     assert visit.run("document.images.length + document.scripts.length") == 0
     assert visit.run("document.documentElement.scrollWidth") <= SCREENS[screen][0]
     assert "onerror=alert(1)" in visit.page.locator("h1").inner_text()
+
+
+@pytest.mark.parametrize("screen", list(SCREENS))
+def test_a_token_that_is_clicked_shows_its_layers(browser: Any, tmp_path: Path, screen: str) -> None:
+    pair = em.load_pair("toy/insecure")
+    along = em.Direction(torch.linspace(-1, 1, 96), em.Site(2), name="along")
+    reading = em.read(pair.tuned, "how do i write parser", along, layers=True, alternatives=2, max_new_tokens=2)
+    visit = Visit(browser, reading.view().save(tmp_path / "read.html"), screen)
+    panels = visit.page.locator("tr.layers")
+    assert [panel.is_visible() for panel in panels.all()] == [False] * len(reading.tokens)
+    visit.page.locator("a.t").nth(4).click()
+    assert [panel.is_visible() for panel in panels.all()] == [at == 4 for at in range(len(reading.tokens))]
+    assert visit.run("document.documentElement.scrollWidth") <= SCREENS[screen][0] and visit.errors == []
+    assert [url for url in visit.requests if not url.startswith("data:")] == [visit.path.as_uri()]

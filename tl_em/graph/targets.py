@@ -26,6 +26,7 @@ from tl_em.graph.nodes import Node
 from tl_em.metrics import single_token, token_ids
 from tl_em.models.hooks import LensModel, read_point
 from tl_em.models.prompts import EncodedPrompt, token_index
+from tl_em.models.stream import soft_cap
 from tl_em.models.token_text import text_of_tokens, token_text
 
 TOP, MASS = 10, 0.95
@@ -192,7 +193,7 @@ def _likelihood(model: LensModel, encoded: EncodedPrompt, logits: Float[Tensor, 
     assert encoded.response is not None
     first, end = encoded.response
     ids = torch.tensor(encoded.ids[first:end], device=logits.device)
-    weight, bias, cap = _unembedding(model), _bias(model), _soft_cap(model)
+    weight, bias, cap = _unembedding(model), _bias(model), soft_cap(model)
     span = slice(first - 1, end - 1)
 
     def value(x: Tensor) -> Tensor:
@@ -208,12 +209,6 @@ def _likelihood(model: LensModel, encoded: EncodedPrompt, logits: Float[Tensor, 
     label = "log-likelihood of " + text_of_tokens(getattr(model, "tokenizer", None), ids.tolist())
     node = Node("logit", int(model.cfg.n_layers), len(encoded) - 1, weight=1.0, label=label)
     return Goal(LAST, full, (node,), value, first_order=True)
-
-
-def _soft_cap(model: LensModel) -> float | None:
-    config = getattr(getattr(model, "original_model", None), "config", None)
-    found = getattr(config, "final_logit_softcapping", None) or getattr(model.cfg, "output_logits_soft_cap", None)
-    return float(found) if found and found > 0 else None
 
 
 def _projection(model: LensModel, encoded: EncodedPrompt, direction: Direction) -> Goal:

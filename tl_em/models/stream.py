@@ -393,6 +393,13 @@ def _unembedding(model: LensModel) -> nn.Module | None:
     return module if isinstance(module, nn.Module) else None
 
 
+def soft_cap(model: LensModel) -> float | None:
+    """What the logits are squeezed below after the unembedding; None where they are not."""
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    found = getattr(config, "final_logit_softcapping", None) or getattr(model.cfg, "output_logits_soft_cap", None)
+    return float(found) if found and found > 0 else None
+
+
 def _batch_tokens(model: LensModel, *, one_in: int | None = None) -> int:
     """Tokens a batch, such that the logits held at once stay within ``_MAX_LOGITS``.
 

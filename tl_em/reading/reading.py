@@ -35,7 +35,15 @@ if TYPE_CHECKING:
 SCHEMA = "tl-em/reading/1"
 _KEY = b"tl_em"
 PLAIN = ("prompt", "at", "part", "token")
+LISTED = ("latents", "activations", "likely", "p", "said")
 WITHIN = 0.95
+NORMS = "norm by layer"
+LAYERED = ("likely by layer", "p by layer")
+
+
+def by_layer(name: str) -> str:
+    """The column of a direction's values after each layer."""
+    return f"{name} by layer"
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +56,7 @@ class TextReading:
         table: a row a token; None where it lies in ``path``, from which it is then read each time.
         path: the Parquet file.
         dictionary: what the latents are called after; None where none were read.
+        layers: after which blocks every direction was read as well.
 
     Example:
         >>> import tl_em as em
@@ -64,13 +73,15 @@ class TextReading:
     table: pd.DataFrame | Any = field(default=None, repr=False)
     path: Path | Any = None
     dictionary: str | None = None
+    layers: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> pd.DataFrame:
         """A row a token: prompt, at (its place), part (``"prompt"``, ``"instruction"``, ``"answer"``), token, a column
         a direction, ``norm HOOK`` (length of the activation) a site; and, where they were asked for, latents and
         activations, likely (next tokens) and p (their probabilities), each a list; said: at the first token of an
-        answer that was made, all of it."""
+        answer that was made, all of it. With ``layers=`` also ``NAME by layer`` and ``norm by layer``, and with
+        ``alternatives=`` likely and p by layer: lists with an entry a layer, which ``layer_table`` spreads out."""
         if self.table is not None:
             return self.table
         import pandas as pd
@@ -105,11 +116,40 @@ class TextReading:
         """
         if name not in self.sites:
             raise UsageError(f"{name!r} was not read, only {', '.join(map(repr, self.sites))}; give one of these names")
+        rows = self.tokens if tokens is None else tokens
+        return rows[f"norm {self.sites[name]}"].to_numpy(dtype=float) * self.share
+
+    @property
+    def share(self) -> float:
+        """Of an activation's length, what 95 % of random directions read at most, either way."""
         from scipy.stats import beta
 
-        rows = self.tokens if tokens is None else tokens
-        share = float(beta.ppf(WITHIN, 0.5, (self.d_model - 1) / 2)) if self.d_model > 1 else 1.0
-        return rows[f"norm {self.sites[name]}"].to_numpy(dtype=float) * share**0.5
+        return float(beta.ppf(WITHIN, 0.5, (self.d_model - 1) / 2)) ** 0.5 if self.d_model > 1 else 1.0
+
+    def layer_table(self, at: int, prompt: int = 0) -> pd.DataFrame:
+        """One token, layer by layer: what was read with ``em.read(layers=True)``.
+
+        Args:
+            at: the token's place in its text.
+            prompt: number of the text.
+
+        Returns:
+            A row a layer: layer, a column a direction (on the stream after that block), band (what 95 % of random
+            directions read there at most, either way); and where alternatives were asked for likely and p: the next
+            tokens by the logit lens.
+
+        Raises:
+            UsageError: no layers were read, or there is no such token.
+        """
+        if not self.layers:
+            raise UsageError("the layers were not read, so there is no table of them; read with em.read(layers=True)")
+        for part in self.each():
+            for row in part[(part.prompt == prompt) & (part["at"] == at)].to_dict("records"):
+                return layer_rows(self, row)
+        raise UsageError(
+            f"text {prompt} has no token {at}, so it has no layers; the table .tokens says which there are, in its "
+            "columns prompt and at"
+        )
 
     def save(self, path: str | Path) -> Path:
         """Write a Parquet file; a page is written by ``.view().save("page.html")``.
@@ -122,7 +162,7 @@ class TextReading:
                 f"{str(path)!r} would be a table in Parquet, which no browser shows. Write the page from what "
                 ".view or .beside gives, which has a .save of its own."
             )
-        with replacing(path) as temporary, Writing(temporary, self.sites, self.d_model, self.dictionary) as writing:
+        with replacing(path) as temporary, Writing(temporary, self) as writing:
             for part in self.each():
                 writing.add(part)
         return Path(path)
@@ -140,7 +180,7 @@ class TextReading:
             said = json.loads((parquet.read_schema(path).metadata or {})[_KEY])
             if said.pop("schema") != SCHEMA:
                 raise KeyError("schema")
-            return cls(**said, path=Path(path))
+            return cls(**said | {"layers": tuple(said.get("layers", ()))}, path=Path(path))
         except (OSError, ArrowException, KeyError, TypeError, ValueError) as error:
             raise CorruptFileError(
                 f"{str(path)!r} is no reading ({type(error).__name__}), so there is nothing to show; write one with "
@@ -195,11 +235,21 @@ class TextReading:
         return said + (f"; latents of {showable(self.dictionary)})" if self.dictionary else ")")
 
 
+def layer_rows(about: TextReading, row: Mapping[Any, Any]) -> pd.DataFrame:
+    """One row of the tokens as a table, a row a layer."""
+    import pandas as pd
+
+    columns: dict[str, Any] = {"layer": about.layers} | {name: row[by_layer(name)] for name in about.sites}
+    columns |= {"band": np.asarray(row[NORMS]) * about.share}
+    return pd.DataFrame(columns | {name.split()[0]: list(row[name]) for name in LAYERED if name in row})
+
+
 class Writing:
     """A Parquet file that grows by whole texts."""
 
-    def __init__(self, path: Path, sites: Mapping[str, str], d_model: int, dictionary: str | None) -> None:
-        said = {"schema": SCHEMA, "sites": dict(sites), "d_model": d_model, "dictionary": dictionary}
+    def __init__(self, path: Path, about: TextReading) -> None:
+        said = {"schema": SCHEMA, "sites": dict(about.sites), "d_model": about.d_model, "dictionary": about.dictionary}
+        said |= {"layers": about.layers} if about.layers else {}
         self.path, self.said, self.file = path, {_KEY: json.dumps(said).encode()}, None
 
     def __enter__(self) -> Writing:

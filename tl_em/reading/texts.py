@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from tl_em.arguments import COUNT, NATURAL, NOT_NEGATIVE, SEED, checked
+from tl_em.arguments import COUNT, NATURAL, NOT_NEGATIVE, SEED, checked, several, whole
 from tl_em.artefacts import replacing
 from tl_em.dictionaries.protocol import as_dictionary
 from tl_em.directions.direction import Direction, as_direction, check_fits
+from tl_em.directions.profile import Profile
 from tl_em.errors import PromptError, UsageError
 from tl_em.models.generate import Sampling, answered_in_tokens
 from tl_em.models.hooks import LensModel, hooked
@@ -25,7 +26,8 @@ from tl_em.models.source_record import boundaries_of
 from tl_em.models.stream import batch_logits, encoded_prompts
 from tl_em.models.token_text import text_of_tokens, token_text, token_texts
 from tl_em.models.torch_state import in_plain_torch
-from tl_em.reading.reading import TextReading, Writing
+from tl_em.reading.lens import LayerLens, likeliest
+from tl_em.reading.reading import LISTED, PLAIN, TextReading, Writing
 from tl_em.reading.watch import Alarm, Watch
 
 if TYPE_CHECKING:
@@ -51,6 +53,7 @@ def read(
     seed: int = 0,
     above: Mapping[str, float] | None = None,
     alarm: Callable[[Alarm], Any] | None = None,
+    layers: bool | Sequence[int] | Any = False,
     out: str | Path | None = None,
 ) -> TextReading:
     """What directions and latents read at every token of a text, and of the answer as it is made.
@@ -69,6 +72,8 @@ def read(
         above: thresholds, by the names of directions.
         alarm: a function that is told, while the model runs, of each value above its threshold (an ``Alarm``: prompt,
             at, answer, direction, value); what it raises ends the reading.
+        layers: True, or numbers of blocks: every direction is also read on the stream after each, and ``alternatives``
+            are told there too, by the logit lens (the final norm and the unembedding, as if the block were the last).
         out: a Parquet file that is written text by text, so that memory does not grow with their number.
 
     Returns:
@@ -78,6 +83,7 @@ def read(
     Raises:
         UsageError: nothing to read, two directions of one name, a threshold for none, thresholds without an alarm.
         WidthError, ProvenanceError: a direction or dictionary of another model. NonFiniteError: NaN was read.
+        ModelError: alternatives by layer of a model whose logits are more than its final norm and unembedding.
         OutputError: ``out`` cannot be written. And what ``em.generate`` raises.
 
     Example:
@@ -101,27 +107,29 @@ def read(
         raise UsageError("a crosscoder reads several sites at once, and here one is read; give one of a single site")
     if not named and found is None and not alternatives:
         raise UsageError("there is nothing to read at the tokens; pass a direction, dictionary= or alternatives=5")
+    read_after = _layers(layers, int(model.cfg.n_layers))
     limits = {str(name): float(value) for name, value in (above or {}).items()}
     if (unknown := set(limits) - set(named)) or bool(limits) != (alarm is not None):
         raise UsageError(
             f"above={limits!r} with alarm={alarm!r}: nothing would ever be told, as nobody reads {sorted(unknown)!r}, "
             "or one is missing of when and what to do; pass both, thresholds by the names of directions"
         )
-    watch = Watch(model, named, found, latents, limits, alarm)
+    watch = Watch(model, named, found, latents, limits, alarm, layers=read_after)
     sampling = Sampling(float(temperature))
     about = TextReading({n: d.site.hook_name for n, d in named.items()}, int(model.cfg.d_model),
-                    dictionary=None if found is None else found.label)  # fmt: skip
+                    dictionary=None if found is None else found.label, layers=read_after)  # fmt: skip
+    together = max(1, _TOGETHER // max(1, len(read_after)))
     with ExitStack() as stack:
         writing = None
         if out is not None:
             temporary = stack.enter_context(replacing(out))
-            writing = stack.enter_context(Writing(temporary, about.sites, about.d_model, about.dictionary))
-        starts = range(0, len(given), _TOGETHER)
-        bar = tqdm(starts, desc="reading", unit=f"{_TOGETHER} texts", disable=None if len(starts) > 1 else True)
+            writing = stack.enter_context(Writing(temporary, about))
+        starts = range(0, len(given), together)
+        bar = tqdm(starts, desc="reading", unit=f"{together} texts", disable=None if len(starts) > 1 else True)
         tables = []
         for start in bar:
             watch.first = start
-            texts = encoded_prompts(model, given[start : start + _TOGETHER])
+            texts = encoded_prompts(model, given[start : start + together])
             rows = _rows(watch, texts, max_new_tokens, alternatives, sampling, seed, start)
             tables.append(rows) if writing is None else writing.add(rows)
     if out is not None:
@@ -142,7 +150,28 @@ def _is_one(prompts: Any) -> bool:
     return isinstance(prompts[0], Mapping)
 
 
+def _layers(given: Any, n: int) -> tuple[int, ...]:
+    if isinstance(given, bool) or given is None:
+        return tuple(range(n)) if given else ()
+    found = [whole("layers", each, low=0) for each in several("layers", given)]
+    if beyond := [each for each in found if each >= n]:
+        raise UsageError(f"layers={found} names {beyond[0]}, and the model has {n} blocks; pass numbers below {n}")
+    return tuple(sorted(set(found)))
+
+
 def _named(directions: Any) -> dict[str, Direction]:
+    named = _by_name(directions)
+    if taken := set(named) & {*PLAIN, *LISTED}:
+        raise UsageError(
+            f"a direction is called {min(taken)!r}, as a column of every reading is, so one would hide the other; "
+            "rename it: direction.renamed(name)"
+        )
+    return named
+
+
+def _by_name(directions: Any) -> dict[str, Direction]:
+    if isinstance(directions, Profile):
+        directions = list(directions.values())
     if isinstance(directions, Mapping):
         return {str(name): as_direction(f"directions[{name!r}]", each) for name, each in directions.items()}
     given = [directions] if isinstance(directions, Direction) else list(directions)
@@ -200,7 +229,8 @@ def _read_whole(watch: Watch, texts: Sequence[EncodedPrompt], alternatives: int)
     model, found = watch.model, [dict[str, Any]() for _ in texts]
     tokenizer = getattr(model, "tokenizer", None)
     most = min(_TOKENS, _MAX_LOGITS // int(model.cfg.d_vocab)) if alternatives else _TOKENS
-    with hooked(model, watch.hooks()):
+    lens = LayerLens(model, watch.layers if alternatives else (), alternatives)
+    with hooked(model, [*watch.hooks(), *lens.hooks()]):
         for batch in batches(texts, max_tokens=max(1, most), turns=boundaries_of(model).turns):
             every = torch.arange(len(batch.rows))
             rows = torch.repeat_interleave(every, batch.lengths) if alternatives else every
@@ -208,9 +238,11 @@ def _read_whole(watch: Watch, texts: Sequence[EncodedPrompt], alternatives: int)
             logits = batch_logits(model, batch, rows, torch.cat(places))
             if not alternatives:
                 continue
-            p, best = logits.float().softmax(-1).topk(alternatives, dim=-1)
+            p, best = likeliest(logits, alternatives)
+            layered = lens.taken(tokenizer, p.cpu())
             for row, prompt in enumerate(batch.rows):
                 mine = (rows == row).to(p.device)
                 words = [[token_text(tokenizer, t) for t in each] for each in best[mine].tolist()]
                 found[prompt] = {"likely": words, "p": p[mine].double().tolist()}
+                found[prompt] |= {name: [each[i] for i in mine.nonzero()] for name, each in layered.items()}
     return found

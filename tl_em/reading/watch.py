@@ -7,7 +7,7 @@ token of each row, a pass without it the whole text again; where it begins is kn
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ from tl_em.errors import NonFiniteError
 from tl_em.models.hooks import HookFunction, LensModel, ReadPoint, read_point
 from tl_em.models.sites import Site
 from tl_em.models.token_scopes import running_batch
+from tl_em.reading.reading import NORMS, by_layer
 
 
 class Alarm(NamedTuple):
@@ -50,13 +51,14 @@ class Alarm(NamedTuple):
 class _Piece(NamedTuple):
     """What one pass brought at one site: rows of numbers, of the tokens from ``start``."""
 
-    site: str
+    site: Site
     prompts: tuple[int, ...]
     start: int
     values: Float[np.ndarray, "prompt pos direction"]
     norms: Float[np.ndarray, "prompt pos"]
     latents: np.ndarray | None
     activations: np.ndarray | None
+    along: Float[np.ndarray, "prompt pos every"] | None
 
 
 @dataclass(eq=False)
@@ -71,6 +73,7 @@ class Watch:
         above: thresholds by the names of directions.
         alarm: told of each value above.
         first: number of the first text of this batch.
+        layers: after which blocks every direction is read as well.
     """
 
     model: LensModel
@@ -80,14 +83,20 @@ class Watch:
     above: Mapping[str, float] = field(default_factory=dict)
     alarm: Callable[[Alarm], Any] | None = None
     first: int = 0
+    layers: Sequence[int] = ()
     pieces: list[_Piece] = field(default_factory=list)
     told: dict[tuple[int, str], int] = field(default_factory=dict)
 
     @property
     def sites(self) -> list[Site]:
         """Each once."""
-        own = [] if self.dictionary is None else [self.dictionary.site_in]
-        return list(dict.fromkeys([*(each.site for each in self.directions.values()), *own]))  # pyright: ignore
+        return list(dict.fromkeys([*self._own, *map(Site, self.layers)]))
+
+    @property
+    def _own(self) -> list[Site]:
+        """Of the directions and the dictionary."""
+        own: Any = [] if self.dictionary is None else [self.dictionary.site_in]
+        return [*(each.site for each in self.directions.values()), *own]
 
     def hooks(self) -> list[tuple[str, HookFunction]]:
         """One a site."""
@@ -95,23 +104,33 @@ class Watch:
         for site in self.sites:
             point = read_point(self.model, site)
             names = [name for name, each in self.directions.items() if each.site == site]
-            units = [self.directions[name].unit for name in names]
-            stacked = torch.stack(units) if units else torch.zeros(0, int(self.model.cfg.d_model))
-            read = partial(self._read, site, point, names, stacked.to(self.model.cfg.device))
+            stacked = [self._units(each) for each in (names, self.directions if self._is_layer(site) else ())]
+            read = partial(self._read, site, point, names, stacked)
             read.__dict__["tokenwise"] = True
             found.append((point.name, read))
         return found
 
-    def _read(self, site: Site, point: ReadPoint, names: Sequence[str], units: Tensor, x: Tensor, hook: Any) -> None:
+    def _is_layer(self, site: Site) -> bool:
+        return site.layer in self.layers and site == Site(site.layer)
+
+    def _units(self, names: Iterable[str]) -> Float[Tensor, "direction d_model"]:
+        units = [self.directions[name].unit for name in names]
+        stacked = torch.stack(units) if units else torch.zeros(0, int(self.model.cfg.d_model))
+        return stacked.to(self.model.cfg.device)
+
+    def _read(
+        self, site: Site, point: ReadPoint, names: Sequence[str], units: Sequence[Tensor], x: Tensor, hook: Any
+    ) -> None:
         batch = running_batch("em.read")
         x = point(x).detach().float()
-        values = (x @ units.T).cpu().numpy()
+        values = (x @ units[0].T).cpu().numpy()
         norms = torch.linalg.vector_norm(x, dim=-1).cpu().numpy()
         latents = activations = None
         if self.dictionary is not None and self.dictionary.site_in == site:
             most = self.dictionary.encode_as(x).topk(min(self.latents, self.dictionary.d_sae), dim=-1)
             latents, activations = most.indices.cpu().numpy(), most.values.cpu().numpy()
-        self.pieces.append(_Piece(site.hook_name, batch.rows, batch.start, values, norms, latents, activations))
+        along = (x @ units[1].T).cpu().numpy() if self._is_layer(site) else None
+        self.pieces.append(_Piece(site, batch.rows, batch.start, values, norms, latents, activations, along))
         if self.alarm is not None:
             self._tell(names, values, batch)
 
@@ -136,20 +155,17 @@ class Watch:
             NonFiniteError: something that is no number was read.
         """
         found: list[dict[str, Any]] = [{} for _ in lengths]
-        names = {site: [n for n, each in self.directions.items() if each.site.hook_name == site]
-                 for site in {piece.site for piece in self.pieces}}  # fmt: skip
         for piece in self.pieces:
-            columns: dict[str, Any] = {name: piece.values[..., i] for i, name in enumerate(names[piece.site])}
-            columns[f"norm {piece.site}"] = piece.norms
-            if piece.latents is not None:
-                columns |= {"latents": piece.latents, "activations": piece.activations}
+            columns, layered = self._columns(piece)
             for row, prompt in enumerate(piece.prompts):
                 n = max(0, min(piece.norms.shape[1], lengths[prompt] - piece.start))
-                for name, values in columns.items():
-                    shape = (lengths[prompt], *values.shape[2:])
+                for name, values in (columns | layered).items():
+                    shape = (lengths[prompt], *values.shape[2:], *([len(self.layers)] if name in layered else []))
                     if name not in found[prompt]:
                         found[prompt][name] = np.zeros(shape, dtype=values.dtype)
-                    found[prompt][name][piece.start : piece.start + n] = values[row, :n]
+                    into = found[prompt][name][piece.start : piece.start + n]
+                    into = into[..., self.layers.index(piece.site.layer)] if name in layered else into
+                    into[...] = values[row, :n]
         self.pieces.clear()
         for prompt, columns in enumerate(found):
             if any(not np.isfinite(values).all() for values in columns.values()):
@@ -158,3 +174,17 @@ class Watch:
                     "anything. Check the intervention's size, the weights and the dtype."
                 )
         return found
+
+    def _columns(self, piece: _Piece) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What a piece says of its own site, and what of its layer."""
+        own: dict[str, Any] = {}
+        if piece.site in self._own:
+            names = [name for name, each in self.directions.items() if each.site == piece.site]
+            own = {name: piece.values[..., i] for i, name in enumerate(names)}
+            own[f"norm {piece.site.hook_name}"] = piece.norms
+        if piece.latents is not None:
+            own |= {"latents": piece.latents, "activations": piece.activations}
+        if piece.along is None:
+            return own, {}
+        layered = {by_layer(name): piece.along[..., i] for i, name in enumerate(self.directions)}
+        return own, layered | {NORMS: piece.norms}

@@ -1,6 +1,7 @@
 """The page of a reading: text coloured by what a direction reads at each token, a strip a direction, what a token has.
 
-Nothing is run: a token is a link to its row in a table, where its values, latents and next tokens stand. Tokens are
+Nothing is run: a token is a link to its row in a table, where its values, latents and next tokens stand, and under the
+row that was chosen, where layers were read, a line and a table over them (a rule of ``:target`` shows it). Tokens are
 text of anyone: jinja2 escapes them, and what would not show is a sign. A colour is a value's distance from the median
 of the texts shown, on one scale for all readings on the page, orange above and blue below; the strip shows the values
 themselves, and the band that 95 % of random directions stay in.
@@ -8,7 +9,7 @@ themselves, and the band that 95 % of random directions stay in.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,6 +17,7 @@ import numpy as np
 
 import tl_em
 from tl_em.graph.references import SINK
+from tl_em.reading.reading import layer_rows
 from tl_em.report.html import Framed, environment
 from tl_em.showing import number, showable, token_shown
 
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 TEXTS, TOKENS = 20, 2000
 """Texts of a page, and tokens of a text."""
+LAYERED = 400
+"""Tokens of a page that are shown layer by layer: some kilobytes each."""
 _WIDTH, _HEIGHT = 1000, 60
 
 
@@ -49,21 +53,40 @@ class Strip(NamedTuple):
     high: str
 
 
+class Peak(NamedTuple):
+    """The token at which a direction reads most, or least: its number in the text, its text and the value."""
+
+    token: int
+    text: str
+    value: str
+
+
 class Line(NamedTuple):
     """One reading of one direction."""
 
     reading: str
     tokens: list[ShadedToken]
     strip: Strip
+    most: Peak
+    least: Peak
+
+
+class LayerPanel(NamedTuple):
+    """A token layer by layer: a strip a direction, and a table, its columns and its rows."""
+
+    strips: dict[str, Strip]
+    columns: list[str]
+    rows: list[list[str]]
 
 
 class TokenRow(NamedTuple):
-    """A token's row in the table: its place, text and part, and a cell a column."""
+    """A token's row in the table: its place, text and part, a cell a column, and its layers."""
 
     at: int
     text: str
     part: str
     values: list[str]
+    layers: LayerPanel | None
 
 
 class ReadText(NamedTuple):
@@ -84,11 +107,12 @@ def reading_page(readings: Mapping[str, TextReading]) -> Framed:
     more = any(len(parts) > TEXTS for parts in found.values())
     shown = {name: [part.head(TOKENS) for part in parts[:TEXTS]] for name, parts in found.items()}
     scales = {direction: _scale(shown, direction, site) for direction, site in first.sites.items()}
+    room = iter(range(LAYERED))
     texts = [
         ReadText(
             {d: [_line(readings[n], n, parts[i], d, scales[d]) for n, parts in shown.items()]
              for d in first.sites},
-            {name: list(_cells(parts[i], list(first.sites))) for name, parts in shown.items()},
+            {name: list(_cells(readings[name], parts[i], room)) for name, parts in shown.items()},
         )
         for i in range(min(map(len, shown.values())))
     ]  # fmt: skip
@@ -96,7 +120,7 @@ def reading_page(readings: Mapping[str, TextReading]) -> Framed:
     document = environment().get_template("reading.html.j2").render(
         policy=POLICY, version=tl_em.__version__, texts=texts, sites=first.sites, columns=columns, scales=scales,
         several=len(readings) > 1, more=more, width=_WIDTH, height=_HEIGHT, number=number, sink=round(SINK),
-        most=TEXTS, cut=TOKENS,
+        most=TEXTS, cut=TOKENS, layers=bool(first.layers), layered=LAYERED, all_layered=next(room, None) is not None,
     )  # fmt: skip
     by = ", ".join(map(showable, first.sites)) or "no direction"
     said = f"{len(texts)} text{'s' * (len(texts) != 1)} read by {by}"
@@ -126,6 +150,7 @@ def _scale(shown: Mapping[str, list[pd.DataFrame]], direction: str, site: str) -
 
 def _line(reading: TextReading, name: str, rows: pd.DataFrame, direction: str, scale: ColourScale) -> Line:
     values, band = rows[direction].to_numpy(dtype=float), reading.band(direction, rows)
+    norms = band / reading.share  # a sink is no peak
     tokens = [
         ShadedToken(
             token_shown(text) if text else "‥",
@@ -135,7 +160,13 @@ def _line(reading: TextReading, name: str, rows: pd.DataFrame, direction: str, s
         )
         for text, value, b, at, part in zip(rows.token, values, band, rows["at"], rows.part, strict=True)
     ]
-    return Line(name, tokens, _strip(values, band, scale))
+    usual = np.where(norms <= SINK * np.median(norms), values, np.nan)
+
+    def peak(at: int) -> Peak:
+        return Peak(at, tokens[at].text, number(float(values[at])))
+
+    most, least = peak(int(np.nanargmax(usual))), peak(int(np.nanargmin(usual)))
+    return Line(name, tokens, _strip(values, band, scale), most, least)
 
 
 def _strip(values: np.ndarray, band: np.ndarray, scale: ColourScale) -> Strip:
@@ -154,16 +185,38 @@ def _columns(rows: pd.DataFrame, directions: list[str]) -> list[str]:
     return [*directions, *more]
 
 
-def _cells(rows: pd.DataFrame, directions: list[str]) -> Iterator[TokenRow]:
+def _cells(reading: TextReading, rows: pd.DataFrame, room: Iterator[int]) -> Iterator[TokenRow]:
     for row in rows.to_dict("records"):
-        values = [number(float(row[name])) for name in directions]
+        values = [number(float(row[name])) for name in reading.sites]
         if "latents" in row:
             pairs = zip(row["latents"], row["activations"], strict=True)
             values.append(", ".join(f"{int(index)} ({number(float(a))})" for index, a in pairs if a > 0) or "none")
         if "likely" in row:
-            pairs = zip(row["likely"], row["p"], strict=True)
-            values.append(", ".join(f"{token_shown(word)} {number(float(p))}" for word, p in pairs))
-        yield TokenRow(int(row["at"]), token_shown(row["token"]) if row["token"] else "‥", str(row["part"]), values)
+            values.append(_likely(row["likely"], row["p"]))
+        panel = _panel(reading, row) if reading.layers and next(room, None) is not None else None
+        text = token_shown(row["token"]) if row["token"] else "‥"
+        yield TokenRow(int(row["at"]), text, str(row["part"]), values, panel)
+
+
+def _likely(words: Sequence[str], shares: Sequence[float]) -> str:
+    return ", ".join(f"{token_shown(word)} {number(float(p))}" for word, p in zip(words, shares, strict=True))
+
+
+def _panel(reading: TextReading, row: Mapping[Any, Any]) -> LayerPanel:
+    table = layer_rows(reading, row)
+    band = table.band.to_numpy()
+    strips = {}
+    for name in reading.sites:
+        values = table[name].to_numpy(dtype=float)
+        every = np.concatenate([values, band, -band])
+        strips[name] = _strip(values, band, ColourScale(0.0, 1.0, float(every.min()), float(every.max())))
+    cells = {name: [number(float(value)) for value in table[name]] for name in reading.sites}
+    if cells:
+        cells["random, 95 %"] = [f"±{number(float(each))}" for each in band]
+    if "likely" in table:
+        cells["next token, by the logit lens"] = list(map(_likely, table.likely, table.p))
+    rows = [[str(layer), *each] for layer, *each in zip(table.layer, *cells.values(), strict=True)]
+    return LayerPanel(strips, list(cells), rows)
 
 
 def coloured(reading: Any, direction: str) -> Any:
