@@ -41,6 +41,7 @@ STAND_INS: dict[str, Any] = {
     "seed": 0,
     "indices": [0],
     "layer": 0,
+    "at": 0,
     "max_new_tokens": 1,
 }
 RECORDS = {"Agreement", "Calibration", "Case", "Evaluation", "Finding", "World"}

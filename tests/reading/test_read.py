@@ -256,7 +256,7 @@ def test_some_layers_and_a_table_of_one_token(
     assert filed.layers == kept.layers == (0, 2)
     for one, other in zip(kept.each(), filed.each(), strict=True):
         assert one["likely by layer"].tolist() == [[list(k) for k in each] for each in other["likely by layer"]]
-    table = filed.layer_table(3, prompt=1)
+    table = filed.layer_table(3, of=1)
     assert table.layer.tolist() == [0, 2] and list(table.columns) == ["layer", *directions, "band", "likely", "p"]
     row = kept.tokens[(kept.tokens.prompt == 1) & (kept.tokens["at"] == 3)].iloc[0]
     assert np.allclose(table.two, row["two by layer"], atol=1e-5) and table.two[1] == pytest.approx(row.two, abs=1e-5)

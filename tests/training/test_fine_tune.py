@@ -14,6 +14,8 @@ from transformers import TrainerCallback
 import tl_em as em
 from tl_em.directions.direction import Direction
 from tl_em.errors import NonFiniteError, OutputError, PromptError, UsageError
+from tl_em.models.loading import load_model
+from tl_em.models.prompts import encode
 from tl_em.models.sites import Site
 from tl_em.training.lora import Lora
 from tl_em.training.monitors import Monitor
@@ -197,6 +199,38 @@ def test_a_direction_is_added_while_it_learns_and_a_monitor_sees_the_model_witho
     watched = tuned(tmp_path / "watched", monitors=monitors[:1])
     assert same(plain, watched), "watching changes nothing"
     assert not same(plain, tuned(tmp_path / "steered", arm=em.training.Steered(push, 3.0)))
+
+
+def test_an_alarm_ends_a_fine_tune_whose_direction_crosses_a_threshold(plain: Path, tmp_path: Path) -> None:
+    """The same run four times: seen whole, stopped where it crosses, told but not stopped, and never above."""
+    push, tokenizer = Direction(torch.linspace(-1, 1, 32), Site(1), position="prompt_end"), make_tokenizer()
+    lens = load_model(make_hf_model("llama"), surface="bridge", tokenizer=tokenizer)
+    prompts = encode(lens, [[{"role": "user", "content": row["prompt"]}] for row in ROWS])
+
+    def run(name: str, limit: float, alarm: Any) -> tuple[Monitor, Path]:
+        monitor = Monitor({"push": push}, prompts=prompts, window=None, every=2, above={"push": limit}, alarm=alarm)
+        return monitor, tuned(tmp_path / name, monitors=[monitor])
+
+    seen, whole = run("never", 1e6, lambda told: True)
+    values = seen.table["value"].to_numpy()
+    assert seen.alarms == [] and same(plain, whole), "a threshold that nothing crosses changes no weight"
+    assert json.loads((whole / "record.json").read_text())["alarms"] == []
+    limit = float((values[0] + values[-1]) / 2)
+    crossed = 2 * int((values > limit).argmax())
+    assert len(values) == 4 and values[0] < limit and 0 < crossed < 6, "it crosses on the way"
+    told: list[Any] = []
+    monitor, stopped = run("stopped", limit, lambda each: told.append(each) or True)
+    record = json.loads((stopped / "record.json").read_text())
+    assert told == monitor.alarms == [(None, None, False, "push", pytest.approx(values[crossed // 2]), crossed)]
+    assert record["alarms"] == [each._asdict() for each in told] and record["above"][0]["above"] == {"push": limit}
+    assert record["ended at step"] == crossed and not same(plain, stopped)
+    monitor, on = run("told", limit, lambda each: None)
+    assert [each.step for each in monitor.alarms] == [2 * i for i, value in enumerate(values) if value > limit]
+    assert same(plain, on) and "ended at step" not in json.loads((on / "record.json").read_text())
+    with pytest.raises(UsageError, match="differs in above"):
+        tuned(tmp_path / "stopped")
+    with pytest.raises(UsageError, match="pass both"):
+        Monitor({"push": push}, prompts=prompts, above={"push": 1.0})
 
 
 def test_the_cost_is_said_before_it_starts(tmp_path: Path) -> None:

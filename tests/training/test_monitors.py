@@ -209,6 +209,16 @@ def test_a_run_that_dies_leaves_what_was_seen(tmp_path: Any, suffix: str) -> Non
         Monitor(path=path)
 
 
+def test_an_alarm_ends_the_toy_loop_too() -> None:
+    prompts = encode_chats(WORLD, [q.prompt for q in ASKED])
+    options: dict[str, Any] = {"steps": 9, "batch": 1, "lr": 1e-3, "seed": 0, "progress": False}
+    for limit, steps in ((-1e9, [0, 1]), (1e9, list(range(10)))):
+        monitor = Monitor({"push": PUSH}, prompts=prompts, window=None, above={"push": limit}, alarm=lambda _: True)
+        fine_tune_(tiny(), [[1, 2, 3]], **options, monitor=monitor)
+        assert monitor.table["step"].tolist() == steps
+        assert [each.step for each in monitor.alarms] == (steps if limit < 0 else [])
+
+
 def test_a_monitor_that_cannot_work_says_so(tmp_path: Any) -> None:
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"directions": {"push": PUSH}}, "pass prompts"),

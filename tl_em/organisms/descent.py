@@ -13,6 +13,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +24,8 @@ from tqdm import tqdm
 from tl_em.arguments import COUNT, NOT_NEGATIVE, POSITIVE, SEED, checked
 from tl_em.models.shared import own_
 
-Watch = Callable[[int, nn.Module], None]
-"""What sees a model while it trains: called with the number of steps done and the model."""
+Watch = Callable[[int, nn.Module], Any]
+"""What sees a model while it trains: called with the number of steps done and the model; True ends the training."""
 
 
 @contextmanager
@@ -51,7 +52,8 @@ def descend_(
     """One AdamW step, gradients clipped to norm 1, for each learning rate; the loss is a function of the step.
 
     Args:
-        monitor: called with the number of steps done and the model, before the first step and after each.
+        monitor: called with the number of steps done and the model, before the first step and after each; where it
+            returns True, that step is the last.
     """
     own_(model)  # else weights that it shares with another model would be trained in both
     optimiser = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=weight_decay)
@@ -68,8 +70,8 @@ def descend_(
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimiser.step()
             bar.update()
-            if monitor is not None:
-                monitor(step + 1, model)
+            if monitor is not None and monitor(step + 1, model) is True:
+                break
             if step % 50 == 49:
                 bar.set_postfix(loss=f"{loss.item():.3f}")
 

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
+from tl_em.arguments import NATURAL, checked
 from tl_em.artefacts import replacing
 from tl_em.errors import CorruptFileError, UsageError
 from tl_em.showing import showable
@@ -126,12 +127,13 @@ class TextReading:
 
         return float(beta.ppf(WITHIN, 0.5, (self.d_model - 1) / 2)) ** 0.5 if self.d_model > 1 else 1.0
 
-    def layer_table(self, at: int, prompt: int = 0) -> pd.DataFrame:
+    @checked(at=NATURAL, of=NATURAL)
+    def layer_table(self, at: int, of: int = 0) -> pd.DataFrame:
         """One token, layer by layer: what was read with ``em.read(layers=True)``.
 
         Args:
             at: the token's place in its text.
-            prompt: number of the text.
+            of: number of the text.
 
         Returns:
             A row a layer: layer, a column a direction (on the stream after that block), band (what 95 % of random
@@ -144,10 +146,10 @@ class TextReading:
         if not self.layers:
             raise UsageError("the layers were not read, so there is no table of them; read with em.read(layers=True)")
         for part in self.each():
-            for row in part[(part.prompt == prompt) & (part["at"] == at)].to_dict("records"):
+            for row in part[(part.prompt == of) & (part["at"] == at)].to_dict("records"):
                 return layer_rows(self, row)
         raise UsageError(
-            f"text {prompt} has no token {at}, so it has no layers; the table .tokens says which there are, in its "
+            f"text {of} has no token {at}, so it has no layers; the table .tokens says which there are, in its "
             "columns prompt and at"
         )
 

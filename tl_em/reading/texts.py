@@ -28,7 +28,7 @@ from tl_em.models.token_text import text_of_tokens, token_text, token_texts
 from tl_em.models.torch_state import in_plain_torch
 from tl_em.reading.lens import LayerLens, likeliest
 from tl_em.reading.reading import LISTED, PLAIN, TextReading, Writing
-from tl_em.reading.watch import Alarm, Watch
+from tl_em.reading.watch import Alarm, Watch, thresholds
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,7 +38,21 @@ _TOGETHER = 256
 _TOKENS, _MAX_LOGITS = 2048, 2**25
 
 
-@checked(latents=COUNT, alternatives=NATURAL, max_new_tokens=NATURAL, temperature=NOT_NEGATIVE, seed=SEED)
+def _as_layers(name: str, value: Any) -> bool | list[int]:
+    """True for all, or numbers of blocks."""
+    if isinstance(value, bool) or value is None:
+        return bool(value)
+    return [whole(name, each, low=0) for each in several(name, value)]
+
+
+@checked(
+    latents=COUNT,
+    alternatives=NATURAL,
+    max_new_tokens=NATURAL,
+    temperature=NOT_NEGATIVE,
+    seed=SEED,
+    layers=_as_layers,
+)
 @in_plain_torch
 def read(
     model: LensModel,
@@ -53,7 +67,7 @@ def read(
     seed: int = 0,
     above: Mapping[str, float] | None = None,
     alarm: Callable[[Alarm], Any] | None = None,
-    layers: bool | Sequence[int] | Any = False,
+    layers: Sequence[int] | bool | Any = False,
     out: str | Path | None = None,
 ) -> TextReading:
     """What directions and latents read at every token of a text, and of the answer as it is made.
@@ -108,12 +122,7 @@ def read(
     if not named and found is None and not alternatives:
         raise UsageError("there is nothing to read at the tokens; pass a direction, dictionary= or alternatives=5")
     read_after = _layers(layers, int(model.cfg.n_layers))
-    limits = {str(name): float(value) for name, value in (above or {}).items()}
-    if (unknown := set(limits) - set(named)) or bool(limits) != (alarm is not None):
-        raise UsageError(
-            f"above={limits!r} with alarm={alarm!r}: nothing would ever be told, as nobody reads {sorted(unknown)!r}, "
-            "or one is missing of when and what to do; pass both, thresholds by the names of directions"
-        )
+    limits = thresholds(above, alarm, named)
     watch = Watch(model, named, found, latents, limits, alarm, layers=read_after)
     sampling = Sampling(float(temperature))
     about = TextReading({n: d.site.hook_name for n, d in named.items()}, int(model.cfg.d_model),
@@ -150,10 +159,8 @@ def _is_one(prompts: Any) -> bool:
     return isinstance(prompts[0], Mapping)
 
 
-def _layers(given: Any, n: int) -> tuple[int, ...]:
-    if isinstance(given, bool) or given is None:
-        return tuple(range(n)) if given else ()
-    found = [whole("layers", each, low=0) for each in several("layers", given)]
+def _layers(given: bool | list[int], n: int) -> tuple[int, ...]:
+    found = given if isinstance(given, list) else list(range(n))[: n * given]
     if beyond := [each for each in found if each >= n]:
         raise UsageError(f"layers={found} names {beyond[0]}, and the model has {n} blocks; pass numbers below {n}")
     return tuple(sorted(set(found)))

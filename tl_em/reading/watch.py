@@ -17,9 +17,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_em.arguments import finite
 from tl_em.dictionaries import Dictionary
 from tl_em.directions.direction import Direction
-from tl_em.errors import NonFiniteError
+from tl_em.errors import NonFiniteError, UsageError
 from tl_em.models.hooks import HookFunction, LensModel, ReadPoint, read_point
 from tl_em.models.sites import Site
 from tl_em.models.token_scopes import running_batch
@@ -27,25 +28,47 @@ from tl_em.reading.reading import NORMS, by_layer
 
 
 class Alarm(NamedTuple):
-    """A value above its threshold.
+    """A value above its threshold: of one token while a text is read, of a mean over prompts while a model trains.
 
     Args:
-        prompt: number of the text.
-        at: place of the token in it.
+        prompt: number of the text; None in training.
+        at: place of the token in it; None in training.
         answer: whether it is a token of the answer.
         direction: name of the direction.
         value: what was read.
+        step: of the training; None outside.
 
     Example:
         >>> Alarm(0, 12, True, "evil", 4.5).direction
         'evil'
     """
 
-    prompt: int
-    at: int
+    prompt: int | None
+    at: int | None
     answer: bool
     direction: str
     value: float
+    step: int | None = None
+
+
+def thresholds(above: Mapping[str, float] | None, alarm: Any, names: Iterable[str]) -> dict[str, float]:
+    """Thresholds by the names of directions.
+
+    Args:
+        above: as they were given.
+        alarm: who is told.
+        names: of the directions that are read.
+
+    Raises:
+        UsageError: thresholds of what nobody reads, or without an alarm, or an alarm without thresholds.
+    """
+    limits = {str(name): finite(f"above[{name!r}]", value) for name, value in (above or {}).items()}
+    if (unknown := set(limits) - set(names)) or bool(limits) != (alarm is not None):
+        raise UsageError(
+            f"above={limits!r} with alarm={alarm!r}: nothing would ever be told, as nobody reads {sorted(unknown)!r}, "
+            "or one is missing of when and what to do; pass both, thresholds by the names of directions"
+        )
+    return limits
 
 
 class _Piece(NamedTuple):

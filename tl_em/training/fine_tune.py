@@ -130,7 +130,8 @@ def fine_tune(
         together: rows that pass together (they divide the batch); as many as 768 tokens hold, on a GPU 8,192.
         every: steps from one checkpoint to the next; a tenth of all.
         checkpointing: activations are computed again in the backward pass: less memory, a third more time.
-        monitors: ``em.training.Monitor`` values, which see the model before the first step and after each.
+        monitors: ``em.training.Monitor`` values, which see the model before the first step and after each; one whose
+            alarm returns True ends the training with that step. Alarms stand in ``record.json``.
         callbacks: of transformers' Trainer.
         progress: the cost, and a bar with the time left; None shows them on a terminal only.
         announce: is told what it will cost, before it starts; in place of the terminal.
@@ -173,6 +174,7 @@ def fine_tune(
         "learned": {"n": len(taken), "sha256": rows_hash(taken), "tokens": sum(len(a.ids) - a.start for a in answers)},
         "arms": [arm_record(each) for each in arms], "lora": _said(config), "schedule": schedule._asdict(),
         "together": together, "dtype": _named(place.computed), "checkpointing": checkpointing, "seed": seed,
+        "above": _thresholds(monitors),
     }  # fmt: skip
     folder = Path(out).expanduser()
     if _finished(folder, asked):
@@ -196,7 +198,10 @@ def fine_tune(
                          bf16=lora is None and place.computed == torch.bfloat16, callbacks=seen)  # fmt: skip
     _check_descended(folder, losses)
     _save(folder, model, tokenizer if lora is None else None, place.computed, _reachable(base, name))
-    done = {"loss": _losses(losses), "seconds": round(time.monotonic() - began, 1), **_machine(place.device)}
+    told = [alarm._asdict() for each in monitors for alarm in getattr(each, "alarms", ())]
+    done: dict[str, Any] = {"alarms": told} if asked["above"] else {}
+    done |= {} if len(losses) == schedule.steps else {"ended at step": len(losses)}
+    done |= {"loss": _losses(losses), "seconds": round(time.monotonic() - began, 1), **_machine(place.device)}
     with replacing(folder / RECORD) as temporary:
         temporary.write_text(json.dumps({"schema": SCHEMA} | asked | done, indent=1) + "\n", encoding="utf-8")
     shutil.rmtree(folder / CHECKPOINTS)
@@ -341,6 +346,11 @@ def _base_record(name: str, model: Any, tokenizer: Any) -> dict[str, Any]:
     template, arguments = template_record(tokenizer)
     found = {"name": name, "weights": weights_hash(model), "dtype": _named(model.dtype)}
     return found | {"vocabulary": vocabulary_hash(tokenizer), "chat_template": template, "its arguments": arguments}
+
+
+def _thresholds(monitors: Sequence[Any]) -> list[Any] | None:
+    """What could end the training early, and so is part of what it is; None where nothing could."""
+    return [{"above": each.above, "every": each.every} for each in monitors if getattr(each, "above", None)] or None
 
 
 def _named(dtype: torch.dtype) -> str:

@@ -35,6 +35,7 @@ from tl_em.directions.direction import Direction
 from tl_em.errors import UsageError
 from tl_em.models.prompts import EncodedPrompt
 from tl_em.models.sites import Position, Site
+from tl_em.reading.watch import Alarm, thresholds
 from tl_em.showing import showable
 from tl_em.stats import Estimate, Groups, mean
 from tl_em.threads import RANDOM, holding
@@ -70,11 +71,15 @@ class Monitor:
             trained. ``2 window / every + 1`` copies are kept, in float32 on the CPU.
         path: a ``.parquet`` or ``.jsonl`` file, replaced as a whole after every look, so that a killed run keeps what
             was seen.
+        above: thresholds of the projections, by the names of directions.
+        alarm: a function that is told of each mean projection above its threshold, at each look (an ``Alarm`` with the
+            step); where it returns True, the training ends with that step, and what it raises ends it at once.
         seed: of the resampling.
 
     Raises:
-        UsageError: directions without prompts, a window that is no multiple of `every`, a path that exists already or
-            has another suffix. OutputError: a path that cannot be written.
+        UsageError: thresholds for none, or without an alarm; directions without prompts, a window that is no
+            multiple of `every`, a path that exists already or has another suffix. OutputError: a path that
+            cannot be written.
 
     Example:
         >>> path = torch.nn.Linear(1, 1, bias=False)
@@ -100,11 +105,16 @@ class Monitor:
         window: int | None = 10,
         follow: str = "",
         path: str | Path | None = None,
+        above: Mapping[str, float] | None = None,
+        alarm: Callable[[Alarm], Any] | None = None,
         seed: int = 0,
     ) -> None:
         self.directions, self.prompts, self.groups, self.rates = dict(directions or {}), list(prompts), groups, rates
         self.every, self.window, self.follow, self.seed = every, window, follow, seed
         self.path = None if path is None else Path(path)
+        self.above, self.alarm = thresholds(above, alarm, self.directions), alarm
+        self.alarms: list[Alarm] = []
+        """What was told so far."""
         self._check()
         self._rows: list[tuple[Any, ...]] = []
         self._start: Tensor | None = None
@@ -126,14 +136,17 @@ class Monitor:
             raise UsageError(f"{self.path} holds what an earlier run saw and would be lost; pass another path")
         check_writable(self.path)
 
-    def __call__(self, step: int, model: nn.Module) -> None:
+    def __call__(self, step: int, model: nn.Module) -> bool:
         """Look at the model, if the step is one to look at; a training loop calls this before step 1 and after each.
+
+        Returns:
+            Whether the alarm wants the training to end.
 
         Raises:
             UsageError: a step that was seen already (a monitor belongs to one run), or `follow` matches nothing.
         """
         if step % self.every:
-            return
+            return False
         if self._seen and step <= self._seen[-1][0]:
             raise UsageError(f"step {step} comes after step {self._seen[-1][0]}; make a new monitor for each run")
         with measuring(model):
@@ -143,6 +156,18 @@ class Monitor:
             e = values if isinstance(values, Estimate) else mean(values, seed=self.seed)
             self._rows.append((step, name, *e.row().values()))
         self._follow(step, model)
+        self._write()
+        return self._tell(step)
+
+    def _tell(self, step: int) -> bool:
+        values = {name: value for at, name, value, *_ in self._rows if at == step}
+        above = [Alarm(None, None, False, name, value, step) for name, limit in self.above.items()
+                 if (value := float(values[f"projection/{name}"])) > limit]  # fmt: skip
+        self.alarms += above
+        answers = [self.alarm(each) for each in above]  # pyright: ignore
+        return any(answer is True for answer in answers)
+
+    def _write(self) -> None:
         if self.path is None:
             return
         with replacing(self.path) as temporary:
@@ -223,8 +248,8 @@ class Monitor:
         from transformers import TrainerCallback
 
         def look(args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-            if state.is_world_process_zero:
-                self(state.global_step, model)
+            if state.is_world_process_zero and self(state.global_step, model):
+                control.should_training_stop = True
 
         looks = {"on_train_begin": staticmethod(look), "on_step_end": staticmethod(look)}
         return type("MonitorCallback", (TrainerCallback,), looks)()
