@@ -49,9 +49,10 @@ class LayerLens:
 
     def __init__(self, model: LensModel, layers: Sequence[int], k: int) -> None:
         self.model, self.layers, self.k = model, tuple(layers), k
+        self.unembed: Any = getattr(model, "unembed", None)
         self.last = int(model.cfg.n_layers) - 1
         self._seen: dict[int, Any] = {}
-        if layers and not isinstance(getattr(model, "unembed", None), nn.Module):
+        if layers and not isinstance(self.unembed, nn.Module):
             raise ModelError(
                 f"This {type(model).__name__} has no module 'unembed', so no layer can be read as if it were the last; "
                 "leave out layers= or alternatives= of em.read, or load the model with em.load_model(...)"
@@ -74,8 +75,7 @@ class LayerLens:
     def _logits(self, x: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_vocab"]:
         norm: Any = getattr(self.model, "ln_final", None)
         x = x[None] if norm is None else norm(x[None])
-        unembed: Any = self.model.unembed
-        logits = unembed.forward(x)[0]  # not through its hooks, which are of the pass that runs
+        logits = self.unembed.forward(x)[0]  # not through its hooks, which are of the pass that runs
         cap = soft_cap(self.model)
         return logits if cap is None else cap * (logits / cap).tanh()
 

@@ -159,7 +159,7 @@ def _is_one(prompts: Any) -> bool:
     return isinstance(prompts[0], Mapping)
 
 
-def _layers(given: bool | list[int], n: int) -> tuple[int, ...]:
+def _layers(given: Any, n: int) -> tuple[int, ...]:
     found = given if isinstance(given, list) else list(range(n))[: n * given]
     if beyond := [each for each in found if each >= n]:
         raise UsageError(f"layers={found} names {beyond[0]}, and the model has {n} blocks; pass numbers below {n}")

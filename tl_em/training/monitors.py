@@ -85,7 +85,7 @@ class Monitor:
         >>> path = torch.nn.Linear(1, 1, bias=False)
         >>> monitor = Monitor(window=1)
         >>> for step in range(4):
-        ...     monitor(step, path)
+        ...     ends = monitor(step, path)
         ...     path.weight.data += 0.5
         >>> monitor.table[monitor.table.name == "local_cosine"][["step", "value"]].values.tolist()
         [[1.0, 1.0], [2.0, 1.0]]
