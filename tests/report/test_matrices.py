@@ -37,7 +37,8 @@ def cells(ax: Any) -> list[Rectangle]:
 @pytest.mark.parametrize("width", [3.25, 7.0])
 def test_every_pair_is_written_with_interval_and_ceiling(table: pd.DataFrame, width: float) -> None:
     ax = matrices.cosines(table, reliability=dict.fromkeys(NAMES, 0.97), width=width).axes[0]
-    written = [text.get_text() for text in ax.texts]
+    written = [text.get_text().replace("\n", " ") for text in ax.texts]
+    assert min(text.get_fontsize() for text in ax.texts) >= 7
     for value, said in zip(VALUES, ["0.50", "−0.25", "0.00", "0.90", "0.10", "−0.80"], strict=True):
         assert said in written
         assert f"[{number(value - 0.2)}, {number(value + 0.2)}]" in written
@@ -64,7 +65,7 @@ def test_what_is_not_shown_is_marked_and_only_that(table: pd.DataFrame) -> None:
     assert sorted(bold) == sorted(["−0.25", "0.90", "−0.80"])
 
 
-@pytest.mark.parametrize(("width", "n"), [(3.25, 4), (7.0, 4), (7.0, 9)])
+@pytest.mark.parametrize(("width", "n"), [(3.25, 4), (7.0, 4), (7.0, 9), (3.25, 9), (6.75, 20)])
 def test_nothing_is_cut_off_or_overlaps(table: pd.DataFrame, width: float, n: int) -> None:
     names = NAMES if n == 4 else [f"a_long_concept_{i}" for i in range(n)]
     rows = [dict(table.iloc[1], first=a, second=b) for a, b in combinations(names, 2)]

@@ -15,12 +15,14 @@ import pytest
 
 from tests.graph.examples import small
 from tests.report.conftest import FakeReport
+from tests.report.test_notebook import matrix
 from tl_em.report.html import Framed, frame
 from tl_em.report.page import render
 
 pytestmark = pytest.mark.browser
 
 LIGHT, DARK = "rgb(255, 255, 255)", "rgb(20, 23, 28)"
+LETTERS, HUES = ("rgb(20, 20, 20)", "rgb(230, 230, 230)"), ("rgb(213, 94, 0)", "rgb(240, 138, 60)")
 HOSTS = {
     "jupyterlab": ('<body data-jp-theme-light="true">', '<body data-jp-theme-light="false">'),
     "vscode": ('<body class="vscode-light">', '<body class="vscode-dark">'),
@@ -105,6 +107,27 @@ def test_it_follows_a_switch_of_the_theme_and_without_a_host_the_browsers(
         for output in outputs.values():
             alone.show(output)
             assert alone.background == expected
+
+
+@pytest.mark.parametrize("host", [*HOSTS, "none"])
+@pytest.mark.parametrize("browsers", ["light", "dark"])
+def test_a_picture_has_the_hues_of_its_hosts_theme_and_the_letters_of_the_page(
+    browser: Any, tmp_path: Path, host: str, browsers: str
+) -> None:
+    card = matrix()._repr_html_()
+    alone = ["<body>" if browsers == "light" else "<body style='color:#eee;background:#111'>"]
+    for at, body in enumerate(HOSTS.get(host, alone)):
+        dark = browsers == "dark" if host == "none" else at == 1
+        notebook = Notebook(browser, tmp_path, str(body), browsers)
+        notebook.page.evaluate(f"document.body.style.color = '{LETTERS[dark]}'")  # as the host's own rules have it
+        notebook.show(card + card)  # two outputs share their page
+        look = "getComputedStyle(document.querySelector('.tl-em-picture svg [style*=\"--{}\"]')).{}".format
+        assert notebook.page.evaluate(look("tuned", "fill")) == HUES[dark]
+        assert notebook.page.evaluate(look("ink", "fill")) == LETTERS[dark]
+        assert not notebook.page.locator(".tl-em-picture img").first.is_visible()
+        assert notebook.page.locator(".tl-em-picture svg").first.bounding_box()["width"] > 500
+        notebook.show(SANITISED.sub("", re.sub(r"<svg.*?</svg>", "", card, flags=re.DOTALL)))  # not trusted
+        assert notebook.page.locator("#out img").is_visible()
 
 
 def test_a_notebook_that_is_not_trusted_says_what_it_does_not_show(

@@ -219,9 +219,13 @@ class Report:
             graph.save_html(path / f"graph-{i}.html")
         return html.write(path / "report.html", page.render(self))
 
-    def plot(self) -> Any:
-        """The verdicts as a forest plot (a matplotlib Figure)."""
-        return self.comparison.plot()
+    def plot(self, *, width: float | str | Any = 7.0) -> Any:
+        """The verdicts as a forest plot (a matplotlib Figure).
+
+        Args:
+            width: inches, or ``"column"`` or ``"text"`` of a paper.
+        """
+        return self.comparison.plot(width=width)
 
     def _repr_html_(self) -> str:
         from tl_em.report import html, page

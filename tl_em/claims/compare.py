@@ -114,11 +114,15 @@ class Comparison:
         )
         return pd.DataFrame(rows)
 
-    def plot(self) -> Any:
-        """The verdicts as a forest plot (a matplotlib Figure)."""
+    def plot(self, *, width: float | str | Any = 7.0) -> Any:
+        """The verdicts as a forest plot (a matplotlib Figure).
+
+        Args:
+            width: inches, or ``"column"`` or ``"text"`` of a paper.
+        """
         from tl_em.report.forest import verdicts
 
-        return verdicts(self.rows, questions=self.questions)
+        return verdicts(self.rows, questions=self.questions, width=width)
 
     def _repr_html_(self) -> str:
         from tl_em.report import cards

@@ -157,8 +157,12 @@ class EffectCurve:
             rows.append(row | {"n": point.effect.n, "p": point.p, "note": point.note})
         return pd.DataFrame(rows)
 
-    def plot(self, *, width: float | int = 7.0) -> Any:
-        """Effect against cost, as a matplotlib figure; see ``report.curves``."""
+    def plot(self, *, width: float | str | Any = 7.0) -> Any:
+        """Effect against cost, as a matplotlib figure; see ``report.curves``.
+
+        Args:
+            width: inches, or ``"column"`` or ``"text"`` of a paper.
+        """
         from tl_em.report import curves
 
         return curves.effect(self, width=width)

@@ -128,8 +128,12 @@ class Selection:
         """The table of all candidates."""
         return self.table.copy()
 
-    def plot(self, *, width: float = 7.0) -> Any:
-        """The three scores of every candidate by layer, as a matplotlib figure."""
+    def plot(self, *, width: float | str | Any = 7.0) -> Any:
+        """The three scores of every candidate by layer, as a matplotlib figure.
+
+        Args:
+            width: inches, or ``"column"`` or ``"text"`` of a paper.
+        """
         from tl_em.report import plots
 
         return plots.selection(self, width=width)

@@ -126,8 +126,12 @@ class CosineMatrix:
             for pair in self.pairs
         )  # fmt: skip
 
-    def plot(self, *, width: float = 7.0) -> Any:
-        """The cosines as a heat map with intervals and ceilings (a matplotlib Figure)."""
+    def plot(self, *, width: float | str | Any = 7.0) -> Any:
+        """The cosines as a heat map with intervals and ceilings (a matplotlib Figure).
+
+        Args:
+            width: inches, or ``"column"`` or ``"text"`` of a paper.
+        """
         from tl_em.report.matrices import cosines
 
         return cosines(self.to_pandas(), reliability=self.reliability, width=width)

@@ -33,12 +33,12 @@ class _Shown:
         """See :func:`tl_em.graph.view.save_page`."""
         return view.save_page(self, path)  # pyright: ignore[reportArgumentType]
 
-    def save_figure(self, path: str | Path, *, width: SupportsFloat = 7.0, links: SupportsInt = 150) -> Path:
+    def save_figure(self, path: str | Path, *, width: float | str | Any = 7.0, links: SupportsInt = 150) -> Path:
         """A figure for a paper that does not move: SVG or PDF, or PNG at 300 dots an inch; see ``report.graphs``.
 
         Args:
             path: ``.svg``, ``.pdf`` or ``.png``; the same graph gives the same file.
-            width: inches (3.25 is one column of a paper, 7 is two).
+            width: inches, or ``"column"`` or ``"text"`` of a paper.
             links: how many of the strongest links are drawn.
 
         Returns:
@@ -49,8 +49,8 @@ class _Shown:
         """
         from tl_em.report import graphs, plots
 
-        inches, most = finite("width", width, low=0, open_low=True), whole("links", links, low=0)
-        return plots.save(graphs.graph(self, width=inches, links=most), path)  # pyright: ignore[reportArgumentType]
+        most = whole("links", links, low=0)
+        return plots.save(graphs.graph(self, width=width, links=most), path)  # pyright: ignore[reportArgumentType]
 
     def _repr_html_(self) -> str:
         return view.notebook_frame(self)  # pyright: ignore[reportArgumentType]

@@ -1,11 +1,12 @@
 """What a result shows of itself in a notebook: a title, its figures, a table of its rows, a picture.
 
-Plain HTML without scripts, and without colours of its own, so that it reads in every theme and survives where a
-notebook is not trusted. A table is cut after ``ROWS`` rows, and says so.
+Plain HTML without scripts, and without colours of its own but a figure's hues (``report.html``), so that it reads in
+every theme and survives where a notebook is not trusted. A table is cut after ``ROWS`` rows, and says so.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -66,11 +67,15 @@ def rows(
     return f"<table><thead><tr>{head}</tr></thead><tbody>{lines_}</tbody></table>{said}"
 
 
-def picture(figure: Any) -> str:
-    """A figure of this package as an image within the page."""
+def picture(figure: Any, title: str = "") -> str:
+    """A figure of this package within the page, in the colours of its theme; an image where no drawing is let in."""
+    from tl_em.report import html, svg
+
     data, about = figure._repr_mimebundle_()
-    width = about["image/png"]["width"]
-    return f'<img alt="" width="{width}" style="max-width:100%" src="data:image/png;base64,{data["image/png"]}">'
+    png, width = data["image/png"], about["image/png"]["width"]
+    name = f"tl-em-{hashlib.sha256(png.encode()).hexdigest()[:10]}"  # ids are shared with all outputs of a notebook
+    image = f'<img alt="" width="{width}" style="max-width:100%" src="data:image/png;base64,{png}">'
+    return html.picture(svg.inline(figure, name), image, title, width=width)
 
 
 def _seen(value: object) -> str:
@@ -152,7 +157,7 @@ def plotted(found: Any, *, lines: int = 1) -> str:
 
     said = repr(found).splitlines()
     try:
-        drawn = picture(found.plot())
+        drawn = picture(found.plot(), said[0])
     except UsageError as error:
         drawn = text(error)
     return card(said[0], *(text(line.strip()) for line in said[1:lines]), drawn)

@@ -20,7 +20,7 @@ from matplotlib.transforms import Bbox
 
 from tl_em.errors import UsageError
 from tl_em.report import drawing
-from tl_em.report.drawing import CONDITIONS, Look
+from tl_em.report.drawing import CONDITIONS, MODELS, Look
 from tl_em.showing import showable
 
 if TYPE_CHECKING:
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 STEERED, RANDOM = CONDITIONS["treated"], CONDITIONS["random"]
-TURNED = Look("#0072b2", "#00629b", "v", filled=False)
-TOLD = Look("#d55e00", "#a84300", "*", filled=False)
+TURNED = MODELS["benign"]._replace(marker="v")
+TOLD = MODELS["tuned"]._replace(marker="*", filled=False)
 _LETTERS, _SIZE = 30, 7.5
 
 
@@ -41,7 +41,7 @@ class _Axis(NamedTuple):
 
 
 @drawing.housed
-def effect(curve: Any, *, width: float | int = 7.0) -> Figure:
+def effect(curve: Any, *, width: float = 7.0) -> Figure:
     """Effect against cost: the intervention over strengths, random directions at the same push, instructions.
 
     Args:
@@ -58,7 +58,7 @@ def effect(curve: Any, *, width: float | int = 7.0) -> Figure:
     if curve.coherence is not None:
         axes.append(_Axis("coherence", f"{showable(curve.coherence)} (less to the right)"))
     lines, columns = (1, len(axes)) if width >= 5 else (len(axes), 1)
-    figure, grid = drawing.panels(float(width), lines, columns, 2.5, len(axes), sharey=True)
+    figure, grid = drawing.panels(width, lines, columns, 2.5, len(axes), sharey=True)
     for ax, axis in zip(grid, axes, strict=True):
         _panel(ax, table, axis)
     for ax in grid[:: columns if lines == 1 else 1]:
@@ -70,17 +70,11 @@ def effect(curve: Any, *, width: float | int = 7.0) -> Figure:
     return figure
 
 
-_SERIES = tuple(
-    Look(colour, colour, marker)
-    for colour, marker in zip(
-        ("#d55e00", "#0072b2", "#009e73", "#9a7200", "#7b4fa3", "#4b5563"), ("o", "s", "D", "^", "v", "P"), strict=True
-    )
-)
 _SEEN = {"rate/": "rate", "projection/": "projection", "local_cosine": "local cosine"}
 
 
 @drawing.housed
-def training(table: pd.DataFrame, *, transition: Any = None, width: float | int = 7.0) -> Figure:
+def training(table: pd.DataFrame, *, transition: Any = None, width: float = 7.0) -> Figure:
     """Rates, projections and the local cosine over the steps of a training run, one panel each.
 
     Args:
@@ -95,14 +89,14 @@ def training(table: pd.DataFrame, *, transition: Any = None, width: float | int 
     kinds = {label: part for label, part in kinds.items() if np.isfinite(part["value"]).any()}
     if not kinds:
         raise UsageError("the monitor saw nothing that can be drawn; look at it after training, with rates or a window")
-    figure, grid = drawing.panels(float(width), len(kinds), 1, 1.8, len(kinds), sharey=False)
+    figure, grid = drawing.panels(width, len(kinds), 1, 1.8, len(kinds), sharey=False)
     for ax, (label, part) in zip(grid, kinds.items(), strict=True):
-        for look, (name, series) in zip(itertools.cycle(_SERIES), part.groupby("name", sort=False)):
+        for look, (name, series) in zip(itertools.cycle(drawing.SERIES), part.groupby("name", sort=False)):
             _line(ax, series, look, str(name).partition("/")[2] or label)
         if transition is not None:
             ax.axvline(transition.step, zorder=0.6, **drawing.DASHED)
         ax.set_ylabel(label)
-        ax.set_xlim(table["step"].min(), table["step"].max())
+        ax.set_xlim(first := table["step"].min(), max(first + 1, table["step"].max()))
         ax.grid(axis="y")
         if len(ax.lines) > 1 + (transition is not None):
             ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=6 if width >= 5 else 3, borderaxespad=0.1)

@@ -27,6 +27,8 @@ from matplotlib.patches import Patch
 from matplotlib.text import Text
 from matplotlib.ticker import FixedFormatter, Formatter, FuncFormatter
 
+from tl_em.arguments import finite
+from tl_em.errors import UsageError
 from tl_em.showing import showable
 from tl_em.threads import own_warnings
 
@@ -72,6 +74,43 @@ CONDITIONS: dict[str, Look] = {
 }
 
 
+MORE: dict[str, Look] = {
+    "brown": Look("#771100", "#701000", "v", filled=False),
+    "indigo": Look("#3322aa", "#3020a0", "P"),
+    "lavender": Look("#6677ff", "#4a55d0", "^", filled=False),
+}
+SERIES: tuple[Look, ...] = (
+    MODELS["tuned"], MODELS["benign"], CONDITIONS["treated"], *MORE.values(), MODELS["base"]._replace(marker="X"),
+    Look(INK, INK, "d"),
+)  # fmt: skip
+"""Where names are those of whoever calls: each of another brightness, so that they differ for every kind of eye."""
+WIDTHS = {"column": 3.25, "text": 6.75, "page": 6.75}
+"""Inches of a paper's column, and of its text."""
+
+
+def inches(width: float | str | Any) -> float:
+    """A width in inches.
+
+    Args:
+        width: inches, or ``"column"``, ``"text"`` or ``"page"`` of a paper.
+
+    Raises:
+        UsageError: anything else.
+
+    Example:
+        >>> inches("column"), inches(7)
+        (3.25, 7.0)
+    """
+    if isinstance(width, str):
+        if width not in WIDTHS:
+            raise UsageError(
+                f"width={showable(width)!r} is no width of a paper, so it is unknown how large the figure is; give "
+                f"width= one of {', '.join(map(repr, WIDTHS))}, or inches"
+            )
+        return WIDTHS[width]
+    return finite("width", width, low=0, open_low=True)
+
+
 class Picture(Figure):
     """A figure in the house style that a notebook shows by itself, whatever its matplotlib backend.
 
@@ -83,6 +122,16 @@ class Picture(Figure):
         with styled():
             seen(self)
             super().draw(renderer)
+
+    def save_figure(self, path: str | Path) -> Path:
+        """Write it for a paper: SVG or PDF, or PNG at 300 dots an inch, by the path's suffix.
+
+        Raises:
+            UsageError: another suffix. OutputError: the path cannot be written.
+        """
+        from tl_em.report.plots import save
+
+        return save(self, path)
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> tuple[dict[str, Any], dict[str, Any]]:
         """A PNG twice as fine as it is shown."""
@@ -155,10 +204,14 @@ P = ParamSpec("P")
 
 
 def housed(draw: Callable[P, Figure]) -> Callable[P, Figure]:
-    """A function that draws a figure, in the house style, and laid out once."""
+    """A function that draws a figure ``width`` wide, in the house style, and laid out once.
+
+    ``width`` is what ``inches`` takes.
+    """
 
     @wraps(draw)
     def drawn(*args: P.args, **kwargs: P.kwargs) -> Figure:
+        kwargs |= {"width": inches(kwargs["width"])} if "width" in kwargs else {}
         with styled():
             return settle(draw(*args, **kwargs))
 

@@ -59,9 +59,9 @@ def graph(shown: AttributionGraph | GraphDiff, *, width: float = 7.0, links: int
     _links(ax, view, links)
     _nodes(ax, view, names)
     _axes(ax, view, width)
-    figure.legend(handles=_handles(view), loc="outside upper left", ncols=5)
+    figure.legend(handles=_handles(view), loc="outside upper left", ncols=5 if width >= 5 else 3)
     said = [f"{name} {value}" for name, value, _ in view["validation"]] or ["not validated by ablation"]
-    ax.set_xlabel("\n".join(textwrap.wrap(";  ".join(said), int(13 * width))), loc="left", fontsize=6.5)
+    ax.set_xlabel("\n".join(textwrap.wrap(";  ".join(said), int(13 * width))), loc="left", fontsize=7)
     return figure
 
 
@@ -95,7 +95,7 @@ def _nodes(ax: Axes, view: dict[str, Any], names: int) -> None:
     others = [node for node in view["nodes"] if node["kind"] not in ("logit", "token") and node["label"]]
     for node in named + sorted(others, key=lambda node: -node["reach"])[:names]:
         ax.annotate(drawing.broken(node["label"].strip() or node["id"], 22), (node["x"], node["y"]), xytext=(-4, 0),
-                    textcoords="offset points", ha="right", va="center", fontsize=6, zorder=3)  # fmt: skip
+                    textcoords="offset points", ha="right", va="center", fontsize=7, zorder=3)  # fmt: skip
 
 
 def _colour(node: dict[str, Any]) -> str:

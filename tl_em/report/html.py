@@ -6,13 +6,19 @@ makes the frame ``SIGN`` pixels taller where the theme is light and twice that w
 and the page reads that in a media query. So a page follows a switch of the theme at once, without a script, whether or
 not the browser hands ``color-scheme`` down to frames. Where no known host says anything, ``prefers-color-scheme`` does.
 
-A notebook that is not trusted is stripped of frames and of styles. What is left is a sentence that says so.
+A drawing lies in the notebook's own page, where rules reach it: its letters and greys are those of the page around, its
+hues those of the theme that the host names, or else the browser prefers.
+
+A notebook that is not trusted is stripped of frames, drawings and styles. What is left is a sentence that says so, or
+an image on white.
 """
 
 from __future__ import annotations
 
 import html
+import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +57,45 @@ _GUEST = (
     "overflow:hidden}}body{{height:100%!important;min-height:0!important;overflow:auto}}}}"
     "@media (min-height:{two}px){{:root{{--screen:calc(100vh - {two}px)}}}}"
 ).format(one=SIGN, two=2 * SIGN)
+
+
+_NEUTRAL = (
+    "--sans:system-ui,sans-serif;--ink:currentColor;--page:var(--jp-layout-color0,var(--vscode-editor-background,Canvas));"
+    + "".join(f"--{name}:color-mix(in srgb,currentColor {share}%,transparent);" for name, share in (
+        ("muted", 70), ("rule", 25), ("band", 13), ("base", 78), ("untreated", 78), ("base-text", 85),
+        ("untreated-text", 85),
+    ))
+)  # fmt: skip
+"""Of a picture that lies in a notebook's own page: its letters and greys are the page's letters, in any theme."""
+_HUES = re.compile(r"--(?:benign|tuned|random|treated|brown|indigo|lavender)(?:-text)?: #[0-9a-f]{6};")
+
+
+@cache
+def _theme() -> str:
+    """Rules by which a picture in a notebook's own page has the colours of ``style.css``, light or dark."""
+    style = (Path(__file__).parent / "templates" / "style.css").read_text(encoding="utf-8")
+    light, dark = ("".join(_HUES.findall(part)).replace(" ", "") for part in style.split("color-scheme: dark;"))
+    return (
+        f".tl-em-picture{{{_NEUTRAL}{light}}}"
+        f"@media (prefers-color-scheme:dark){{.tl-em-picture{{{dark}}}}}"
+        f":is({','.join(LIGHT)}) .tl-em-picture{{{light}}}:is({','.join(DARK)}) .tl-em-picture{{{dark}}}"
+        ".tl-em-picture svg{display:block;width:100%;height:auto}.tl-em-picture img{display:none}"
+    )
+
+
+def picture(drawing: str, instead: str, title: str, *, width: int) -> str:
+    """A drawing in a notebook's own page, in the colours of its theme.
+
+    Args:
+        drawing: an SVG element whose colours are the custom properties of ``style.css``.
+        instead: an image that stands in its place where a notebook that is not trusted loses drawings and styles.
+        title: what it shows, for a screen reader.
+        width: pixels, where there is room.
+    """
+    return (
+        f'<div class="tl-em-picture" role="img" aria-label="{html.escape(showable(title))}" '
+        f'style="max-width:{width}px"><style>{_theme()}</style>{drawing}{instead}</div>'
+    )
 
 
 def environment(*folders: Path) -> jinja2.Environment:

@@ -1,13 +1,14 @@
 """A matrix of cosines as a heat map: each with its interval and its ceiling, and a mark where it is not shown.
 
 A colour is a hue of the palette at an opacity that grows with the cosine, so that one drawing serves light and dark and
-text stays legible on it; the number is written in every cell, so that nothing depends on colour.
+text stays legible on it; the number is written in every cell, so that nothing depends on colour, as far as letters of 7
+points fit there: beyond, the table has them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -24,6 +25,20 @@ if TYPE_CHECKING:
 _POSITIVE, _NEGATIVE = drawing.MODELS["tuned"].colour, drawing.MODELS["benign"].colour
 _OPACITY = 0.65
 """Opacity of a cosine of 1: what text in the ink's colour stands out on, in light and dark."""
+
+
+class _Lines(NamedTuple):
+    """How a cell is written: its height in inches, where its lines stand, and whether they are broken."""
+
+    height: float
+    at: tuple[float, ...]
+    broken: bool
+
+
+_ROOM = {0.85: _Lines(0.52, (-0.2, 0.08, 0.32), broken=False), 0.46: _Lines(0.84, (-0.36, -0.06, 0.27), broken=True)}
+"""By the least width of a cell in inches, in letters of 7 points."""
+_NO_ROOM = _Lines(0.3, (), broken=False)
+_SIZES = (8.5, 7.0, 7.0)
 
 
 @drawing.housed
@@ -45,44 +60,48 @@ def cosines(table: pd.DataFrame, *, reliability: Mapping[str, float] | None = No
         raise UsageError(f"the table has {len(table)} rows and lacks the columns {sorted(missing)}; nothing to draw")
     names = list(dict.fromkeys([*table["first"], *table["second"]]))
     n = len(names)
-    figure = drawing.Picture(figsize=(width, 0.75 + 0.52 * n), layout="constrained")
+    cell = (width - 1.2) / n
+    lines = next((lines for least, lines in _ROOM.items() if cell >= least), _NO_ROOM)
+    figure = drawing.Picture(figsize=(width, 0.75 + lines.height * n), layout="constrained")
     ax = figure.subplots()
-    size = min(7.0, 7.0 * (width - 1.2) / n / 0.85)  # points: an interval takes .85 inches at 7
     for row in table.to_dict("records"):
-        _pair(ax, names.index(row["first"]), names.index(row["second"]), row, size)
+        _pair(ax, names.index(row["first"]), names.index(row["second"]), row, lines)
     for i, name in enumerate(names):
-        _own(ax, i, (reliability or {}).get(name), size)
-    _frame(ax, names, cell=(width - 1.2) / n)
+        _own(ax, i, (reliability or {}).get(name), lines)
+    _frame(ax, names, cell=cell)
     shown = "not shown: p ≥ .05, or the interval reaches 0"
     handles: list[Any] = [Patch(facecolor=_POSITIVE, alpha=_OPACITY, label="cosine 1")]
     handles.append(Patch(facecolor=_NEGATIVE, alpha=_OPACITY, label=f"cosine {number(-1.0, 0)}"))
     handles.append(Line2D([], [], linestyle="none", marker="o", color=drawing.MUTED, markerfacecolor="none",
                           markersize=4, label=shown))  # fmt: skip
-    figure.legend(handles=handles, loc="outside upper left", ncols=3 if width >= 5 else 1)
+    if lines is _NO_ROOM:
+        handles.append(Patch(alpha=0, label="numbers and intervals: .to_pandas()"))
+    figure.legend(handles=handles, loc="outside upper left", ncols=4 if width >= 5 else 1)
     figure.set_layout_engine("constrained", w_pad=drawing.MARGIN)
     return figure
 
 
-def _pair(ax: Axes, i: int, j: int, row: Mapping[Any, Any], size: float) -> None:
+def _pair(ax: Axes, i: int, j: int, row: Mapping[Any, Any], lines: _Lines) -> None:
     x, y = sorted((i, j))
     value, shown = float(row["value"]), row["p"] < 0.05 and (row["low"] > 0 or row["high"] < 0)
     colour = _POSITIVE if value > 0 else _NEGATIVE
     opacity = _OPACITY * min(abs(value), 1.0)
     ax.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=colour, alpha=opacity, linewidth=0))
-    weight = "bold" if shown else "normal"
-    ax.text(x, y - 0.2, number(value), ha="center", va="center", fontsize=size + 1.5, fontweight=weight)
-    ax.text(x, y + 0.08, interval(row["low"], row["high"]), ha="center", va="center", fontsize=size)
-    ax.text(x, y + 0.32, f"ceiling {number(row['ceiling'])}", ha="center", va="center", fontsize=size)
+    said = number(value), interval(row["low"], row["high"]), f"ceiling {number(row['ceiling'])}"
+    weights = ("bold" if shown else "normal", "normal", "normal")
+    for at, text, size, weight in zip(lines.at, said, _SIZES, weights, strict=False):
+        written = text.replace(" ", "\n") if lines.broken else text
+        ax.text(x, y + at, written, ha="center", va="center", fontsize=size, fontweight=weight, linespacing=1.05)
     if not shown:
-        ax.plot(x + 0.4, y - 0.34, marker="o", markersize=4, color=drawing.MUTED, markerfacecolor="none")
+        ax.plot(x + 0.4, y - 0.36, marker="o", markersize=4, color=drawing.MUTED, markerfacecolor="none")
 
 
-def _own(ax: Axes, i: int, reliability: float | None, size: float) -> None:
+def _own(ax: Axes, i: int, reliability: float | None, lines: _Lines) -> None:
     ax.add_patch(Rectangle((i - 0.5, i - 0.5), 1, 1, facecolor=drawing.BAND, linewidth=0))
-    if reliability is not None:
+    if reliability is not None and lines.at:
         style: dict[str, Any] = {"ha": "center", "va": "center", "color": drawing.MUTED}
-        ax.text(i, i - 0.12, number(reliability), fontsize=size + 1.5, **style)
-        ax.text(i, i + 0.16, "replication", fontsize=size, **style)
+        ax.text(i, i - 0.12, number(reliability), fontsize=_SIZES[0], **style)
+        ax.text(i, i + 0.16, "repli-\ncation" if lines.broken else "replication", fontsize=_SIZES[1], **style)
 
 
 def _whole(label: str, name: str) -> bool:

@@ -4,7 +4,8 @@ No estimate is drawn without its interval, and none without the control that its
 of the model before the fine-tune and of the benign fine-tune, projections beside the band of random directions,
 treatments beside random directions with the same treatment, verdicts beside the smallest effect of interest.
 
-``width`` is in inches (3.25 is one column of a paper, 7 is two); the panels are rearranged to fit, never squeezed.
+``width`` is in inches, or ``"column"`` or ``"text"`` of a paper (3.25 and 6.75); the panels are rearranged to fit,
+never squeezed, and no letter is smaller than 7 points.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from tl_em.artefacts import replacing
 from tl_em.claims.compare import SHIPPED
 from tl_em.errors import UsageError
 from tl_em.report import drawing, forest, rates
-from tl_em.report.drawing import CONDITIONS, MODELS
+from tl_em.report.drawing import MODELS
 from tl_em.report.rates import require
 from tl_em.showing import number, showable
 from tl_em.stats import middle_95
@@ -93,7 +94,7 @@ def layers(
     return figure
 
 
-@drawing.styled()
+@drawing.housed
 def selection(found: Any, *, width: float = 7.0) -> Figure:
     """Every candidate's scores by layer, the criteria, and random directions at the winner's site.
 
@@ -134,8 +135,7 @@ def selection(found: Any, *, width: float = 7.0) -> Figure:
 
 def _series(index: int) -> dict[str, Any]:
     """A position's colour and marker."""
-    looks = [*MODELS.values(), *CONDITIONS.values()]
-    look = looks[index % len(looks)]._replace(marker="osDv^<>"[index % 7], filled=False)
+    look = drawing.SERIES[index % len(drawing.SERIES)]._replace(marker="osDv^<>"[index % 7], filled=False)
     return look.drawn(3.5, linewidth=1.0)
 
 

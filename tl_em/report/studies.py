@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from tl_em.report import drawing
-from tl_em.report.drawing import CONDITIONS, MODELS, Look
+from tl_em.report.drawing import Look
 from tl_em.report.rates import require
 from tl_em.showing import showable
 from tl_em.stats import mean_over_units
@@ -19,11 +19,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-LOOKS = (
-    MODELS["tuned"], MODELS["benign"], CONDITIONS["treated"], CONDITIONS["random"],
-    Look("#7b3f8c", "#6b347a", "v", filled=False), Look("#4b5563", "#4b5462", "^", filled=False),
-    Look("#3a9bdc", "#1c6ea4", "P"), Look("#8c3b2e", "#7a3226", "X"),
-)  # fmt: skip
 VALUES = {"bad": "misaligned answers, held-out domains", "good": "aligned answers, held-out domains"}
 
 
@@ -57,10 +52,10 @@ def study(
     """
     require(table, x, *by, *values, unit)
     lines = {" · ".join(map(str, name)): part for name, part in table.groupby(list(by), sort=False)}
-    looks = {name: LOOKS[i % len(LOOKS)]._replace(label=name) for i, name in enumerate(lines)}
+    looks = {name: drawing.SERIES[i % len(drawing.SERIES)]._replace(label=name) for i, name in enumerate(lines)}
     names = None if table[x].dtype.kind in "if" else list(dict.fromkeys(table[x]))
     rows, columns = (1, len(values)) if width >= 5 else (len(values), 1)
-    figure, grid = drawing.panels(float(width), rows, columns, 2.6, len(values))
+    figure, grid = drawing.panels(width, rows, columns, 2.6, len(values))
     for ax, value in zip(grid, values, strict=True):
         for i, (name, part) in enumerate(lines.items()):
             shift = 0.0 if names is None else 0.16 * (i - (len(lines) - 1) / 2)

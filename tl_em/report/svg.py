@@ -22,13 +22,15 @@ _ELEMENTS = frozenset({"svg", "g", "path", "text", "tspan", "use", "defs", "clip
 _ATTRIBUTES = frozenset(
     {"id", "d", "style", "transform", "x", "y", "width", "height", "clip-path", "viewBox", "href", "cx", "cy", "r"}
 )
+_LOOKS = drawing.MORE | drawing.MODELS | drawing.CONDITIONS
 _COLOURS = {
     drawing.INK: "ink",
     drawing.MUTED: "muted",
     drawing.RULE: "rule",
     drawing.BAND: "band",
-    **{look.colour: f"{name}" for name, look in (drawing.MODELS | drawing.CONDITIONS).items()},
-    **{look.text: f"{name}-text" for name, look in (drawing.MODELS | drawing.CONDITIONS).items()},
+    "#ffffff": "page",
+    **{look.text: f"{name}-text" for name, look in _LOOKS.items()},
+    **{look.colour: name for name, look in _LOOKS.items()},
 }
 
 

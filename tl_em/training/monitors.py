@@ -217,8 +217,11 @@ class Monitor:
         seen = seen[seen["name"] == "local_cosine"]
         return located(seen["step"].to_numpy(), seen["value"].to_numpy(dtype=float))
 
-    def plot(self, *, width: float = 7.0) -> Any:
+    def plot(self, *, width: float | str | Any = 7.0) -> Any:
         """Rates, projections and the local cosine over the steps, with the transition.
+
+        Args:
+            width: inches, or ``"column"`` or ``"text"`` of a paper.
 
         Raises:
             UsageError: nothing was seen yet.
