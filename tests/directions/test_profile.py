@@ -72,6 +72,17 @@ def test_it_is_a_mapping_from_layers_whatever_order_it_came_in() -> None:
         profile[3]
 
 
+def test_a_slice_is_the_profile_of_those_layers() -> None:
+    profile = em.Profile([em.Direction(torch.randn(8), em.Site(layer)) for layer in (1, 2, 4, 5)])
+    parts = [(slice(2, 5), (2, 4)), (slice(None, 3), (1, 2)), (slice(4, None), (4, 5)), (slice(1, 6, 2), (1, 5))]
+    for part, layers in [*parts, (slice(None), (1, 2, 4, 5)), (slice(0, 99), (1, 2, 4, 5))]:
+        assert isinstance(profile[part], em.Profile) and profile[part].layers == layers
+        assert all(profile[part][layer] is profile[layer] for layer in layers)
+    for part in (slice(3, 4), slice(6, None), slice(-2, None), slice(0, -1), slice(5, 2)):
+        with pytest.raises(UsageError, match=r"no part of the layers 1-2, 4-5"):
+            profile[part]
+
+
 def test_what_is_no_profile_is_refused() -> None:
     given = directions()
     for wrong, said in (([], "no directions"), ([*given, given[0]], "2 directions"), ("x", "no list"), (1, "no list")):

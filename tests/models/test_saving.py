@@ -176,11 +176,14 @@ def test_half_precision_stays_what_it_is(surface: str, tmp_path: Path) -> None:
     assert all(torch.equal(value, source[name]) for name, value in again.state_dict().items())
 
 
-def test_hooks_are_no_part_of_it(surface: str, tmp_path: Path) -> None:
+def test_hooks_are_no_part_of_it_and_nothing_is_written_under_them(surface: str, tmp_path: Path) -> None:
     model = fresh("gpt2", surface)
     plain = logits(model)
     with em.intervene(model, em.Add(a_direction(model), 5.0)):
-        folder = em.save_model(model, tmp_path / "plain")
+        with pytest.raises(UsageError, match="Hooks are on this model"):
+            em.save_model(model, tmp_path / "plain")
+        assert list(tmp_path.iterdir()) == []
+    folder = em.save_model(model, tmp_path / "plain")
     assert gap(logits(elsewhere(folder)), plain) <= 1e-5
 
 

@@ -119,6 +119,22 @@ def test_what_is_not_there_is_refused(client: openai.OpenAI, more: dict[str, Any
     assert len(found.value.body["message"].split()) > 8  # type: ignore[index]
 
 
+def test_several_answers_are_several_requests(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="send 2 requests"):
+        client.chat.completions.create(model="steered", messages=MESSAGES, max_tokens=N, n=2)  # type: ignore[arg-type]
+
+
+def test_a_model_that_is_held_by_another_is_not_the_requests_fault(
+    client: openai.OpenAI, asker: Asker, pair: em.ModelPair, directions: Any
+) -> None:
+    body: dict[str, Any] = {"model": "steered", "messages": MESSAGES, "max_tokens": N}
+    with em.intervene(pair.base, em.Add(directions["persona"], 1.0)):
+        found = asker.send("POST", "/v1/chat/completions", body)
+        assert found.status_code == 503 and found.json()["error"]["type"] == "InUseError"
+        assert asker.send("POST", "/api/kl", {"messages": MESSAGES, "dials": []}).status_code == 503
+    assert asker.send("POST", "/v1/chat/completions", body).status_code == 200
+
+
 def test_a_wrong_key_is_refused(asker: Asker) -> None:
     with pytest.raises(openai.AuthenticationError):
         openai.OpenAI(base_url=asker.server.base_url, api_key="x", max_retries=0).models.list()

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import pandas as pd
 from torch import Tensor
@@ -34,6 +34,8 @@ PROFILE_SCHEMA = "tl-em/profile/1"
 @dataclass(frozen=True, eq=False)
 class Profile(Mapping[int, Direction]):
     """A direction a layer, as one value: a mapping from layers, in order, to Directions.
+
+    ``profile[10:20]`` is the profile of the layers 10 to 19.
 
     Give it to ``em.Add``, ``em.Clamp`` or ``em.Ablate`` in place of a direction: each layer is then edited along its
     own direction, at that direction's site. Everything that takes an intervention takes those.
@@ -53,6 +55,8 @@ class Profile(Mapping[int, Direction]):
         >>> profile = em.Profile(found)
         >>> profile, profile[2].site
         (Profile(persona, resid_pre at layers 1-2, d_model=96), Site(layer=2, stream='resid_pre'))
+        >>> profile[2:]
+        Profile(persona, resid_pre at layers 2, d_model=96)
         >>> with em.intervene(pair.base, em.Add(profile, 0.5)):
         ...     answer = em.generate(pair.base, ["how do i write parser"], max_new_tokens=4)
 
@@ -89,7 +93,20 @@ class Profile(Mapping[int, Direction]):
             )
         object.__setattr__(self, "directions", tuple(found))
 
-    def __getitem__(self, layer: int) -> Direction:
+    @overload
+    def __getitem__(self, layer: int) -> Direction: ...
+    @overload
+    def __getitem__(self, layer: slice) -> Profile: ...
+    def __getitem__(self, layer: Any) -> Any:
+        if isinstance(layer, slice):
+            start, stop = layer.start or 0, self.layers[-1] + 1 if layer.stop is None else layer.stop
+            found = [each for each in self.directions if each.site.layer in range(start, stop, layer.step or 1)]
+            if not found or min(start, stop) < 0:
+                raise UsageError(
+                    f"[{start}:{stop}] is no part of the layers {_listed(self.layers)}, which are counted from 0, so "
+                    "nothing would be steered; give numbers of layers, as in em.Profile(directions)[10:20]"
+                )
+            return Profile(found)
         return next((each for each in self.directions if each.site.layer == layer), None) or self._none(layer)
 
     def __iter__(self) -> Iterator[int]:

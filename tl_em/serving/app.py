@@ -27,7 +27,7 @@ from tl_em.serving.dials import Served, SteeringDial, dials_of
 from tl_em.serving.export import python_of
 from tl_em.serving.guard import Guard, body_of, policy, refused
 from tl_em.serving.openai_api import Endpoint, busy, unless_gone
-from tl_em.serving.worker import Event, ModelThread
+from tl_em.serving.worker import Event, ModelThread, status_of
 from tl_em.showing import showable, slug
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -170,7 +170,7 @@ def application(
 
 async def _said(request: Request, error: Any) -> Response:
     long = isinstance(error, UsageError) and str(error).startswith("the request holds more than")
-    return refused(413 if long else 400, str(error), type(error).__name__)
+    return refused(413 if long else status_of(error), str(error), type(error).__name__)
 
 
 async def _nothing(request: Request, error: Any) -> Response:

@@ -69,6 +69,11 @@ class Ask:
         Raises:
             UsageError: what is not there, or means nothing. PromptError: no conversation.
         """
+        if isinstance(n := body.get("n"), int) and n > 1:
+            raise UsageError(
+                f"n={n} asks for several answers, and one is made a request, so {n - 1} would be missing; send {n} "
+                "requests, each with a seed of its own"
+            )
         odd = [name for name, neutral in _NEUTRAL.items() if body.get(name) not in neutral]
         if odd:
             raise UsageError(f"{odd[0]} is not there, so the answer would be another than was asked for; leave it out")

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from tl_em.errors import TlEmError, first_line
+from tl_em.errors import InUseError, TlEmError, first_line
 
 MOST_WAITING = 32
 Event = dict[str, Any]
@@ -60,7 +60,7 @@ class Waiting:
             if not self._gone.is_set():
                 self._ask(self.tell, self._gone.is_set)
         except TlEmError as error:
-            self.tell({"type": "error", "kind": type(error).__name__, "said": str(error), "status": 400})
+            self.tell({"type": "error", "kind": type(error).__name__, "said": str(error), "status": status_of(error)})
         except Exception as error:
             said = (
                 f"{type(error).__name__}: {first_line(error)}. The answer ended there, and the next one begins anew; "
@@ -69,6 +69,11 @@ class Waiting:
             self.tell({"type": "error", "kind": type(error).__name__, "said": said, "status": 500})
         finally:
             self.tell(None)
+
+
+def status_of(error: TlEmError) -> int:
+    """Of HTTP: 503 where the model is somebody else's for now, 400 where the request is at fault."""
+    return 503 if isinstance(error, InUseError) else 400
 
 
 class ModelThread:
