@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -200,17 +200,14 @@ def styled() -> Iterator[None]:
         yield
 
 
-P = ParamSpec("P")
-
-
-def housed(draw: Callable[P, Figure]) -> Callable[P, Figure]:
+def housed(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     """A function that draws a figure ``width`` wide, in the house style, and laid out once.
 
     ``width`` is what ``inches`` takes.
     """
 
     @wraps(draw)
-    def drawn(*args: P.args, **kwargs: P.kwargs) -> Figure:
+    def drawn(*args: Any, **kwargs: Any) -> Figure:
         kwargs |= {"width": inches(kwargs["width"])} if "width" in kwargs else {}
         with styled():
             return settle(draw(*args, **kwargs))
