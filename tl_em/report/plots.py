@@ -191,11 +191,12 @@ def shown(report: Any) -> dict[str, Shown]:
     return found
 
 
-def figures(report: Any, *, width: float = 7.0) -> dict[str, Figure]:
+def figures(report: Any, *, width: float | str | Any = 7.0) -> dict[str, Figure]:
     """Every figure of a report by name: ``rates``, ``layers-NAME`` for each direction, ``verdicts``, ``use``; and
     ``backdoor``, ``consistency``, ``study-N`` where asked.
     """
-    return {name: each.draw(width=width) for name, each in shown(report).items()}
+    wide = drawing.inches(width)
+    return {name: each.draw(width=wide) for name, each in shown(report).items()}
 
 
 def _say_rates(table: pd.DataFrame) -> str:

@@ -204,7 +204,7 @@ def _likely(words: Sequence[str], shares: Sequence[float]) -> str:
 
 def _panel(reading: TextReading, row: Mapping[Any, Any]) -> LayerPanel:
     table = layer_rows(reading, row)
-    band = table.band.to_numpy()
+    band = table.band.to_numpy(dtype=float)
     strips = {}
     for name in reading.sites:
         values = table[name].to_numpy(dtype=float)
