@@ -273,6 +273,11 @@ def groups_of(model: LensModel, batch: Any, length: int) -> list[Hashable] | Non
     return list(zip([0] * len(batch.rows), *known, strict=True)) if len(known) == len(labels) else None
 
 
+def attached_names(model: LensModel) -> list[str]:
+    """Where hooks of this package wait on a model now."""
+    return list(dict.fromkeys(hook.name for hook in _ATTACHED.get(model, ())))
+
+
 def _nothing_but(model: LensModel, hooks: Sequence[_Attached]) -> bool:
     """Whether no other hook waits on a model or on one of its modules."""
     own = [hook.handle for hook in hooks]

@@ -28,7 +28,7 @@ from tl_em.artefacts import check_folder, replacing_folder
 from tl_em.errors import ModelError, TlEmError, UsageError, first_line
 from tl_em.models.checkpoint import check_weights
 from tl_em.models.directories import fill_directory
-from tl_em.models.hooks import LensModel, hook_points
+from tl_em.models.hooks import LensModel, attached_names
 from tl_em.models.loading import opened
 from tl_em.models.proof import BOUNDS, HALF, forward_gap, proof, reference, without_hooks
 from tl_em.models.shared import AdaptedLinear
@@ -95,11 +95,11 @@ def save_model(model: LensModel | Any, out: str | Path, *, overwrite: bool | Any
             f"A {type(model).__name__} is no model with hook points, so there is nothing of this package to save. Pass "
             "one of em.load_model(...); a Hugging Face model has save_pretrained itself."
         )
-    if any(point._forward_hooks or point._forward_pre_hooks for point in hook_points(model).values()):
+    if names := attached_names(model):
         raise UsageError(
-            "Hooks are on this model (an open em.intervene block, say), and a directory holds weights alone, so what "
-            "they do would be missing from it. Put the edit into the weights with em.bake_(model, intervention) or "
-            "em.orthogonalize_(model, direction), or leave the block, and save then."
+            f"Hooks are on this model at {', '.join(names[:3])} (an open em.intervene block, say), and a directory "
+            "holds weights alone, so what they do would be missing from it. Put the edit into the weights with "
+            "em.bake_(model, intervention) or em.orthogonalize_(model, direction), or leave the block, and save then."
         )
     with holding(model), making_weights(), quiet():
         origin, dtype = _origin(model), next(iter(model.parameters())).dtype  # pyright: ignore[reportAttributeAccessIssue]
