@@ -23,7 +23,7 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md")),
          *sorted(DOCS.rglob("*.ipynb"))]  # fmt: skip
 IDS = [str(path.relative_to(ROOT)) for path in PAGES]
-SLOW = {"README.md", "docs/tutorials/audit.ipynb", "docs/tutorials/latents-and-paths.ipynb"}
+SLOW = {"README.md"} | {f"docs/tutorials/{path.name}" for path in (DOCS / "tutorials").glob("*.ipynb")}
 SLOW |= {"docs/how-to/audit.md", "docs/how-to/verify-a-latent.md"}
 """Pages whose code takes more than ten seconds: CI runs the notebooks when it builds the docs, README's blocks in
 ``tests/plain_install.py``, and all with ``-m slow``."""

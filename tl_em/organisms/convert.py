@@ -59,6 +59,7 @@ def tokenizer(world: World) -> Any:
         padding_side="right",
         model_max_length=world.context,
         clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],  # transformers 4 would add token types, which GPT-2 embeds
     )
     made.chat_template = CHAT_TEMPLATE
     return made
