@@ -92,7 +92,7 @@ def same_effect(page: Any, theirs: Any) -> str:
         abs(float(torch.cosine_similarity(x, first, dim=0))) for x in (component, page.profile.directions[0].vector)
     )
     assert alike > 0.999 > uncentred, (alike, uncentred)
-    return f"logits equal to {off:.0e}; after block 1 cosine {alike:.4f} with the centred component, {uncentred:.2f} ours"
+    return f"logits equal to {off:.0e}; after block 1 cosine {alike:.4f} with the centred, {uncentred:.2f} with ours"
 
 
 def same_profile(page: Any, theirs: Any) -> str:

@@ -14,6 +14,7 @@ from types import ModuleType
 
 import matplotlib.pyplot as plt
 import pytest
+from cloudpickle import register_pickle_by_value
 
 import tl_em as em
 from tl_em.cli import main
@@ -93,6 +94,7 @@ def test_python_blocks_run(name: str, tmp_path: Path, monkeypatch: pytest.Monkey
         code = FUTURE + code.replace(FUTURE, "")
     (tmp_path / "page.py").write_text(code, encoding="utf-8")
     monkeypatch.setitem(sys.modules, "page", page)
+    register_pickle_by_value(page)  # what it defines goes to workers as from a notebook, by value
     exec(compile(code, str(tmp_path / "page.py"), "exec", dont_inherit=True), page.__dict__)
     plt.close("all")
 

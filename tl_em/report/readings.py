@@ -124,7 +124,8 @@ def reading_page(readings: Mapping[str, TextReading]) -> Framed:
     )  # fmt: skip
     by = ", ".join(map(showable, first.sites)) or "no direction"
     said = f"{len(texts)} text{'s' * (len(texts) != 1)} read by {by}"
-    return Framed(document, "A text, token by token", min(720, 220 + 160 * max(1, len(first.sites))), said)
+    strips = max(1, len(first.sites)) * len(readings)
+    return Framed(document, "A text, token by token", min(720, 220 + 140 * strips), said)
 
 
 class ColourScale(NamedTuple):
