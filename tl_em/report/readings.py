@@ -125,7 +125,7 @@ def reading_page(readings: Mapping[str, TextReading]) -> Framed:
     by = ", ".join(map(showable, first.sites)) or "no direction"
     said = f"{len(texts)} text{'s' * (len(texts) != 1)} read by {by}"
     strips = max(1, len(first.sites)) * len(readings)
-    return Framed(document, "A text, token by token", min(720, 220 + 140 * strips), said)
+    return Framed(document, "A text, token by token", min(720, 250 + 170 * strips), said)
 
 
 class ColourScale(NamedTuple):
