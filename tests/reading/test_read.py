@@ -181,7 +181,8 @@ def test_a_page_has_peaks_and_under_each_token_its_layers(
     monkeypatch.setattr(readings, "LAYERED", 3)
     page = reading.view().document
     assert page.count('<tr class="layers">') == 3 and "The first 3 tokens" in page
-    assert "logit lens" not in em.read(pair.tuned, SHORT, directions).view().document
+    for plain in ({}, {"layers": True}, {"alternatives": 2}):
+        assert "logit lens" not in em.read(pair.tuned, SHORT, directions, **plain).view().document  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("more", [

@@ -120,7 +120,8 @@ def reading_page(readings: Mapping[str, TextReading]) -> Framed:
     document = environment().get_template("reading.html.j2").render(
         policy=POLICY, version=tl_em.__version__, texts=texts, sites=first.sites, columns=columns, scales=scales,
         several=len(readings) > 1, more=more, width=_WIDTH, height=_HEIGHT, number=number, sink=round(SINK),
-        most=TEXTS, cut=TOKENS, layers=bool(first.layers), layered=LAYERED, all_layered=next(room, None) is not None,
+        most=TEXTS, cut=TOKENS, layers=bool(first.layers), layered=LAYERED,
+        lens="likely by layer" in next(iter(shown.values()))[0], all_layered=next(room, None) is not None,
     )  # fmt: skip
     by = ", ".join(map(showable, first.sites)) or "no direction"
     said = f"{len(texts)} text{'s' * (len(texts) != 1)} read by {by}"
