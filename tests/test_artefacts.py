@@ -84,6 +84,38 @@ def test_what_a_killed_process_left_goes_and_what_a_living_one_makes_stays(tmp_p
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([of_another_machine.name, "other.txt", "page.html"])
 
 
+FOLDER = """
+import os, signal, sys
+from pathlib import Path
+from tl_em.artefacts import replacing_folder
+renames = []
+real = Path.replace
+def rename(self, target):
+    renames.append(real(self, target))
+    if len(renames) == {after}:
+        os.kill(os.getpid(), signal.SIGKILL)
+Path.replace = rename
+with replacing_folder({target!r}, overwrite=True) as folder:
+    (folder / "config.json").write_text("new")
+    if not {after}:
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize(("after", "holds"), [(0, "old"), (1, "new"), (2, "new")])
+def test_a_folder_whose_writer_was_killed_is_the_old_one_or_the_new_one(tmp_path: Path, after: int, holds: str) -> None:
+    target = tmp_path / "model"
+    target.mkdir()
+    (target / "config.json").write_text("old")
+    killed = subprocess.run([sys.executable, "-c", FOLDER.format(after=after, target=str(target))], check=False)
+    assert killed.returncode == -9 and len(list(tmp_path.iterdir())) == 2 - (after == 1)
+    artefacts._SWEPT.clear()
+    with replacing(tmp_path / "other.txt"):
+        pass
+    assert (target / "config.json").read_text() == holds
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["model", "other.txt"]
+
+
 def test_a_full_disk_is_one_typed_error(tmp_path: Path) -> None:
     target = tmp_path / "a.safetensors"
     save_tensors(target, {"x": torch.zeros(3)}, {"schema": "tl_em/test/1"})

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "tl_em"
 ORDER = (
-    *("errors", "arguments", "artefacts", "showing", "threads", "stats", "models", "metrics", "directions"),
+    *("errors", "arguments", "artefacts", "pt_files", "showing", "threads", "stats", "models", "metrics", "directions"),
     *("dictionaries", "interventions", "reading", "claims", "features", "graph", "interop", "presets", "evals"),
     *("training", "report", "auditing", "serving", "organisms", "inspect_provider", "cli"),
 )

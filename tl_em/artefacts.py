@@ -16,6 +16,7 @@ import os
 import platform
 import re
 import secrets
+import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -91,7 +92,8 @@ def replacing_folder(path: str | Path, *, overwrite: bool = False, holds: str = 
     check_folder(target, overwrite=overwrite, holds=holds)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=target.parent, prefix=".writing-") as beside:
+        _sweep(target.parent)
+        with TemporaryDirectory(dir=target.parent, prefix=_name_beside(target), suffix=".folder") as beside:
             made, before = Path(beside) / "made", Path(beside) / "before"
             made.mkdir()
             yield made
@@ -132,26 +134,48 @@ def check_folder(path: str | Path, *, overwrite: bool = False, holds: str = "con
 
 _NODE = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 _SWEPT: set[Path] = set()
+_CUT = 100
+"""Characters of a file's name that the name of its temporary holds."""
 
 
 def _made_beside(target: Path) -> tuple[Path, int]:
-    """An empty file in the folder of ``target``, and the mode that new files have; those of killed processes go.
-
-    Its name says whose it is: the machine's and the process's number, since a folder may be shared.
-    """
-    if target.parent not in _SWEPT:
-        _SWEPT.add(target.parent)
-        for each in target.parent.iterdir():
-            found = _TEMPORARY.fullmatch(each.name)
-            if found and found["node"] == _NODE and not _runs(int(found["process"])):
-                each.unlink(missing_ok=True)
-    name = f".{target.name[:100]}.{_NODE}-{os.getpid()}-{secrets.token_hex(4)}.tl_em{target.suffix[:20]}"
+    """An empty file in the folder of ``target``, and the mode that new files have."""
+    _sweep(target.parent)
+    name = f"{_name_beside(target)}{secrets.token_hex(4)}.tl_em{target.suffix[:20]}"
     temporary = target.parent / name
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     return temporary, stat.S_IMODE(temporary.stat().st_mode)
 
 
-_TEMPORARY = re.compile(r"\..*\.(?P<node>[0-9a-f]{8})-(?P<process>[0-9]+)-[0-9a-f]{8}\.tl_em(\..*)?", re.DOTALL)
+_TEMPORARY = re.compile(
+    r"\.(?P<name>.*)\.(?P<node>[0-9a-f]{8})-(?P<process>[0-9]+)-([0-9a-f]{8}\.tl_em(\..*)?|[a-z0-9_]{8}\.folder)",
+    re.DOTALL,
+)
+
+
+def _name_beside(target: Path) -> str:
+    """How what is written in place of ``target`` begins: whose it is, since a folder may be shared."""
+    return f".{target.name[:_CUT]}.{_NODE}-{os.getpid()}-"
+
+
+def _sweep(folder: Path) -> None:
+    """Temporaries of processes of this machine that were killed go, once a process and folder."""
+    if folder in _SWEPT:
+        return
+    _SWEPT.add(folder)
+    for each in folder.iterdir():
+        found = _TEMPORARY.fullmatch(each.name)
+        if not found or found["node"] != _NODE or _runs(int(found["process"])):
+            continue
+        if not each.name.endswith(".folder"):
+            each.unlink(missing_ok=True)
+            continue
+        target, made = folder / found["name"], each / "made"
+        if (each / "before").exists() and not target.exists():  # killed between the two renames: both are whole
+            if len(found["name"]) == _CUT:
+                continue  # for whom is not known any more
+            made.replace(target)
+        shutil.rmtree(each, ignore_errors=True)
 
 
 def _runs(process: int) -> bool:

@@ -9,10 +9,10 @@
 Face's models, has passed the final norm, so it is no stream of the network and is left out.  Rows at which both classes
 read the same token hold rounding of a zero and are left out as well.
 
-Files are read with ``torch.load(weights_only=True)``, which runs no code of theirs.  A published vector does not say
-how well its data supported it: there is no reliability and, unless a model is given, no provenance.  A model that is
-given is taken, at your word, for the one that the vectors were made on; what can be checked is its shape, and that its
-weights are raw, as they are in those libraries.
+Files are read by ``read_pt``, which runs no code of theirs.  A published vector does not say how well its data
+supported it: there is no reliability and, unless a model is given, no provenance.  A model that is given is taken, at
+your word, for the one that the vectors were made on; what can be checked is its shape, and that its weights are raw, as
+they are in those libraries.
 
 Sources: Arditi et al. 2024, arXiv:2406.11717; Chen et al. 2025, arXiv:2507.21509; and their code.
 """
@@ -35,6 +35,7 @@ from tl_em.directions.profile import Profile, as_directed
 from tl_em.errors import CorruptFileError, ProvenanceError, UsageError, WidthError
 from tl_em.models.hooks import LensModel
 from tl_em.models.sites import Position, Provenance, Site, Stream, as_position
+from tl_em.pt_files import read_pt
 
 _ROUNDING = 1e-6
 """A row that is shorter than this share of the file's longest is rounding of a difference that is 0."""
@@ -268,13 +269,7 @@ def block_of(site: Site) -> int:
 
 def tensor_in(path: Path, *, axes: int) -> Float[Tensor, "..."]:
     """The one floating-point tensor in a file, float32 on the CPU, with so many axes and finite."""
-    try:
-        found = torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:  # torch.load has no common error: what a damaged pickle raises depends on the damage
-        raise CorruptFileError(
-            f"{path} cannot be read as a tensor ({type(error).__name__}: {str(error)[:120]!r}). What holds more than "
-            "tensors could run code and is refused; save the bare tensor with torch.save(vector, path)"
-        ) from error
+    found = read_pt(path)
     dense = isinstance(found, Tensor) and found.is_floating_point() and found.layout == torch.strided
     if not dense or found.ndim != axes or 0 in found.shape:
         what = f"shape {tuple(found.shape)}, {found.dtype}" if isinstance(found, Tensor) else type(found).__name__

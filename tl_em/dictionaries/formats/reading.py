@@ -1,7 +1,7 @@
 """From the files of a source to a Dictionary, as all formats do it: nothing in them is executed.
 
-safetensors and JSON as they are, ``torch.load`` with ``weights_only=True``, numpy with ``allow_pickle=False``. What a
-file holds is taken by name; what is not known, or has no place, is refused.
+safetensors and JSON as they are, ``.pt`` as ``read_pt`` does, numpy with ``allow_pickle=False``. What a file holds is
+taken by name; what is not known, or has no place, is refused.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from tl_em.artefacts import json_values, read_text
 from tl_em.dictionaries.dictionary import Dictionary
 from tl_em.dictionaries.hook_names import Place
 from tl_em.errors import CorruptFileError, FileError, UsageError, WidthError
+from tl_em.pt_files import read_pt
 
 Tensors = Mapping[str, Tensor]
 _MATRIX = re.compile(r"(?:^|\.)(?:[Ww]_\w+|weight|affine_skip_connection)$")
@@ -86,15 +87,7 @@ def read_torch(path: Path) -> dict[str, Tensor]:
     Raises:
         FileError: there is no such file. CorruptFileError: truncated, or it holds objects whose loading would run code.
     """
-    present = _present(path)
-    try:
-        found = torch.load(present, map_location="cpu", weights_only=True)
-    except Exception as error:  # bytes of any kind raise anything here
-        said = (str(error) or type(error).__name__).splitlines()[0]
-        raise CorruptFileError(
-            f"{path} holds no plain tensors ({said}): it is truncated, or holds objects whose loading would run code. "
-            "Save its state dict where it was made: torch.save(model.state_dict(), path)"
-        ) from error
+    found = read_pt(_present(path))
     if not isinstance(found, dict):
         raise CorruptFileError(f"{path} holds a {type(found).__name__}, no state dict; save model.state_dict() there")
     return {str(name): value for name, value in found.items() if isinstance(value, Tensor)}
