@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import signal
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -210,3 +212,22 @@ def test_questions_that_repeat_one_another_without_end_are_refused(tmp_path: Pat
     path.write_text("\n".join(lines) + "\n")
     with pytest.raises(CorruptFileError):
         em.evals.load_questions(path)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_pipe_is_refused_where_reading_it_would_wait(name: str, tmp_path: Path) -> None:
+    path = written(name, tmp_path)
+    path.unlink()
+    os.mkfifo(path)
+
+    def stop(*_: Any) -> None:
+        raise AssertionError("it waits")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(5)
+    try:
+        with pytest.raises(TlEmError):
+            KINDS[name].load(path)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)

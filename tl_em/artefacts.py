@@ -233,6 +233,7 @@ def load_tensors(
     if not os.path.lexists(path):
         raise CorruptFileError(f"{str(path)!r} is not a {kind}: there is no such file. Check the path.")
     try:
+        check_file(path)
         with safe_open(str(path), framework="pt") as file:
             about = json_of((file.metadata() or {})["tl_em"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
@@ -309,6 +310,37 @@ class Record(NamedTuple):
     cells: dict[str, Any]
 
 
+def read_bytes(path: str | Path) -> bytes:
+    """What a file holds.
+
+    Raises:
+        FileError: it is missing, may not be read, or is no file: a folder, or a pipe, at which reading would wait.
+    """
+    try:
+        check_file(path)
+        return Path(path).read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a path with a NUL
+        raise FileError(f"{str(path)[:200]!r} cannot be read ({error}); pass the path of a file") from error
+
+
+def check_file(path: str | Path) -> None:
+    """Raise where reading would wait or never end.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        IsADirectoryError: it is a folder.
+        FileError: it is a pipe or a device.
+    """
+    mode = Path(path).stat().st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(f"{path} is a directory")
+    if not stat.S_ISREG(mode):
+        raise FileError(
+            f"{str(path)[:200]!r} is a pipe or a device and no file, so reading it could wait for ever. Write what "
+            "comes out of it to a file first, and pass that."
+        )
+
+
 def read_text(path: str | Path) -> str:
     """The text of a file in UTF-8, or in UTF-16 or UTF-32 with a byte-order mark; the mark is no part of it.
 
@@ -323,10 +355,7 @@ def read_text(path: str | Path) -> str:
         >>> read_text(path)
         'naïve'
     """
-    try:
-        data = Path(path).read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a path with a NUL
-        raise FileError(f"{str(path)[:200]!r} cannot be read ({error}); pass the path of a text file") from error
+    data = read_bytes(path)
     for magic, found, remedy in _OTHERS:
         if data.startswith(magic):
             raise CorruptFileError(f"{path} {found}, so it holds no text to read. {remedy}.")

@@ -462,3 +462,11 @@ def test_the_checks_of_this_file_can_fail(tmp_path: Path) -> None:
     plain["metadata"]["info"].pop("transcoder_set")
     assert again(read(plain, tmp_path), tmp_path) != published()
     assert in_order({"a": 1, "b": 2}) != in_order({"b": 2, "a": 1})
+
+
+def test_a_small_file_of_many_nodes_takes_no_more_memory_than_it_may(tmp_path: Path) -> None:
+    plain = published()
+    node = plain["nodes"][0]
+    plain["nodes"] += [{**node, "node_id": f"E_2_{i}", "feature": i} for i in range(100, 20_000)]
+    with pytest.raises(GraphTooLargeError, match="a file of this size"):
+        read(plain, tmp_path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tl_em.artefacts import json_of
+from tl_em.artefacts import check_file, json_of
 from tl_em.directions.control_vectors import import_control_vector
 from tl_em.directions.direction import Direction
 from tl_em.directions.profile import PROFILE_SCHEMA, Profile
@@ -38,6 +38,7 @@ def _schema(path: Path) -> str | None:
     from safetensors import safe_open
 
     try:
+        check_file(path)
         with safe_open(str(path), framework="pt") as file:
             return str(json_of((file.metadata() or {})["tl_em"])["schema"])
     except Exception:  # whatever is wrong with it, who reads it as a direction says so

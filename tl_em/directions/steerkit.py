@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from tl_em.arguments import checked, finite
-from tl_em.artefacts import DAMAGE, json_of, replacing
+from tl_em.artefacts import DAMAGE, check_file, json_of, replacing
 from tl_em.directions.direction import Direction, as_direction, from_record, record_of
 from tl_em.directions.interchange import published_origin
 from tl_em.errors import CorruptFileError, OutputError, TlEmError, UsageError, first_line
@@ -155,6 +155,7 @@ def import_steerkit(
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     from safetensors import safe_open
 
+    check_file(path)
     with safe_open(str(path), framework="pt") as file:
         vectors = {key: file.get_tensor(key) for key in file.keys() if key.startswith("direction.")}  # noqa: SIM118
         header = dict(file.metadata() or {})

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tl_em.arguments import checked
-from tl_em.artefacts import DAMAGE, json_of
+from tl_em.artefacts import DAMAGE, check_file, json_of
 from tl_em.errors import CorruptFileError, GraphTooLargeError, TlEmError
 from tl_em.graph.exchange_format import (
     SCHEMA,
@@ -40,6 +40,9 @@ KINDS: dict[str, tuple[Kind, str | None]] = {
     "lorsa": ("feature", "attn_out"), "lorsa error": ("error", "attn_out"),
 }  # fmt: skip
 """The format's words as a kind, and the stream of what else stands in a layer."""
+LEAST_BYTES, PER_BYTE = 2**28, 200
+"""What links may take as a matrix: that much always, and beyond it so many times the file, for a small one is no reason
+to take a machine's memory."""
 _FLOATS = ("activation", "weight", "attribution", "effect", "influence")
 
 
@@ -72,7 +75,9 @@ def load_graph(path: str | Path) -> AttributionGraph:
         True
     """
     try:
-        return graph_of(json_of(Path(path).read_bytes()))
+        check_file(path)
+        data = Path(path).read_bytes()
+        return graph_of(json_of(data), most=max(LEAST_BYTES, PER_BYTE * len(data)))
     except TlEmError:
         raise
     except (OSError, *DAMAGE, RecursionError) as error:
@@ -83,8 +88,8 @@ def load_graph(path: str | Path) -> AttributionGraph:
         ) from error
 
 
-def graph_of(values: Any) -> AttributionGraph:
-    """The graph that a file's plain values describe, with its :class:`Origin`.
+def graph_of(values: Any, *, most: int = MAX_BYTES) -> AttributionGraph:
+    """The graph that a file's plain values describe, with its :class:`Origin`; its links in so many bytes at most.
 
     Raises:
         ValueError: a field is missing or is not what the format says; the message begins with its name.
@@ -96,7 +101,7 @@ def graph_of(values: Any) -> AttributionGraph:
     tokens = tuple(str(token) for token in a_list(about.get("prompt_tokens"), "metadata.prompt_tokens"))
     raw = [an_object(each, f"nodes[{at}]") for at, each in enumerate(a_list(top.get("nodes"), "nodes"))]
     listed = _distinct(_lowered([_node(each, at, len(tokens)) for at, each in enumerate(raw)], raw), raw)
-    _check_size(len(listed))
+    _check_size(len(listed), min(most, MAX_BYTES))
     by_id = _places(raw, listed)
     links, doubtful = links_of(top.get("links"), listed, by_id)
     order = order_of(listed, links, own)
@@ -131,11 +136,11 @@ def _own_record(own: Mapping[str, Any], name: str) -> Any:
     return restored(an_object(own[name], f"metadata.tl_em.{name}"))
 
 
-def _check_size(nodes: int) -> None:
-    if nodes * nodes * 4 > MAX_BYTES:
+def _check_size(nodes: int, most: int) -> None:
+    if nodes * nodes * 4 > most:
         raise GraphTooLargeError(
-            f"{nodes} nodes have a matrix of links of {nodes * nodes * 4 / 2**30:.1f} GiB, more than "
-            f"{MAX_BYTES / 2**30:.0f}; write the file again with fewer, pruned where it was made"
+            f"{nodes} nodes have a matrix of links of {nodes * nodes * 4 / 2**30:.1f} GiB, where a file of this size "
+            f"gets {most / 2**30:.1f} at most; write the file again with fewer, pruned where it was made"
         )
 
 

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from tl_em import __version__
-from tl_em.artefacts import DAMAGE, json_of, replacing
-from tl_em.errors import CorruptFileError, UsageError
+from tl_em.artefacts import DAMAGE, json_of, read_bytes, replacing
+from tl_em.errors import CorruptFileError, FileError, UsageError
 from tl_em.stats import Estimate
 
 SCHEMA = 1
@@ -161,11 +161,11 @@ def read_cell(cell: StudyCell, folder: Path) -> list[Row]:
     """
     path = cell.path(folder)
     try:
-        content = json_of(path.read_text(encoding="utf-8"))
+        content = json_of(read_bytes(path))
         whole = content.pop("checksum") == _checksum(content)
         same = content["inputs"] == cell.inputs
         rows = [{name: _from_json(value) for name, value in row.items()} for row in content["rows"]]
-    except (OSError, *DAMAGE) as error:
+    except (FileError, *DAMAGE) as error:
         raise CorruptFileError(f"{path} is no whole cell ({first_line(error)}); delete it") from error
     if not whole or not same:
         observed = "holds another cell" if whole else "was changed after it was written: its checksum differs"
