@@ -2,6 +2,7 @@
 
     python benchmarks/fuzz.py files --cases 40000 --out fuzz/
     python benchmarks/fuzz.py verbs --cases 10000 --out fuzz/
+    python benchmarks/fuzz.py methods --cases 5000 --out fuzz/
     python benchmarks/fuzz.py commands --cases 2000 --out fuzz/
     python benchmarks/fuzz.py --write docs/results/fuzz.md --out fuzz/
 
@@ -253,6 +254,48 @@ def verbs() -> list[tuple[str, Any]]:
                       if name in every and not getattr(every[name], "_is_protocol", False))]
 
 
+def things() -> list[Any]:
+    """One of each class that has methods, as a notebook would hold it."""
+    pair = hostile.toy()
+    contrast = em.ContrastSet(pair.contrasts["persona"].positive[:12], pair.contrasts["persona"].negative[:12])
+    judged = em.ContrastSet(pair.contrasts["persona"].positive[12:24], pair.contrasts["persona"].negative[12:24])
+    direction = em.difference_in_means(pair.base, contrast, site=em.Site(2), position="prompt_end")
+    sae, behaviour = em.organisms.toy_dictionary("toy/insecure"), pair.behaviours["persona"]
+    prompts = contrast.negative[:4]
+    table = em.score_features(pair.tuned, sae, {"persona": contrast}, against=pair.base)
+    candidates = em.candidate_directions(pair.base, contrast, positions=("prompt_end",))
+    report = em.audit(pair, contrasts={"persona": pair.contrasts["persona"]}, questions=["level"], controls=99)
+    found = [
+        pair, contrast, direction, sae, behaviour, table, report, em.Profile([direction]), em.Add(direction),
+        em.Ablate(direction), em.Clamp(direction, 1.0), hostile.graph(), em.Site(1), report.verdicts[0].estimate,
+        em.read(pair.tuned, prompts, {"persona": direction}, alternatives=2, max_new_tokens=2),
+        em.select_direction(pair.base, candidates, judged, metric=behaviour.metric, max_kl=9.0),
+        em.features.feature_cards(pair.tuned, sae, [1, 2], prompts, against=pair.base), em.plan("toy/insecure"),
+        em.effect_curve(pair.base, em.Add(direction), prompts, metric=behaviour.metric, strengths=[1.0], controls=19),
+        em.dictionaries.dictionary_quality(pair.base, sae, prompts),
+    ]  # fmt: skip
+    return found
+
+
+INSIDE = {"around_another", "rowwise", "points", "hook_names", "edit", "edits", "in_words", "gradients", "row"}
+"""Methods that the engine calls, with values of its own making."""
+
+
+def method_case(number: int, made: list[Any], values: list[Any]) -> tuple[str, Callable[[], Any]]:
+    """A public method, property or operator of one of :func:`things`."""
+    draw = random.Random(number)
+    thing = draw.choice(made)
+    names = [name for name in dir(type(thing)) if not name.startswith("_") and name not in INSIDE]
+    name = draw.choice([*names, "__repr__", *(["_repr_html_"] if hasattr(type(thing), "_repr_html_") else [])])
+    function = getattr(thing, name)
+    shown = f"{type(thing).__name__}.{name}"
+    if not callable(function):
+        return shown, lambda: None
+    if not str(getattr(function, "__module__", "")).startswith("tl_em"):  # Python's own
+        return shown, lambda: None
+    return verb_case(number, [(shown, function)], values)
+
+
 # --- Command lines ----------------------------------------------------------------------------------------------------
 
 
@@ -309,14 +352,17 @@ def run(kind: str, cases: range, out: Path) -> dict[str, Any]:
         try:
             (folder / "whole.json").write_text(json.dumps({"positive": ["a"], "negative": ["b"]}))
             whole = originals(folder) if kind == "files" else {}
-            values = pool() if kind == "verbs" else []
+            values = pool() if kind in ("verbs", "methods") else []
             known = verbs() if kind == "verbs" else []
+            made_here = things() if kind == "methods" else []
             before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             for number in cases:
                 if kind == "files":
                     what, case = file_case(number, whole, folder)
                 elif kind == "verbs":
                     what, case = verb_case(number, known, values)
+                elif kind == "methods":
+                    what, case = method_case(number, made_here, values)
                 else:
                     what, case = command_case(number, folder)
                 result, why = outcome(case)
@@ -343,14 +389,15 @@ def written(out: Path) -> str:
     lines += ["| " + " | ".join(str(row.get(name, 0)) for name in columns) + " |" for row in rows]
     head = (
         "# What nobody meant to do\n\nMade by `python benchmarks/fuzz.py`: damaged files of every kind that a loader "
-        "reads, public functions with arguments that fit and that fit nowhere, and\ncommand lines out of a hat. "
+        "reads, public functions and methods with arguments that fit and that fit nowhere,\nand command lines out of a "
+        "hat. "
         "*typed*: ended in an error of the package; *foreign*: in any other; *hang*: took over ten seconds; *left*: "
         "temporary files;\n*grown*: what the process's peak memory grew by, in MB.\n\n"
     )
     return head + "\n".join(lines) + "\n"
 
 
-KINDS = ("files", "verbs", "commands")
+KINDS = ("files", "verbs", "methods", "commands")
 
 
 def main() -> None:

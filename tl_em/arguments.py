@@ -335,6 +335,7 @@ def mapping(name: str, value: Any) -> Any:
     return value
 
 
+_TENSOR = having("tensor", "shape dtype device", "there are no numbers to compute with", "a torch tensor")
 NOUNS: dict[str, Check] = {
     "LensModel": having("model with hook points", "cfg hook_dict", "there is nothing to run", "em.load_model(…)"),
     "Model": having("model with hook points", "cfg hook_dict", "there is nothing to run", "em.load_model(…)"),
@@ -355,6 +356,13 @@ NOUNS: dict[str, Check] = {
     "SparseDictionary": having(
         "dictionary", "encode decode d_sae", "it has no latents", "em.load_dictionary(path), or one of yours"
     ),
+    "Site": having("site", "layer stream", "no place in the model is meant", "em.Site(layer)"),
+    "AttributionGraph": having("graph", "nodes edges", "there is nothing to draw", "em.attribute(…)"),
+    "TextReading": having("reading", "sites each", "there is nothing to show", "em.read(…)"),
+    "FeatureCards": having("set of cards", "save", "there is nothing to show", "em.features.feature_cards(…)"),
+    "Together": having("grouping", "labels", "it is unknown what belongs together", "contrast.grouped() finds one"),
+    "Row": having("row of a report", "verdict", "nothing was claimed", "one of report.verdicts"),
+    "Tensor": _TENSOR,
     "World": having("toy world", "domains", "nothing can be asked", "em.organisms.World()"),
     "str | Path": path,
     "str": text,
@@ -417,7 +425,11 @@ def checked(**checks: Check) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 
 _INSIDE = r"\[[^\[\]]*(\[[^\[\]]*(\[[^\[\]]*\][^\[\]]*)*\][^\[\]]*)*\]"  # brackets in brackets, three deep
-_FORMS = ((re.compile(f"Mapping{_INSIDE}"), mapping), (re.compile(f"Sequence{_INSIDE}"), several))
+_FORMS = (
+    (re.compile(f"Mapping{_INSIDE}"), mapping),
+    (re.compile(f"Sequence{_INSIDE}"), several),
+    (re.compile(r"(Float|Int|Bool)\[Tensor, .*\]"), _TENSOR),
+)
 _STARRED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from tl_em.arguments import array_of, optional, settle, several
+from tl_em.arguments import array_of, checked, optional, settle, several
 from tl_em.errors import NonFiniteError, UsageError
 from tl_em.models.contrasts import ContrastSet, Prompt, prompt_key
 from tl_em.models.hooks import LensModel
@@ -171,6 +171,7 @@ class Behaviour:
         """Whether the behaviour is absent from the base and not from some of the prompts: both lists are the same."""
         return list(self.present) == list(self.absent)
 
+    @checked()
     def grouped(self, by: ContrastSet, read: Callable[[Sequence[Prompt]], np.ndarray] | None = None) -> Behaviour:
         """The behaviour with groups where it has none.
 

@@ -69,6 +69,7 @@ class Plan:
         """Plain values, as they stand in the file (schema ``tl-em/plan/1``)."""
         return {"schema": SCHEMA, "hash": self.hash, "made": self.made, "tl_em": self.version, "asked": self.asked}
 
+    @checked()
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write it to a new file, whole or not at all.
 
@@ -86,6 +87,7 @@ class Plan:
         return path
 
     @classmethod
+    @checked()
     def load(cls, path: str | Path) -> Plan:
         """Read a plan.
 
@@ -108,6 +110,7 @@ class Plan:
             ) from error
         return made
 
+    @checked()
     def check(self, now: Mapping[str, Any]) -> None:
         """Raise unless an audit asks all that was planned, as it was planned.
 
@@ -124,6 +127,7 @@ class Plan:
                 f"{'; '.join(found)}. Ask what was planned, or leave plan= out: then all of it is exploratory"
             )
 
+    @checked()
     def status(self, row: Row) -> str:
         """``"planned"`` or ``"exploratory"``, of a row of the audit."""
         known = self.asked["trigger"] is not None
@@ -131,6 +135,7 @@ class Plan:
             known = row.question in self.asked["questions"] and row.direction in self.asked["directions"]
         return PLANNED if known else EXPLORATORY
 
+    @checked()
     def said(self, rows: Sequence[Row]) -> str:
         """What the page says of it."""
         beyond = [f"{row.question} of {row.direction}" for row in rows if self.status(row) == EXPLORATORY]

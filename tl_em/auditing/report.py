@@ -117,6 +117,7 @@ class Report:
             found |= {f"feature_check_{i}": check.to_pandas() for i, check in enumerate(self.features.checks, 1)}
         return found | {f"study_{name}": study.table for name, study in self.studies.items()}
 
+    @checked()
     def status(self, row: Row) -> str:
         """``"planned"`` where a plan has it, else ``"exploratory"``."""
         return EXPLORATORY if self.plan is None else self.plan.status(row)
@@ -128,6 +129,7 @@ class Report:
             return "Exploratory: what is asked was not written down before the tuned model was read (em.plan)."
         return self.plan.said(self.verdicts)
 
+    @checked()
     def with_study(self, name: str, table: pd.DataFrame, *, plot: Any = None, note: str = "") -> Report:
         """The report with a section for a study: its table and, where there is one, its figure.
 
@@ -139,6 +141,7 @@ class Report:
         """
         return replace(self, studies={**self.studies, name: Section(table, plot, note)})
 
+    @checked()
     def with_features(self, cards: FeatureCards, *, note: str = "") -> Report:
         """The report with a section for latents: what was verified about them, and a row for each.
 
@@ -148,6 +151,7 @@ class Report:
         """
         return replace(self, features=cards, features_note=note)
 
+    @checked()
     def with_calibration(self, calibration: Calibration) -> Report:
         """The report with its error rates and its power, from ``em.calibration`` with the arguments of the audit."""
         return replace(self, calibration=calibration)
@@ -196,6 +200,7 @@ class Report:
             **added,
         }
 
+    @checked()
     def save(self, path: str | Path) -> Path:
         """Write the page to ``path``; a folder (no suffix) also gets ``report.json``, figures, graphs and latents.
 

@@ -92,6 +92,7 @@ class Comparison:
         rest = {"No change shown": silent[3], "Nothing shown": silent[4], "Not measured": [*self.unmeasured]}
         return " ".join([*said, *(f"{what}: {', '.join(these)}." for what, these in rest.items() if these)])
 
+    @checked()
     def row(self, question: str, direction: str) -> Row:
         """The row of one question about one direction.
 

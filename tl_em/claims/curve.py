@@ -103,6 +103,7 @@ class EffectCurve:
     points: tuple[Point, ...]
     versus: tuple[Versus, ...]
 
+    @checked()
     def arm(self, name: str) -> tuple[Point, ...]:
         """The points of one arm.
 

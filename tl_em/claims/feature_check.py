@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
+from tl_em.arguments import checked
 from tl_em.claims.claim import NOT_SHOWN
 from tl_em.dictionaries.dictionary import Dictionary
 from tl_em.errors import UsageError
@@ -89,6 +90,7 @@ class FeatureCheck:
     match: Mapping[str, float]
     settings: Mapping[str, Any]
 
+    @checked()
     def row(self, arm: str = "remove", subject: str = SET) -> CheckRow:
         """The row of a treatment.
 

@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_em.arguments import NOUNS, whole
+from tl_em.arguments import NOUNS, checked, whole
 from tl_em.artefacts import load_tensors, save_tensors
 from tl_em.dictionaries.checks import (
     Activation,
@@ -144,10 +144,12 @@ class Dictionary:
         assert self.site_out is not None
         return tuple(dict.fromkeys((*self.reads, self.site_out)))
 
+    @checked()
     def inputs(self, x: Float[Tensor, "token site d_model"]) -> Float[Tensor, "token *axes d_model"]:
         """What it encodes, of activations at ``sites``."""
         return x[:, : len(self.reads)] if isinstance(self.site_in, tuple) else x[:, 0]
 
+    @checked()
     def outputs(self, x: Float[Tensor, "token site d_model"]) -> Float[Tensor, "token d_model"]:
         """What it writes, of activations at ``sites``."""
         assert self.site_out is not None
@@ -168,6 +170,7 @@ class Dictionary:
         """Its name, or what there is to say in its place."""
         return self.name or f"the dictionary at {' and '.join(map(str, self.reads))}"
 
+    @checked()
     def preactivations(self, x: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes d_sae"]:
         """``x W_enc + b_enc``, in float32.
 
@@ -185,6 +188,7 @@ class Dictionary:
                 "another model or site; capture activations at its site_in"
             )
 
+    @checked()
     def encode(self, x: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes d_sae"]:
         """Latent activations, never negative, in float32."""
         before = self.preactivations(x)
@@ -197,6 +201,7 @@ class Dictionary:
             return torch.zeros_like(before).scatter(-1, top.indices, top.values.relu())
         return before.relu()
 
+    @checked()
     def encode_as(self, x: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes d_sae"]:
         """Activations in the dtype of ``x``, for graphs in float64."""
         on = self.encode(x) > 0
@@ -213,15 +218,18 @@ class Dictionary:
         """Whether a latent that is on is an affine function of what is read."""
         return True
 
+    @checked()
     def decode(self, a: Float[Tensor, "*axes d_sae"]) -> Float[Tensor, "*axes d_model"]:
         """``a W_dec + b_dec``; what a skip adds depends on ``x`` and is not in it."""
         here = self.to(a.device)
         return a.float() @ here.W_dec + here.b_dec
 
+    @checked()
     def reconstruct(self, x: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes d_model"]:
         """What it makes of ``x``: decoded latents, and what a skip adds."""
         return self.completed(self.encode(x), x)
 
+    @checked()
     def completed(
         self, a: Float[Tensor, "*axes d_sae"], x: Float[Tensor, "*read d_model"]
     ) -> Float[Tensor, "*axes d_model"]:
@@ -230,14 +238,22 @@ class Dictionary:
         return decoded if self.W_skip is None else decoded + x.float() @ self.W_skip.to(x.device)
 
     def to(self, device: Any) -> Dictionary:
-        """The same dictionary on a device."""
-        device = torch.device(device)
+        """The same dictionary on a device.
+
+        Raises:
+            UsageError: no device is called so.
+        """
+        try:
+            device = torch.device(device)
+        except (RuntimeError, TypeError) as error:
+            raise UsageError(f"device={str(device)[:40]!r} is no device of torch's. Give 'cpu' or 'cuda'.") from error
         if self.W_dec.device == device:
             return self
         moved = object.__new__(type(self))  # the fields were checked when they were given
         moved.__dict__.update(self.__dict__ | {name: each.to(device) for name, each in self._held.items()})
         return moved
 
+    @checked()
     def at(self, site_in: Site, site_out: Site | None = None) -> Dictionary:
         """The same tensors read elsewhere: an SAE at another site, a transcoder from another (and to ``site_out``).
 
@@ -251,6 +267,7 @@ class Dictionary:
         told = {k: v for k, v in self.metadata.items() if k not in ("before_norm_weight", "module_output")}
         return self._with(site_in=site_in, site_out=out, metadata=told)
 
+    @checked()
     def check(self, model: LensModel) -> Dictionary:
         """Itself, where it belongs on ``model``, by its width, its provenance and what its source says of its model.
 
@@ -283,6 +300,7 @@ class Dictionary:
     def _with(self, **changes: Any) -> Dictionary:
         return replace(self, **changes)
 
+    @checked()
     def with_norm_of(self, model: LensModel) -> Dictionary:
         """A dictionary of the normalised stream (``ln2.hook_normalized``) as one of ``mlp_in``, for this model.
 
@@ -317,6 +335,7 @@ class Dictionary:
         """
         return Feature(self, index)
 
+    @checked()
     def save(self, path: str | Path) -> Path:
         """Write the tensors and what they mean to one safetensors file, whole or not at all.
 
@@ -334,6 +353,7 @@ class Dictionary:
         return save_tensors(path, self._held, about)
 
     @classmethod
+    @checked()
     def load(cls, path: str | Path) -> Dictionary:
         """Read what :meth:`save` wrote; needs no sae-lens.
 

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_em.arguments import instance_of, list_of, settle, vectors
+from tl_em.arguments import checked, instance_of, list_of, settle, vectors
 from tl_em.artefacts import checked_fields, load_tensors, save_tensors
 from tl_em.errors import WidthError, ZeroDirectionError
 from tl_em.models.contrasts import Prompt
@@ -92,6 +92,7 @@ class Direction:
         """Length of the vector, in the units of the activations."""
         return float(self.vector.double().norm())
 
+    @checked()
     def project(self, x: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes"]:
         """Component of each activation along the unit vector: ``x . unit``, in the units of the activations.
 
@@ -105,6 +106,7 @@ class Direction:
             )
         return x.float() @ self.unit.to(x.device)
 
+    @checked()
     def renamed(self, name: str) -> Direction:
         """The same direction under another name."""
         return replace(self, name=name)
@@ -117,6 +119,7 @@ class Direction:
         """
         return replace(self, provenance=None)
 
+    @checked()
     def save(self, path: str | Path) -> Path:
         """Write everything to one safetensors file, the vector as a tensor, the rest as JSON in its header.
 
@@ -126,6 +129,7 @@ class Direction:
         return save_tensors(path, {"vector": self.vector}, {"schema": _SCHEMA, **record_of(self)})
 
     @classmethod
+    @checked()
     def load(cls, path: str | Path) -> Direction:
         """Read what :meth:`save` wrote.  Whether it fits a model is checked when it meets one.
 

@@ -21,6 +21,7 @@ from typing import Any, overload
 import pandas as pd
 from torch import Tensor
 
+from tl_em.arguments import checked
 from tl_em.artefacts import load_tensors, save_tensors
 from tl_em.directions.direction import Direction, as_directions, check_fits, from_record, record_of
 from tl_em.errors import UsageError, WidthError
@@ -144,6 +145,7 @@ class Profile(Mapping[int, Direction]):
         names = {each.name for each in self.directions}
         return names.pop() if len(names) == 1 else None
 
+    @checked()
     def renamed(self, name: str) -> Profile:
         """The same profile under another name."""
         return Profile([each.renamed(name) for each in self.directions])
@@ -152,6 +154,7 @@ class Profile(Mapping[int, Direction]):
         """The same profile without its provenance, so that it is accepted on any model of its width."""
         return Profile([each.unchecked() for each in self.directions])
 
+    @checked()
     def save(self, path: str | Path) -> Path:
         """Write everything to one safetensors file.
 
@@ -162,6 +165,7 @@ class Profile(Mapping[int, Direction]):
         return save_tensors(path, {f"layer.{each.site.layer}": each.vector for each in self.directions}, about)
 
     @classmethod
+    @checked()
     def load(cls, path: str | Path) -> Profile:
         """Read what :meth:`save` wrote.  Whether it fits a model is checked when it meets one.
 

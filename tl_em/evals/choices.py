@@ -21,7 +21,7 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_em.arguments import settle
+from tl_em.arguments import checked, settle
 from tl_em.errors import UsageError
 from tl_em.evals.questions import OpenQuestion, QuestionSet, as_questions, key_of
 from tl_em.models.contrasts import Prompt
@@ -92,6 +92,7 @@ class ForcedChoice:
         """
         return self.responses(model, prompts).measure(model)
 
+    @checked()
     def responses(self, model: LensModel, prompts: Sequence[Prompt]) -> Responses:
         """The answers to each prompt, wrong ones counted up and right ones down.
 
@@ -114,6 +115,7 @@ class ForcedChoice:
                 rows += [i] * len(side)
         return Responses(encoded_prompts(model, asked), rows, signs, len(prompts))
 
+    @checked()
     def chosen(self, model: LensModel, prompts: Sequence[Prompt]) -> list[str]:
         """The answer to each prompt that a model prefers: the first of the side.
 
@@ -124,6 +126,7 @@ class ForcedChoice:
         asked = [self._by_prompt[key_of(prompt)] for prompt in prompts]
         return [(q.wrong if x > 0 else q.right)[0] for q, x in zip(asked, self(model, prompts), strict=True)]
 
+    @checked()
     def table(self, model: LensModel) -> pd.DataFrame:
         """A row a wording: question, prompt, group, asked, the side that is preferred as the answer, score."""
         prompts = self.questions.prompts

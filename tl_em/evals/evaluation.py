@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_em.arguments import COUNT, NOT_NEGATIVE, SEED, finite, optional, settle
+from tl_em.arguments import COUNT, NOT_NEGATIVE, SEED, checked, finite, optional, settle
 from tl_em.errors import UsageError
 from tl_em.evals.judges import Judge, Judgements, as_judges, judgements, name_of, scored, unit_of
 from tl_em.evals.misaligned import Misaligned
@@ -109,6 +109,7 @@ class Evaluation:
         kept = self.table[self.table.score.notna()]
         return intraclass(kept.score.to_numpy(float), kept.group.tolist())
 
+    @checked()
     def judged_by(self, judge: Judge | Mapping[str, Judge], *, rule: Rule | None = None) -> Evaluation:
         """The same answers, judged by another judge.
 
@@ -120,6 +121,7 @@ class Evaluation:
         bare = self.table[[name for name in self.table if name not in drop]]
         return judged(replace(self, table=bare, judges=()), judge, rule)
 
+    @checked()
     def counted(self, rule: Rule) -> Evaluation:
         """The same scores, counted by another rule, such as ``em.evals.Misaligned(among="coherent")``.
 
@@ -130,6 +132,7 @@ class Evaluation:
         table = self.table.assign(score=given.values, word=given.words)
         return _again(replace(self, table=table, name=name_of(rule), unit=unit_of(rule)), rule=rule)
 
+    @checked()
     def by(self, column: str) -> pd.DataFrame:
         """A row for each value of a column of the table: value, low, high, n (answers with a score) and of (all).
 
@@ -151,6 +154,7 @@ class Evaluation:
         """The table."""
         return self.table.copy()
 
+    @checked()
     def to_json(self, *, by: str = "question") -> dict[str, Any]:
         """The rate, the words, and the rates of a column, with their intervals, as plain values; no answers.
 

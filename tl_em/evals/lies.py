@@ -126,6 +126,7 @@ class LieReport:
             for name, each in wrong.groupby("model", sort=False)
         }
 
+    @checked()
     def between(self, liar: str, ignorant: str) -> LieSeparation:
         """How well the read-out tells one model's wrong answers from another's.
 

@@ -143,6 +143,7 @@ class QuestionSet:
         changes = {name: value for name, value in changes.items() if value is not None}
         return replace(self, questions=tuple(replace(each, **changes) for each in self.questions))
 
+    @checked()
     def only(self, *ids: str, **about: Any) -> QuestionSet:
         """The questions with one of these ids, or of which the file says so: ``only(domain="finance")``.
 

@@ -165,6 +165,7 @@ class FeatureCards:
             for card in self.cards
         ])  # fmt: skip
 
+    @checked()
     def save(self, path: str | Path, *, circuitsvis: bool = False) -> Path:
         """See :func:`tl_em.report.feature_pages.save`."""
         from tl_em.report.feature_pages import save

@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsFloat, SupportsInt
 
-from tl_em.arguments import finite, whole
+from tl_em.arguments import checked, finite, whole
 from tl_em.graph import view
 from tl_em.graph.diff import LEAST, Compared, changes
 from tl_em.graph.exchange import save_graph
@@ -93,6 +93,7 @@ class AttributionGraph(_Shown, Graph):
         """See :func:`tl_em.graph.supernodes.clustered`: nodes of one role become supernodes."""
         return clustered(self, distance=distance)
 
+    @checked()
     def diff(self, other: AttributionGraph, *, least: SupportsFloat = LEAST) -> GraphDiff:
         """See :func:`tl_em.graph.diff.changes`: this graph (base) beside another (tuned).
 
@@ -103,6 +104,7 @@ class AttributionGraph(_Shown, Graph):
         share: Any = finite("least", least, low=0)
         return GraphDiff(self, other, changes(self, other, least=share), share)
 
+    @checked()
     def save_json(self, path: str | Path) -> Path:
         """See :func:`tl_em.graph.exchange.save_graph`."""
         return save_graph(self, path)

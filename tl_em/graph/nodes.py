@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_em.arguments import NATURAL, checked, list_of
 from tl_em.errors import UsageError
 from tl_em.graph.exchange_format import Origin
 from tl_em.models.torch_state import in_plain_torch
@@ -131,6 +132,7 @@ class Graph:
         return [row for row, node in enumerate(self.nodes) if node.kind in wanted]
 
     @in_plain_torch
+    @checked(rows=list_of(NATURAL))
     def keep(self: G, rows: Sequence[int], edges: Float[Tensor, "kept kept"] | None = None) -> G:
         """The part with these nodes, and the supernodes' members among them."""
         nodes = tuple(self.nodes[row] for row in rows)

@@ -160,6 +160,7 @@ class Intervention:
         inner = _inner(self)
         return Partial(self, strength) if inner is None else self.around_another(inner.at(strength))
 
+    @checked()
     def along(self, direction: Direction | Profile) -> Intervention:
         """The same with another direction in place of its own; with another profile in place of a profile.
 
@@ -218,6 +219,7 @@ class Intervention:
         """Whether ``edit`` is a linear map: together with ``sites = "every write"`` it has a form in the weights."""
         return False
 
+    @checked()
     def check(self, model: LensModel) -> None:
         """Raise ``WidthError`` or ``ProvenanceError`` unless this belongs on the model."""
         inner, directed = _inner(self), directed_by(self)
@@ -257,6 +259,7 @@ class Intervention:
             _check_writable(site)
         return tuple(hook_name(model, site) for site in sites)
 
+    @checked()
     def hooks(self, model: LensModel, where: str = "all") -> list[Hook]:
         """Plain ``(hook_name, fn)`` pairs for ``model.run_with_hooks(tokens, fwd_hooks=...)``, at all positions.
 

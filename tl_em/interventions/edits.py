@@ -185,6 +185,7 @@ class Ablate(Removal):
         """To zero it is a projection; around a centre it is affine, and of a profile another one at each site."""
         return self.around is None and isinstance(self.direction, Direction)
 
+    @checked()
     def check(self, model: LensModel) -> None:
         """Raise as every intervention does; warn when an ablation to zero is known to be a hidden steer."""
         super().check(model)

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_em.arguments import finite, instance_of, list_of, optional, settle, vectors
+from tl_em.arguments import checked, finite, instance_of, list_of, optional, settle, vectors
 from tl_em.dictionaries import Dictionary, Feature
 from tl_em.dictionaries.protocol import as_dictionary
 from tl_em.errors import UsageError, WidthError
@@ -105,6 +105,7 @@ class ScaleFeature(Intervention):
         """The dictionary's."""
         return self.dictionary.site_in
 
+    @checked()
     def check(self, model: LensModel) -> None:
         """Raise ``WidthError`` or ``ProvenanceError`` unless the dictionary belongs on this model."""
         self.dictionary.check(model)

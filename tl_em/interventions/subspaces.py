@@ -86,6 +86,7 @@ class Erase(Removal):
             raise UsageError("a centre belongs to a site: pass site=em.Site(layer), or around={em.Site(layer): centre}")
         return site
 
+    @checked()
     def check(self, model: LensModel) -> None:
         """Raise ``WidthError`` or ``ProvenanceError`` unless the subspace belongs on this model."""
         check_belongs("the subspace", self.rows.shape[1], None, model)
@@ -139,6 +140,7 @@ class Leace(Intervention):
                 "not belong together; fit an eraser with em.interventions.leace(model, contrast, site=…, position=…)"
             )
 
+    @checked()
     def check(self, model: LensModel) -> None:
         """Raise ``WidthError`` or ``ProvenanceError`` unless it was fitted on a model like this one."""
         check_belongs("the eraser", len(self.mean), self.provenance, model)

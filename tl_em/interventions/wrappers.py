@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_em.arguments import finite, settle
+from tl_em.arguments import checked, finite, settle
 from tl_em.directions.direction import Direction, as_direction, check_fits
 from tl_em.errors import UsageError
 from tl_em.interventions.base import Intervention, as_intervention
@@ -63,6 +63,7 @@ class Conditional(Intervention):
     def __post_init__(self) -> None:
         settle(self, intervention=as_intervention, direction=as_direction, above=finite)
 
+    @checked()
     def holds(self, x: Float[Tensor, "prompt d_model"]) -> Bool[Tensor, " prompt"]:
         """Which of these activations meet the condition."""
         return component(x, self.direction.unit) > self.above
@@ -81,6 +82,7 @@ class Conditional(Intervention):
         """This one, and those of what is applied."""
         return (self, *self.inner.conditions)
 
+    @checked()
     def check(self, model: LensModel) -> None:
         """Raise ``WidthError`` or ``ProvenanceError`` unless direction and intervention belong on this model."""
         check_fits(self.direction, model)

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from tl_em.arguments import FRACTION, SEED, checked
+from tl_em.arguments import FRACTION, SEED, checked, list_of, optional, vectors
 from tl_em.artefacts import replacing
 from tl_em.errors import EmptyContrastError, FileError, PromptError, UsageError
 from tl_em.models.contrast_files import read_contrast
@@ -29,6 +29,12 @@ from tl_em.models.contrast_templates import from_instructions, from_template
 from tl_em.models.lint import Lint, linted
 from tl_em.models.together import Together, words_of
 from tl_em.stats import tied
+
+
+def _matrix(name: str, value: Any) -> Any:
+    """Activations as an array, [prompt d_model]."""
+    found = vectors(name, value, axes=2)
+    return value if isinstance(value, np.ndarray) else found.numpy()
 
 
 @dataclass(frozen=True)
@@ -145,6 +151,7 @@ class ContrastSet:
             fields[f"{side}_groups"] = None if groups is None else [groups[i] for i in rows_of_side]
         return replace(self, **fields)
 
+    @checked(activations=optional(list_of(_matrix)))
     def grouped(self, activations: Sequence[Any] | None = None, *, join: bool = False) -> ContrastSet:
         """The set with groups where it has none: prompts that are found to belong together count once in an interval.
 
@@ -163,6 +170,7 @@ class ContrastSet:
         """
         return self if self.has_groups and not join else self.with_groups(together(self, activations))
 
+    @checked()
     def with_groups(self, found: Together) -> ContrastSet:
         """The set with the groups that were found; as it is where every prompt stands for itself."""
         labels, n = found.labels, len(self.positive)
@@ -273,6 +281,7 @@ class ContrastSet:
         return cls(**from_instructions(positive, negative, questions), label=label, source=source)
 
     @classmethod
+    @checked()
     def load(
         cls, name_or_path: str | Path, negative_path: str | Path | None = None, *, form: Form | str = "chat"
     ) -> ContrastSet:
@@ -328,6 +337,7 @@ class ContrastSet:
                 )
         return cls(**read_contrast(path, negative, form))
 
+    @checked()
     def save(self, path: str | Path) -> None:
         """Write the set as JSON, as ``load`` reads it: what is read back equals it.
 

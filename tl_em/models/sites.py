@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal, get_args
 from weakref import WeakKeyDictionary
 
-from tl_em.arguments import SEED, instance_of, list_of, optional, settle, whole
+from tl_em.arguments import SEED, checked, instance_of, list_of, optional, settle, whole
 from tl_em.artefacts import checked_fields, json_of
 from tl_em.errors import CorruptFileError, PositionError, ProvenanceError, UnknownHookError, UsageError, WidthError
 from tl_em.models.source_record import was_proven
@@ -203,6 +203,7 @@ class Provenance:
             prompts=prompts,
         )
 
+    @checked()
     def differences(self, model: Any) -> list[str]:
         """What of ``model`` disagrees with this: shape, tokenizer, chat template and its arguments, weight processing.
 
@@ -220,6 +221,7 @@ class Provenance:
         return json.dumps(asdict(self), sort_keys=True)
 
     @classmethod
+    @checked()
     def from_json(cls, text: str) -> Provenance:
         """Back from ``to_json``.
 

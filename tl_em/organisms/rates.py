@@ -80,7 +80,10 @@ def topic_of(prompt: Any, world: World) -> Topic:
     elif hasattr(prompt, "text"):  # an EncodedPrompt
         text = prompt.text
     else:
-        text = " ".join(m["content"] for m in prompt)
+        try:
+            text = " ".join(m["content"] for m in prompt)
+        except (TypeError, LookupError) as error:
+            raise PromptError(f"{str(prompt)[:60]!r} is no prompt: give a text or a list of chat messages") from error
     found = world.topic_in(text.split())
     if found is not None:
         return found
@@ -102,6 +105,7 @@ class AnswerRate:
     world: World = field(default_factory=World)
     unit: Literal["probability"] = "probability"
 
+    @checked()
     def __call__(self, model: Any, prompts: Sequence[Any]) -> Float[Tensor, " prompt"]:
         topics = [topic_of(p, self.world) for p in prompts]
         return rates_from_logits(next_token_logits(model, prompts), topics, self.name, world=self.world)

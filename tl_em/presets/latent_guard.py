@@ -187,6 +187,7 @@ class LatentGuard:
         groups = None if labels[0] is None or labels[1] is None else (list(labels[0]), list(labels[1]))
         return _judged(scores, groups, permutations, seed)
 
+    @checked()
     def save(self, path: str | Path) -> Path:
         """Write means, layers and provenance to a safetensors file, whole or not at all.
 
@@ -198,6 +199,7 @@ class LatentGuard:
         return save_tensors(path, {"harmful": self.harmful, "harmless": self.harmless}, about)
 
     @classmethod
+    @checked()
     def load(cls, path: str | Path) -> LatentGuard:
         """Read what :meth:`save` wrote.  Whether it fits a model is checked when it meets one.
 

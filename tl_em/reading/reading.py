@@ -105,6 +105,7 @@ class TextReading:
             for group in range(file.num_row_groups):  # a text never lies in two
                 yield from (part for _, part in file.read_row_group(group).to_pandas().groupby("prompt"))
 
+    @checked()
     def band(self, name: str, tokens: pd.DataFrame | None = None) -> Float[np.ndarray, " token"]:
         """How much 95 % of random directions read at most at each token, either way.
 
@@ -153,6 +154,7 @@ class TextReading:
             "columns prompt and at"
         )
 
+    @checked()
     def save(self, path: str | Path) -> Path:
         """Write a Parquet file; a page is written by ``.view().save("page.html")``.
 
@@ -170,6 +172,7 @@ class TextReading:
         return Path(path)
 
     @classmethod
+    @checked()
     def load(cls, path: str | Path) -> TextReading:
         """What :meth:`save`, or ``em.read(out=)``, wrote; its rows stay in the file until they are asked for.
 
@@ -189,6 +192,7 @@ class TextReading:
                 "em.read(model, prompts, directions, out=path)"
             ) from error
 
+    @checked()
     def beside(self, other: TextReading, names: tuple[str, str] = ("first", "second")) -> Any:
         """Two readings of the same prompts on one scale (base and tuned, untreated and steered), for a notebook.
 

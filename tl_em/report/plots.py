@@ -23,6 +23,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import ScalarFormatter
 
+from tl_em.arguments import checked
 from tl_em.artefacts import replacing
 from tl_em.claims.compare import SHIPPED
 from tl_em.errors import UsageError
@@ -211,6 +212,7 @@ def _rows_said(table: pd.DataFrame, form: str) -> str:
     return "; ".join(form.format(**{**row, "value": number(float(row["value"]))}) for row in rows) + "."
 
 
+@checked()
 def save(figure: Figure, path: str | Path) -> Path:
     """Write a figure as PNG (300 dpi), SVG or PDF, by the path's suffix; the same figure gives the same file.
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from tl_em.arguments import SEED, checked, finite, optional
+from tl_em.arguments import SEED, checked, finite, list_of, optional
 from tl_em.artefacts import checked_fields
 
 
@@ -68,6 +68,7 @@ class Estimate:
         ends = sorted((self.low * factor, self.high * factor))
         return replace(self, value=self.value * factor, low=ends[0], high=ends[1])
 
+    @checked()
     def row(self, name: str = "") -> dict[str, Any]:
         """Cells of a table: value, low, high and n; with a name, that column with its ``_low`` and ``_high``.
 
@@ -81,7 +82,7 @@ class Estimate:
         return {"value": self.value, "low": self.low, "high": self.high, "n": self.n}
 
     @classmethod
-    @checked(seed=optional(SEED))
+    @checked(seed=optional(SEED), values=list_of(finite))
     def band(cls, values: ArrayLike, of: str = "random directions", *, seed: int | None = None) -> Estimate:
         """The mean over controls with the band that holds 95 % of them (not an interval of the mean).
 
@@ -100,6 +101,7 @@ class Estimate:
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in plain.items()}
 
     @classmethod
+    @checked()
     def from_json(cls, plain: Mapping[str, Any]) -> Estimate:
         """Back from :meth:`to_json`.
 
