@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from tl_em.arguments import SEED, checked, finite, list_of, optional
+from tl_em.arguments import SEED, checked, finite, optional, several
 from tl_em.artefacts import checked_fields
+from tl_em.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Estimate:
         return {"value": self.value, "low": self.low, "high": self.high, "n": self.n}
 
     @classmethod
-    @checked(seed=optional(SEED), values=list_of(finite))
+    @checked(seed=optional(SEED), values=several)
     def band(cls, values: ArrayLike, of: str = "random directions", *, seed: int | None = None) -> Estimate:
         """The mean over controls with the band that holds 95 % of them (not an interval of the mean).
 
@@ -90,7 +91,10 @@ class Estimate:
             >>> Estimate.band(range(101)).low, Estimate.band(range(101)).high
             (2.5, 97.5)
         """
-        x = np.asarray(values, dtype=float)
+        try:
+            x = np.asarray(values, dtype=float)
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"values hold what is no number ({error}). Give values a number each.") from error
         low, high = middle_95(x)
         said = f"2.5-97.5 % band of {of}"
         return cls(float(x.mean()), float(low), float(high), len(x), float(len(x)), said, seed)
