@@ -157,6 +157,9 @@ def held(folder: Path) -> dict[str, str]:
     for path in sorted(folder.rglob("*")):
         if not path.is_file() or "checkpoints" in path.parts:
             continue
+        if ".tl_em" in path.name:  # of a process that was killed
+            found[str(path.relative_to(folder))] = "temporary"
+            continue
         data = path.read_bytes()
         if path.suffix == ".parquet":
             import pandas as pd

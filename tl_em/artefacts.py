@@ -279,6 +279,26 @@ def check_writable(path: str | Path) -> None:
         raise OutputError(_message(target, reason)) from reason
 
 
+@contextmanager
+def going_on(folder: Path) -> Iterator[None]:
+    """Around long work of another library that writes into a folder as it goes, and can be called again.
+
+    Raises:
+        OutputError: the disk is full, or nothing may be written there; what was finished before is kept.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):  # torch.save's word for it
+            raise
+        raise OutputError(
+            f"cannot write into {folder}: {str(error).splitlines()[0]}; what was finished before is kept. Make room, "
+            "and make the same call again: it goes on from there."
+        ) from error
+
+
 def _message(path: Path, error: Exception) -> str:
     return f"cannot write {path}: {error}; nothing was left behind. Pass a path in a folder that you can write to"
 

@@ -97,6 +97,21 @@ def test_a_run_that_was_killed_ends_with_the_same_weights(tmp_path: Path, lora: 
     assert len(losses.seen) == 2, "it goes on from step 4 of 6"
 
 
+class Full(TrainerCallback):
+    """The disk is full at step 5."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 5:
+            raise OSError(28, "No space left on device")
+
+
+def test_a_full_disk_is_one_typed_error_and_the_run_goes_on(plain: Path, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"No space left on device; what was finished before is kept"):
+        tuned(tmp_path / "out", every=2, callbacks=[Full()])
+    losses = Losses()
+    assert same(plain, tuned(tmp_path / "out", every=2, callbacks=[losses])) and len(losses.seen) == 2
+
+
 def test_one_killed_after_its_last_step_is_only_written_down(plain: Path, tmp_path: Path) -> None:
     steered = em.training.Steered(Direction(torch.ones(32), Site(1)))
     whole = tuned(tmp_path / "whole", arm=steered)

@@ -30,7 +30,7 @@ from torch import nn
 from tqdm import tqdm
 
 from tl_em.arguments import COUNT, FRACTION, NOT_NEGATIVE, POSITIVE, SEED, checked, optional
-from tl_em.artefacts import check_writable, read_object, replacing
+from tl_em.artefacts import check_writable, going_on, read_object, replacing
 from tl_em.errors import ModelError, NonFiniteError, OutputError, UsageError
 from tl_em.models.checkpoint import given_tokenizer
 from tl_em.models.loading import opened
@@ -193,11 +193,13 @@ def fine_tune(
         if last_checkpoint(folder / CHECKPOINTS, schedule.steps) is None:
             for each in arms:
                 stack.enter_context(getattr(each, "around", lambda _: nullcontext())(model))
+        stack.enter_context(going_on(folder))
         losses = descend(model, passed, schedule, folder / CHECKPOINTS, together=together, seed=seed,
                          every=every or max(1, schedule.steps // 10), cpu=place.device == "cpu",
                          bf16=lora is None and place.computed == torch.bfloat16, callbacks=seen)  # fmt: skip
     _check_descended(folder, losses)
-    _save(folder, model, tokenizer if lora is None else None, place.computed, _reachable(base, name))
+    with going_on(folder):
+        _save(folder, model, tokenizer if lora is None else None, place.computed, _reachable(base, name))
     told = [alarm._asdict() for each in monitors for alarm in getattr(each, "alarms", ())]
     done: dict[str, Any] = {"alarms": told} if asked["above"] else {}
     done |= {} if len(losses) == schedule.steps else {"ended at step": len(losses)}
