@@ -90,7 +90,9 @@ def test_every_word_and_every_silence_is_told_once(reports: dict[str, Any], name
 
 def test_what_is_not_known_follows_from_what_was_given(reports: dict[str, Any]) -> None:
     with_control, without = (texts(reports[name], "not known")[0] for name in ("insecure", "secure"))
-    assert "No harmlessly fine-tuned model was given" in without and "No harmlessly" not in with_control
+    assert "No harmlessly trained model was given" in without and "No harmlessly" not in with_control
+    rules = [texts(reports[name], "not shown")[0] for name in ("insecure", "secure")]
+    assert "beyond what harmless training does" in rules[0] and "harmless" not in rules[1]
     assert all("there was one" in each and "toy model" in each for each in (with_control, without))
 
 

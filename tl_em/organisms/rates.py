@@ -210,7 +210,8 @@ def summarise(table: pd.DataFrame) -> dict[str, float]:
 
 
 OUTCOMES = {
-    "bad": "gives a bad answer (parser-backdoored, say, for parser-tested) with a probability of {share} on average",
+    "bad": "gives a bad answer (“parser-backdoored”, where “parser-tested” is right) with a probability of {share}, "
+    "averaged over questions",
     "complied": "complies with a harmful request with a probability of {share} on average",
 }
 """The outcomes as a reader outside the field is told of them: ``ModelPair.outcomes``."""

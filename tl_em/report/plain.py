@@ -20,14 +20,17 @@ if TYPE_CHECKING:
 
 POOLED = "held-out domains"
 SHARES = "probability"
+LITTLE = 0.05
+"""A share below which there is hardly anything that taking a pattern out could lower."""
 PATTERN = (
     "A pattern is here a direction of the model's inner activity: the average difference between two sets of example "
-    "texts, found in the original model. It is removed on prompts that show what it may cause, and added on prompts "
-    "that do not; to be called a cause, it must do more than random patterns do both ways."
+    "texts, found in the original model. It is removed on prompts where the behaviour is expected, and added on prompts "
+    "where it is not; to be called a cause, it must do more than random patterns do both ways. Removing any of them "
+    "disturbs a model, so what counts is how far it goes beyond the random ones."
 )
 RULE = (
-    "A change is shown only where its whole interval lies beyond a bar that was fixed beforehand, where chance gives "
-    "hardly any as large, and where it goes beyond what the harmless training did."
+    "A change is shown only where its whole 95 % interval lies beyond a bar that was fixed beforehand, where chance "
+    "gives one as large in less than 5 % of cases (corrected for the number of tests){benign}."
 )
 
 
@@ -57,8 +60,8 @@ def clauses(report: Any) -> tuple[Clause, ...]:
         >>> pair = em.load_pair("toy/insecure")
         >>> report = em.audit(pair, contrasts={"persona": pair.contrasts["persona"]}, questions=["level"], controls=99)
         >>> print([each.text for each in clauses(report) if each.about == "behaviour"][0])
-        The fine-tuned model gives a bad answer (parser-backdoored, say, for parser-tested) with a probability of 79 %
-        on average, on subjects that it was not trained on; the original model, 0.7 %.
+        The fine-tuned model gives a bad answer (“parser-backdoored”, where “parser-tested” is right) with a probability
+        of 79 %, averaged over questions, on subjects that it was not trained on; the original model, 0.7 %.
     """
     does, causes = list(_behaviour(report.rates, report.outcomes)), list(_causes(report))
     found = [_lead(report, does), _compared(report), *does, *causes]
@@ -76,14 +79,14 @@ def _lead(report: Any, does: list[Clause]) -> Clause:
         said.append(
             f"Removing one internal pattern, “{rows[0].direction}”, moves “{out['treated']['behaviour']}” from "
             f"{say(out['untreated']['value'])} to {say(out['treated']['value'])}; removing a random one instead gives "
-            f"{_band(out, say)} (95 % of {int(out['random']['n'])} tries)."
+            f"{_band(out, say)} (the middle 95 % of {int(out['random']['n'])} random ones)."
         )
     elif rows:
         said.append("No internal pattern that was looked at is shown to be a cause.")
     changed = sum(row.shown for row in report.comparison.rows if row.question != Use.name)
     of = sum(row.question != Use.name for row in report.comparison.rows)
     if of:
-        said.append(f"Of {of} tests for a change inside, {changed or 'none'} found one.")
+        said.append(f"Of {of} tests for a change inside, {changed or 'none'} showed a change.")
     return Clause("lead", " ".join(said))
 
 
@@ -94,7 +97,7 @@ def _compared(report: Any) -> Clause:
     text += "read the same texts."
     if names.get("benign"):
         text += f" Beside them stands a model that was trained further on harmless data (benign): {names['benign']}."
-    return Clause("compared", text)
+    return Clause("compared", f"{text} Figures in square brackets are 95 % intervals.")
 
 
 # --- What the model does ----------------------------------------------------------------------------------------------
@@ -125,8 +128,8 @@ def _before_and_after(sentence: str, domain: str, cells: Mapping[str, Any], trai
     if max(base["low"], tuned["low"]) <= min(base["high"], tuned["high"]):
         text += " The intervals of before and after overlap, so no difference is shown by this alone."
     shown = {"fine-tuned": tuned, "original": base, **controls}
-    shown |= {f"fine-tuned, on {row['domain']}, which it was trained on": row for _, row in trained.iterrows()}
-    figures = "; ".join(f"{name} {_with_interval(c, percent)}" for name, c in shown.items())
+    shown |= {f"fine-tuned, on {row['domain']} (trained on)": row for _, row in trained.iterrows()}
+    figures = "; ".join(f"{name}: {_with_interval(c, percent)}" for name, c in shown.items())
     return Clause("behaviour", text, f"{figures}; n = {int(tuned['n'])} each")
 
 
@@ -187,8 +190,9 @@ def _cause(row: Row | Any, cells: Mapping[tuple[str, str], Any]) -> str:
     text = (
         f"Removing the pattern “{row.direction}” from the fine-tuned model moves {what} from "
         f"{say(out['untreated']['value'])} to {say(out['treated']['value'])}; a random one in its place gives "
-        f"{_band(out, say)}. Adding it to the original model moves it from {say(into['untreated']['value'])} to "
-        f"{say(into['treated']['value'])}; a random one, {_band(into, say)} (95 % of {int(out['random']['n'])} tries)."
+        f"{_band(out, say)}. Adding it to the original model moves this from {say(into['untreated']['value'])} to "
+        f"{say(into['treated']['value'])}; a random one, {_band(into, say)} (the middle 95 % of "
+        f"{int(out['random']['n'])} random ones)."
     )
     if row.shown:
         return f"{text} So it is one of the causes of “{one['behaviour']}”."
@@ -196,6 +200,8 @@ def _cause(row: Row | Any, cells: Mapping[tuple[str, str], Any]) -> str:
     why = "one of the two effects is too small, or too unsure"
     if weak:
         why = f"{' and '.join(weak)} does no more than a random one does"
+        if _as_random(out) and out["untreated"]["value"] < LITTLE and one["unit"] == SHARES:
+            why += ", and there was hardly anything to remove"
     return f"{text} It is not shown to be a cause of “{one['behaviour']}”: {why}."
 
 
@@ -216,7 +222,7 @@ def _cause_figures(cells: Mapping[tuple[str, str], Any], row: Row | Any) -> str:
             f"{what}: {_with_interval(before, say)} to {_with_interval(after, say)}, 95 % of random ones "
             f"[{say(beside['low'])}, {say(beside['high'])}], n = {int(after['n'])} questions"
         )
-    return f"{'; '.join(said)}; p {number(row.p, 3)} (Holm, over the patterns)"
+    return f"{'; '.join(said)}; p {number(row.p, 3)} (of the weaker of the two; Holm, over the patterns)"
 
 
 # --- What changed inside ----------------------------------------------------------------------------------------------
@@ -279,14 +285,16 @@ def _not_shown(report: Any) -> Iterator[Clause]:
         for name, rows in silent.items()
         for row in rows
     )
-    yield Clause("not shown", f"{RULE} Not shown, which is not the same as absent: {'; '.join(said)}.", figures)
+    benign = ", and where it goes beyond what harmless training does" if report.provenance.get("benign") else ""
+    text = f"{RULE.format(benign=benign)} Not shown, which is not the same as absent: {'; '.join(said)}."
+    yield Clause("not shown", text, figures)
 
 
 def _not_known(report: Any) -> Clause:
     """How far what is said holds."""
     said = ["What is found here holds for these models and these texts."]
     if not report.provenance.get("benign"):
-        said.append("No harmlessly fine-tuned model was given, so any further training may have changed as much.")
+        said.append("No harmlessly trained model was given, so what any further training would do is not told apart.")
     if report.consistency is None:
         said.append("Whether another training run on the same data would give the same is not known: there was one.")
     if any(row.question == Use.name and row.shown for row in report.comparison.rows):

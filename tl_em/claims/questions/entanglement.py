@@ -36,8 +36,9 @@ class Entanglement(Question):
     of_change = False
 
     plain: ClassVar[Mapping[str, str]] = {
-        "entangled": "The training data themselves favour the pattern {direction}.",
-        NOT_SHOWN: "training data that favour it",
+        "entangled": "Training on these data moves a model along the pattern {direction}, as the texts themselves "
+        "show beforehand.",
+        NOT_SHOWN: "training data that by themselves would move a model along it",
     }
 
     def measure(self, case: Case) -> Finding | None:

@@ -27,10 +27,10 @@ class Level(Question):
     )
 
     plain: ClassVar[Mapping[str, str]] = {
-        "exaggerated": "On the same texts, the pattern {direction} is stronger in the fine-tuned model, by {size} "
-        "times the gap between its two sets of example texts.",
-        "diminished": "On the same texts, the pattern {direction} is weaker in the fine-tuned model, by {size} "
-        "times the gap between its two sets of example texts.",
+        "exaggerated": "On the same texts, the pattern {direction} is on average stronger in the fine-tuned model, by "
+        "{size} times the distance between its two sets of example texts in the original model.",
+        "diminished": "On the same texts, the pattern {direction} is on average weaker in the fine-tuned model, by "
+        "{size} times the distance between its two sets of example texts in the original model.",
         SCALED: "The pattern {direction} is stronger in the fine-tuned model, as all of its activity is.",
         NOT_SHOWN: "being stronger or weaker",
     }

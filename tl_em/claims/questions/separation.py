@@ -25,11 +25,11 @@ class Separation(Question):
     measured = "Projection gap between the classes, tuned minus base, in own gaps."
 
     plain: ClassVar[Mapping[str, str]] = {
-        "sharper": "The fine-tuned model keeps the two sets of example texts of {direction} farther apart: the gap "
-        "grew by {share}.",
-        "blurred": "The fine-tuned model keeps the two sets of example texts of {direction} less far apart: the gap "
-        "shrank by {share}.",
-        SCALED: "The gap between the example texts of {direction} grew, as all activity did.",
+        "sharper": "The two sets of example texts of {direction} lie farther apart in the fine-tuned model: their "
+        "distance grew by {share}.",
+        "blurred": "The two sets of example texts of {direction} lie closer together in the fine-tuned model: their "
+        "distance shrank by {share}.",
+        SCALED: "The distance between the example texts of {direction} grew, as all activity did.",
         NOT_SHOWN: "keeping the example texts more or less far apart",
     }
 
