@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,10 @@ from transformers import (
 
 import tl_em as em
 from tests.conftest import FAMILIES, SURFACES, make_hf_model, make_tokenizer
+from tests.models import zoo
 from tests.models.zoo import GROUPED, SIZE, made
 from tl_em.errors import ModelError, OutputError, UsageError, WeightEditError
+from tl_em.models import directories
 from tl_em.models.loading import load_model
 
 pytestmark = pytest.mark.surface
@@ -73,6 +76,32 @@ def test_an_orthogonalised_model_is_written_whole(family: str, surface: str, tmp
     again: Any = em.load_model(folder, surface=surface)  # pyright: ignore[reportArgumentType]
     assert gap(logits(again), edited) <= 1e-5
     assert again.tokenizer.chat_template == model.tokenizer.chat_template
+
+
+@pytest.mark.parametrize(
+    ("rope", "said"),
+    [
+        ({"rope_type": "default", "rope_theta": 5e5}, {"rope_theta": 5e5}),
+        ({"rope_type": "linear", "rope_theta": 5e5, "factor": 4.0},
+         {"rope_theta": 5e5, "rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
+    ],
+)  # fmt: skip
+def test_what_transformers_4_knows_by_another_name_is_said_by_both(rope: Any, said: Any, tmp_path: Path) -> None:
+    """It takes 10,000 for a theta that it does not find, in silence, and every logit is another."""
+    model = load_model(zoo.llama(dict(rope)), tokenizer=make_tokenizer(), in_place=True)
+    config = json.loads((em.save_model(model, tmp_path / "a") / "config.json").read_text())
+    assert {key: config.get(key) for key in said} == said
+    assert config["rope_parameters"]["rope_theta"] == 5e5 and config["torch_dtype"] == config["dtype"] == "float32"
+    named = json.loads((tmp_path / "a" / "tokenizer_config.json").read_text())["tokenizer_class"]
+    assert named == "PreTrainedTokenizerFast"
+
+
+def test_two_kinds_of_layers_keep_their_two_thetas() -> None:
+    rope = {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}  # fmt: skip
+    found = directories._older_config({"rope_parameters": rope})
+    assert (found["rope_theta"], found["rope_local_base_freq"]) == (1e6, 1e4)
+    assert found["rope_scaling"] == {"rope_type": "linear", "factor": 8.0} and found["rope_parameters"] is rope
 
 
 def test_every_family_comes_back_as_it_was_and_tied_where_it_was(family: str, surface: str, tmp_path: Path) -> None:

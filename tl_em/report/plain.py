@@ -24,8 +24,8 @@ LITTLE = 0.05
 """A share below which there is hardly anything that taking a pattern out could lower."""
 PATTERN = (
     "A pattern is here a direction of the model's inner activity: the average difference between two sets of example "
-    "texts, found in the original model. It is removed on prompts where the behaviour is expected, and added on prompts "
-    "where it is not; to be called a cause, it must do more than random patterns do both ways. Removing any of them "
+    "texts, found in the original model. It is removed on prompts where the behaviour is expected, and added where it "
+    "is not; to be called a cause, it must do more than random patterns do both ways. Removing any of them "
     "disturbs a model, so what counts is how far it goes beyond the random ones."
 )
 RULE = (

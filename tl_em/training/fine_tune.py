@@ -33,6 +33,7 @@ from tl_em.arguments import COUNT, FRACTION, NOT_NEGATIVE, POSITIVE, SEED, check
 from tl_em.artefacts import check_writable, going_on, read_object, replacing
 from tl_em.errors import ModelError, NonFiniteError, OutputError, UsageError
 from tl_em.models.checkpoint import given_tokenizer
+from tl_em.models.directories import fill_directory
 from tl_em.models.loading import opened
 from tl_em.models.sites import vocabulary_hash
 from tl_em.models.templates import template_record
@@ -409,8 +410,7 @@ def _save(folder: Path, model: Any, tokenizer: Any, dtype: torch.dtype, base: st
             model.peft_config["default"].base_model_name_or_path = base
             model.save_pretrained(made, save_embedding_layers=False)
         else:
-            model.to(dtype).save_pretrained(made)
-            tokenizer.save_pretrained(made)
+            fill_directory(Path(made), model.to(dtype), tokenizer)
         for path in Path(made).iterdir():
             if path.name != "README.md":  # a form that nobody filled in
                 path.replace(folder / path.name)
