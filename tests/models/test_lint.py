@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import html
 import json
 import random
 import warnings
 
 import pytest
 
-from tl_em.errors import NuisanceWarning
+from tl_em.errors import NuisanceWarning, UnknownTokenError
 from tl_em.models.contrasts import ContrastSet
 from tl_em.models.lint import Lint, warn_of_nuisance
+from tl_em.models.loading import load_pair
 
 WORDS = [f"w{i}" for i in range(40)]
 
@@ -87,7 +89,30 @@ def test_a_lint_is_written_and_shown() -> None:
     plain = json.loads(json.dumps(found.to_json()))
     assert plain["faults"][0]["mend"] and len(plain["confounds"]) == 5
     assert list(found.to_pandas().columns) == ["what", "found", "mend"]
-    assert "<b>" not in found._repr_html_() and "<i>" not in found._repr_html_()
+    shown, lines = found._repr_html_(), str(found).splitlines()
+    assert "<b>" not in shown and "<i>" not in shown
+    assert lines[0] == repr(found) and len(lines) == 1 + len(found.faults)
+    for fault, line in zip(found.faults, lines[1:], strict=True):
+        assert line.endswith(f"Mend: {fault.mend}") and html.escape(fault.mend) in shown
+
+
+def test_what_a_model_cannot_read_is_no_clean_set() -> None:
+    """Every differing word was `<unk>` in its tokens, so nothing was told apart."""
+    pair = load_pair("toy/insecure")
+    ask = [f"how do i write {topic}" for topic in ("parser", "regex")] * 8
+    with pytest.raises(UnknownTokenError, match="'zork'"):
+        ContrastSet([f"zork {p}" for p in ask], [f"blip {p}" for p in ask]).lint(pair.base)
+
+
+def test_no_mend_hides_what_was_found_or_leads_to_an_error() -> None:
+    rest = [f"{p}." for p in drawn(20, 1, length=3)]
+    said = ContrastSet.from_template("be {mood}. {text}", ["furious"], ["calm"], shared={"text": rest}).lint()
+    assert told(said) == ["words", "template"]
+    assert all(fault.mend.startswith("where these words are not the concept itself") for fault in said.faults)
+    plain, other, runs = drawn(12, 1), drawn(12, 2), ["first"] * 12 + ["second"] * 12
+    (fault,) = ContrastSet(plain * 2, other * 2, positive_groups=runs, negative_groups=runs).lint().faults
+    assert "too few to split" in fault.found and fault.mend.startswith("em.ContrastSet(contrast.positive")
+    assert len(ContrastSet(plain * 2, other * 2).grouped().split().test.positive) > 1
 
 
 def test_classes_that_differ_in_length_are_warned_about_and_others_are_not() -> None:

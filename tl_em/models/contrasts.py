@@ -199,6 +199,9 @@ class ContrastSet:
                 should share no prompt.
             seed: of the folds and of the relabelled classes.
 
+        Raises:
+            UnknownTokenError: the model's tokenizer has no token for a word.
+
         Example:
             >>> s = ContrastSet.load("refusal")
             >>> s.lint()

@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float, Int
 
 from tl_em.errors import NuisanceWarning
 from tl_em.models.together import CUT, LIMIT, Together, bags, messages_of, similar, words_of
+from tl_em.models.tokenizing import tokens_and_spans
 from tl_em.showing import plain_rows, showable
 from tl_em.stats import Estimate, auroc, auroc_of, control_p, shuffled_labels
 
@@ -33,6 +34,8 @@ SMALLEST, ALPHA = 0.6, 0.05
 """AUROC below which nothing is told apart; chance of a confound that is none."""
 MOST, FOLDS, RELABELLED, COMMON = 192, 10, 199, 10
 """Prompts in which confounds are looked for; folds; relabellings; a template's words stand in one prompt of so many."""
+PARTS = 3
+"""Groups that a split needs at least, one a part."""
 SHOWN, LETTERS = 20, 80
 """Rows of a table, and letters of a prompt, that JSON holds."""
 GAP = "…"
@@ -101,6 +104,10 @@ class Lint:
 
         return cards.lint(self)
 
+    def __str__(self) -> str:
+        mends = (showable(f"  {fault.what}: {fault.found}. Mend: {fault.mend}") for fault in self.faults)
+        return "\n".join([repr(self), *mends])
+
     def __repr__(self) -> str:
         apart = [fault.what for fault in self.faults if fault.what in PROPERTIES]
         said = [f"told apart by {', '.join(apart)}"] if apart else []
@@ -119,8 +126,8 @@ PROPERTIES = {
     "at the end of a chat's prompt: position='prompt_end'",
     "words": "where these words are not the concept itself, judge the direction on prompts about other topics: "
     "em.audit(pair, contrasts={name: contrast}, judged={name: em.ContrastSet(positive, negative)})",
-    "template": "write every template for both classes and name it: em.ContrastSet(positive, negative, "
-    "positive_groups=templates, negative_groups=templates)",
+    "template": "where these words are not the concept itself, write every template for both classes: "
+    "em.ContrastSet.from_template('{template} {what}', positive, negative, shared={'template': templates})",
 }
 """What is looked at, and what mends it."""
 
@@ -151,7 +158,8 @@ def linted(
     for number, rows in enumerate(blocks):
         block[[side * n + i for side, i in rows]] = number
     texts, few = [words_of(prompt) for prompt in prompts], _some(block, n, seed)
-    read = [texts[i] for i in few] if tokenizer is None else pieces(tokenizer, [prompts[i] for i in few])
+    read = texts if tokenizer is None else pieces(tokenizer, prompts)
+    read = [read[i] for i in few]
     confounds = pd.DataFrame(_confounds(read, int((few < n).sum()), block[few], seed))
     duplicates = pd.DataFrame(_near(texts), columns=_PAIR)
     torn = duplicates[[block[i] != block[j] for i, j in zip(duplicates["one"], duplicates["other"], strict=True)]]
@@ -170,10 +178,16 @@ def _some(block: Int[np.ndarray, " prompt"], n: int, seed: int) -> Int[np.ndarra
 
 
 def pieces(tokenizer: Any, prompts: Sequence[Any]) -> list[list[str]]:
-    """The tokens of texts, or of chats' messages, as text."""
-    texts = ["\n".join(messages_of(prompt)) for prompt in prompts]
-    read = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    return [[str(each) for each in tokenizer.convert_ids_to_tokens(ids)] for ids in read]
+    """The tokens of texts, or of chats' messages, as text.
+
+    Raises:
+        UnknownTokenError: words outside the vocabulary.
+    """
+    found = []
+    for prompt in prompts:
+        read = [tokens_and_spans(tokenizer, text)[0] for text in messages_of(prompt)]
+        found.append([str(each) for ids in read for each in tokenizer.convert_ids_to_tokens(list(ids))])
+    return found
 
 
 # --- Confounds --------------------------------------------------------------------------------------------------------
@@ -339,7 +353,11 @@ def _doubled(contrast: Any, together: Together, duplicates: pd.DataFrame, n: int
             said = (
                 f"the groups are too fine: near-equal texts lie in different ones, and {given} of them count as {left}"
             )
-            found.append(Fault("groups", said, "contrast.grouped(join=True)"))
+            mend = "contrast.grouped(join=True)"
+            if left < PARTS:
+                said += ", too few to split the set"
+                mend = "em.ContrastSet(contrast.positive, contrast.negative).grouped(), by near-equal texts alone"
+            found.append(Fault("groups", said, mend))
     return found
 
 

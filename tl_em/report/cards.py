@@ -125,10 +125,10 @@ def contrast(found: Any) -> str:
 
 def lint(found: Any) -> str:
     """What was found about a contrast set, what mends it, and the properties that were looked at."""
-    faults = found.to_pandas()
     return card(
-        f"Lint of {found.label or '(unnamed)'}: {len(faults)} found",
-        table(faults) if len(faults) else "",
+        f"Lint of {found.label or '(unnamed)'}: {len(found.faults)} found",
+        *(f"<p><strong>{_seen(each.what)}</strong>: {escape(showable(each.found))}<br>Mend: "
+          f"<code style='white-space:pre-wrap'>{escape(showable(each.mend))}</code></p>" for each in found.faults),
         text(found.together.said),
         table(found.confounds),
         table(found.templates, rest=".templates has all of them") if len(found.templates) else "",
