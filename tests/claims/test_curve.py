@@ -288,7 +288,19 @@ def test_the_table_has_a_row_a_point(surface: str) -> None:
     expected = [getattr(p, c).value for p in found.points for c in ("effect", "change", "kl")]
     assert np.allclose(rows[["effect", "change", "kl"]].to_numpy().ravel(), expected)
     assert rows["n"].eq(len(PROMPTS)).all() and isinstance(found.points[0], Point)
+    untreated = found.points[0]  # nothing sampled: no interval of a rate, which 0 of 12 prompts would have
+    for each in (untreated.change, untreated.kl):
+        assert (each.value, each.low, each.high) == (0, 0, 0) and each.method.startswith("0 ")
     assert all(words in repr(found) for words in ("planted", "at the push of 'asked'", "'asked' minus"))
+
+
+def test_a_rate_changes_by_no_more_than_its_sample_shows(small_model: LensModel) -> None:
+    """Of what is 0 or 1 on every prompt, a change of 0 on 12 prompts is not 0 of all: its interval has two sides."""
+    arm = Arm("curve", small_model, PROMPTS, None, {"effect": METRIC})
+    none, all_of_them = np.zeros(12), np.ones(12)
+    unchanged = arm.paired(none, none.copy(), "effect")
+    assert unchanged.low < 0 < unchanged.high and arm.paired(none, all_of_them, "effect").value == 1
+    assert np.isnan(arm.paired(none, none * np.nan, "effect").value) and arm.mean(none, KL).high == 0
 
 
 # --- What may go wrong ------------------------------------------------------------------------------------------------

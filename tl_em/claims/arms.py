@@ -9,6 +9,7 @@ treated) of the next token at the prompt's end, in nats.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -106,11 +107,24 @@ class Arm:
     def mean(self, values: Values, outcome: str = "", *, level: bool = False) -> Estimate:
         """Mean over prompts with its interval, of an outcome's level within its range; NaN if a value is."""
         if not np.isfinite(values).all():
-            nan = float("nan")
-            return Estimate(nan, nan, nan, n=len(values), n_effective=nan, method="not measured", seed=self.seed)
+            return self._same(float("nan"), len(values), "not measured")
+        if outcome == KL and not values.any():  # in nats: no rate, of which 0 of n leaves room for more
+            return self._same(0.0, len(values), "0 at every prompt")
         metric = self.metrics.get(outcome) if level else None
         bounds = None if metric is None else range_of(metric.unit, values)
         return mean(values, groups=self._groups(outcome), bounds=bounds, seed=self.seed)
+
+    def paired(self, before: Values, after: Values, outcome: str) -> Estimate:
+        """Mean of ``after - before``, of a metric's values on the same prompts; NaN if a value is."""
+        if before is after:
+            return self._same(0.0, len(after), "0 by construction")
+        if not np.isfinite(after - before).all():
+            return self._same(float("nan"), len(after), "not measured")
+        return paired_difference(before, after, groups=self._groups(outcome), seed=self.seed).estimate
+
+    def _same(self, value: float, n: int, why: str) -> Estimate:
+        return Estimate(value, value, value, n=n, n_effective=value if math.isnan(value) else float(n), method=why,
+                        seed=self.seed)  # fmt: skip
 
     @property
     def nothing(self) -> Outcomes:

@@ -282,7 +282,7 @@ def effect_curve(
     points += [_point(arm, "instruction", name, t) for name, t in told.items()]
     places = curve[len(curve) - len(matched) :]
     versus = [
-        Versus(name, place, arm.mean(told[name].found[EFFECT] - t.found[EFFECT], EFFECT))
+        Versus(name, place, arm.paired(t.found[EFFECT], told[name].found[EFFECT], EFFECT))
         for (name, t), place in zip(matched, places, strict=True)
     ]
     said = {name: f"{measured.name}, {measured.unit}" for name, measured in arm.metrics.items()}
@@ -376,7 +376,7 @@ def _told(arm: Arm, instruction: str) -> Treated:
 
 def _point(arm: Arm, kind: ArmName, name: str, t: Treated) -> Point:
     means = {outcome: arm.mean(values, outcome, level=True) for outcome, values in t.found.items()}
-    change = arm.mean(t.found[EFFECT] - arm.untreated[EFFECT], EFFECT)
+    change = arm.paired(arm.untreated[EFFECT], t.found[EFFECT], EFFECT)
     nan = float("nan")
     return Point(kind, name, t.strength, means[EFFECT], change, means[KL], means.get(COHERENCE), nan, t.note)
 

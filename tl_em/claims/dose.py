@@ -92,7 +92,7 @@ def calibrate(
     strength = dial.strength(target_kl, near=1.0, tolerance=tolerance)
     if strength is None:
         raise NotReachedError(_unreached(dial, target_kl))
-    return Calibrated(intervention.at(strength), strength, arm.mean(dial.kl(strength)))
+    return Calibrated(intervention.at(strength), strength, arm.mean(dial.kl(strength), KL))
 
 
 def _unreached(dial: Dial, target: float) -> str:

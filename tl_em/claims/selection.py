@@ -350,7 +350,7 @@ def _held_out(
     found = {"bypass": positive.mean(bypass), "untreated": positive.mean(positive.untreated["metric"])}
     groups = (_labels(test), _labels(contrast)) if contrast.positive_groups or test.positive_groups else None
     optimism = difference(bypass, chosen_on, groups=groups, seed=seed).estimate
-    return {**found, "induce": negative.mean(induce), "kl": negative.mean(kl)}, optimism
+    return {**found, "induce": negative.mean(induce), "kl": negative.mean(kl, KL)}, optimism
 
 
 def _rounds(

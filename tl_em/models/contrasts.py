@@ -19,6 +19,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from tl_em.arguments import FRACTION, SEED, checked, list_of, optional, vectors
 from tl_em.artefacts import replacing
 from tl_em.errors import EmptyContrastError, FileError, PromptError, UsageError

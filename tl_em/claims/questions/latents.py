@@ -207,7 +207,7 @@ def _row(
     spared = [name for name in others if name != "good" or arm == "remove"]
     failed += [f"{name} falls by {-others[name].value:.2g}" for name in spared if others[name].value <= -smallest]
     return CheckRow(
-        arm, trial.subject, NOT_SHOWN if failed else WORDS[arm], effect, trial.arm.mean(trial.outcomes[KL]),
+        arm, trial.subject, NOT_SHOWN if failed else WORDS[arm], effect, trial.arm.mean(trial.outcomes[KL], KL),
         control_row("random latents of the same density and decoder norm", controls, rank), p, others,
         "; ".join(failed) or f"interval wholly above {smallest:g}, p = {p:.2g}",
     )  # fmt: skip
@@ -215,7 +215,7 @@ def _row(
 
 def _beside(trial: Trial) -> CheckRow:
     """The mean difference, which is not judged."""
-    effect, kl = trial.arm.change(trial.outcomes).estimate, trial.arm.mean(trial.outcomes[KL])
+    effect, kl = trial.arm.change(trial.outcomes).estimate, trial.arm.mean(trial.outcomes[KL], KL)
     why = "an upper mark, not judged"
     return CheckRow(trial.arm.name, DIRECTION, BESIDE, effect, kl, {}, float("nan"), trial.changes, why)
 
