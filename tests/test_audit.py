@@ -71,17 +71,20 @@ def test_benign_fine_tunes_show_no_change(name: str) -> None:
 
 def test_the_page_and_the_json_are_written_whole(tmp_path: Path) -> None:
     r = report("toy/insecure", benign="toy/secure")
-    r.save(tmp_path / "demo")
-    saved = json.loads((tmp_path / "demo" / "report.json").read_text())
+    assert r.save(tmp_path / "alone.json").is_file()
+    with pytest.raises(UsageError, match=r"ends like a file"):
+        r.save(tmp_path / "report.pdf")
+    r.save(tmp_path / "demo-0.1")  # a dot in the name of a folder is no ending
+    saved = json.loads((tmp_path / "demo-0.1" / "report.json").read_text())
     assert saved["schema"] == "tl-em/report/1"
     assert {v["question"] for v in saved["verdicts"]} == {"level", "separation", "rotation", "use", "entanglement"}
     for verdict in saved["verdicts"]:
         assert set(verdict["estimate"]) == {"value", "low", "high", "n", "n_effective", "method", "seed"}
         assert verdict["control"]["n"] == CONTROLS
-    page = (tmp_path / "demo" / "report.html").read_text()
+    page = (tmp_path / "demo-0.1" / "report.html").read_text()
     assert "persona" in page
     assert "http-equiv" in page
-    assert {p.suffix for p in (tmp_path / "demo" / "figures").iterdir()} >= {".svg", ".png"}
+    assert {p.suffix for p in (tmp_path / "demo-0.1" / "figures").iterdir()} >= {".svg", ".png"}
     assert saved["provenance"]["command"].startswith("tl-em audit toy/assistant toy/insecure --benign toy/secure")
 
 

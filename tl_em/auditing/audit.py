@@ -23,7 +23,7 @@ from tl_em.auditing.benign import beside_benign
 from tl_em.auditing.calibration import calibrate_audit
 from tl_em.auditing.latents import shared_latents
 from tl_em.auditing.plan import Plan, names_of, trigger_of, what_is_asked
-from tl_em.auditing.report import Report
+from tl_em.auditing.report import Report, ending_of
 from tl_em.auditing.site_selection import at_their_sites
 from tl_em.auditing.splits import SIDES, Subject, subjects_of
 from tl_em.claims.claim import Question, Row, numbered
@@ -139,7 +139,7 @@ def audit(
         'exaggerated'
     """
     if out is not None:
-        check_writable(Path(out) / "report.html")
+        check_writable(Path(out) if ending_of(out) in (".html", ".htm", ".json") else Path(out) / "report.html")
     check_names((*(contrasts or {}), pair.name, pair.base_name, pair.tuned_name))
     harmless = fine_tunes(pair, benign)
     judged = judged if judged is not None or contrasts is not None else pair.judged

@@ -15,6 +15,7 @@ from tl_em.claims.claim import Row
 from tl_em.claims.compare import Comparison
 from tl_em.claims.consistency import Consistency
 from tl_em.claims.questions.backdoor import Backdoor
+from tl_em.errors import UsageError
 from tl_em.showing import json_shown, plain_rows, slug
 
 if TYPE_CHECKING:
@@ -34,6 +35,29 @@ class Section(NamedTuple):
     table: pd.DataFrame
     plot: Any
     note: str
+
+
+OTHERS = {".csv", ".doc", ".docx", ".ipynb", ".md", ".parquet", ".pdf", ".png", ".svg", ".txt"}
+"""Endings of files that a report is not written as."""
+
+
+def ending_of(path: str | Path) -> str:
+    """What a report is written as there: ``".json"``, ``".html"``, ``".htm"``, or else a folder.
+
+    Raises:
+        UsageError: the ending of a file of another kind.
+
+    Example:
+        >>> ending_of("a/report.html"), ending_of("a/run-0.1")
+        ('.html', '.1')
+    """
+    ending = "" if Path(path).is_dir() else Path(path).suffix.lower()
+    if ending in OTHERS:
+        raise UsageError(
+            f"{str(path)!r} ends like a file that a report is not written as, and a folder of that name would mislead. "
+            "Pass a folder for page, record and figures, or a path that ends in .html or .json."
+        )
+    return ending
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,17 +226,22 @@ class Report:
 
     @checked()
     def save(self, path: str | Path) -> Path:
-        """Write the page to ``path``; a folder (no suffix) also gets ``report.json``, figures, graphs and latents.
+        """Write the page to an ``.html`` file, the record to a ``.json`` file, or into a folder both with all figures.
+
+        Args:
+            path: ends in ``.html`` or ``.json``; anything else is a folder, whatever dots its name has.
 
         Raises:
+            UsageError: the ending of a file of another kind.
             OutputError: the path cannot be written.
         """
         from tl_em.report import html, page, plots
 
         path = Path(path)
-        if path.suffix == ".json":
+        ending = ending_of(path)
+        if ending == ".json":
             return html.write(path, json_shown(self.to_json(), indent=1))
-        if path.suffix:
+        if ending in (".html", ".htm"):
             return html.write(path, page.render(self))
         html.write(path / "report.json", json_shown(self.to_json(), indent=1))
         for name, figure in plots.figures(self).items():
