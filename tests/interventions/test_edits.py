@@ -21,10 +21,10 @@ from tl_em.interventions.edits import (
     Clamp,
     around_rows,
     component,
-    removed_mean,
     set_component,
     without_rows,
 )
+from tl_em.interventions.hidden_steer import removed_mean
 from tl_em.models.contrasts import ContrastSet
 from tl_em.models.sites import Site
 from tl_em.models.stream import capture

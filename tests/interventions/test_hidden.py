@@ -14,7 +14,8 @@ import torch
 from tl_em.directions.direction import Direction
 from tl_em.directions.extract import difference_in_means
 from tl_em.errors import HiddenSteerWarning, UsageError
-from tl_em.interventions.edits import Ablate, Add, removed_mean
+from tl_em.interventions.edits import Ablate, Add
+from tl_em.interventions.hidden_steer import removed_mean
 from tl_em.interventions.intervene import intervene
 from tl_em.interventions.weights import orthogonalized
 from tl_em.models.contrasts import ContrastSet
