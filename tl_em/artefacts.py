@@ -25,7 +25,7 @@ from tempfile import TemporaryDirectory
 from types import UnionType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from tl_em.errors import CorruptFileError, FileError, OutputError, TlEmError
+from tl_em.errors import CorruptFileError, FileError, OutputError, TlEmError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -256,6 +256,33 @@ def load_tensors(
 
 DAMAGE = (LookupError, TypeError, AttributeError, ArithmeticError, ValueError)
 """What Python raises where a file's values are not what they should be."""
+
+
+def check_ending(path: str | Path, what: str, *endings: str) -> None:
+    """Raise unless a file's name ends as what is written in it is called.
+
+    Args:
+        path: where it is to be written.
+        what: in a few words.
+        endings: that it may have, in small letters; capitals count as these.
+
+    Raises:
+        UsageError: another ending, or none.
+
+    Example:
+        >>> check_ending("a.HTML", "a page", ".html", ".htm")
+        >>> check_ending("a.pdf", "a page", ".html", ".htm")
+        Traceback (most recent call last):
+        ...
+        tl_em.errors.UsageError: 'a.pdf': a page is written as .html or .htm, ...
+    """
+    if Path(path).suffix.lower() not in endings:
+        *others, last = endings
+        listed = f"{', '.join(others)} or {last}" if others else last
+        raise UsageError(
+            f"{Path(path).name!r}: {what} is written as {listed}, and under another name it would be opened as what it "
+            f"is not; give a path that ends in {listed}"
+        )
 
 
 def check_writable(path: str | Path) -> None:

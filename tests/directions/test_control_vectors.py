@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -129,6 +130,17 @@ def test_what_llama_cpp_cannot_add_is_refused_and_nothing_is_left(site: em.Site,
     with pytest.raises(UsageError, match=said):
         export_control_vector(em.Direction(torch.ones(8), site), tmp_path / "a.gguf")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("stream", ["resid_post", "resid_pre"])
+def test_what_is_advised_for_the_first_block_is_accepted(stream: Any, tmp_path: Path) -> None:
+    first = ["resid_post", "resid_pre"].index(stream)
+    profile = em.Profile([em.Direction(torch.ones(8), em.Site(at, stream)) for at in (first, 2, 3)])
+    with pytest.raises(UsageError, match="block 0") as refused:
+        export_control_vector(profile, tmp_path / "a.gguf")
+    limit = int(re.search(r"if at > (\d)", str(refused.value))[1])  # pyright: ignore[reportOptionalSubscript]
+    export_control_vector(em.Profile([profile[at] for at in profile if at > limit]), tmp_path / "a.gguf")
+    assert len(import_control_vector(tmp_path / "a.gguf")) == 2
 
 
 def test_no_coefficient_and_no_direction_are_refused(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def test_a_difference_is_drawn_in_colour_and_texture() -> None:
 def test_a_graph_gives_the_same_file_twice(tmp_path: Path, suffix: str) -> None:
     files = [small().save_figure(tmp_path / name / f"g.{suffix}").read_bytes() for name in "ab"]
     assert len(files[0]) > 2000 and files[0] == files[1]
-    with pytest.raises(UsageError, match="suffix"):
+    with pytest.raises(UsageError, match="written as"):
         small().save_figure(tmp_path / "g.gif")
 
 
@@ -67,7 +67,7 @@ def test_the_attention_view_is_sandboxed_and_its_tokens_inert(small_model: Any, 
     pytest.importorskip("circuitsvis")
     hostile = "</script><script>alert(1)</script>\u2028"
     monkeypatch.setattr(attention, "text_of", lambda model, token: hostile)
-    shown = str(attention_view(small_model, "the cat sat", 0))
+    shown = attention_view(small_model, "the cat sat", 0).__html__()
     found = re.search(r'<iframe sandbox="allow-scripts allow-downloads" [^>]*srcdoc="([^"]*)"', shown)
     assert found
     document = html.unescape(found.group(1))

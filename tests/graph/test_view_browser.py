@@ -336,7 +336,7 @@ def test_axe_finds_no_serious_fault(browser: Any, path: Path, changed: Path, sch
 def test_attention_patterns_are_drawn_offline(browser: Any, small_model: Any, tmp_path: Path) -> None:
     pytest.importorskip("circuitsvis")
     path = tmp_path / "attention.html"
-    frame = str(attention_view(small_model, "the cat sat", 0))
+    frame = attention_view(small_model, "the cat sat", 0).__html__()
     path.write_text(f"<!doctype html><meta charset=utf-8><title>notebook</title>{frame}")
     page = browser.new_context(viewport={"width": 1100, "height": 700}).new_page()
     said: list[str] = []

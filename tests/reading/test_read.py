@@ -143,6 +143,12 @@ def test_a_file_holds_the_same_and_grows_by_texts(
     with pytest.raises(CorruptFileError, match="no reading"):
         (tmp_path / "x.parquet").write_bytes(b"PAR1")
         em.reading.TextReading.load(tmp_path / "x.parquet")
+    for path in ("x.csv", "x.html", "x"):
+        with pytest.raises(UsageError, match=r"written as \.parquet"):
+            kept.save(tmp_path / path)
+        with pytest.raises(UsageError, match=r"written as \.parquet"):
+            em.read(pair.tuned, prompts, directions, out=tmp_path / path)
+    assert not list(tmp_path.glob("x.[!p]*"))
 
 
 def test_the_band_holds_what_random_directions_read(pair: em.ModelPair) -> None:

@@ -20,6 +20,7 @@ from tl_em.claims.compare import Comparison
 from tl_em.claims.curve import EffectCurve, Point
 from tl_em.dictionaries.quality import DictionaryQuality, Fit
 from tl_em.directions.similarity import CosineMatrix, PairCosine
+from tl_em.errors import UsageError
 from tl_em.report import cards, forest, html
 from tl_em.report.html import Framed, frame
 
@@ -107,8 +108,10 @@ def test_a_table_says_what_it_leaves_out() -> None:
 def test_the_attention_view_is_a_page_of_its_own_and_one_line_of_text(tmp_path: Any) -> None:
     view = Framed("<!doctype html><html><head></head><body>here</body></html>", "Attention", 300, "4 heads")
     assert repr(view).startswith("Attention: 4 heads; a page of 1 kB") and len(repr(view)) < 200
-    assert view._repr_html_() == view.__html__() == str(view) and "<iframe sandbox" in str(view)
+    assert view._repr_html_() == view.__html__() and "<iframe sandbox" in view.__html__() and str(view) == repr(view)
     assert view.save(tmp_path / "a.html").read_text(encoding="utf-8") == view.document
+    with pytest.raises(UsageError, match=r"written as \.html or \.htm"):
+        view.save(tmp_path / "a.pdf")
 
 
 def test_a_page_that_is_too_large_is_not_sent_and_its_size_is_said() -> None:

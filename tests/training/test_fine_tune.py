@@ -214,6 +214,8 @@ def test_a_direction_is_added_while_it_learns_and_a_monitor_sees_the_model_witho
     watched = tuned(tmp_path / "watched", monitors=monitors[:1])
     assert same(plain, watched), "watching changes nothing"
     assert not same(plain, tuned(tmp_path / "steered", arm=em.training.Steered(push, 3.0)))
+    with pytest.warns(UserWarning, match="monitors see nothing"):
+        tuned(tmp_path / "watched", monitors=monitors[1:])
 
 
 def test_an_alarm_ends_a_fine_tune_whose_direction_crosses_a_threshold(plain: Path, tmp_path: Path) -> None:

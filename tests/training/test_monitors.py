@@ -13,6 +13,7 @@ import torch
 
 from tl_em.directions.direction import Direction
 from tl_em.directions.extract import difference_in_means
+from tl_em.directions.profile import Profile
 from tl_em.errors import HookNotFiredError, ModelNotFoundError, UsageError, WidthError
 from tl_em.interventions.edits import Add
 from tl_em.models.contrasts import ContrastSet
@@ -220,10 +221,14 @@ def test_an_alarm_ends_the_toy_loop_too() -> None:
 
 
 def test_a_monitor_that_cannot_work_says_so(tmp_path: Any) -> None:
+    asked = encode_chats(WORLD, [ASKED[0].prompt])
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"directions": {"push": PUSH}}, "pass prompts"),
         ({"window": 3, "every": 2}, "no multiple"),
-        ({"path": tmp_path / "seen.csv"}, "neither .parquet nor .jsonl"),
+        ({"path": tmp_path / "seen.csv"}, "written as .parquet or .jsonl"),
+        ({"directions": {"push": PUSH}, "prompts": ["how are you"]}, r"prompts\[0\].*no EncodedPrompt"),
+        ({"directions": {"push": Profile([PUSH])}, "prompts": asked}, r"directions\['push'\].*no Direction"),
+        ({"directions": {"push": Direction(PUSH.vector, Site(1, "resid_pre"))}, "prompts": asked}, "output of a block"),
     ]
     for options, said in wrong:
         with pytest.raises(UsageError, match=said):
@@ -234,7 +239,9 @@ def test_a_monitor_that_cannot_work_says_so(tmp_path: Any) -> None:
         monitor(4, tiny())
     wide = Direction(torch.ones(5), Site(0))
     with pytest.raises(WidthError, match="5 wide"):
-        Monitor({"wide": wide}, prompts=encode_chats(WORLD, [ASKED[0].prompt]))(0, tiny())
+        Monitor({"wide": wide}, prompts=asked)(0, tiny())
+    with pytest.raises(UsageError, match="nothing was seen yet"):
+        Monitor().plot()
 
 
 # ---- transformers.Trainer --------------------------------------------------------------------------------------------

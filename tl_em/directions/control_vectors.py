@@ -158,7 +158,8 @@ def _block(site: Site) -> int:
     if after < 1:
         raise UsageError(
             f"{site} lies at or before the output of block 0, where llama.cpp adds nothing: it refuses such a file. "
-            "Export the later layers alone: em.Profile([profile[at] for at in profile if at > 0])."
+            "Export the later layers alone: em.Profile([profile[at] for at in profile if at > "
+            f"{int(site.stream == 'resid_pre')}])."
         )
     return after
 

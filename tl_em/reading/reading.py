@@ -26,12 +26,14 @@ import numpy as np
 from jaxtyping import Float
 
 from tl_em.arguments import NATURAL, checked
-from tl_em.artefacts import replacing
+from tl_em.artefacts import check_ending, replacing
 from tl_em.errors import CorruptFileError, UsageError
 from tl_em.showing import showable
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from tl_em.report.html import Framed
 
 SCHEMA = "tl-em/reading/1"
 _KEY = b"tl_em"
@@ -159,13 +161,9 @@ class TextReading:
         """Write a Parquet file; a page is written by ``.view().save("page.html")``.
 
         Raises:
-            OutputError: the path cannot be written. UsageError: its ending is a page's.
+            OutputError: the path cannot be written. UsageError: another ending than .parquet.
         """
-        if Path(path).suffix.lower() in (".html", ".htm"):
-            raise UsageError(
-                f"{str(path)!r} would be a table in Parquet, which no browser shows. Write the page from what "
-                ".view or .beside gives, which has a .save of its own."
-            )
+        check_ending(path, "a reading (its page is written by what .view and .beside give)", ".parquet")
         with replacing(path) as temporary, Writing(temporary, self) as writing:
             for part in self.each():
                 writing.add(part)
@@ -193,7 +191,7 @@ class TextReading:
             ) from error
 
     @checked()
-    def beside(self, other: TextReading, names: tuple[str, str] = ("first", "second")) -> Any:
+    def beside(self, other: TextReading, names: tuple[str, str] = ("first", "second")) -> Framed:
         """Two readings of the same prompts on one scale (base and tuned, untreated and steered), for a notebook.
 
         Args:
@@ -224,7 +222,7 @@ class TextReading:
         """The tokens of each text but those of its answer."""
         return [tuple(part.token[part.part != "answer"]) for part in self.each()]
 
-    def view(self) -> Any:
+    def view(self) -> Framed:
         """The texts coloured, as a page: shown by a notebook, written by its ``.save("page.html")``."""
         from tl_em.report.readings import reading_page
 

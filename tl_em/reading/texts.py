@@ -13,7 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from tl_em.arguments import COUNT, NATURAL, NOT_NEGATIVE, SEED, checked, several, whole
-from tl_em.artefacts import replacing
+from tl_em.artefacts import check_ending, replacing
 from tl_em.dictionaries.protocol import as_dictionary
 from tl_em.directions.direction import Direction, as_direction, check_fits
 from tl_em.directions.profile import Profile
@@ -95,7 +95,8 @@ def read(
         that page, ``.beside(other)`` shows two on one scale.
 
     Raises:
-        UsageError: nothing to read, two directions of one name, a threshold for none, thresholds without an alarm.
+        UsageError: nothing to read, two directions of one name, a threshold for none, thresholds without an alarm;
+            ``out`` is no .parquet.
         WidthError, ProvenanceError: a direction or dictionary of another model. NonFiniteError: NaN was read.
         ModelError: alternatives by layer of a model whose logits are more than its final norm and unembedding.
         OutputError: ``out`` cannot be written. And what ``em.generate`` raises.
@@ -111,6 +112,8 @@ def read(
 
     Source: Chen et al. 2025 (persona vectors), arXiv:2507.21509, section 3.
     """
+    if out is not None:
+        check_ending(out, "a reading", ".parquet")
     several: Any = prompts
     given: list[Any] = [prompts] if _is_one(prompts) else list(several)
     named = _named(directions)

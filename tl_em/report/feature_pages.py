@@ -100,7 +100,7 @@ def save(cards: FeatureCards, path: str | Path, *, circuitsvis: bool = False) ->
     """Write the page.
 
     Raises:
-        OutputError: the path cannot be written.
+        UsageError: no path of an HTML file. OutputError: the path cannot be written.
     """
     return write(path, render(cards, circuitsvis=circuitsvis))
 

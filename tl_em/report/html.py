@@ -25,7 +25,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from tl_em.artefacts import replacing
+from tl_em.artefacts import check_ending, replacing
 from tl_em.showing import showable, slug
 
 SANDBOX = "allow-scripts allow-downloads"
@@ -151,11 +151,13 @@ def _guest(document: str) -> str:
 
 
 def write(path: str | Path, document: str) -> Path:
-    """Write a page, whole or not at all.
+    """Write a page (or its JSON), whole or not at all.
 
     Raises:
-        OutputError: the path cannot be written.
+        UsageError: another ending. OutputError: the path cannot be written.
     """
+    page = not document.startswith("{")
+    check_ending(path, "a page" if page else "JSON", *((".html", ".htm") if page else (".json",)))
     with replacing(path) as temporary:
         temporary.write_text(document, encoding="utf-8")
     return Path(path)
@@ -186,7 +188,7 @@ class Framed:
         """Write the page.
 
         Raises:
-            OutputError: the path cannot be written.
+            UsageError: no path of an HTML file. OutputError: the path cannot be written.
         """
         return write(path, self.document)
 
@@ -194,7 +196,6 @@ class Framed:
         return frame(self.document, self.title, height=self.height, instead='view.save("page.html")')
 
     __html__ = _repr_html_
-    __str__ = _repr_html_
 
     def __repr__(self) -> str:
         n = len(self.document)

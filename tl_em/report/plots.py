@@ -24,7 +24,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import ScalarFormatter
 
 from tl_em.arguments import checked
-from tl_em.artefacts import replacing
+from tl_em.artefacts import check_ending, replacing
 from tl_em.claims.compare import SHIPPED
 from tl_em.errors import UsageError
 from tl_em.report import drawing, forest, rates
@@ -222,13 +222,13 @@ def save(figure: Figure, path: str | Path) -> Path:
     """
     path = Path(path)
     undated = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
-    if path.suffix not in undated:
-        raise UsageError(f"{path.name}: figures are written as .png, .svg or .pdf; give one of these suffixes")
-    background = "none" if path.suffix == ".svg" else "white"
+    check_ending(path, "a figure", *undated)
+    ending = path.suffix.lower()
+    background = "none" if ending == ".svg" else "white"
     salt = showable(path.stem)
     with drawing.styled(), matplotlib.rc_context({"svg.hashsalt": salt}), replacing(path) as temporary:
         drawing.seen(figure)
-        figure.savefig(temporary, dpi=300, metadata=undated[path.suffix], facecolor=background)
+        figure.savefig(temporary, dpi=300, metadata=undated[ending], facecolor=background)
     return path
 
 

@@ -16,6 +16,7 @@ import platform
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from importlib.metadata import version
@@ -131,8 +132,9 @@ def fine_tune(
         together: rows that pass together (they divide the batch); as many as 768 tokens hold, on a GPU 8,192.
         every: steps from one checkpoint to the next; a tenth of all.
         checkpointing: activations are computed again in the backward pass: less memory, a third more time.
-        monitors: ``em.training.Monitor`` values, which see the model before the first step and after each; one whose
-            alarm returns True ends the training with that step. Alarms stand in ``record.json``.
+        monitors: ``em.training.Monitor`` values, which see the model before the first step and after each (of a run
+            that is finished nothing, which is a warning); one whose alarm returns True ends the training with that
+            step. Alarms stand in ``record.json``.
         callbacks: of transformers' Trainer.
         progress: the cost, and a bar with the time left; None shows them on a terminal only.
         announce: is told what it will cost, before it starts; in place of the terminal.
@@ -179,6 +181,11 @@ def fine_tune(
     }  # fmt: skip
     folder = Path(out).expanduser()
     if _finished(folder, asked):
+        if monitors:
+            warnings.warn(
+                f"{folder} holds this very run, finished, so nothing is trained and the monitors see nothing; give "
+                "another out= to watch it", stacklevel=3,
+            )  # fmt: skip
         return folder
     show = sys.stderr.isatty() if progress is None else progress
     say = announce or ((lambda said: tqdm.write(said, sys.stderr)) if show else None)

@@ -29,9 +29,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tl_em.arguments import COUNT, SEED, checked, optional
-from tl_em.artefacts import check_writable, replacing
-from tl_em.directions.direction import Direction
+from tl_em.arguments import COUNT, SEED, checked, instance_of, list_of, optional
+from tl_em.artefacts import check_ending, check_writable, replacing
+from tl_em.directions.direction import Direction, as_direction
 from tl_em.errors import UsageError
 from tl_em.models.prompts import EncodedPrompt
 from tl_em.models.sites import Position, Site
@@ -51,6 +51,14 @@ class Transition(NamedTuple):
     step: int
     local_cosine: float
     depth: float
+
+
+_as_tokens = instance_of(
+    EncodedPrompt,
+    "EncodedPrompt",
+    "it is unknown where its tokens end",
+    "what tl_em.models.prompts.encode(model, prompts) gives, with the model before it is trained",
+)
 
 
 class Monitor:
@@ -77,9 +85,9 @@ class Monitor:
         seed: of the resampling.
 
     Raises:
-        UsageError: thresholds for none, or without an alarm; directions without prompts, a window that is no
-            multiple of `every`, a path that exists already or has another suffix. OutputError: a path that
-            cannot be written.
+        UsageError: thresholds for none, or without an alarm; directions without prompts, or at another site than
+            ``resid_post``, prompts that are no tokens, a window that is no multiple of `every`, a path that exists
+            already or has another suffix. OutputError: a path that cannot be written.
 
     Example:
         >>> path = torch.nn.Linear(1, 1, bias=False)
@@ -93,12 +101,12 @@ class Monitor:
     Source: Turner et al. 2025, arXiv:2506.11613; projections: Chen et al. 2025, arXiv:2507.21509.
     """
 
-    @checked(every=COUNT, window=optional(COUNT), seed=SEED)
+    @checked(every=COUNT, window=optional(COUNT), seed=SEED, prompts=list_of(_as_tokens))
     def __init__(
         self,
-        directions: Mapping[str, Direction] | None = None,
+        directions: Mapping[str, Direction] | Any | None = None,
         *,
-        prompts: Sequence[EncodedPrompt] = (),
+        prompts: Sequence[EncodedPrompt] | Any = (),
         groups: Groups | None = None,
         rates: Rates | None = None,
         every: int = 1,
@@ -109,7 +117,8 @@ class Monitor:
         alarm: Callable[[Alarm], Any] | None = None,
         seed: int = 0,
     ) -> None:
-        self.directions, self.prompts, self.groups, self.rates = dict(directions or {}), list(prompts), groups, rates
+        self.directions = {str(k): as_direction(f"directions[{k!r}]", v) for k, v in dict(directions or {}).items()}
+        self.prompts, self.groups, self.rates = list(prompts), groups, rates
         self.every, self.window, self.follow, self.seed = every, window, follow, seed
         self.path = None if path is None else Path(path)
         self.above, self.alarm = thresholds(above, alarm, self.directions), alarm
@@ -121,6 +130,12 @@ class Monitor:
         self._seen: deque[tuple[int, Tensor]] = deque(maxlen=1 if window is None else 2 * window // every + 1)
 
     def _check(self) -> None:
+        for each in self.directions.values():
+            if each.site.stream != "resid_post":
+                raise UsageError(
+                    f"{each.site} is not the output of a block, which is where a model in training is read; use a "
+                    "direction at em.Site(layer)"
+                )
         if self.directions and not self.prompts:
             raise UsageError("directions without prompts project nothing; pass prompts=encode(model, prompts)")
         if self.window is not None and self.window % self.every:
@@ -130,8 +145,7 @@ class Monitor:
             )
         if self.path is None:
             return
-        if self.path.suffix not in (".parquet", ".jsonl"):
-            raise UsageError(f"{self.path} is neither .parquet nor .jsonl, so it is unknown how to write it; rename it")
+        check_ending(self.path, "what a monitor saw", ".parquet", ".jsonl")
         if self.path.exists():
             raise UsageError(f"{self.path} holds what an earlier run saw and would be lost; pass another path")
         check_writable(self.path)
@@ -171,7 +185,7 @@ class Monitor:
         if self.path is None:
             return
         with replacing(self.path) as temporary:
-            if self.path.suffix == ".parquet":
+            if self.path.suffix.lower() == ".parquet":
                 self.table.to_parquet(temporary, index=False)
             else:
                 self.table.to_json(temporary, orient="records", lines=True)
@@ -228,6 +242,8 @@ class Monitor:
         """
         from tl_em.report.curves import training
 
+        if not self._rows:
+            raise UsageError("nothing was seen yet, so there is nothing to draw; train with monitors=[monitor] first")
         return training(self.table, transition=self.transition, width=width)
 
     def _repr_html_(self) -> str:
