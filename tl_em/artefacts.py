@@ -209,8 +209,7 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], about: Mapping
     return Path(path)
 
 
-class _OtherKind(CorruptFileError):
-    """A whole file, of something else."""
+_LOADERS = {"direction": "em.Direction.load", "profile": "em.Profile.load", "dictionary": "em.load_dictionary"}
 
 
 def load_tensors(
@@ -237,21 +236,19 @@ def load_tensors(
         with safe_open(str(path), framework="pt") as file:
             about = json_of((file.metadata() or {})["tl_em"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
-        if (held := str(about["schema"]).split("/"))[:1] == ["tl-em"] and len(held) > 1 and held[1] != kind:
-            raise _OtherKind(
-                f"{path} is not a {kind}: it holds a {held[1]}. Read it as that: em.Direction.load, em.Profile.load, "
-                "em.load_dictionary."
-            )
-        if about["schema"] != schema:
-            raise KeyError(f"schema {about['schema']!r}")
-        return make(tensors, about)
-    except _OtherKind:
-        raise
+        head, _, rest = str(about["schema"]).partition("/")
+        other = rest.split("/")[0] if head == "tl-em" else ""
+        if other in ("", kind):
+            if about["schema"] != schema:
+                raise KeyError(f"schema {about['schema']!r}")
+            return make(tensors, about)
     except (SafetensorError, OSError, *DAMAGE, TlEmError) as error:
         raise CorruptFileError(
             f"{path} is not a {kind} that this version can read "
             f"({type(error).__name__}: {error}); {damage}"
         ) from error
+    how = f": {_LOADERS[other]}(path)" if other in _LOADERS else ""
+    raise CorruptFileError(f"{path} is not a {kind}: it holds a {other}. Read it as that{how}.")
 
 
 DAMAGE = (LookupError, TypeError, AttributeError, ArithmeticError, ValueError)

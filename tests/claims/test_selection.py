@@ -248,6 +248,9 @@ def test_the_controls_have_the_same_treatment_and_the_result_says_all_of_it(sele
     assert selection.table["layer"].max() > 0  # a copy was changed
     figure = selection.plot()
     assert figure.axes[0].get_title(loc="left") == "bypass: ablated"
+    assert all(float(tick).is_integer() for ax in figure.axes for tick in ax.get_xticks())
+    named = [each.get_text() for each in figure.legends[0].get_texts()]
+    assert {"bound", "layers too deep"} <= set(named) and selection.criteria.max_kl in figure.axes[2].get_yticks()
     assert len(plots.selection(selection, width=3.25).axes) == 3
 
 

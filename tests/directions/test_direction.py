@@ -12,6 +12,7 @@ import torch
 
 from tl_em.directions.direction import Direction
 from tl_em.directions.extract import difference_in_means
+from tl_em.directions.profile import Profile
 from tl_em.errors import (
     CorruptFileError,
     NonFiniteError,
@@ -44,6 +45,13 @@ def test_a_direction_survives_its_file_bit_for_bit(small_model: LensModel, tmp_p
     bare = Direction(torch.ones(8), Site(0))
     again = Direction.load(bare.save(tmp_path / "bare.safetensors"))
     assert (again.reliability, again.provenance) == (None, None)
+    assert loaded == made and again == bare and len({made, loaded, bare, again}) == 2
+    assert bare != made and bare != Direction(2 * torch.ones(8), Site(0)) and bare != bare.renamed("b") and bare != 1
+    profile = Profile([made])
+    assert Profile.load(profile.save(tmp_path / "profile.safetensors")) == profile != Profile([made.renamed("b")])
+    with pytest.raises(CorruptFileError, match=r"holds a profile. Read it as that: em\.Profile\.load\(path\)") as other:
+        Direction.load(tmp_path / "profile.safetensors")
+    assert type(other.value) is CorruptFileError
 
 
 def test_corrupt_files_are_one_typed_error(tmp_path: Path) -> None:

@@ -67,6 +67,7 @@ def test_it_is_a_mapping_from_layers_whatever_order_it_came_in() -> None:
     assert profile.renamed("y").name == "y"
     assert repr(profile) == "Profile(x, resid_post at layers 0-2, d_model=32)"
     assert repr(em.Profile(directions(layers=(0, 2)))) == "Profile(x, resid_post at layers 0, 2, d_model=32)"
+    assert repr(profile[:1]) == "Profile(x, resid_post at layer 0, d_model=32)"
     assert list(profile.to_pandas().layer) == [0, 1, 2] and "<table" in profile._repr_html_()
     with pytest.raises(KeyError, match="0-2"):
         profile[3]

@@ -96,6 +96,12 @@ def test_what_transformers_4_knows_by_another_name_is_said_by_both(rope: Any, sa
     assert named == "PreTrainedTokenizerFast"
 
 
+def test_saving_says_nothing_on_the_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """transformers draws a bar, "Writing model shards"."""
+    directories.fill_directory(tmp_path, make_hf_model("llama"), make_tokenizer())
+    assert capfd.readouterr() == ("", "")
+
+
 def test_two_kinds_of_layers_keep_their_two_thetas() -> None:
     rope = {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}  # fmt: skip

@@ -178,6 +178,9 @@ def test_a_page_has_peaks_and_under_each_token_its_layers(
     two = reading.tokens.two
     for value in (two.max(), two.min()):
         assert number(float(value)) in page.split("peaks", 2)[2].split("</p>")[0]
+    assert f"<span>token 0</span><span>{len(reading.tokens) - 1}</span>" in page and "<span>layer 0</span>" in page
+    assert "the whole answer in" in page
+    assert "the whole answer in" not in em.read(pair.tuned, SHORT, directions).view().document
     row = page.split('<tr class="layers">')[5].split("</table>")[0]
     table = reading.layer_table(int(reading.tokens["at"][4]))
     for layer, value in enumerate(table.two):
@@ -191,13 +194,17 @@ def test_a_page_has_peaks_and_under_each_token_its_layers(
         assert "logit lens" not in em.read(pair.tuned, SHORT, directions, **plain).view().document  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("more", [
-    {"prompts": 3}, {"prompts": []}, {"directions": ()}, {"above": {"two": 1.0}}, {"alarm": print},
-    {"above": {"three": 1.0}, "alarm": print},
+@pytest.mark.parametrize(("more", "said"), [
+    ({"prompts": 3}, "nothing to read"), ({"prompts": []}, "nothing to read"), ({"directions": ()}, "nothing to read"),
+    ({"above": {"two": 1.0}}, "^above= is given without alarm="), ({"alarm": print}, "^alarm= is given without above="),
+    ({"above": {"three": 1.0}, "alarm": print}, "'three', which nobody reads"), ({"layers": "all"}, "layers=True"),
+    ({"directions": "persona"}, "^directions='persona' is no Direction"), ({"directions": 3}, "^directions=3 is no"),
 ])  # fmt: skip
-def test_what_cannot_be_read_is_said(pair: em.ModelPair, directions: dict[str, em.Direction], more: Any) -> None:
+def test_what_cannot_be_read_is_said(
+    pair: em.ModelPair, directions: dict[str, em.Direction], more: Any, said: str
+) -> None:
     given = {"prompts": SHORT, "directions": directions} | more
-    with pytest.raises((UsageError, PromptError)):
+    with pytest.raises((UsageError, PromptError), match=said):
         em.read(pair.tuned, given.pop("prompts"), **given)
 
 

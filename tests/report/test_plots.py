@@ -125,6 +125,8 @@ def test_use_fits_its_axis_to_log_odds(report: Any) -> None:
 def test_missing_intervals_are_drawn_as_points(report: Any) -> None:
     table = report.rates.assign(low=np.nan, high=np.nan)
     rates.by_domain(table).canvas.draw()
+    with pytest.raises(UsageError, match=r"width=0\.1 is out of range"):
+        rates.by_domain(table, width=0.1)
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])

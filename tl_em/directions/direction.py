@@ -36,6 +36,8 @@ _RECORDS: dict[str, Any] = {"provenance": Provenance, "reliability": Estimate, "
 class Direction:
     """A vector of the residual stream (or of what is written to it), with its provenance.
 
+    Two are equal where the vectors and all that is said of them are.
+
     Args:
         vector: Float[" d_model"], in the units of the activations; made float32, detached, on the CPU. A tensor of any
             dtype and device, an array of numpy, or a list of numbers.
@@ -80,6 +82,14 @@ class Direction:
                 "check that their prompts differ, or scale a vector of your own"
             )
         object.__setattr__(self, "vector", vector)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Direction):
+            return NotImplemented
+        return torch.equal(self.vector, other.vector) and record_of(self) == record_of(other)
+
+    def __hash__(self) -> int:
+        return hash((self.site, self.position, self.name, len(self.vector)))
 
     @cached_property  # an edit asks for it at every hook point and token
     def unit(self) -> Float[Tensor, " d_model"]:

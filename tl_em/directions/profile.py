@@ -57,7 +57,7 @@ class Profile(Mapping[int, Direction]):
         >>> profile, profile[2].site
         (Profile(persona, resid_pre at layers 1-2, d_model=96), Site(layer=2, stream='resid_pre'))
         >>> profile[2:]
-        Profile(persona, resid_pre at layers 2, d_model=96)
+        Profile(persona, resid_pre at layer 2, d_model=96)
         >>> with em.intervene(pair.base, em.Add(profile, 0.5)):
         ...     answer = em.generate(pair.base, ["how do i write parser"], max_new_tokens=4)
 
@@ -199,9 +199,8 @@ class Profile(Mapping[int, Direction]):
 
     def __repr__(self) -> str:
         method = (self.directions[0].method or "unnamed").replace("_", " ")
-        return showable(
-            f"Profile({self.name or method}, {self.stream} at layers {_listed(self.layers)}, d_model={self.width})"
-        )
+        layers = f"layer{'s' * (len(self) > 1)} {_listed(self.layers)}"
+        return showable(f"Profile({self.name or method}, {self.stream} at {layers}, d_model={self.width})")
 
 
 def _listed(layers: tuple[int, ...]) -> str:

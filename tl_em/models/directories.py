@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tl_em.errors import ModelError, OutputError, first_line
+from tl_em.models.upstream_chatter import quiet
 
 
 def fill_directory(folder: Path, hf_model: Any, tokenizer: Any) -> None:
@@ -25,9 +26,10 @@ def fill_directory(folder: Path, hf_model: Any, tokenizer: Any) -> None:
     from safetensors import SafetensorError
 
     try:
-        hf_model.save_pretrained(folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+        with quiet():  # a bar of transformers' own
+            hf_model.save_pretrained(folder)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
         _say_for_older(folder)
     except (OSError, SafetensorError) as error:
         raise OutputError(

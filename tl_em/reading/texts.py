@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -42,6 +42,10 @@ def _as_layers(name: str, value: Any) -> bool | list[int]:
     """True for all, or numbers of blocks."""
     if isinstance(value, bool) or value is None:
         return bool(value)
+    if isinstance(value, str):
+        raise UsageError(
+            f"{name}={value!r:.60} is a text, and layers have numbers; give {name}=True for all, or a list of numbers"
+        )
     return [whole(name, each, low=0) for each in several(name, value)]
 
 
@@ -184,6 +188,8 @@ def _by_name(directions: Any) -> dict[str, Direction]:
         directions = list(directions.values())
     if isinstance(directions, Mapping):
         return {str(name): as_direction(f"directions[{name!r}]", each) for name, each in directions.items()}
+    if isinstance(directions, str | bytes) or not isinstance(directions, Iterable):
+        directions = as_direction("directions", directions)
     given = [directions] if isinstance(directions, Direction) else list(directions)
     each = [as_direction(f"directions[{i}]", one) for i, one in enumerate(given)]
     names = [one.name or one.method or "direction" for one in each]

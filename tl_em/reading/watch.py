@@ -63,10 +63,17 @@ def thresholds(above: Mapping[str, float] | None, alarm: Any, names: Iterable[st
         UsageError: thresholds of what nobody reads, or without an alarm, or an alarm without thresholds.
     """
     limits = {str(name): finite(f"above[{name!r}]", value) for name, value in (above or {}).items()}
-    if (unknown := set(limits) - set(names)) or bool(limits) != (alarm is not None):
+    read = [str(name) for name in names]
+    if unknown := sorted(set(limits) - set(read)):
         raise UsageError(
-            f"above={limits!r} with alarm={alarm!r}: nothing would ever be told, as nobody reads {sorted(unknown)!r}, "
-            "or one is missing of when and what to do; pass both, thresholds by the names of directions"
+            f"above= has a threshold for {unknown[0]!r}, which nobody reads, so nothing would ever be told; give "
+            f"thresholds by the names of directions ({', '.join(map(repr, read)) or 'there are none'})"
+        )
+    if bool(limits) != (alarm is not None):
+        missing, given = ("above", "alarm") if alarm is not None else ("alarm", "above")
+        raise UsageError(
+            f"{given}= is given without {missing}=, so nobody would ever be told; give both: above={{name: threshold}} "
+            "and alarm=, a function that is called with each em.reading.Alarm"
         )
     return limits
 

@@ -108,7 +108,7 @@ def inches(width: float | str | Any) -> float:
                 f"width= one of {', '.join(map(repr, WIDTHS))}, or inches"
             )
         return WIDTHS[width]
-    return finite("width", width, low=0, open_low=True)
+    return finite("width", width, low=1, high=100)
 
 
 class Picture(Figure):

@@ -21,7 +21,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import FixedLocator, MaxNLocator, ScalarFormatter
 
 from tl_em.arguments import checked
 from tl_em.artefacts import check_ending, replacing
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
+_DECADES = (0.01, 0.1, 1, 10, 100)
 TITLES = {
     "level": "level, own gaps",
     "projection_positive": "positive class",
@@ -122,15 +123,20 @@ def selection(found: Any, *, width: float = 7.0) -> Figure:
         chosen = table[table["fate"] == "chosen"]
         ax.plot(chosen["layer"], chosen[name], "*", markersize=9, color=drawing.INK, zorder=3)
         ax.set_xlim(-0.5, bounds.n_layers - 0.5)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.set_xlabel("layer")
         ax.set_title(titles[name])
         if name == "kl":
             ax.set_yscale("symlog", linthresh=bounds.max_kl)
+            higher = [each for each in _DECADES if each > 2 * bounds.max_kl]
+            ax.yaxis.set_major_locator(FixedLocator([0, bounds.max_kl, *higher]))
             ax.yaxis.set_major_formatter(ScalarFormatter())
     handles: list[Any] = [Line2D([], [], label=drawing.named(p), **_series(i)) for i, p in enumerate(positions)]
     handles.append(Line2D([], [], marker="*", linestyle="", color=drawing.INK, label="chosen"))
     handles.append(Patch(facecolor=drawing.BAND, label="random directions (95 %)"))
-    figure.legend(handles=handles, loc="outside upper left", ncols=4 if width >= 5 else 2)
+    handles.append(Line2D([], [], label="bound", **drawing.DASHED))
+    handles.append(Patch(facecolor=drawing.RULE, alpha=0.3, label="layers too deep"))
+    figure.legend(handles=handles, loc="outside upper left", ncols=6 if width >= 6.5 else 3 if width >= 5 else 2)
     return figure
 
 

@@ -44,13 +44,15 @@ class ShadedToken(NamedTuple):
 
 
 class Strip(NamedTuple):
-    """A direction over the tokens of one text: points of its line and of its band, and the ends of its axis."""
+    """A direction over the tokens of one text (or over layers): its line and its band, and the ends of both axes."""
 
     line: str
     band: str
     zero: float
     low: str
     high: str
+    first: int
+    last: int
 
 
 class Peak(NamedTuple):
@@ -117,10 +119,11 @@ def reading_page(readings: Mapping[str, TextReading]) -> Framed:
         for i in range(min(map(len, shown.values())))
     ]  # fmt: skip
     columns = {name: _columns(parts[0], list(first.sites)) for name, parts in shown.items()}
+    answers = any("answer" in set(part.part) for parts in shown.values() for part in parts)
     document = environment().get_template("reading.html.j2").render(
         policy=POLICY, version=tl_em.__version__, texts=texts, sites=first.sites, columns=columns, scales=scales,
         several=len(readings) > 1, more=more, width=_WIDTH, height=_HEIGHT, number=number, sink=round(SINK),
-        most=TEXTS, cut=TOKENS, layers=bool(first.layers), layered=LAYERED,
+        answers=answers, most=TEXTS, cut=TOKENS, layers=bool(first.layers), layered=LAYERED,
         lens="likely by layer" in next(iter(shown.values()))[0], all_layered=next(room, None) is not None,
     )  # fmt: skip
     by = ", ".join(map(showable, first.sites)) or "no direction"
@@ -168,10 +171,10 @@ def _line(reading: TextReading, name: str, rows: pd.DataFrame, direction: str, s
         return Peak(at, tokens[at].text, number(float(values[at])))
 
     most, least = peak(int(np.nanargmax(usual))), peak(int(np.nanargmin(usual)))
-    return Line(name, tokens, _strip(values, band, scale), most, least)
+    return Line(name, tokens, _strip(values, band, scale, rows["at"]), most, least)
 
 
-def _strip(values: np.ndarray, band: np.ndarray, scale: ColourScale) -> Strip:
+def _strip(values: np.ndarray, band: np.ndarray, scale: ColourScale, places: Any) -> Strip:
     def y(value: float) -> float:
         return round(float(np.clip((scale.high - value) / (scale.high - scale.low), 0, 1)) * _HEIGHT, 1)
 
@@ -179,7 +182,8 @@ def _strip(values: np.ndarray, band: np.ndarray, scale: ColourScale) -> Strip:
     up = [f"{round(i * step, 1)},{y(b)}" for i, b in enumerate(band)]
     down = [f"{round(i * step, 1)},{y(-b)}" for i, b in enumerate(band)]
     line = " ".join(f"{round(i * step, 1)},{y(v)}" for i, v in enumerate(values))
-    return Strip(line, " ".join([*up, *reversed(down)]), y(0.0), number(scale.low), number(scale.high))
+    ends = number(scale.low), number(scale.high), int(min(places)), int(max(places))
+    return Strip(line, " ".join([*up, *reversed(down)]), y(0.0), *ends)
 
 
 def _columns(rows: pd.DataFrame, directions: list[str]) -> list[str]:
@@ -211,7 +215,8 @@ def _panel(reading: TextReading, row: Mapping[Any, Any]) -> LayerPanel:
     for name in reading.sites:
         values = table[name].to_numpy(dtype=float)
         every = np.concatenate([values, band, -band])
-        strips[name] = _strip(values, band, ColourScale(0.0, 1.0, float(every.min()), float(every.max())))
+        scale = ColourScale(0.0, 1.0, float(every.min()), float(every.max()))
+        strips[name] = _strip(values, band, scale, table.layer)
     cells = {name: [number(float(value)) for value in table[name]] for name in reading.sites}
     if cells:
         cells["random, 95 %"] = [f"±{number(float(each))}" for each in band]
