@@ -326,7 +326,7 @@ def _differences(planned: Mapping[str, Any], now: Mapping[str, Any], version: st
             yield f"{key}: planned {first!r}, now {second!r} ({call})"
     for key, argument in (("questions", "questions"), ("directions", "contrasts")):
         for name, each in planned[key].items():
-            own = now[key].get(name)
+            own = now.get(key, {}).get(name)
             if own is None:
                 yield f"{name}: planned, now not asked (pass {argument}= with {', '.join(planned[key])})"
                 continue

@@ -29,10 +29,12 @@ __all__ = ["AttributionGraph", "GraphDiff", "Node"]
 class _Shown:
     """A graph or a difference of graphs, on a page and as a figure."""
 
+    @checked()
     def save_html(self, path: str | Path) -> Path:
         """See :func:`tl_em.graph.view.save_page`."""
         return view.save_page(self, path)  # pyright: ignore[reportArgumentType]
 
+    @checked()
     def save_figure(self, path: str | Path, *, width: float | str | Any = 7.0, links: SupportsInt = 150) -> Path:
         """A figure for a paper that does not move: SVG or PDF, or PNG at 300 dots an inch; see ``report.graphs``.
 

@@ -27,7 +27,7 @@ from matplotlib.patches import Patch
 from matplotlib.text import Text
 from matplotlib.ticker import FixedFormatter, Formatter, FuncFormatter
 
-from tl_em.arguments import finite
+from tl_em.arguments import checked, finite
 from tl_em.errors import UsageError
 from tl_em.showing import showable
 from tl_em.threads import own_warnings
@@ -123,6 +123,7 @@ class Picture(Figure):
             seen(self)
             super().draw(renderer)
 
+    @checked()
     def save_figure(self, path: str | Path) -> Path:
         """Write it for a paper: SVG or PDF, or PNG at 300 dots an inch, by the path's suffix.
 
