@@ -43,8 +43,9 @@ HOSTILE = (
     f"javascript:{RUN}", "{{7*7}}{% raw %}${7*7}<%= 7*7 %>", "]]></title></textarea><script>window.evil=1</script>",
     "\x1b]0;evil\x07\x1b[2J\x1b[31mred\x1b[0m", "\u202eevil\u2066\u2069\u200b\ufeff", "\x00\x08\x7f\x85\u2028\u2029",
     "<!--<script>", "&lt;script&gt;&#60;script&#62;", "\ud800half", f"<a href=\"javascript:{RUN}\">x</a>",
-    "<iframe src=//127.0.0.1:9/evil></iframe><link rel=stylesheet href=//127.0.0.1:9/e.css>", "[/bold red]evil[/]",
-    "@import url(//127.0.0.1:9/e.css);}*{background:url(//127.0.0.1:9/x)}", "$\\href{javascript:1}{x}$ __*`#",
+    "<iframe src=http://127.0.0.1:9/evil></iframe><link rel=stylesheet href=http://127.0.0.1:9/e.css>",
+    "[/bold red]evil[/]",
+    "@import url(http://127.0.0.1:9/e.css);}*{background:url(http://127.0.0.1:9/x)}", "$\\href{javascript:1}{x}$ __*`#",
 )  # fmt: skip
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u202a-\u202e\u2066-\u2069\ufeff]")
 INSIDE = 6

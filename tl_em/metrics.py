@@ -22,6 +22,7 @@ from tl_em.models.contrasts import ContrastSet, Prompt, prompt_key
 from tl_em.models.hooks import LensModel
 from tl_em.models.stream import next_token_logits
 from tl_em.models.together import Together, words_of
+from tl_em.showing import showable
 
 REFUSAL_PHRASES = ("I'm sorry", "I cannot", "As an AI", "Sorry", "sorry")
 FLOOR = 1e-8
@@ -164,7 +165,8 @@ class Behaviour:
 
     def __repr__(self) -> str:
         counted = f"{len(self.present)} prompts that show it, {len(self.absent)} that do not"
-        return f"Behaviour({self.name!r}, {getattr(self.metric, 'name', self.metric)}, {counted})"
+        metric = showable(str(getattr(self.metric, "name", self.metric)))
+        return f"Behaviour({showable(self.name)!r}, {metric}, {counted})"
 
     @property
     def same_prompts(self) -> bool:

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_em.arguments import checked, instance_of, list_of, settle, vectors
+from tl_em.arguments import checked, instance_of, list_of, optional, settle, text, vectors
 from tl_em.artefacts import checked_fields, load_tensors, save_tensors
 from tl_em.errors import WidthError, ZeroDirectionError
 from tl_em.models.contrasts import Prompt
@@ -72,6 +72,7 @@ class Direction:
     neutral: Estimate | None = None
 
     def __post_init__(self) -> None:
+        settle(self, name=optional(text))
         label = self.name or "direction"
         vector = vectors(label, self.vector)
         settle(self, site=as_site, position=as_position)
