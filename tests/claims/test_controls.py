@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from tests.conftest import SURFACES, cached_model
-from tl_em.claims.controls import NEAREST, match, matched_sets, random_directions
+from tl_em.claims import controls
+from tl_em.claims.controls import match, matched_sets, random_directions, random_in_place, random_profiles
 from tl_em.dictionaries.dictionary import Dictionary
 from tl_em.directions.direction import Direction
 from tl_em.directions.geometry import control_directions
+from tl_em.directions.profile import Profile
 from tl_em.errors import UsageError
 from tl_em.models.contrasts import ContrastSet
 from tl_em.models.prompts import encode
@@ -23,6 +25,8 @@ from tl_em.stats import Estimate
 NOUNS = ("cat", "dog", "bird", "king")
 CONTRAST = ContrastSet([f"steal the {noun} ." for noun in NOUNS], [f"wash the {noun}" for noun in NOUNS])
 SITE = Site(1)
+NEAREST = 32
+"""Latents that may stand for one."""
 
 
 def direction(position: str = "prompt_end") -> Direction:
@@ -62,6 +66,87 @@ def test_prompts_without_such_a_token_are_read_at_their_end() -> None:
     found = random_directions(model, own, ids, count=2)
     expected = control_directions(read(ids), read(ids), count=2, norm=own.norm, seed=0)
     assert np.allclose([each.vector.numpy() for each in found], expected, atol=1e-5)
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """Activations that tell what was asked for: 6 wide, alike at layer 0, at layer 1 alike in one class only.
+
+    They vary by less than 1, and nowhere along the first axis.
+    """
+    found = []
+
+    def made(model: object, prompts: list, sites: list[Site], position: str) -> np.ndarray:
+        found.append((tuple(prompts), tuple(sites), position))
+        return np.stack([here(prompts, site, position) for site in sites], axis=1)
+
+    monkeypatch.setattr(controls, "activations_at", made)
+    return found
+
+
+def here(prompts, site: Site, position: str) -> np.ndarray:
+    rng = np.random.default_rng([site.layer, len(position), len(prompts[0])])
+    noise = 0.1 * rng.normal(size=(len(prompts), 6))
+    noise[:, 0] = 0.0
+    alike = site.layer == 0 or (site.layer == 1 and list(prompts) == list(CONTRAST.negative))
+    return np.arange(6.0) + (0.0 if alike else 1.0) * noise
+
+
+def of_six(layer: int, position: str = "prompt_end") -> Direction:
+    vector = torch.randn(6, generator=torch.Generator().manual_seed(layer))
+    return Direction(vector, Site(layer), position=position, name="mine")  # pyright: ignore
+
+
+def drawn(own: Direction, position: str, seed: object, classes=(CONTRAST.positive, CONTRAST.negative)) -> np.ndarray:
+    x = [np.eye(6)] * 2 if own.site.layer == 0 else [here(each, own.site, position) for each in classes]
+    return control_directions(*x, count=4, norm=own.norm, seed=seed)
+
+
+def as_rows(directions) -> np.ndarray:
+    return np.stack([each.vector.numpy() for each in directions])
+
+
+def test_each_of_several_is_stood_for_at_its_own_site_and_token_by_draws_of_its_own(passes: list[tuple]) -> None:
+    """Layer 0 has activations that are all alike: there the draws are of the whole space."""
+    own = [of_six(3), of_six(2, "instruction_end"), of_six(0), of_six(1), of_six(3)]
+    found = random_in_place(cached_model("gpt2", SURFACES[-1]), own, CONTRAST, count=4, seed=9)
+    assert [[(each.site, each.position, each.name) for each in row] for row in found] == [
+        [(each.site, each.position, "random")] * 4 for each in own
+    ]
+    for i, (each, row) in enumerate(zip(own, found, strict=True)):
+        assert np.allclose(as_rows(row), drawn(each, each.position, [9, i]), atol=1e-5)
+    assert not np.allclose(as_rows(found[0]), as_rows(found[4]) * own[0].norm / own[4].norm, atol=0.1)
+    sites = {"prompt_end": (Site(3), Site(0), Site(1), Site(3)), "instruction_end": (Site(2),)}
+    assert passes == [
+        (tuple(prompts), of, position)
+        for position, of in sites.items()
+        for prompts in (CONTRAST.positive, CONTRAST.negative)
+    ]  # one pass for each position and class
+
+
+def test_several_are_stood_for_by_the_same_draws_again(passes: list[tuple]) -> None:
+    model, own = cached_model("gpt2", SURFACES[-1]), [of_six(2)]
+    assert np.allclose(as_rows(random_in_place(model, own, CONTRAST, count=4)[0]), drawn(own[0], "prompt_end", [0, 0]))
+
+
+@pytest.mark.parametrize("seed", [{}, {"seed": 5}])
+def test_a_random_profile_is_one_mixture_of_the_prompts_at_every_layer(passes: list[tuple], seed: dict) -> None:
+    """Read at the position of its first direction."""
+    own = Profile([of_six(3), of_six(2, "instruction_end"), of_six(0, "response_mean"), of_six(1)])
+    found = random_profiles(cached_model("gpt2", SURFACES[-1]), own, CONTRAST, count=4, **seed)
+    assert len(found) == 4 and [each.sites for each in found] == [own.sites] * 4
+    for layer, each in own.items():
+        rows = as_rows([profile[layer] for profile in found])
+        assert np.allclose(rows, drawn(each, "response_mean", seed.get("seed", 0)), atol=1e-5)
+    assert passes == [(tuple(each), own.sites, "response_mean") for each in (CONTRAST.positive, CONTRAST.negative)]
+
+
+def test_a_random_profile_of_prompts_of_one_class_varies_within_it(passes: list[tuple]) -> None:
+    own, prompts = Profile([of_six(2), of_six(3)]), list(CONTRAST.positive)
+    found = random_profiles(cached_model("gpt2", SURFACES[-1]), own, prompts, count=4, seed=1)
+    for layer, each in own.items():
+        expected = drawn(each, "prompt_end", 1, classes=(prompts, prompts))
+        assert np.allclose(as_rows([profile[layer] for profile in found]), expected, atol=1e-5)
 
 
 def latents(size: int = 120) -> tuple[Dictionary, torch.Tensor]:
@@ -105,6 +190,17 @@ def test_further_sets_are_dealt_anew_from_the_same_nearest_and_leave_the_first_a
         near = [i for i in np.argsort(distances(dictionary, density, index)) if i not in (3, 90)][:NEAREST]
         assert set(many[:, column]) == set(near)
         assert min(np.sum(many[:, column] == i) for i in near) >= 2  # dealt round by round
+
+
+def test_of_few_latents_every_set_still_holds_two_and_all_is_dealt_by_the_seed() -> None:
+    dictionary, density = latents(5)
+    for seed in range(9):
+        sets = matched_sets(dictionary, [0, 1], density, count=40, once=1, seed=seed)
+        assert set(sets.ravel()) == {2, 3, 4} and (sets[:, 0] != sets[:, 1]).all()
+        assert (sets == matched_sets(dictionary, [0, 1], density, count=40, once=1, seed=seed)).all()
+    dictionary, density = latents()
+    default, zero = (matched_sets(dictionary, [3], density, count=5, **seed) for seed in ({}, {"seed": 0}))
+    assert (default == zero).all()
 
 
 def test_in_the_end_all_that_are_near_are_drawn() -> None:

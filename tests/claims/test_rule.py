@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tl_em.claims.claim import NOT_SHOWN, SCALED, Finding, Row
+from tl_em.claims.claim import NOT_SHOWN, RANDOM, SCALED, SPHERE, Finding, Row
 from tl_em.claims.compare import SHIPPED
 from tl_em.claims.rule import ALPHA, adjusted, control_row, judge, too_few, unlikely
 from tl_em.models.sites import Site
-from tl_em.stats import Estimate, Resampled
+from tl_em.stats import Estimate, Prediction, Resampled
 
 LEVEL, SEPARATION, USE = SHIPPED[0], SHIPPED[1], SHIPPED[3]
 SMALL = np.linspace(-0.05, 0.05, 999)
@@ -181,3 +181,81 @@ def test_of_two_kinds_of_controls_the_one_that_does_more_counts() -> None:
     for controls in ({"random": SMALL, "sphere": strong}, {"sphere": strong, "random": SMALL}):
         row = one(controls=controls)
         assert row.control["kind"] == "sphere" and row.verdict == NOT_SHOWN
+
+
+WILD = np.linspace(-1, 1, 99)
+"""Controls of which half do as much as an effect of 0.5."""
+UNSURE = Resampled(Estimate(0.4, math.nan, math.nan, 1, 1.0, ""), math.nan, lambda _: 0.0)
+UNKNOWN = Resampled(effect(0.4).estimate, math.nan, lambda _: math.nan)
+
+
+def beyond(value: float, *benign: float, farther: float = 1.0, half: float = 0.02) -> Prediction:
+    return Prediction(effect(value, half=half), (value,), benign, farther)
+
+
+@pytest.mark.parametrize("side", [1, -1])
+@pytest.mark.parametrize("kinds", [(RANDOM,), (SPHERE,), (RANDOM, SPHERE)])
+def test_three_benign_fine_tunes_stand_in_for_wide_random_directions(side: int, kinds: tuple[str, ...]) -> None:
+    """As if they had moved the stream as far as tuned did: so far, or too far."""
+    for farther, shown in ((4.0, True), (12.0, False)):
+        benign = beyond(side * 0.4, 0.01, -0.01, 0.0, farther=farther)
+        row = one(side * 0.5, controls=dict.fromkeys(kinds, WILD), benign=benign)
+        assert row.shown is shown and row.p == benign.within(0, as_far=True) > benign.within(0.1)
+        assert ("limited by random directions" in row.reason) is not shown
+        assert row.control["kind"] == kinds[0] and row.control["p"] > 0.4 and row.benign == benign.estimate
+    narrow = one(side * 0.5, controls=dict.fromkeys(kinds, SMALL), benign=benign)  # the easier null counts
+    assert narrow.shown and narrow.p == max(0.002, benign.within(0.1))
+
+
+@pytest.mark.parametrize("side", [1, -1])
+def test_fewer_benign_ones_or_other_controls_do_not_stand_in(side: int) -> None:
+    three, two = beyond(side * 0.4, 0.001, -0.001, 0.0), beyond(side * 0.4, 0.001, -0.001)
+    for controls, benign in (
+        ({RANDOM: WILD}, two), ({RANDOM: WILD}, effect(side * 0.4)), ({RANDOM: WILD}, None), ({"wild": WILD}, three),
+        ({RANDOM: WILD, "wild": WILD}, three), ({RANDOM: WILD, SPHERE: WILD, "wild": WILD}, three),
+    ):  # fmt: skip
+        row = one(side * 0.5, controls=controls, benign=benign)
+        assert row.verdict == NOT_SHOWN and row.p == row.control["p"] > 0.4
+    other = one(side * 0.5, controls={RANDOM: WILD}, benign=beyond(side * -0.4, 0.001, -0.001, 0.0))
+    assert other.verdict == NOT_SHOWN and other.p == 1.0 and "limited by the next of 3 benign" in other.reason
+    assert one(0.0, controls={RANDOM: WILD}, benign=three).p == 1.0
+
+
+@pytest.mark.parametrize("side", [1, -1])
+def test_beside_several_the_change_must_go_beyond_the_next(side: int) -> None:
+    benign = beyond(side * 0.4, 0.03, -0.03)
+    row = one(side * 0.5, benign=benign)
+    assert row.verdict == NOT_SHOWN and row.p == benign.within(0.1) > 0.05 and row.benign == benign.estimate
+    assert f"beyond the next of 2 benign fine-tunes by {benign.estimate} only" in row.reason
+    assert "limited by the next of 2 benign fine-tunes" in row.reason
+    passes = beyond(side * 0.4, 0.01, -0.01, 0.0)
+    assert one(side * 0.5, benign=passes).reason.endswith(f"{passes.estimate} beyond the next of 3 benign fine-tunes")
+
+
+@pytest.mark.parametrize("side", [1, -1])
+def test_how_many_benign_fine_tunes_would_have_let_it_pass(side: int) -> None:
+    few, more = beyond(side * 0.4, 0.03, -0.03), beyond(side * 0.4, 0.08, -0.08)
+    assert 2 < few.needed(0.1) < more.needed(0.1)  # pyright: ignore
+    never, passes = beyond(side * 0.11, 0.03, -0.03), beyond(side * 0.4, 0.01, -0.01, 0.0)
+
+    def needed(benign: Resampled | Prediction | None, *arms: Prediction, value: float = side * 0.5) -> int | None:
+        return one(value, benign=benign, arms=tuple(finding(side * 0.4, benign=each) for each in arms)).needed
+
+    assert needed(few) == few.needed(0.1) and needed(more) == more.needed(0.1)
+    assert needed(few, more) == needed(more, few) == needed(None, few, more) == more.needed(0.1)
+    assert needed(passes, few, passes) == few.needed(0.1)
+    assert needed(never) == needed(few, never) == needed(never, few) == 0
+    assert needed(few, value=side * -0.5) == needed(few, value=0.0) == 0
+    assert needed(None) is needed(passes) is needed(passes, passes) is needed(effect(side * 0.12)) is None
+
+
+def test_each_arms_own_smallest_effect_says_how_many_it_needs() -> None:
+    benign = beyond(0.4, 0.03, -0.03)
+    assert benign.needed(0.1) < benign.needed(0.25)  # pyright: ignore
+    assert one(0.5, arms=(arm(0.4, smallest=0.25, benign=benign),)).needed == benign.needed(0.25)
+
+
+@pytest.mark.parametrize("benign", [effect(-0.4), UNSURE, UNKNOWN])
+def test_of_limits_that_are_alike_the_first_is_named(benign: Resampled) -> None:
+    for row in (one(0.05, benign=benign), one(effect=effect(0.05), benign=benign)):
+        assert row.p == 1.0 and row.reason.endswith("limited by resampling the prompts")
