@@ -186,7 +186,10 @@ class Loop:
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         self.items = {item.nodeid: item for item in session.items}
         modules = {file: _module(file) for file in dict.fromkeys(m.file for m in self.wanted)}
+        gc.unfreeze()  # the suite freezes what it imported, and what is frozen is in no list
         held = {file: [f for f in gc.get_objects() if _is_of(f, module)] for file, module in modules.items()}
+        if empty := [file for file, functions in held.items() if not functions]:
+            raise SystemExit(f"no function of {', '.join(empty)} is found, so that no change would be tried")
         reached = self._reached({str(module.__file__): file for file, module in modules.items()})
         gc.collect()
         gc.freeze()  # what a mutant makes can be told from what was there

@@ -25,7 +25,7 @@ from tl_em.stats import Estimate
 NOUNS = ("cat", "dog", "bird", "king")
 CONTRAST = ContrastSet([f"steal the {noun} ." for noun in NOUNS], [f"wash the {noun}" for noun in NOUNS])
 SITE = Site(1)
-NEAREST = 32
+STAND_INS = 32
 """Latents that may stand for one."""
 
 
@@ -173,7 +173,7 @@ def test_stand_ins_are_drawn_from_the_nearest(count: int) -> None:
     others = np.setdiff1d(np.arange(120), own + never)
     for column, index in enumerate(own):
         near = others[np.argsort(distances(dictionary, density, index)[others])]
-        reach = max(NEAREST, count + 2)
+        reach = max(STAND_INS, count + 2)
         assert set(sets[:, column]) <= set(near[:reach])
         assert set(sets[:, column]) != set(near[:count])  # drawn, and not simply the nearest
     assert (sets == matched_sets(dictionary, own, density, count=count, without=never, seed=0)).all()
@@ -187,17 +187,17 @@ def test_further_sets_are_dealt_anew_from_the_same_nearest_and_leave_the_first_a
     assert (few == matched_sets(dictionary, [3, 90], density, count=20, seed=5)).all()
     assert all(len(set(row)) == 2 for row in many) and len({tuple(row) for row in many.tolist()}) > 90
     for column, index in enumerate([3, 90]):
-        near = [i for i in np.argsort(distances(dictionary, density, index)) if i not in (3, 90)][:NEAREST]
+        near = [i for i in np.argsort(distances(dictionary, density, index)) if i not in (3, 90)][:STAND_INS]
         assert set(many[:, column]) == set(near)
         assert min(np.sum(many[:, column] == i) for i in near) >= 2  # dealt round by round
 
 
-def test_of_few_latents_every_set_still_holds_two_and_all_is_dealt_by_the_seed() -> None:
-    dictionary, density = latents(5)
-    for seed in range(9):
-        sets = matched_sets(dictionary, [0, 1], density, count=40, once=1, seed=seed)
-        assert set(sets.ravel()) == {2, 3, 4} and (sets[:, 0] != sets[:, 1]).all()
-        assert (sets == matched_sets(dictionary, [0, 1], density, count=40, once=1, seed=seed)).all()
+def test_of_few_latents_every_set_still_holds_three_and_all_is_dealt_by_the_seed() -> None:
+    dictionary, density = latents(7)
+    for seed in range(5):
+        sets = matched_sets(dictionary, [0, 1, 2], density, count=40, once=1, seed=seed)
+        assert set(sets.ravel()) == {3, 4, 5, 6} and all(len(set(row)) == 3 for row in sets)
+        assert (sets == matched_sets(dictionary, [0, 1, 2], density, count=40, once=1, seed=seed)).all()
     dictionary, density = latents()
     default, zero = (matched_sets(dictionary, [3], density, count=5, **seed) for seed in ({}, {"seed": 0}))
     assert (default == zero).all()
@@ -205,7 +205,7 @@ def test_of_few_latents_every_set_still_holds_two_and_all_is_dealt_by_the_seed()
 
 def test_in_the_end_all_that_are_near_are_drawn() -> None:
     dictionary, density = latents()
-    near = np.argsort(distances(dictionary, density, 3))[1 : NEAREST + 1]
+    near = np.argsort(distances(dictionary, density, 3))[1 : STAND_INS + 1]
     drawn = {int(x) for seed in range(40) for x in matched_sets(dictionary, [3], density, count=5, seed=seed).ravel()}
     assert drawn == set(near.tolist())
 
