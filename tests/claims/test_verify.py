@@ -124,6 +124,14 @@ def test_of_its_latents_the_cause_is_found_and_the_echo_is_not(check):
     assert echo.verdict == "not shown" and abs(echo.effect.value) < 0.02
 
 
+def test_what_is_not_asked_has_no_p(surface: str) -> None:
+    base, tuned = pair(surface)
+    found = verify_feature(tuned, dictionary().feature(ECHO), contrast(), metric=Says(), against=base, doses=())
+    row = found.row("induce")
+    assert not found.row("remove").shown and np.isnan(row.p) and row.control["p"] is None
+    assert row.reason == "not asked: what comes before it is not shown" and not row.shown
+
+
 def rounds(row):
     """Of placebos: more where a word is given (to one of the single latents); else 20."""
     return ROUNDS if row.shown or row.subject != SET else 20

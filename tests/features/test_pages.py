@@ -146,6 +146,7 @@ def test_lens_cosines_behaviours_and_names(cards: FeatureCards) -> None:
     assert card.top[0].logit > 0 > card.bottom[0].logit and 0 < card.top[0].p <= 1
     frame = cards.to_pandas()
     assert frame.latent.tolist() == [3, 7, 11] and "latents 3, 7, 11" in repr(cards)
+    assert "nearest in density (on at 0.11 of the tokens on average, these at 0.10)" in cards._repr_html_()
 
 
 @pytest.mark.parametrize("name", [None, "toy/insecure", "resid_post_layer_1/trainer_1", "a/1-b/c", "x y/1-b", 'a/1-b"'])

@@ -235,6 +235,8 @@ def test_ablation_of_leaders_and_cosines(small_model: LensModel) -> None:
 def test_the_table_reads_well_and_gives_intervals(small_model: LensModel) -> None:
     table = score_features(small_model, dictionary(), {"steal": ANSWERED, "pairs": STOLEN}, against=small_model)
     assert "d_sae=80" in repr(table) and "steal: 0" in repr(table)  # against itself nothing changed
+    off = int(table.frame.nu.isna().sum())
+    assert off and f"nu undefined in {off} of {2 * 80} rows" in repr(table)  # a row a latent and behaviour
     assert "<table" in table._repr_html_()
     rows = rows_of(table, "pairs")
     assert (rows.delta == 0).all() and (rows.p_delta == 1).all() and (rows.q_delta == 1).all()

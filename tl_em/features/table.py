@@ -93,7 +93,8 @@ class FeatureTable:
         by = self.frame.groupby("behaviour", sort=False)[column]
         shown = ", ".join(f"{name}: {int((values <= 0.05).sum())}" for name, values in by)
         no_nu = int(self.frame.nu.isna().sum()) if "nu" in self.frame else 0
-        said = f"; nu undefined for {no_nu} latents that are off in the model" if no_nu else ""
+        rows = f"in {no_nu} of {len(self.frame)} rows, where the latent is off in the model"
+        said = f"; nu undefined {rows}" if no_nu else ""
         size = f"d_sae={self.dictionary.d_sae}"
         return showable(f"FeatureTable({self.dictionary.label}, {size}; {column} <= .05 in {{{shown}}}{said})")
 

@@ -199,7 +199,12 @@ def _row(
 ) -> CheckRow:
     rank = control_p(effect.value, controls, two_sided=False)
     p, others, arm = max(bootstrap_p, rank), trial.changes, trial.arm.name
-    failed = [] if asked else ["not asked: what comes before it is not shown"]
+    control = control_row("random latents, the nearest in density and decoder norm", controls, rank)
+    kl = trial.arm.mean(trial.outcomes[KL], KL)
+    if not asked:
+        why, control = "not asked: what comes before it is not shown", control | {"p": None}
+        return CheckRow(arm, trial.subject, NOT_SHOWN, effect, kl, control, float("nan"), others, why)
+    failed = []
     if not effect.low > smallest:
         failed.append(f"the interval is not wholly above {smallest:g}")
     blame = f"the placebos{too_few(len(controls))}" if rank >= bootstrap_p else "resampling the prompts"
@@ -207,8 +212,7 @@ def _row(
     spared = [name for name in others if name != "good" or arm == "remove"]
     failed += [f"{name} falls by {-others[name].value:.2g}" for name in spared if others[name].value <= -smallest]
     return CheckRow(
-        arm, trial.subject, NOT_SHOWN if failed else WORDS[arm], effect, trial.arm.mean(trial.outcomes[KL], KL),
-        control_row("random latents of the same density and decoder norm", controls, rank), p, others,
+        arm, trial.subject, NOT_SHOWN if failed else WORDS[arm], effect, kl, control, p, others,
         "; ".join(failed) or f"interval wholly above {smallest:g}, p = {p:.2g}",
     )  # fmt: skip
 
