@@ -117,6 +117,14 @@ def test_resamples_that_do_not_vary_are_left_out() -> None:
     assert len(_studentised(_parts([np.array([0.0] * 6 + [1.0, -1.0])], [1], [None]), 0)) < 0.95 * RESAMPLES
 
 
+def test_each_unit_is_drawn_as_often_as_any_other() -> None:
+    """Of 8 units one is in a resample with 1 - (7 / 8)^8, and only such a resample varies here."""
+    expected = RESAMPLES * (1 - (7 / 8) ** 8)
+    for one in (0, 3, 7):
+        drawn = _studentised(_parts([np.eye(8)[one]], [1], [None]), 0)
+        assert abs(len(drawn) - expected) < 5 * math.sqrt(expected)
+
+
 def test_the_sum_at_weights_is_that_of_the_sample_repeated_so_often() -> None:
     """Of two samples that share some of their questions, and of one: [2 resamples, unit] weights."""
     first, second = ["a", "a", "b", "c", "d"], ["b", "c", "c", "e"]

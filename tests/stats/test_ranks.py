@@ -104,3 +104,8 @@ def test_one_question_has_no_interval() -> None:
     assert math.isnan(e.low) and math.isnan(e.high) and "fewer than two units" in e.method
     assert math.isnan(stats.auroc(HIGH[:1], LOW).low) and math.isfinite(stats.auroc(HIGH[:2], LOW).low)
     assert e.n_effective == e.n == 23
+
+
+def test_each_labelling_may_have_scores_of_its_own() -> None:
+    scores, labels = np.array([[3.0, 1.0, 2.0], [10.0, 30.0, 20.0]]), np.array([[True, False, False]] * 2)
+    assert stats.auroc_of(scores, labels).tolist() == [1.0, 0.0]

@@ -66,6 +66,5 @@ def _adjusted(p: ArrayLike, adjust: Callable[[np.ndarray], np.ndarray]) -> np.nd
     values = np.atleast_1d(np.asarray(p, dtype=float))
     known = np.isfinite(values)
     adjusted = np.full(values.shape, np.nan)
-    if known.any():
-        adjusted[known] = adjust(values[known])
+    adjusted[known] = adjust(values[known])
     return adjusted
