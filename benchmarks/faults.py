@@ -195,8 +195,11 @@ def ended(process: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
-def kills(cases: int, out: Path, seed: int = 0) -> list[dict[str, Any]]:
+def kills(cases: int, out: Path, seed: int) -> list[dict[str, Any]]:
+    """Runs with other seeds are added up."""
     draw, rows = random.Random(seed), []
+    known = {row["verb"]: row for row in (json.loads((out / "kills.json").read_text()) if (out / "kills.json").exists()
+                                          else [])}  # fmt: skip
     verbs = [*WRITES.items(), *ON_WORKERS.items()]
     things()
     for at, (name, verb) in enumerate(verbs):
@@ -221,8 +224,10 @@ def kills(cases: int, out: Path, seed: int = 0) -> list[dict[str, Any]]:
                 found = held(folder)
                 wrong += code != 0 or {key: found.get(key) for key in wanted} != wanted
                 left += bool(found.keys() - wanted.keys())
-        rows.append({"verb": name, "killed": hit, "of": many, "half read as whole": unread, "other bytes": wrong,
-                     "left": left, "seconds alone": round(took, 1)})  # fmt: skip
+        now = {"killed": hit, "of": many, "half read as whole": unread, "other bytes": wrong, "left": left}
+        before = known.get(name, {})
+        rows.append({"verb": name, **{key: before.get(key, 0) + value for key, value in now.items()},
+                     "seconds alone": round(took, 1)})  # fmt: skip
         print(rows[-1], flush=True)
     _put(out, "kills", rows)
     return rows
@@ -407,11 +412,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", nargs="?", choices=tuple(HEADS))
     parser.add_argument("--cases", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--write", type=Path)
     given = parser.parse_args()
     if given.kind == "kills":
-        kills(given.cases, given.out)
+        kills(given.cases, given.out, given.seed)
     elif given.kind == "disks":
         disks(given.out)
     elif given.kind == "cycles":

@@ -202,10 +202,13 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], about: Mapping
 
     apart = {name: each.cpu().contiguous().clone() for name, each in tensors.items()}  # tied ones too
     with replacing(path) as temporary:
-        try:
-            save_file(apart, temporary, metadata={"tl_em": json.dumps(about)})
-        except SafetensorError as error:  # a full disk, say
-            raise OutputError(_message(Path(path), error)) from error
+        beside = TemporaryDirectory(dir=temporary.parent, prefix=_name_beside(Path(path)), suffix=".folder")
+        with beside as folder:  # safetensors makes a temporary of its own beside what it writes
+            try:
+                save_file(apart, made := Path(folder) / "tensors", metadata={"tl_em": json.dumps(about)})
+            except SafetensorError as error:  # a full disk, say
+                raise OutputError(_message(Path(path), error)) from error
+            made.replace(temporary)
     return Path(path)
 
 

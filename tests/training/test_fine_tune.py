@@ -246,7 +246,7 @@ def test_an_alarm_ends_a_fine_tune_whose_direction_crosses_a_threshold(plain: Pa
     assert same(plain, on) and "ended at step" not in json.loads((on / "record.json").read_text())
     with pytest.raises(UsageError, match="differs in above"):
         tuned(tmp_path / "stopped")
-    with pytest.raises(UsageError, match="pass both"):
+    with pytest.raises(UsageError, match="give both"):
         Monitor({"push": push}, prompts=prompts, above={"push": 1.0})
 
 
