@@ -12,6 +12,7 @@ import torch
 
 from tests.conftest import SURFACES, cached_model
 from tl_em.directions.direction import Direction
+from tl_em.directions.profile import Profile
 from tl_em.directions.reliability import neutral_z
 from tl_em.errors import HiddenSteerWarning, NonFiniteError, UsageError, WidthError
 from tl_em.interventions.base import EVERY_WRITE, Intervention
@@ -21,6 +22,7 @@ from tl_em.interventions.edits import (
     Clamp,
     around_rows,
     component,
+    of_directions,
     set_component,
     without_rows,
 )
@@ -224,3 +226,59 @@ def test_what_stands_outside_the_mask_stays() -> None:
 def test_what_is_no_direction_is_refused_when_it_is_given(make: Any) -> None:
     with pytest.raises(UsageError, match="direction"):
         make(torch.ones(4))
+
+
+# --- From files, and along profiles -----------------------------------------------------------------------------------
+
+
+def two(tmp_path: Any) -> tuple[Direction, Direction, str]:
+    """Two directions, and their files as a command line names them."""
+    made = Direction([3.0, 4.0], Site(0), name="a"), Direction([1.0, 0.0], Site(1), name="b")
+    return *made, ",".join(str(each.save(tmp_path / f"{each.name}.safetensors")) for each in made)
+
+
+def test_what_a_command_line_names_is_ablated_or_added(tmp_path: Any) -> None:
+    a, b, named = two(tmp_path)
+    ablated = of_directions(named)
+    assert [type(each) for each in ablated] == [Ablate, Ablate] and [each.direction for each in ablated] == [a, b]
+    added = of_directions(named, 2)
+    assert [type(each) for each in added] == [Add, Add] and [each.coefficient for each in added] == [2.0, 2.0]
+    assert type(added[0].coefficient) is float and [each.direction for each in added] == [a, b]
+    path = tmp_path / "a.safetensors"
+    assert [each.direction for given in (path, [path], (a,), a) for each in of_directions(given)] == [a] * 4
+
+
+def test_an_intervention_stays_one_and_a_profile_becomes_one(tmp_path: Any) -> None:
+    a, b, _ = two(tmp_path)
+    clamp, profile = Clamp(a, 1.0), Profile([a, b])
+    kept, made = of_directions([clamp, profile])
+    assert kept is clamp and isinstance(made, Ablate) and made.direction == profile
+    assert [type(each) for each in of_directions([clamp, profile], 0.5)] == [Clamp, Add]
+    assert of_directions([]) == ()
+    with pytest.raises(UsageError, match="without a direction"):
+        of_directions([], 0.5)
+
+
+def test_a_profile_is_ablated_at_its_own_sites_with_each_layer_s_own_direction() -> None:
+    a, b = Direction([3.0, 4.0], Site(0)), Direction([1.0, 0.0], Site(1))
+    edit = Ablate(Profile([a, b]))
+    assert edit.sites == (Site(0), Site(1)) and not Ablate(Profile([a, b]), around={Site(0): [1.0, 1.0]}).linear
+    x = torch.tensor([[2.0, 1.0]])
+    for each in (a, b):
+        hook = each.site.hook_name
+        assert float((edit.edit(x, name=hook) @ each.unit).abs()) < 1e-6 < float((x @ each.unit).abs())
+    assert edit.edit(x, name=Site(1).hook_name).tolist() == [[0.0, 1.0]]
+
+
+def test_a_profile_has_no_one_centre_and_its_centres_lie_at_its_sites() -> None:
+    a, b = Direction([3.0, 4.0], Site(0)), Direction([1.0, 0.0], Site(1))
+    with pytest.raises(UsageError, match="a centre belongs to a site, and a profile has several"):
+        Ablate(Profile([a, b]), around=[1.0, 1.0])
+    with pytest.raises(UsageError, match=r"resid_post\[2\]"):
+        Ablate(Profile([a, b]), around={Site(0): [1.0, 1.0], Site(2): [1.0, 1.0]})
+    assert Ablate(Profile([a, b]), around={Site(1): [1.0, 1.0]}).sites == (Site(1),)
+
+
+def test_to_zero_is_linear_and_around_a_centre_is_not() -> None:
+    a = Direction([3.0, 4.0], Site(0))
+    assert Ablate(a).linear is True and Ablate(a, around=[1.0, 1.0]).linear is False
