@@ -27,6 +27,7 @@ from tl_em.interventions.edits import (
     without_rows,
 )
 from tl_em.interventions.hidden_steer import removed_mean
+from tl_em.interventions.subspaces import Erase
 from tl_em.models.contrasts import ContrastSet
 from tl_em.models.sites import Site
 from tl_em.models.stream import capture
@@ -282,3 +283,4 @@ def test_a_profile_has_no_one_centre_and_its_centres_lie_at_its_sites() -> None:
 def test_to_zero_is_linear_and_around_a_centre_is_not() -> None:
     a = Direction([3.0, 4.0], Site(0))
     assert Ablate(a).linear is True and Ablate(a, around=[1.0, 1.0]).linear is False
+    assert Erase([a]).linear is True and Erase([a], around=[1.0, 1.0]).linear is False
