@@ -56,6 +56,12 @@ def test_a_judge_that_no_worker_could_have_is_a_typed_error(tmp_path: Path) -> N
         evaluate_each(MODELS, ASKED, judge=lambda prompts, answers: [0.0] * len(answers), out=tmp_path)
 
 
+@pytest.mark.parametrize("each", [None, 3, ("base", None, "more"), (None, "tuned"), {"a": 1}])
+def test_what_a_worker_cannot_open_is_refused_before_one_starts(each: Any, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="workers open models by their files"):
+        em.organisms.audit_each({"a": each}, out=tmp_path, backend="serial")
+
+
 def test_each_pair_is_audited_as_asked_and_its_verdicts_are_rows(tmp_path: Path, monkeypatch: Any) -> None:
     said = em.organisms.evaluate_each  # any function of a module can be sent
     seen: list[tuple[str, list[str], dict[str, Any]]] = []

@@ -181,6 +181,12 @@ def _grid(models: Mapping[str, Named], given: Mapping[str, Any]) -> list[dict[st
             "define its functions at the top level of a module"
         ) from error
     named = {name: each if isinstance(each, tuple) else (each, None) for name, each in models.items()}
+    for name, each in named.items():
+        if len(each) != 2 or not all(isinstance(part, str | Path | None) for part in each) or each[0] is None:
+            raise UsageError(
+                f"{name!r} is {str(models[name])[:60]!r}, and workers open models by their files or names; save it and "
+                "give its directory: em.save_model(model, folder), or a pair as (base, tuned)"
+            )
     return [
         {"model": name, "base": str(base), "tuned": None if tuned is None else str(tuned), "given": asked}
         for name, (base, tuned) in named.items()
