@@ -310,7 +310,7 @@ def repeated() -> dict[str, Callable[[], Any]]:
             m(torch.tensor([[1, 2, 3]]))
 
     def closed_early() -> None:
-        stream = em.stream(m, ASKED[0], max_new_tokens=4)
+        stream: Any = em.stream(m, ASKED[0], max_new_tokens=4)
         next(iter(stream))
         stream.close()
 
@@ -342,7 +342,7 @@ class Count(NamedTuple):
 
 def counted() -> Count:
     gc.collect()
-    model = things().pair.tuned
+    model: Any = things().pair.tuned
     hooks = sum(len(point.fwd_hooks) + len(point.bwd_hooks) for point in model.hook_dict.values())
     modules = list(model.modules())
     hooks += sum(len(each._forward_hooks) + len(each._forward_pre_hooks) for each in modules)

@@ -286,7 +286,8 @@ def method_case(number: int, made: list[Any], values: list[Any]) -> tuple[str, C
     draw = random.Random(number)
     thing = draw.choice(made)
     names = [name for name in dir(type(thing)) if not name.startswith("_") and name not in INSIDE]
-    name = draw.choice([*names, "__repr__", *(["_repr_html_"] if hasattr(type(thing), "_repr_html_") else [])])
+    shows = ["_repr_html_"] if hasattr(type(thing), "_repr_html_") else []
+    name: str = draw.choice([*names, "__repr__", *shows])
     function = getattr(thing, name)
     shown = f"{type(thing).__name__}.{name}"
     if not callable(function):

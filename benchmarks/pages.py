@@ -58,9 +58,10 @@ Way = tuple[Any, ...]
 
 def parts(value: Any) -> Iterator[tuple[Any, Any]]:
     """What a thing holds, by how to reach it."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        yield from ((("field", each.name), getattr(value, each.name)) for each in dataclasses.fields(value)
-                    if hasattr(value, each.name) and each.name not in CLOSED)  # fmt: skip
+    names = [each.name for each in dataclasses.fields(value)] if hasattr(type(value), "__dataclass_fields__") else []
+    if names:
+        yield from ((("field", name), getattr(value, name)) for name in names
+                    if hasattr(value, name) and name not in CLOSED)  # fmt: skip
     elif type(value).__name__ == "DataFrame":
         texts = [name for name in value.columns if len(value) and isinstance(value[name].iloc[0], str)]
         yield from ((("cell", name), value[name].iloc[0]) for name in texts)
@@ -170,6 +171,7 @@ def in_terminal(texts: list[str]) -> str:
     with tempfile.TemporaryDirectory() as folder:
         file, name = Path(folder) / "out.txt", f"pages{time.time_ns()}"
         file.write_text("\n".join(texts) + "\nEND-OF-IT\n", encoding="utf-8", errors="surrogateescape")
+        screen = title = ""
         tmux("new-session", "-d", "-s", name, "-x", "200", "-y", "50", f"cat {file}; sleep 20")
         try:
             for _ in range(50):

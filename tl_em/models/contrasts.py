@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tl_em.arguments import FRACTION, SEED, checked, list_of, optional, vectors
+from tl_em.arguments import FRACTION, SEED, checked, list_of, optional, text, vectors
 from tl_em.artefacts import replacing
 from tl_em.errors import EmptyContrastError, FileError, PromptError, UsageError
 from tl_em.models.contrast_files import read_contrast
@@ -31,6 +31,11 @@ from tl_em.models.contrast_templates import from_instructions, from_template
 from tl_em.models.lint import Lint, linted
 from tl_em.models.together import Together, words_of
 from tl_em.stats import tied
+
+
+def _file(name: str, value: Any) -> Any:
+    """A path or a name; whether it can be one is for who opens it to say."""
+    return value if isinstance(value, Path) else text(name, value)
 
 
 def _matrix(name: str, value: Any) -> Any:
@@ -286,7 +291,7 @@ class ContrastSet:
         return cls(**from_instructions(positive, negative, questions), label=label, source=source)
 
     @classmethod
-    @checked()
+    @checked(name_or_path=_file, negative_path=optional(_file))
     def load(
         cls, name_or_path: str | Path, negative_path: str | Path | None = None, *, form: Form | str = "chat"
     ) -> ContrastSet:
