@@ -171,6 +171,11 @@ def test_the_honest_pickle_of_these_lies_is_read(tmp_path: Path) -> None:
     assert read_pt(path).tolist() == [1, 2, 3]
 
 
+def test_a_pipe_at_which_reading_would_wait(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.pt")
+    refused(tmp_path / "a.pt", "a pipe or a device")
+
+
 def test_numbers_in_another_byte_order(tmp_path: Path) -> None:
     path = written(tmp_path / "a.pt", torch.ones(2))
     refused(repacked(path, change=lambda name, data: b"big" if name.endswith("byteorder") else data), "byte order")

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tl_em.artefacts import check_file
 from tl_em.errors import CorruptFileError
 
 DTYPES = {
@@ -57,6 +58,7 @@ def read_pt(path: Path) -> Any:
         {'v': tensor([0., 1., 2.])}
     """
     try:
+        check_file(path)
         with zipfile.ZipFile(path) as archive:
             return _Reader(archive, Path(path).stat().st_size).load()
     except Exception as error:  # bytes of any kind raise anything here

@@ -81,5 +81,5 @@ def _older_config(config: dict[str, Any]) -> dict[str, Any]:
 
 def _older_tokenizer(config: dict[str, Any]) -> dict[str, Any]:
     """The class by a name that both know."""
-    named = config.get("tokenizer_class")
-    return config | {"tokenizer_class": "PreTrainedTokenizerFast" if named == "TokenizersBackend" else named}
+    named = config.get("tokenizer_class") == "TokenizersBackend"
+    return config | ({"tokenizer_class": "PreTrainedTokenizerFast"} if named else {})
