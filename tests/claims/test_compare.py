@@ -185,3 +185,31 @@ def test_several_benign_fine_tunes_and_replicates_reach_the_questions_each_once(
     for twice in given_twice:
         with pytest.raises(UsageError, match="given twice"):
             em.compare(**asked, **twice)
+
+
+class Costly:
+    """A metric that says how many prompts it was asked about, as a clock."""
+
+    name, unit, asked = "costly", "log-odds", 0
+
+    def __call__(self, model: Any, prompts: Any) -> torch.Tensor:
+        self.asked += len(prompts)
+        return next_token_logits(model, prompts)[:, 3]
+
+
+def test_what_it_will_take_is_said_first_where_that_is_long(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair, metric = toy(), Costly()
+    train, _, contrast = pair.contrasts["persona"].split(seed=0)  # pyright: ignore[reportOptionalSubscript]
+    direction = em.difference_in_means(pair.base, train, site=Site(2), position="prompt_end")
+    settings: Any = {"behaviour": metric, "questions": ["use"]}
+    em.compare(pair, {"persona": (direction, contrast)}, controls=99, **settings)
+    assert "comparing: " not in capfd.readouterr().err  # a few seconds
+
+    monkeypatch.setattr("tl_em.claims.questions.use.time.perf_counter", lambda: float(metric.asked))
+    em.compare(pair, {"persona": (direction, contrast)}, controls=198, **settings)
+    prompts = 198 * 2 * 16  # so many does the metric read for the controls of both arms
+    said = f"comparing: 1 x 198 random directions: about {prompts / 60:.0f} min"
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("comparing: ")]
+    assert said in line and line.endswith(f"beside the models; controls=99: {prompts / 120:.0f} min")

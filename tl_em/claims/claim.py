@@ -102,6 +102,14 @@ class Question:
         """
         raise NotImplementedError(f"{type(self).__name__} has no method measure(case)")
 
+    def seconds(self, case: Case) -> float:
+        """About how long ``measure`` will take, from a small part of it; 0 where that is no matter.
+
+        Args:
+            case: as for ``measure``.
+        """
+        return 0.0
+
     def plant(self, case: Case, size: float, rng: np.random.Generator) -> Planted | None:
         """What moves both classes of the base's stream so that the effect is this large, for ``em.calibration``.
 

@@ -6,6 +6,7 @@ activations, asks, and says the result in a sentence.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -34,13 +35,15 @@ from tl_em.models.contrasts import ContrastSet, already_used, together
 from tl_em.models.hooks import LensModel
 from tl_em.models.loading import ModelPair
 from tl_em.models.sites import Site
-from tl_em.models.stream import capture
+from tl_em.models.stream import capture, pass_bytes
 from tl_em.models.torch_state import in_plain_torch
 from tl_em.showing import check_names, showable
 from tl_em.stats import Estimate
 
 SHIPPED: tuple[Question, ...] = (Level(), Separation(), Rotation(), Use(), Entanglement())
 """What is asked where nothing else is said; each name alone stands for its question."""
+LONG = 60.0
+"""Seconds above which the expected cost is said."""
 FineTunes = LensModel | ModelPair | Sequence[LensModel | ModelPair] | None
 """One fine-tune or several: models, or pairs whose tuned model is meant."""
 Behaviours = Metric | Behaviour | Mapping[str, Metric | Behaviour]
@@ -214,6 +217,8 @@ def compare(
         except NoGapError as error:
             unmeasured[name] = str(error)
             continue
+        if len(gaps) == 1:
+            _say_cost(asked, case, len(directions))
         drawn += [row for each in others for row in layer_rows(each)]
         for question in asked:
             found[question.name] += _measured(question, case)
@@ -258,6 +263,23 @@ def as_questions(given: Sequence[Any] | None) -> tuple[Question, ...]:
     return tuple(asked)
 
 
+def _say_cost(asked: Sequence[Question], case: Case, directions: int) -> None:
+    """On stderr, where it is long: how long all directions will take, if the others are as this one."""
+    expected = (getattr(question, "seconds", None) for question in asked)
+    seconds = sum(of(case) for of in expected if of is not None) * directions
+    if seconds < LONG:
+        return
+    fewest, fewer = fewest_controls(directions), ""
+    if fewest < case.n_controls:
+        fewer = f"; controls={fewest}: {seconds * fewest / case.n_controls / 60:.0f} min"
+    held = pass_bytes(case.pair.base) / 2**20
+    print(
+        f"comparing: {directions} x {case.n_controls} random directions: about {seconds / 60:.0f} min "
+        f"and {held:.0f} MiB beside the models{fewer}",
+        file=sys.stderr,
+    )
+
+
 def _measured(question: Question, case: Case) -> list[Finding]:
     """What a question found about one direction; nothing, where it has nothing to ask with."""
     found = question.measure(case)
@@ -281,8 +303,7 @@ def check_directions(pair: ModelPair, directions: Mapping[str, tuple[Direction, 
     check_names(directions)
     if not directions:
         raise UsageError("no direction to compare; pass {name: (direction, contrast)}")
-    fewest = max(99, 20 * len(directions))  # 1 / (1 + controls), times the directions, below .05
-    if controls < fewest:
+    if controls < (fewest := fewest_controls(len(directions))):
         raise UsageError(
             f"{controls} controls cannot show anything for {len(directions)} directions at p < .05 after Holm; pass "
             f"controls={fewest} or more"
@@ -292,6 +313,11 @@ def check_directions(pair: ModelPair, directions: Mapping[str, tuple[Direction, 
             warnings.warn(f"{name}: {said}: they flatter it; judge on a part of its own", NuisanceWarning, stacklevel=2)
         check_fits(direction, pair.base)
         check_fits(direction, pair.tuned)
+
+
+def fewest_controls(directions: int) -> int:
+    """So many that 1 / (1 + controls), times the directions, lies below .05."""
+    return max(99, 20 * directions)
 
 
 def cases(

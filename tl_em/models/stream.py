@@ -33,6 +33,12 @@ _MAX_LOGITS = 2**25
 """Logits held at once: 128 MiB in float32."""
 
 
+def pass_bytes(model: LensModel) -> int:
+    """Bytes that a pass holds at most beside the model: logits three times, and a block's activations, in float32."""
+    widths = 6 * model.cfg.d_model + 3 * (model.cfg.d_mlp or 4 * model.cfg.d_model)
+    return 4 * (3 * _MAX_LOGITS + _MAX_TOKENS * widths)
+
+
 def listed(name: str, prompts: Any) -> list[Any]:
     """Prompts as a list in which rows of token ids (a list, an array or a tensor [prompt pos]) are encoded prompts.
 

@@ -15,6 +15,7 @@ What removes and what induces are values: ``Use(remove=…, induce=…)`` asks t
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -91,6 +92,13 @@ class Use(Question):
             return None
         vectors, edits, both = self._arms(case)
         return self._found(case, [measure_arm(arm, edit, vectors) for arm, edit in zip(both, edits, strict=True)])
+
+    def seconds(self, case: Case) -> float:
+        """About how long the controls of both arms will take, from eight of them on one prompt."""
+        if case.behaviour is None:
+            return 0.0
+        vectors, edits, both = self._arms(case)
+        return sum(_seconds(arm, edit, vectors) for arm, edit in zip(both, edits, strict=True))
 
     def at_random(self, case: Case, draws: int) -> Iterator[Finding]:
         """The same of random directions in the direction's place: a word is false.
@@ -231,6 +239,17 @@ def measure_arm(arm: Arm, edit: Intervention, vectors: Float[Tensor, "control d_
         known = {"arm": arm.name, "outcome": outcome, "metric": metric.name, "unit": metric.unit}
         rows += [known | {"condition": name} | e.row() | {"method": e.method} for name, e in cells.items()]
     return ArmResult(*_effect(arm, treated[arm.first]), controls[arm.first], rows)
+
+
+def _seconds(arm: Arm, edit: Intervention, vectors: Float[Tensor, "control d_model"]) -> float:
+    """What each further control takes on a prompt, for all controls on all of their prompts."""
+    sample, clock = _sample(arm), [0.0]
+    one = arm.some(sample[:1])
+    for part in (vectors[:2], vectors[:2], vectors[:10]):  # the first also does what is done once
+        began = time.perf_counter()
+        one.along(edit, part, arm.first)
+        clock.append(time.perf_counter() - began)
+    return max(0.0, clock[-1] - clock[-2]) / 8 * len(vectors) * len(sample)
 
 
 def _sample(arm: Arm) -> Int[np.ndarray, " prompt"]:
