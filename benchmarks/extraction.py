@@ -39,6 +39,7 @@ from timing import (
     padded,
     peak_bytes,
     ratio,
+    sizes,
     sorted_batches,
     table,
 )  # fmt: skip
@@ -229,11 +230,11 @@ def main() -> None:
     parser.add_argument("--family", choices=("qwen2", "gpt2"), default="qwen2")
     parser.add_argument("--size", choices=[size.name for size in (*SIZES, *DEPTHS)], default=None)
     parser.add_argument("--memory", action="store_true", help="only peak memory, by number of prompts")
+    parser.add_argument("--weights", help="a directory with a real model, in place of random weights")
     parser.add_argument("--device", default=None)
     options = parser.parse_args()
     device = device_of(options.device)
-    sizes = [size for size in (*SIZES, *DEPTHS) if options.size in (None, size.name)]
-    for size in sizes:
+    for size in sizes(options, (*SIZES, *DEPTHS)):
         if options.memory:
             memory(options.family, size, options.surface, device)
         else:

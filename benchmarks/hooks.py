@@ -36,6 +36,7 @@ from timing import (
     make_model,
     make_prompts,
     ratio,
+    sizes,
     table,
 )  # fmt: skip
 from torch import Tensor
@@ -284,13 +285,15 @@ def main() -> None:
     parts = {"attach": attach, "ablate": ablate, "generate": generate, "mixed": mixed, "weights": weights}
     parts |= {"project": project}
     parser.add_argument("--only", choices=tuple(parts), default=None)
+    parser.add_argument("--weights", help="a directory with a real model, in place of random weights")
     parser.add_argument("--device", default=None)
     options = parser.parse_args()
     device = device_of(options.device)
     for name, part in parts.items():
-        for size in DEPTHS if name == "attach" else SIZES:
-            if options.only in (None, name) and options.size in (None, size.name):
-                part(options.family, size, options.surface, options.rounds, device)
+        if options.only not in (None, name):
+            continue
+        for size in sizes(options, DEPTHS if name == "attach" else SIZES):
+            part(options.family, size, options.surface, options.rounds, device)
 
 
 if __name__ == "__main__":

@@ -35,13 +35,14 @@ from timing import (
     make_tokenizer,
     peak_bytes,
     ratio,
+    sizes,
     sorted_batches,
     table,
 )  # fmt: skip
 from torch import Tensor
 
 PEERS = ("steering-vectors==0.12.2", "repeng==0.4.0", "transformers>=4.50,<5")
-PROMPTS, NEW, PROMPT, ROWS, LAYER = 64, 24, 24, 16, 4
+NEW, PROMPT, ROWS, LAYER = 24, 24, 16, 4
 
 
 def make_environment(folder: Path) -> Path:
@@ -68,12 +69,12 @@ def quietly(way: Way) -> Way:
     return run
 
 
-def extraction(size: Size, rounds: int, device: torch.device) -> None:
+def extraction(size: Size, rounds: int, count: int, device: torch.device) -> None:
     from repeng import ControlVector, DatasetEntry  # pyright: ignore[reportMissingImports]
     from steering_vectors import train_steering_vector  # pyright: ignore[reportMissingImports]
 
-    hf, tokenizer = make_hf("qwen2", size, device), make_tokenizer()
-    prompts = make_prompts(PROMPTS, seed=0, own=10), make_prompts(PROMPTS, seed=1, own=20)
+    hf, tokenizer = make_hf("qwen2", size, device), make_tokenizer(size=size)
+    prompts = make_prompts(count, seed=0, own=10), make_prompts(count, seed=1, own=20)
     pairs = list(zip(*prompts, strict=True))
     entries = [DatasetEntry(*pair) for pair in pairs]
     batches = sorted_batches(tokenizer([*prompts[0], *prompts[1]])["input_ids"], device)
@@ -89,7 +90,7 @@ def extraction(size: Size, rounds: int, device: torch.device) -> None:
         "steering-vectors, batch 1, its default (1 position)": lambda: mean_difference(1),
         "repeng, batch 32 (PCA, 1 position)": quietly(lambda: ControlVector.train(hf, tokenizer, entries)),
     }
-    report(f"extraction, {size}, {PROMPTS}+{PROMPTS} prompts", ways, rounds, device)
+    report(f"extraction, {size}, {count}+{count} prompts", ways, rounds, device)
 
 
 @torch.no_grad()
@@ -111,7 +112,8 @@ def steering(size: Size, rounds: int, device: torch.device) -> None:
     from steering_vectors import SteeringVector  # pyright: ignore[reportMissingImports]
 
     hf, other = make_hf("qwen2", size, device), make_hf("qwen2", size, device)
-    tokens = make_tokenizer()(make_prompts(ROWS, seed=0, own=10, shortest=PROMPT, longest=PROMPT), return_tensors="pt")
+    prompts = make_prompts(ROWS, seed=0, own=10, shortest=PROMPT, longest=PROMPT)
+    tokens = make_tokenizer(size=size)(prompts, return_tensors="pt")
     ids = tokens["input_ids"].to(device)
     vector = torch.randn(size.d_model, generator=torch.Generator().manual_seed(0)).to(device, hf.dtype)
     steer = SteeringVector({LAYER: vector})
@@ -149,7 +151,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env", type=Path, default=Path(".venv-peers"), help="where the environment is made")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--prompts", type=int, default=64, help="of each class, to extract from")
     parser.add_argument("--size", choices=[size.name for size in SIZES], default=None)
+    parser.add_argument("--weights", help="a directory with a real model, in place of random weights")
     parser.add_argument("--device", default=None)
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -157,10 +161,9 @@ def main() -> None:
         python = make_environment(options.env.resolve())
         raise SystemExit(subprocess.run([python, __file__, "--inside", *sys.argv[1:]], check=False).returncode)
     device = device_of(options.device)
-    for size in SIZES:
-        if options.size in (None, size.name):
-            extraction(size, options.rounds, device)
-            steering(size, options.rounds, device)
+    for size in sizes(options, SIZES):
+        extraction(size, options.rounds, options.prompts, device)
+        steering(size, options.rounds, device)
 
 
 if __name__ == "__main__":

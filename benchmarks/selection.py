@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import timing
 import torch
-from timing import Way, counted, device_of, interleaved, make_model, make_prompts, ratio, table
+from timing import Way, counted, device_of, interleaved, make_model, make_prompts, ratio, sizes, table, word
 from torch import Tensor
 
 import tl_em as em
@@ -32,7 +32,6 @@ from tl_em.metrics import FLOOR, RefusalLogOdds, single_token
 from tl_em.models.hooks import hooked
 from tl_em.models.prompts import encode
 
-METRIC = RefusalLogOdds(phrases=("w7",))
 SURVIVE_INDUCE, SURVIVE_KL = 0.25, 0.11  # of all candidates
 
 
@@ -87,7 +86,7 @@ def reference(model: Any, candidates: Sequence[Direction], contrast: em.Contrast
         torch.tensor([prompt.ids for prompt in encode(model, prompts)], device=model.cfg.device)
         for prompts in (contrast.positive, contrast.negative)
     )
-    token = single_token(model, "w7")
+    token = single_token(model, word(7))
     rows = []
     with torch.no_grad():
         before = model(negative)[:, -1].double().log_softmax(-1)
@@ -137,7 +136,8 @@ def measure(size: Size, surface: str, rounds: int, device: torch.device) -> None
         rows[name] = {key: f"{n} ({n / rows['reference'][key]:.3f})" if rows else n for key, n in counts.items() if n}
 
     def ours(**options: Any) -> Any:
-        return em.select_direction(model, candidates, select, metric=METRIC, **bounds, **options)
+        metric = RefusalLogOdds(phrases=(word(7),))
+        return em.select_direction(model, candidates, select, metric=metric, **bounds, **options)
 
     ways: dict[str, Way] = {
         "reference": lambda: reference(model, list(candidates), select),
@@ -170,12 +170,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--surface", choices=("bridge", "hooked"), default="bridge")
     parser.add_argument("--size", choices=[size.name for size in SIZES], default=None)
+    parser.add_argument("--weights", help="a directory with a real model, in place of random weights")
     parser.add_argument("--device", default=None)
     options = parser.parse_args()
     device = device_of(options.device)
-    for size in SIZES:
-        if options.size in (None, size.name):
-            measure(size, options.surface, options.rounds, device)
+    for size in sizes(options, SIZES):
+        given = size if isinstance(size, Size) else Size(**vars(size), positions=2, prompts=4)
+        measure(given, options.surface, options.rounds, device)
 
 
 if __name__ == "__main__":

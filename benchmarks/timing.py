@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -27,7 +28,14 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast, Qwen2Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
 
 Family = Literal["qwen2", "gpt2"]
 Way = Callable[[], Any]
@@ -43,6 +51,8 @@ class Size:
     name: str
     d_model: int
     layers: int = 12
+    directory: str = ""
+    """Of a real model; without one the weights are random."""
 
 
 SIZES = (Size("overhead-bound", 64), Size("matmul-bound", 512))
@@ -57,9 +67,40 @@ def device_of(name: str | None) -> torch.device:
 
 # --- Models and prompts -----------------------------------------------------------------------------------------------
 
+_words = [f"w{i}" for i in range(WORDS)]
+"""What prompts are made of: every one is one token."""
+
+
+def word(i: int) -> str:
+    """The word of this number."""
+    return _words[i]
+
+
+def real_size(directory: str) -> Size:
+    """A real model's size. From now on prompts are made of words that are one token to its tokenizer."""
+    config, tokenizer = AutoConfig.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
+    known = tokenizer.get_vocab()
+    whole = sorted(name for name in known if name.isascii() and name.isalpha() and name.islower() and len(name) > 2)
+    some = [name for name in whole if len(tokenizer(f"{name} {name}")["input_ids"]) == 2]
+    _words[:] = [some[i * len(some) // WORDS] for i in range(WORDS)]
+    return Size(Path(directory).resolve().name, config.hidden_size, config.num_hidden_layers, directory)
+
+
+def sizes(options: Any, all_sizes: Sequence[Any]) -> Sequence[Any]:
+    """Those that the command line asks for: one by name, all, or the real model of ``--weights``."""
+    if options.weights:
+        return (real_size(options.weights),)
+    return [size for size in all_sizes if options.size in (None, size.name)]
+
 
 def make_hf(family: Family, size: Size, device: torch.device, *, context: int = 256) -> Any:
-    """A random model: weights bfloat16 on CUDA, else float32."""
+    """A random model, or a real one: weights bfloat16 on CUDA, else float32."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if size.directory:
+        real: Any = AutoModelForCausalLM.from_pretrained(size.directory, attn_implementation="eager").eval()
+        with torch.no_grad():
+            real.get_output_embeddings().weight[real.config.eos_token_id] = 0.0  # as below
+        return real.to(device, dtype)
     torch.manual_seed(0)
     heads = max(2, size.d_model // 64)
     ids: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 1}
@@ -78,11 +119,15 @@ def make_hf(family: Family, size: Size, device: torch.device, *, context: int = 
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         model.get_output_embeddings().weight[1] = 0.0  # no answer ends early: the end is never the likeliest of 2000
-    return model.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    return model.to(device, dtype)
 
 
-def make_tokenizer(side: str = "left") -> PreTrainedTokenizerFast:
-    """Word-level; a word is a token."""
+def make_tokenizer(side: str = "left", *, size: Size | None = None) -> PreTrainedTokenizerFast:
+    """Word-level; a word is a token. Of a real model its own."""
+    if size is not None and size.directory:
+        own = AutoTokenizer.from_pretrained(size.directory, padding_side=side)
+        own.chat_template = None  # prompts are plain text
+        return own
     vocabulary = {name: i for i, name in enumerate(("<unk>", "<end>", *(f"w{i}" for i in range(WORDS))))}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -95,9 +140,9 @@ def make_model(family: Family, size: Size, surface: Any, device: torch.device) -
     from tl_em.models.loading import load_model
     from tl_em.models.upstream_chatter import quiet
 
-    hf = make_hf(family, size, device)
+    hf, tokenizer = make_hf(family, size, device), make_tokenizer(size=size)
     with quiet():
-        return load_model(hf, surface=surface, tokenizer=make_tokenizer(), in_place=True, device=device, dtype=hf.dtype)
+        return load_model(hf, surface=surface, tokenizer=tokenizer, in_place=True, device=device, dtype=hf.dtype)
 
 
 def make_prompts(count: int, *, seed: int, own: int, shortest: int = 12, longest: int = 60) -> list[str]:
@@ -107,7 +152,7 @@ def make_prompts(count: int, *, seed: int, own: int, shortest: int = 12, longest
     def prompt(length: int) -> str:
         words = rng.integers(40, WORDS, length)
         words[::3] = rng.integers(own, own + 10, len(words[::3]))
-        return " ".join(f"w{i}" for i in words)
+        return " ".join(word(i) for i in words)
 
     return [prompt(int(n)) for n in rng.integers(shortest, longest + 1, count)]
 
