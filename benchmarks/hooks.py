@@ -44,6 +44,7 @@ from torch import Tensor
 import tl_em as em
 from tl_em.models.class_means import class_moments
 from tl_em.models.hooks import hook_points, hooked
+from tl_em.models.prompts import encode
 from tl_em.models.residual_writes import write_points
 
 NEW, PROMPT, ROWS, WIDTH, MANY = 24, 24, 16, 48, 64
@@ -162,8 +163,7 @@ def own_generate(model: Any, tokens: Tensor) -> Tensor:
 def generate(family: Any, size: Size, surface: str, rounds: int, device: torch.device) -> None:
     model, hf = make_model(family, size, surface, device), make_hf(family, size, device)
     prompts = make_prompts(ROWS, seed=0, own=10, shortest=PROMPT, longest=PROMPT)
-    tokens = model.to_tokens(prompts, prepend_bos=False).to(device)
-    assert tokens.shape == (ROWS, PROMPT)
+    tokens = torch.tensor([prompt.ids for prompt in encode(model, prompts)], device=device)  # as many in every row
     steer = em.Add(make_direction(size, 4), 2.0)
 
     def ours() -> list[str]:
@@ -179,7 +179,7 @@ def generate(family: Any, size: Size, surface: str, rounds: int, device: torch.d
 
     def of_hf() -> Tensor:
         return hf.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=NEW, min_new_tokens=NEW,
-                           do_sample=False, pad_token_id=1)[:, PROMPT:]  # fmt: skip
+                           do_sample=False, pad_token_id=1)[:, tokens.shape[1] :]  # fmt: skip
 
     def text(found: Tensor) -> list[str]:
         return [model.tokenizer.decode(row, skip_special_tokens=True).strip() for row in found]
@@ -205,8 +205,7 @@ def mixed(family: Any, size: Size, surface: str, rounds: int, device: torch.devi
 
     model, hf = make_model(family, size, surface, device), make_hf(family, size, device)
     prompts = make_prompts(ROWS, seed=0, own=10, shortest=PROMPT // 2, longest=PROMPT + PROMPT // 2)
-    tokenizer = model.tokenizer
-    rows = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+    rows = [list(prompt.ids) for prompt in encode(model, prompts)]
     width = max(map(len, rows))
     tokens = torch.tensor([[1] * (width - len(row)) + row for row in rows]).to(device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows]).to(device)
