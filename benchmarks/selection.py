@@ -175,7 +175,7 @@ def main() -> None:
     options = parser.parse_args()
     device = device_of(options.device)
     for size in sizes(options, SIZES):
-        given = size if isinstance(size, Size) else Size(**vars(size), positions=2, prompts=4)
+        given = size if isinstance(size, Size) else Size(**vars(size), positions=1, prompts=4)
         measure(given, options.surface, options.rounds, device)
 
 
