@@ -128,9 +128,10 @@ def steering(size: Size, rounds: int, device: torch.device) -> None:
     ids = tokens["input_ids"].to(device)
     vector = torch.randn(size.d_model, generator=torch.Generator().manual_seed(0)).to(device, hf.dtype)
     steer = SteeringVector({LAYER: vector})
-    kind = other.model.layers[LAYER].attention_type
+    kind = getattr(other.model.layers[LAYER], "attention_type", None)
     mutated = ControlModel(other, [LAYER])
-    other.model.layers[LAYER].attention_type = kind  # transformers asks every layer for it; repeng's wrapper has none
+    if kind is not None:
+        other.model.layers[LAYER].attention_type = kind  # transformers asks for it, repeng's wrapper has none
     mutated.set_control(ControlVector("qwen2", {LAYER: np.asarray(vector.float().cpu())}))
 
     def run(model: Any) -> Tensor:
