@@ -15,10 +15,11 @@ import torch
 
 from tests.graph.examples import estimate, large, small
 from tl_em.errors import OutputError
+from tl_em.graph import captions
 from tl_em.graph.captions import UNVALIDATED
 from tl_em.graph.graph import AttributionGraph, Node
-from tl_em.graph.layout import layout
-from tl_em.graph.view import notebook_frame, page, page_data, save_page
+from tl_em.graph.layout import FOLDED_ABOVE, layout
+from tl_em.graph.view import MAX_LINKS, MAX_NODES, notebook_frame, page, page_data, save_page
 from tl_em.report.html import SANDBOX
 from tl_em.showing import showable
 
@@ -89,6 +90,70 @@ def test_shares_are_those_worked_out_by_hand() -> None:
     assert reach["0_12_2"] == pytest.approx(0.9 * (2 / 9 + 2 / 3 * 0.8), rel=1e-3)
 
 
+def test_neighbouring_layers_are_bands_above_the_size_and_none_below() -> None:
+    graph = large(FOLDED_ABOVE, 300)
+    assert layout(graph.nodes, graph.tokens).bands == ()
+    for layers, count, most in ((26, 7, 4), (48, 7, 7), (8, 4, 2), (1, 1, 1)):
+        graph = large(400, 300, layers=layers, tokens=60)
+        place = layout(graph.nodes, graph.tokens)
+        rows = [row for rows in place.bands for row in rows]
+        held = [at for at, row in enumerate(place.rows) if row.name not in ("target", "token")]
+        assert rows == held and len(place.bands) == count  # every layer once, from the top downwards
+        assert max(map(len, place.bands)) == most and [len(each) for each in place.bands[1:]] == [most] * (count - 1)
+    view = page_data(large(400, 300, layers=26, tokens=60))["view"]
+    assert [band["name"] for band in view["bands"]] == [
+        "L24–25", "L20–23", "L16–19", "L12–15", "L8–11", "L4–7", "L0–3"]  # fmt: skip
+
+
+def test_two_thousand_nodes_and_twenty_thousand_links_are_drawn_and_more_are_not() -> None:
+    assert (MAX_NODES, MAX_LINKS) == (2000, 20_000)
+    data = page_data(large(2100, 21_000, layers=26, tokens=73))
+    assert len(data["view"]["nodes"]) == 2001 and len(data["view"]["links"]) <= 20_000
+    assert data["view"]["note"].startswith("Drawn: 2,001 of 2,100 nodes and ")
+
+
+def test_the_strongest_paths_are_put_into_words() -> None:
+    found = dict(captions.paths(small()))[""]
+    assert [path.said for path in found] == [
+        "' cat' at 2 → L0 feature 12 “animal” → L1 feature 7 “verb next” at 3 → ' sat': 40 % of the target",
+        "' cat' at 2 → L0 feature 12 “animal” → ' sat': 17 % of the target",
+        "' the' at 1 → L0 feature 12 “animal” at 2 → L1 feature 7 “verb next” at 3 → ' sat': 13 % of the target",
+        "L0 error at 3 → L1 feature 7 “verb next” → ' sat': 13 % of the target, lowering it",
+        "L0 error at 3 → ' sat': 11 % of the target, lowering it",
+    ]
+    graph = large(300, 3000)
+    rows = graph.paths(5)
+    assert [list(path.nodes) for path in dict(captions.paths(graph))[""]] == rows["nodes"].tolist()
+    whole = sum(node.weight or 1.0 for node in graph.targets)
+    for path, weight in zip(dict(captions.paths(graph))[""], rows["weight"], strict=True):
+        assert f": {100 * weight / whole:.1f} % of the target" in path.said
+    for each in (small(), small(2.0).diff(small()), graph):
+        sentences = [path.said for _, said in captions.paths(each) for path in said]
+        items = [html.unescape(item) for item in re.findall(r"<li>(.*?)</li>", page(each))]
+        assert items == sentences and all(sentence in each.summary for sentence in sentences)
+
+
+def test_the_words_say_how_far_to_believe_them() -> None:
+    assert "r with exact ablation: 0.90" in small().summary
+    assert small(validation={}).summary.endswith(UNVALIDATED)
+    doubted = small(validation={"pearson": estimate(0.2), "warning": "It does not agree."})
+    assert doubted.summary.startswith("Do not read (r with ablation is 0.20)")
+    assert doubted.summary.endswith("It does not agree.")
+    both = small(validation={}).diff(small(2.0, validation={})).summary
+    assert both.endswith(f"Base and tuned: {UNVALIDATED}") and both.index("Tuned:") < both.index("Base:")
+
+
+def test_a_long_path_is_told_by_its_ends_and_none_is_said() -> None:
+    nodes = tuple(Node("token", -1, 0, 3, label=" a") if at == 0 else Node("logit", 40, 0, 9, label=" z", weight=1.0)
+                  if at == 39 else Node("mlp", at, 0) for at in range(40))  # fmt: skip
+    chain = AttributionGraph(nodes, torch.eye(40).roll(-1, 1).tril(-1), (" a",))
+    said = dict(captions.paths(chain))[""][0].said
+    assert said == ("' a' at 0 → L1 MLP → L2 MLP → L3 MLP → (32 more) → L36 MLP → L37 MLP → L38 MLP → ' z': "
+                    "100 % of the target")  # fmt: skip
+    bare = replace(chain, edges=chain.edges * 0)
+    assert "no path leads to a target" in bare.summary and "<li>" not in page(bare)
+
+
 def test_the_page_is_one_file_with_its_policy_and_no_address() -> None:
     text = page(small())
     assert f'http-equiv="Content-Security-Policy" content="{CSP}"' in text
@@ -103,6 +168,7 @@ def test_hostile_names_stay_text() -> None:
     text = page(hostile())
     assert text.count("<script") == text.count("</script>") == 2
     assert "<img" not in text
+    assert html.escape(showable(HOSTILE)[:30]) in re.findall(r'id="words".*?</details>', text, re.DOTALL)[0]
     scripts = "".join(re.findall(r"<script.*?</script>", text, re.DOTALL))
     assert "\u2028" not in scripts and "\u2029" not in scripts
     data = embedded(text)

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.browser
 OUTSIDE = """() => {
   const stage = document.getElementById('stage').getBoundingClientRect(), found = [];
   const [rows, columns] = [...document.querySelectorAll('.gutter')].map(each => each.getBoundingClientRect());
-  const marks = document.querySelectorAll('#drawing .node:not(.gone)');
+  const marks = document.querySelectorAll('#drawing .node');
   for (const mark of marks) for (const part of mark.querySelectorAll('.glyph, text')) {
     if (part.tagName === 'text' && !part.textContent) continue;
     const box = part.getBoundingClientRect();

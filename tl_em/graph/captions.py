@@ -1,14 +1,22 @@
-"""The words of a graph's page: its title, its title bar's figures, and the warning where it should not be believed."""
+"""The words of a graph: its title, its strongest paths as sentences, its figures, and when not to believe it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from tl_em.graph.diff import Compared
-from tl_em.graph.nodes import Graph
+from tl_em.graph.nodes import Graph, Node
+from tl_em.graph.pruning import strongest_paths, weights_of
+from tl_em.showing import showable
 from tl_em.stats import Estimate
+
+PATHS = 5
+"""How many paths are put into words."""
+STOPS = 9
+"""A path of more nodes is told by its two ends."""
+KINDS = {"feature": "feature", "error": "error", "head": "attention head", "mlp": "MLP", "adapter": "adapter"}
 
 FIGURES = {
     "pearson": ("r with exact ablation", "Pearson correlation of the attribution with the effect of ablating nodes"),
@@ -58,6 +66,79 @@ def _explained(graph: Graph) -> str:
     return f"What leads to {first}" if first else "Attribution graph"
 
 
+class Path(NamedTuple):
+    """A path as a sentence, and the ids of its nodes, source first."""
+
+    said: str
+    nodes: tuple[str, ...]
+
+
+def paths(shown: Graph | Compared) -> list[tuple[str, list[Path]]]:
+    """The strongest paths in words: of a graph under no name, of two graphs under ``"tuned"`` and ``"base"``.
+
+    >>> import torch
+    >>> nodes = (Node("token", -1, 0, 7, label=" cat"), Node("logit", 2, 0, 9, label=" sat", weight=0.8))
+    >>> paths(Graph(nodes, torch.tensor([[0.0, 0.0], [-0.25, 0.0]]), (" cat",)))[0][1][0].said
+    "' cat' at 0 → ' sat': 100 % of the target, lowering it"
+    """
+    if isinstance(shown, Compared):
+        return [(name, paths(graph)[0][1]) for name, graph in (("tuned", shown.tuned), ("base", shown.base))]
+    whole = float(weights_of(shown).abs().sum()) or 1.0
+    of, it = ("the target", "it") if len(shown.targets) == 1 else ("the targets", "its own")
+    said = []
+    for row in strongest_paths(shown, PATHS).itertuples(index=False):
+        end = f", lowering {it}" if row.sign < 0 else ""
+        share = _percent(abs(row.weight) / whole)
+        said.append(Path(f"{_stops(shown, row.nodes)}: {share} of {of}{end}", tuple(row.nodes)))
+    return [("", said)]
+
+
+def paths_heading(found: list[tuple[str, list[Path]]]) -> str:
+    """What stands above the sentences of :func:`paths`."""
+    most = max(len(said) for _, said in found)
+    if not most:
+        return "In words: no path leads to a target"
+    many = "the strongest path" if most == 1 else f"the {most} strongest paths"
+    return f"In words: {many}, each with its share of all that leads to the target"
+
+
+def summary(shown: Graph | Compared) -> str:
+    """The graph as plain text: what it explains, its strongest paths in words, and how far to believe it."""
+    main = shown.tuned if isinstance(shown, Compared) else shown
+    found = paths(shown)
+    lines = [title(main), paths_heading(found)]
+    for name, said in found:
+        lines += [f"{name.capitalize()}:"] * bool(name) + [f"{n}. {path.said}" for n, path in enumerate(said, 1)]
+    lines += [f"{name}: {figure}" for name, figure, _ in validation(shown)] + [warning(shown)]
+    return "\n".join(showable(line) for line in lines if line)
+
+
+def _stops(graph: Graph, ids: list[str]) -> str:
+    """``' cat' at 2 → L0 feature 12 “animal” → ' sat'``: a position where it changes, a long path by its ends."""
+    nodes = [graph.nodes[graph.index[each]] for each in ids]
+    said = [_stop(node, graph, None if at == 0 else nodes[at - 1].pos) for at, node in enumerate(nodes)]
+    if len(said) > STOPS:
+        said = [*said[: STOPS // 2], f"({len(said) - 2 * (STOPS // 2)} more)", *said[-(STOPS // 2) :]]
+    return " → ".join(said)
+
+
+def _stop(node: Node, graph: Graph, before: int | None) -> str:
+    label = showable(node.label)
+    label = label if len(label) <= 40 else f"{label[:39]}…"
+    if node.kind == "logit":
+        return f"'{label or node.id}'"
+    where = "" if node.pos == before else f" at {node.pos}"
+    if node.kind == "token":
+        word = label or (showable(graph.tokens[node.pos]) if node.pos < len(graph.tokens) else node.id)
+        return f"'{word}'{where}"
+    number = "" if node.feature is None or node.kind == "error" else f" {node.feature}"
+    return f"L{node.layer} {KINDS[node.kind]}{number}{f' “{label.strip()}”' if label.strip() else ''}{where}"
+
+
+def _percent(share: float) -> str:
+    return "under 0.1 %" if share < 0.0005 else f"{100 * share:.{1 if share < 0.0995 else 0}f} %"
+
+
 def models(shown: Graph | Compared) -> str:
     """Which model, or which two."""
     if isinstance(shown, Compared):
@@ -77,8 +158,9 @@ def validation(shown: Graph | Compared) -> list[tuple[str, str, str]]:
 def warning(shown: Graph | Compared) -> str:
     """What stands under the title bar where attribution and ablation disagree, or were not compared; else nothing."""
     if isinstance(shown, Compared):
-        parts = (("Base", shown.base), ("Tuned", shown.tuned))
-        return " ".join(f"{name}: {warning(graph)}" for name, graph in parts if warning(graph))
+        base, tuned = warning(shown.base), warning(shown.tuned)
+        parts = [("Base and tuned", base)] if base == tuned else [("Base", base), ("Tuned", tuned)]
+        return " ".join(f"{name}: {words}" for name, words in parts if words)
     words = str(shown.validation.get("warning") or "")
     if words:
         words = words[0].upper() + words[1:]

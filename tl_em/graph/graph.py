@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsFloat, SupportsInt
 
 from tl_em.arguments import checked, finite, whole
-from tl_em.graph import view
+from tl_em.graph import captions, view
 from tl_em.graph.diff import LEAST, Compared, changes
 from tl_em.graph.exchange import save_graph
 from tl_em.graph.nodes import Graph, Node, strongest_links
@@ -53,6 +53,21 @@ class _Shown:
 
         most = whole("links", links, low=0)
         return plots.save(graphs.graph(self, width=width, links=most), path)  # pyright: ignore[reportArgumentType]
+
+    @property
+    def summary(self) -> str:
+        """The five strongest paths in words, with what they explain and how far to believe it, as plain text.
+
+        The page begins with it. A path's share: the product of its edges' shares (``paths``), over the targets' weight.
+
+        Example:
+            >>> import torch
+            >>> nodes = (Node("token", -1, 0, 7, label=" cat"), Node("logit", 2, 0, 9, label=" sat", weight=0.8))
+            >>> graph = AttributionGraph(nodes, torch.tensor([[0.0, 0.0], [0.25, 0.0]]), (" cat",))
+            >>> print(graph.summary.split("\\n")[2])
+            1. ' cat' at 0 → ' sat': 100 % of the target
+        """
+        return captions.summary(self)  # pyright: ignore[reportArgumentType]
 
     def _repr_html_(self) -> str:
         return view.notebook_frame(self)  # pyright: ignore[reportArgumentType]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from tl_em.graph.nodes import Node
@@ -20,6 +20,10 @@ LABELLED = 60
 """Graphs of at most so many nodes have room for a label under each."""
 WIDE, DENSE = (92.0, 46.0), (20.0, 22.0)
 """Distance of neighbouring slots across and up, with and without labels, in pixels at zoom 1."""
+FOLDED_ABOVE, MOST_BANDS = 150, 7
+"""Graphs of more nodes are drawn with neighbouring layers folded together, into so many bands at most."""
+FOLDED = 30.0, 28.0
+"""Width of a column and height of a line where layers are folded: room for a number in a mark."""
 TARGET_LINE, GAP, PAD = 19.0, 14.0, 18.0
 MANY_TOKENS, MANY_LAYERS, FEW = 32, 20, 4.0
 """More tokens, or layers, than this stand closer together: a gap of ``FEW``."""
@@ -46,6 +50,8 @@ class Placement:
         rows: targets, the layers that hold nodes, tokens: from the top downwards.
         width: of the whole; height: likewise.
         labelled: whether there is room for a label under each node.
+        bands: rows of layers that are folded together until somebody opens them, by index, from the top downwards;
+            empty for a small graph.
     """
 
     at: Mapping[str, tuple[float, float]]
@@ -54,6 +60,7 @@ class Placement:
     width: float
     height: float
     labelled: bool
+    bands: tuple[tuple[int, ...], ...] = ()
 
 
 def layout(nodes: Sequence[Node], tokens: Sequence[str]) -> Placement:
@@ -79,7 +86,15 @@ def layout(nodes: Sequence[Node], tokens: Sequence[str]) -> Placement:
     names = sorted({name for _, name in cells} | {"token", "target"}, key=_height_of, reverse=True)
     labelled = len(nodes) <= LABELLED
     plans = [_plan(cells, names, tokens, labelled, per_line) for per_line in range(1, 13)]
-    return min(plans, key=lambda plan: abs(math.log(plan.width / plan.height / RATIO)))
+    best = min(plans, key=lambda plan: abs(math.log(plan.width / plan.height / RATIO)))
+    return replace(best, bands=_bands(names)) if len(nodes) > FOLDED_ABOVE else best
+
+
+def _bands(names: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """Neighbouring layers, counted from the lowest: as many in each, fewer in the last."""
+    layers = [row for row, name in enumerate(names) if name not in ("target", "token")][::-1]
+    each = math.ceil(len(layers) / MOST_BANDS)
+    return tuple(tuple(layers[at : at + each][::-1]) for at in range(0, len(layers), each))[::-1] if layers else ()
 
 
 def _row_name(node: Node) -> str:

@@ -26,18 +26,19 @@ from tl_em.artefacts import replacing
 from tl_em.graph import captions
 from tl_em.graph.diff import Change, Compared
 from tl_em.graph.exchange import to_exchange
-from tl_em.graph.layout import layout
+from tl_em.graph.layout import FOLDED, Placement, layout
 from tl_em.graph.nodes import Graph, Node
 from tl_em.graph.pruning import influence, normalised, weights_of
 from tl_em.showing import showable
 from tl_em.stats import Estimate
 
-MAX_NODES, MAX_LINKS = 400, 4000
+MAX_NODES, MAX_LINKS = 2000, 20_000
 """What a page draws at most: the most influential ones, and it says what was left out."""
 FIRST_LINKS = 300
 """How many links show before the reader moves the slider."""
 STATUSES = ("appeared", "vanished", "stronger", "weaker", "same")
 _ASSETS = Path(__file__).parent / "assets"
+_SCRIPTS = ("graph", "fold", "draw", "export", "viewer")
 _TOP = ("explanation", "top", "link", "interval", "low", "high")
 
 
@@ -62,9 +63,14 @@ def page(shown: Graph | Compared, *, max_nodes: int = MAX_NODES, max_links: int 
         a whole document; write it with :func:`save_page`.
     """
     data = page_data(shown, max_nodes=max_nodes, max_links=max_links)
-    script = "\n".join((_ASSETS / f"{name}.js").read_text(encoding="utf-8") for name in ("graph", "draw", "viewer"))
+    script = "\n".join((_ASSETS / f"{name}.js").read_text(encoding="utf-8") for name in _SCRIPTS)
+    warning = html.escape(data["view"]["warning"])
     parts = {
         "title": html.escape(data["view"]["title"]),
+        "said": html.escape(data["view"]["said"]),
+        "words": _words(data["view"]),
+        "warning": f'<p class="warning" role="note">{warning}</p>' if warning else "",
+        "note": html.escape(data["view"]["note"]),
         "css": (_ASSETS / "viewer.css").read_text(encoding="utf-8"),
         "data": _embedded(_packed(data)),
         "script": f'"use strict";(() => {{\n{script}}})();',
@@ -104,9 +110,10 @@ def notebook_frame(shown: Graph | Compared, *, height: int = 760) -> str:
     """
     from tl_em.report.html import MOST, frame
 
-    document = page(shown)
-    if len(document) > MOST:  # long names and notes: the strongest part, which the page says
-        document = page(shown, max_nodes=MAX_NODES // 4, max_links=MAX_LINKS // 4)
+    for part in (1, 4, 16):  # two large graphs, long names and notes: the strongest part, which the page says
+        document = page(shown, max_nodes=MAX_NODES // part, max_links=MAX_LINKS // part)
+        if len(document) <= MOST:
+            break
     return frame(document, "Attribution graph", height=height, instead='graph.save_html("graph.html")')
 
 
@@ -211,6 +218,7 @@ def _view(shown: Graph | Compared, kept: Sequence[Node], reach: Mapping[str, flo
     if isinstance(shown, Compared):
         _compare(shown.nodes, shown, rows)
     ids = {node.id: at for at, node in enumerate(kept)}
+    words = captions.paths(shown)
     groups = [(label, [ids[each] for each in members if each in ids]) for label, members in main.supernodes]
     return {
         "mode": "diff" if isinstance(shown, Compared) else "graph",
@@ -233,7 +241,19 @@ def _view(shown: Graph | Compared, kept: Sequence[Node], reach: Mapping[str, flo
                                                                 for what in ("node", "link")],
         "details": captions.details(main),
         "note": note,
+        "heading": captions.paths_heading(words),
+        "words": [(name, [(path.said, [ids.get(each) for each in path.nodes]) for path in said])
+                  for name, said in words],
+        "bands": [_band(rows, place) for rows in place.bands],
+        "folded": FOLDED,
+        "least": shown.least if isinstance(shown, Compared) else 0.0,
     }  # fmt: skip
+
+
+def _band(rows: Sequence[int], place: Placement) -> dict[str, Any]:
+    """The name of neighbouring layers (a gap in their numbers is within the range), and their rows."""
+    low, high = place.rows[rows[-1]].name, place.rows[rows[0]].name
+    return {"name": f"L{low}" if low == high else f"L{low}–{high}", "rows": list(rows)}
 
 
 def _node(node: Node, at: int, place: tuple[float, float]) -> dict[str, Any]:
@@ -316,6 +336,15 @@ def _packed(data: Mapping[str, Any]) -> dict[str, Any]:
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     return {name: [row[name] for row in rows] for name in (rows[0] if rows else ())}
+
+
+def _words(view: Mapping[str, Any]) -> str:
+    """The strongest paths as lists, for whoever reads before anything is drawn, or without a script."""
+    lists = []
+    for name, said in view["words"]:
+        items = "".join(f"<li>{html.escape(sentence)}</li>" for sentence, _ in said)
+        lists.append((f"<h2>{html.escape(name.capitalize())}</h2>" if name else "") + f"<ol>{items}</ol>")
+    return f"<summary>{html.escape(view['heading'])}</summary><div>{''.join(lists)}</div>"
 
 
 def _embedded(data: Mapping[str, Any]) -> str:

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
     from tl_em.graph.graph import AttributionGraph, GraphDiff
 
-LINKS = 150
+LINKS, NODES = 150, 400
+"""What a figure draws at most: the most influential ones."""
 POSITIVE, NEGATIVE = "#0068a8", "#c24a00"
 MARKERS = {"feature": "o", "error": "D", "token": "s", "logit": "p", "head": "^", "mlp": "h", "adapter": "*"}
 CHANGES: dict[str, tuple[str, Any]] = {
@@ -52,7 +53,7 @@ def graph(shown: AttributionGraph | GraphDiff, *, width: float = 7.0, links: int
     >>> [text.get_text() for text in figure.axes[0].texts]
     ['sat']
     """
-    view = page_data(shown)["view"]
+    view = page_data(shown, max_nodes=NODES, max_links=links)["view"]
     size = width, min(9.0, 0.7 + width * view["height"] / view["width"])
     figure = drawing.Picture(figsize=size, layout="constrained")
     ax = figure.subplots()

@@ -7,7 +7,7 @@ function exchanged(part) {
   const listed = rowsOf(part.nodes), id = (at) => listed[at].node_id;
   return { ...part, nodes: listed, links: part.links.map(([s, t, weight]) => ({ source: id(s), target: id(t), weight })) };
 }
-const nodes = rowsOf(view.nodes).map((node, at) => ({ ...node, at, ins: [], outs: [] }));
+const nodes = rowsOf(view.nodes).map((node, at) => ({ ...node, at, key: `n${at}`, own: [at], ins: [], outs: [] }));
 const STATUS = ["appeared", "vanished", "stronger", "weaker", "same"];
 const links = view.links.map(([s, t, w, share, score, wb, shareb, scoreb, status]) => {
   const link = { s, t, tuned: { w, share, score }, base: { w: wb, share: shareb, score: scoreb }, status: STATUS[status] };
@@ -18,8 +18,8 @@ const links = view.links.map(([s, t, w, share, score, wb, shareb, scoreb, status
 const isDiff = view.mode === "diff";
 
 const state = {
-  mode: isDiff ? "diff" : "graph", cutoff: 1, shown: 0, trace: "both", query: "", selected: null, hover: null,
-  picked: new Set(), groups: view.groups.map(([label, members]) => ({ label, members })), fold: false, dark: false,
+  mode: isDiff ? "diff" : "graph", cutoff: 1, most: 0, trace: "both", query: "", selected: null, hover: null, path: null,
+  picked: new Set(), groups: [], fold: false, bands: new Set(), open: new Set(), found: new Set(), dark: false,
 };
 
 // The weight, share of the target's input and score of a link in the chosen view; null where it has none.
@@ -33,7 +33,7 @@ function value(link) {
 
 const inMode = (node) => !isDiff || state.mode === "diff" || (state.mode === "base" ? node.status !== "appeared" : node.status !== "vanished");
 const always = (node) => node.kind === "token" || node.kind === "logit";
-const isVisible = (node) => inMode(node) && (always(node) || node.influence <= state.cutoff + 1e-9 || node.at === state.selected);
+const isVisible = (node) => inMode(node) && (always(node) || node.influence <= state.cutoff + 1e-9 || node === state.selected);
 
 // Sources before targets, whatever order the file has (Kahn's algorithm; what a cycle would leave comes last).
 const order = (() => {
@@ -45,22 +45,23 @@ const order = (() => {
   return [...done, ...nodes.map((node) => node.at).filter((at) => !seen.has(at))];
 })();
 
-const seedsOf = (at) => {
-  const group = state.fold && state.groups.find((each) => each.members.includes(at));
-  return group ? group.members : [at];
-};
+// What counts in the chosen view: whether a node is there, and a link's figures, or null.
+function count() {
+  for (const node of nodes) node.shown = isVisible(node);
+  for (const link of links) link.now = nodes[link.s].shown && nodes[link.t].shown ? value(link) : null;
+}
+const alive = (link) => link.now !== null;
 
 // How much of the selection comes through each node (up) and how much of each node comes from it (down): sums over all
 // paths of the products of shares; and the one path with the largest product each way.
-function traceFrom(at) {
-  const seeds = seedsOf(at);
+function traceFrom(seeds) {
   const up = reach(seeds, [...order].reverse(), (node) => node.ins, (link) => link.s);
   const down = reach(seeds, order, (node) => node.outs, (link) => link.t);
   const strength = new Map();
   for (const link of links) {
-    const now = value(link);
-    if (!now || !isVisible(nodes[link.s]) || !isVisible(nodes[link.t])) continue;
-    const direct = seeds.includes(link.t) || seeds.includes(link.s);
+    const { now } = link;
+    if (!now) continue;
+    const direct = up.seeds.has(link.t) || up.seeds.has(link.s);
     let size = 0;
     if (state.trace === "direct") size = direct ? now.share : 0;
     else {
@@ -75,8 +76,6 @@ function traceFrom(at) {
   return { strength, trail, up: up.total, down: down.total };
 }
 
-const alive = (link) => value(link) && isVisible(nodes[link.s]) && isVisible(nodes[link.t]);
-
 function reach(seeds, sequence, linksOf, far) {
   const total = new Float64Array(nodes.length), best = new Float64Array(nodes.length), via = new Array(nodes.length).fill(null);
   for (const at of seeds) total[at] = best[at] = 1;
@@ -84,7 +83,7 @@ function reach(seeds, sequence, linksOf, far) {
     if (!total[at]) continue;
     for (const link of linksOf(nodes[at])) {
       if (!alive(link)) continue;
-      const { share } = value(link), to = far(link);
+      const { share } = link.now, to = far(link);
       total[to] += share * total[at];
       if (share * best[at] > best[to]) { best[to] = share * best[at]; via[to] = link; }
     }
@@ -104,19 +103,4 @@ function follow({ best, via, seeds }, ends, back) {
     top = next;
   }
   return found;
-}
-
-// The strongest whole paths, token to target: the best one through each of the most influential nodes, without repeats.
-function strongestPaths(count) {
-  const found = new Map(), kept = state.trace;
-  state.trace = "both";
-  const through = nodes.filter((node) => isVisible(node) && !always(node)).sort((a, b) => b.reach - a.reach).slice(0, 40);
-  for (const node of through.length ? through : nodes.filter((each) => each.kind === "token")) {
-    const { trail } = traceFrom(node.at);
-    if (!trail.length || nodes[trail[trail.length - 1].t].kind !== "logit") continue;
-    const name = trail.map((link) => `${link.s}>${link.t}`).join();
-    found.set(name, { trail, size: trail.reduce((product, link) => product * value(link).share, nodes[trail[trail.length - 1].t].weight || 1) });
-  }
-  state.trace = kept;
-  return [...found.values()].sort((a, b) => b.size - a.size).slice(0, count);
 }
