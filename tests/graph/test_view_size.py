@@ -434,3 +434,22 @@ def test_axe_finds_no_serious_fault_at_size(browser: Any, tmp_path: Path, state:
     found = axe.run(visit.page)["violations"]
     said = [(fault["id"], fault["impact"], [node["html"][:120] for node in fault["nodes"][:3]]) for fault in found]
     assert [fault for fault in said if fault[1] in ("serious", "critical")] == []
+
+
+def test_a_view_that_was_moved_stays_when_its_place_changes(browser: Any, path: Path) -> None:
+    visit = Visit(browser, path)
+    first = visit.run(WHERE)
+    visit.page.locator("#words summary").click()
+    visit.page.wait_for_timeout(100)
+    roomy = visit.run(WHERE)
+    assert roomy != first  # nobody had moved it: it takes the new room
+    visit.page.locator("#map").click(position={"x": 5, "y": 5})
+    visit.page.wait_for_timeout(100)
+    moved = visit.run(WHERE)
+    visit.page.locator("#words summary").click()
+    visit.page.emulate_media(media="print")
+    visit.page.wait_for_timeout(100)
+    visit.page.emulate_media(media="screen")
+    visit.page.wait_for_timeout(100)
+    assert visit.run(WHERE) == moved != roomy
+    visit.check()

@@ -86,10 +86,10 @@ def paths(shown: Graph | Compared) -> list[tuple[str, list[Path]]]:
     whole = float(weights_of(shown).abs().sum()) or 1.0
     of, it = ("the target", "it") if len(shown.targets) == 1 else ("the targets", "its own")
     said = []
-    for row in strongest_paths(shown, PATHS).itertuples(index=False):
-        end = f", lowering {it}" if row.sign < 0 else ""
-        share = _percent(abs(row.weight) / whole)
-        said.append(Path(f"{_stops(shown, row.nodes)}: {share} of {of}{end}", tuple(row.nodes)))
+    found = strongest_paths(shown, PATHS)
+    for weight, sign, ids in zip(*(found[name].tolist() for name in ("weight", "sign", "nodes")), strict=True):
+        end = f", lowering {it}" if sign < 0 else ""
+        said.append(Path(f"{_stops(shown, ids)}: {_percent(abs(weight) / whole)} of {of}{end}", tuple(ids)))
     return [("", said)]
 
 

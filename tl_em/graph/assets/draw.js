@@ -48,7 +48,7 @@ function scene() {
   const traced = state.path ? { strength: new Map(state.path.trail.map((link) => [link, 1])), trail: state.path.trail } : state.selected ? traceFrom(state.selected.own) : null;
   const most = lines.length ? lines[0].score || 1 : 1;
   const base = lines.slice(0, state.most).map((line) => look(line, Math.sqrt(line.score / most), traced ? 0.1 : 1));
-  return { base, traced, lit: traced ? litBy(traced) : [], on: new Set((traced?.trail ?? []).flatMap((link) => [nodes[link.s].by, nodes[link.t].by])) };
+  return { base, traced, lit: traced ? litBy(traced) : [], on: new Set((traced?.trail ?? []).flatMap((link) => [nodes[link.s].by, nodes[link.t].by]).filter(Boolean)) };
 }
 function litBy(traced) {
   const strength = new Map(), trail = new Set(traced.trail.map((link) => link.line).filter(Boolean));
@@ -158,6 +158,7 @@ function markOf(thing) {
   if (marks.has(thing.key)) return marks.get(thing.key);
   const shape = shapeOf(thing), mark = svg("g", { role: "button" }), size = always(thing) || thing.group ? 1 : 0.72 + 0.5 * Math.sqrt(thing.reach / mostReach);
   mark.thing = thing;
+  if (thing.group && folds) mark.setAttribute("aria-expanded", "false");
   mark.style.setProperty("--size", size.toFixed(3));
   mark.append(svg("circle", { class: "hit", r: thing.cell && thing.group ? 13 : R + 3.5 }), svg("path", { class: "ring", d: shape === "cell" ? "M-13-11H13V11H-13Z" : circle(R + 4) }));
   if (shape === "cell") mark.append(svg("path", { class: "back", d: SHAPES.cell }));
@@ -209,11 +210,14 @@ function paintNode(mark, thing, { near, chosen, entry, names }) {
   const named = (thing.group && !thing.cell && !folds) || thing.kind === "logit" || (view.labelled && thing.kind !== "token") || thing === state.hover || (names.has(thing) && (thing.kind !== "token" || lit));
   const words = named ? cut(shortName(thing), WORDS) : "";
   const fill = state.mode === "diff" && !(thing.cell && thing.group) ? "" : sign.size ? ((thing.cell && thing.group ? 0.1 : 0.25) + (thing.cell && thing.group ? 0.4 : 0.75) * sign.size).toFixed(2) : "";
-  const want = { class: classes.filter(Boolean).join(" "), transform: `translate(${thing.px.toFixed(1)} ${thing.py.toFixed(1)})`, tabindex: thing === entry ? "0" : "-1", "aria-pressed": String(selected), "aria-label": describe(thing), fill, words, count: thing.group ? String(thing.own.length) : "", badge: thing.status };
+  const half = 3.2 * [...words].length, moved = thing.px < half ? half - thing.px : Math.min(0, place.width - half - thing.px);
+  const aside = folds && words && thing.kind !== "logit" ? moved : 0; // a name stays inside the drawing
+  const want = { aside, class: classes.filter(Boolean).join(" "), transform: `translate(${thing.px.toFixed(1)} ${thing.py.toFixed(1)})`, tabindex: thing === entry ? "0" : "-1", "aria-pressed": String(selected), "aria-label": describe(thing), fill, words, count: thing.group ? String(thing.own.length) : "", badge: thing.status };
   const same = mark.want ?? {};
   for (const name of ["class", "transform", "tabindex", "aria-pressed", "aria-label"]) if (want[name] !== same[name]) mark.setAttribute(name, want[name]);
   if (want.fill !== same.fill) mark.querySelector(".glyph").style.fillOpacity = fill;
   if (want.words !== same.words) mark.lastChild.textContent = words;
+  if (want.aside !== (same.aside ?? 0)) mark.lastChild.setAttribute("x", want.aside.toFixed(1));
   if (want.badge !== same.badge) mark.querySelector(".badge")?.setAttribute("d", BADGES[thing.status] || "");
   if (thing.cell && want.count !== same.count && thing.group) mark.querySelector(".count").textContent = want.count;
   mark.want = want;
@@ -282,7 +286,19 @@ function fit() {
     camera.y = room.bottom - camera.k * (height + y);
     grow();
   }
+  settled(fit);
+}
+// A view that nobody has moved since it was taken is taken again when its place changes its size.
+let home = { by: null, at: "" };
+const cameraAt = () => [camera.k, camera.x, camera.y].join();
+function settled(by) {
+  home = { by, at: cameraAt() };
   repaint();
+}
+function resized() {
+  if (stage.clientWidth <= LEFT + 20) return; // not laid out, or on paper
+  if (!home.by || home.at === cameraAt()) (home.by ?? firstView)();
+  else repaint();
 }
 function extent() {
   const drawn = world.getBBox(), x = Math.min(0, drawn.x), y = Math.min(0, drawn.y);
@@ -294,13 +310,14 @@ function firstView() {
   fit();
   const { clientWidth: w, clientHeight: h } = stage, room = h - BOTTOM - TOP - 8;
   const least = folds ? Math.min(1, Math.max(0.85, room / place.height)) : view.labelled ? 0.75 : 0.55;
+  home.by = firstView;
   if (!(folds || NARROW.matches) || camera.k >= least) return;
   camera.k = least;
   camera.x = Math.max(w - 12 - place.width * least, Math.min(LEFT, w - place.width * least));
   camera.y = TOP + 4;
   if (place.height * least < h - BOTTOM - TOP) camera.y = h - BOTTOM - place.height * least - 4;
   grow();
-  repaint();
+  settled(firstView);
 }
 // Far away, marks are drawn larger than the zoom would have them, as far as their distance allows.
 const grow = () => drawing.style.setProperty("--grow", Math.min(1.5, Math.max(1, 2.6 / (R * camera.k))).toFixed(3));
@@ -310,6 +327,12 @@ function zoom(factor, cx = stage.clientWidth / 2, cy = stage.clientHeight / 2) {
   camera.y = cy - ((cy - camera.y) * k) / camera.k;
   camera.k = k;
   grow();
+  repaint();
+}
+// An opened band: all of it where there is room, else its name and what folds it.
+function bringBand(band) {
+  const high = stage.clientHeight - BOTTOM - TOP, from = camera.y + camera.k * band.top - TOP, over = from + camera.k * band.size - high;
+  camera.y -= from < 0 ? from : Math.max(0, Math.min(over, from));
   repaint();
 }
 function bringIntoSight({ px, py }) {

@@ -7,11 +7,15 @@ const bands = view.bands.map((band, at) => ({ ...band, at }));
 const bandOf = new Map(bands.flatMap((band) => band.rows.map((row) => [row, band])));
 const rowOf = new Map(view.rows.map((row, at) => [row.name, at]));
 const middle = (band) => band.start + band.size / 2;
+// How far above its row's floor a node stands, and the lowest of a row: lines are stacked from the floor upwards.
+const aboveFloor = (node) => view.rows[node.row].start + view.rows[node.row].size - node.y;
+const rowLeast = view.rows.map((row) => row.size / 2);
 const cells = new Map();
 for (const node of nodes) {
   node.row = rowOf.get(node.kind === "token" ? "token" : node.kind === "logit" ? "target" : String(node.layer));
   node.band = bandOf.get(node.row) ?? null;
   node.cell = null;
+  rowLeast[node.row] = Math.min(rowLeast[node.row], aboveFloor(node));
   if (!node.band) continue;
   const key = `c${node.band.at}:${node.pos}`;
   if (!cells.has(key)) cells.set(key, { key, group: true, cell: true, band: node.band, pos: node.pos, own: [] });
@@ -63,10 +67,11 @@ function arrange() {
 
 // Rows from the top downwards and columns from the left, then everything that stands in them.
 function settle(stretched) {
-  const flat = new Map(), wide = view.columns.map(() => !folds);
+  const flat = new Map(), wide = view.columns.map(() => !folds), high = rowLeast.map((least) => 2 * least), lines = new Map();
   for (const thing of things) {
-    const { band, pos, x } = thing.from;
+    const { band, pos, x, row } = thing.from;
     thing.flat = Boolean(band && !stretched.has(band));
+    if (!thing.flat) high[row] = Math.max(high[row], aboveFloor(thing.from) + rowLeast[row]);
     if (thing.flat) flat.set(`${band.at}:${pos}`, [...(flat.get(`${band.at}:${pos}`) ?? []), thing]);
     else if (Math.abs(x - middle(view.columns[pos])) > 0.5) wide[pos] = true;
   }
@@ -76,20 +81,21 @@ function settle(stretched) {
     left += column.size;
     return column;
   });
-  const high = new Map();
-  for (const [key, list] of flat) high.set(Number(key.split(":")[0]), Math.max(high.get(Number(key.split(":")[0])) ?? 1, list.length));
+  for (const list of flat.values()) lines.set(list[0].from.band, Math.max(lines.get(list[0].from.band) ?? 1, list.length));
   const moved = new Map();
   place.rows = [];
   view.rows.forEach((row, at) => {
     const band = bandOf.get(at), first = band && band.rows[0] === at;
     if (first) Object.assign(band, { top, folded: !stretched.has(band) });
-    if (first && band.folded) place.rows.push({ name: band.name, band, start: top, size: (high.get(band.at) ?? 1) * view.folded[1] });
-    if (first) top += band.folded ? (high.get(band.at) ?? 1) * view.folded[1] : STRIP;
+    const line = (lines.get(band) ?? 1) * view.folded[1];
+    if (first && band.folded) place.rows.push({ name: band.name, band, start: top, size: line });
+    if (first) top += band.folded ? line : STRIP;
     if (band) band.size = top - band.top;
     if (band?.folded) return;
-    moved.set(at, top - row.start);
-    place.rows.push({ name: row.name, start: top, size: row.size });
-    top += row.size;
+    const size = band ? high[at] : row.size;
+    moved.set(at, top + size - row.start - row.size);
+    place.rows.push({ name: row.name, start: top, size });
+    top += size;
     if (band) band.size = top - band.top;
   });
   Object.assign(place, { width: left + PAD, height: top + PAD });

@@ -96,6 +96,7 @@ function activate(thing, { focus = true } = {}) {
   keepingPlace(thing, () => { showPath(null); state.open.add(thing.key); state.selected = thing; });
   const shown = standIn(thing);
   roving(shown);
+  if (shown.band) bringBand(shown.band);
   bringIntoSight(shown);
   $("said").textContent = `Opened ${describe(thing)}`;
   if (focus) marks.get(shown.key).focus({ preventScroll: true });
@@ -527,7 +528,7 @@ function start() {
   showCard();
   settleStage();
   NARROW.addEventListener("change", settleStage);
-  new ResizeObserver(firstView).observe(stage);
+  new ResizeObserver(resized).observe(stage);
   paint();
   document.documentElement.dataset.ready = String(Math.round(performance.now()));
 }
