@@ -137,6 +137,32 @@ def test_a_line_between_groups_is_the_sum_of_its_links(browser: Any, path: Path,
     visit.check()
 
 
+def test_the_strongest_sums_are_drawn_in_the_colour_of_their_sign(browser: Any, path: Path, tmp_path: Path,
+                                                                  graph: AttributionGraph,
+                                                                  cells: dict[str, list[int]]) -> None:  # fmt: skip
+    home = {row: name for name, rows in cells.items() for row in rows}
+    sums: dict[tuple[Any, Any], list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for source, target, weight, _, score in page_data(graph)["view"]["links"]:
+        ends = home.get(source, source), home.get(target, target)
+        if ends[0] != ends[1]:
+            sums[ends][0] += score
+            sums[ends][1] += weight
+    strongest = sorted(sums.values(), key=lambda each: -each[0])[:300]
+    visit = Visit(browser, path)
+    assert visit.page.locator("#links-said").inner_text() == f"300 of {len(sums)}"
+    visit.page.locator("#save summary").click()
+    with visit.page.expect_download() as waiting:
+        visit.page.locator("#save-svg").click()
+    waiting.value.save_as(tmp_path / "g.svg")
+    colours = {name: visit.run(f"getComputedStyle(document.documentElement).getPropertyValue('--{name}').trim()")
+               for name in ("pos", "neg")}  # fmt: skip
+    drawn = re.findall(r'<path class="link"[^>]*stroke="(#\w+)"[^>]*stroke-width="([\d.]+)"',
+                       (tmp_path / "g.svg").read_text(encoding="utf-8"))  # fmt: skip
+    widths = [0.5 + 3.4 * (score / strongest[0][0]) ** 0.5 for score, _ in strongest]
+    assert [float(width) for _, width in drawn] == pytest.approx(widths, abs=0.02)
+    assert [colour for colour, _ in drawn] == [colours["pos" if weight >= 0 else "neg"] for _, weight in strongest]
+
+
 def test_a_band_opens_and_folds_by_its_name(browser: Any, path: Path, cells: dict[str, list[int]]) -> None:
     visit = Visit(browser, path)
     before = marks_of(visit)
@@ -371,11 +397,13 @@ def test_a_difference_folds_too_and_a_group_says_what_became_of_it(browser: Any,
     whole = large(600, 5000, layers=20, tokens=30)
     scale = torch.linspace(0.2, 1.9, 600)[:, None]
     features = [row for row, node in enumerate(whole.nodes) if node.kind not in ("token", "logit")]
-    base = whole.keep([row for row in range(600) if row not in features[::9]])
+    gone = {side: {*features[at::9], *(row for row in features if whole.nodes[row].pos == pos)}
+            for side, at, pos in (("base", 0, 5), ("tuned", 4, 9))}  # fmt: skip
+    base = whole.keep([row for row in range(600) if row not in gone["base"]])
     louder = tuple(replace(node, attribution=None if node.attribution is None else node.attribution * (0.3 + at / 400))
                    for at, node in enumerate(whole.nodes))  # fmt: skip
     tuned = replace(whole, nodes=louder, edges=whole.edges * scale)
-    tuned = tuned.keep([row for row in range(600) if row not in features[4::9]])
+    tuned = tuned.keep([row for row in range(600) if row not in gone["tuned"]])
     diff = base.diff(tuned)
     view = page_data(diff)["view"]
     visit = Visit(browser, save_page(diff, tmp_path / "d.html"))
@@ -394,7 +422,7 @@ def test_a_difference_folds_too_and_a_group_says_what_became_of_it(browser: Any,
             sums = [sum(values) if (values := [n[side] for n in members if n[side] is not None]) else None
                     for side in ("base", "tuned")]  # fmt: skip
             expected[name] = _status(sums[0], sums[1], view["least"], FLOOR * max(sizes))
-    assert said == expected and {"stronger", "weaker", "same"} <= set(said.values())
+    assert said == expected and set(said.values()) == {"appeared", "vanished", "stronger", "weaker", "same"}
     for mode in ("base", "tuned", "diff"):
         visit.page.locator(f'#modes [data-choice="{mode}"]').click()
         assert visit.run(CELLS)

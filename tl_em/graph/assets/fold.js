@@ -123,7 +123,7 @@ function sum(group) {
     return said.length ? said.reduce((a, b) => a + b, 0) : null;
   };
   for (const name of ["reach", "attribution", "base", "tuned"]) group[name] = total(name);
-  if (isDiff) group.status = group.own.length === 1 ? nodes[group.own[0]].status : became(group.base, group.tuned, nodeFloor);
+  if (isDiff) group.status = became(group.base, group.tuned, nodeFloor);
   if (group.cell) group.label = `${group.band.name} at ${visibleSpace(view.tokens[group.pos] ?? "")} (${group.pos})`;
 }
 // What became of a sum of values: the rule of graph/diff.py.
