@@ -1,31 +1,34 @@
 // The drawing as a file and on paper: what is drawn now, folded or open, with what is lit, in the colours that are shown.
-const SHEET = 1150; // how much of the width a printed sheet holds
+const SHEET = { across: 1150, down: 780 }; // how much of the drawing a printed sheet holds
+const PIXELS = 16e6;
 
-// All of it at zoom 1, or the part between two places across; the rows' names stand at the left of each part.
+// All of it at zoom 1, or the part between two places across and two down; the names of rows and columns stand beside it.
 function toSvg(part = null) {
   const { x, y, width, height } = extent(), tight = place.columns.some((column) => Math.min([...column.name].length, 12) * 7 > column.size);
-  const from = part ? part[0] : x, to = part ? part[1] : x + width, head = (part ? 10 : 44) - y, foot = tight ? 64 : 30;
-  const w = to - from + LEFT + 12, h = height + head + y + foot;
+  const [from, to] = part ? part.across : [x, x + width], [top, bottom] = part ? part.down : [y, y + height], head = part ? 10 : 44;
+  const w = to - from + LEFT + 12, h = bottom - top + head + (tight ? 64 : 30), foot = head + bottom - top + 12;
   const root = svg("svg", { xmlns: NS, width: Math.round(w), height: Math.round(h), viewBox: `0 0 ${w} ${h}`, "font-family": "system-ui, 'Liberation Sans', Arial, sans-serif", "font-size": 11 });
-  const inner = svg("g", { transform: `translate(${LEFT - from} ${head})` });
   const text = (at, words, extra = {}) => svg("text", { ...at, fill: colour.ink, ...extra }, words);
-  const inPart = (left, right = left) => !part || (right >= from && left <= to);
+  const across = (left, right = left) => right >= from && left <= to, down = (high, low = high) => low >= top && high <= bottom;
   root.append(svg("title", {}, view.title), svg("rect", { width: w, height: h, fill: colour.page }));
   if (!part) root.append(text({ x: 12, y: 18 }, cut(view.title, 90), { "font-size": 14, "font-weight": 600 }), text({ x: 12, y: 34 }, cut(view.said, 140), { fill: colour.muted }));
+  const inner = part ? svg("svg", { x: LEFT, y: head, width: to - from, height: bottom - top, viewBox: `${from} ${top} ${to - from} ${bottom - top}` }) : svg("g", { transform: `translate(${LEFT - from} ${head - top})` });
   root.append(inner);
-  for (const row of place.rows) inner.append(svg("path", { d: `M${from} ${row.start + row.size}H${to}`, stroke: colour.rule }), text({ x: from - 8, y: middle(row) + 4, "text-anchor": "end" }, row.band || !/^-?\d/.test(row.name) ? row.name : `L${row.name}`, { fill: colour.muted }));
-  for (const column of place.columns) {
-    const at = middle(column), down = height + y + 12;
-    if (!inPart(at)) continue;
-    inner.append(text({ x: at, y: down, "text-anchor": tight ? "end" : "middle", ...(tight ? { transform: `rotate(-38 ${at} ${down})` } : {}) }, cut(visibleSpace(column.name), tight ? 12 : 14)));
+  for (const row of place.rows) {
+    inner.append(svg("path", { d: `M${from} ${row.start + row.size}H${to}`, stroke: colour.rule }));
+    if (down(middle(row))) root.append(text({ x: LEFT - 8, y: head + middle(row) - top + 4, "text-anchor": "end" }, row.band || !/^-?\d/.test(row.name) ? row.name : `L${row.name}`, { fill: colour.muted }));
   }
+  for (const column of place.columns) {
+    const at = LEFT + middle(column) - from;
+    if (across(middle(column))) root.append(text({ x: at, y: foot, "text-anchor": tight ? "end" : "middle", ...(tight ? { transform: `rotate(-38 ${at} ${foot})` } : {}) }, cut(visibleSpace(column.name), tight ? 12 : 14)));
+  }
+  const inPart = ([a, b, c, d, e, f, g, i]) => !part || (across(Math.min(a, c, e, g), Math.max(a, c, e, g)) && down(Math.min(b, d, f, i), Math.max(b, d, f, i)));
   for (const halo of [true, false]) for (const { at, stroke: ink, alpha, width: wide, dash, onTrail } of [...current.base, ...current.lit]) {
-    if ((halo && !onTrail) || !inPart(Math.min(at[0], at[2], at[4], at[6]), Math.max(at[0], at[2], at[4], at[6]))) continue;
+    if ((halo && !onTrail) || !inPart(at)) continue;
     const [x1, y1, ...rest] = at.map((each) => each.toFixed(1));
     inner.append(svg("path", { class: halo ? "halo" : "link", d: `M${x1} ${y1}C${rest.join(" ")}`, fill: "none", stroke: halo ? colour.trail : ink, "stroke-opacity": halo ? 0.9 : alpha.toFixed(3), "stroke-width": (halo ? wide + 7 : wide).toFixed(2), ...(dash.length && !halo ? { "stroke-dasharray": dash.join(" ") } : {}) }));
   }
-  for (const thing of things) if (inPart(thing.px - 12, thing.px + 12)) inner.append(copied(marks.get(thing.key), thing, text));
-  if (part) root.append(svg("rect", { x: 0, y: head - 4, width: LEFT - 4, height: h - head, fill: colour.page }), ...[...inner.children].filter((each) => each.getAttribute("x") === String(from - 8)).map((each) => { each.setAttribute("x", LEFT - 8); each.setAttribute("y", Number(each.getAttribute("y")) + head); return each; }));
+  for (const thing of things) if (across(thing.px) && down(thing.py)) inner.append(copied(marks.get(thing.key), thing, text));
   return root;
 }
 function copied(mark, thing, text) {
@@ -54,7 +57,7 @@ function saveSvg() {
 function savePng() {
   const image = new Image();
   image.addEventListener("load", () => {
-    const scale = Math.min(2, 8000 / Math.max(image.width, image.height)), sheet = el("canvas", { width: Math.round(image.width * scale), height: Math.round(image.height * scale) });
+    const scale = Math.min(2, 8000 / Math.max(image.width, image.height), Math.sqrt(PIXELS / (image.width * image.height))), sheet = el("canvas", { width: Math.round(image.width * scale), height: Math.round(image.height * scale) });
     sheet.getContext("2d").drawImage(image, 0, 0, sheet.width, sheet.height);
     sheet.toBlob((blob) => download(`${view.slug}.png`, blob), "image/png");
   });
@@ -72,15 +75,26 @@ function saveJson() {
   download(`${view.slug}${isDiff && state.mode === "base" ? "-base" : ""}.json`, new Blob([JSON.stringify(whole)], { type: "application/json" }));
 }
 
-// Paper is light, and as wide as it is: a wide drawing is cut into parts, one below the other.
+// Paper is light, and as large as it is: a large drawing is cut into parts, between tokens and between layers.
 let onPaper = null;
 function toPaper() {
   if (onPaper) return;
   onPaper = { dark: state.dark, words: $("words").open };
   $("words").open = true;
   setTheme(false);
-  const { x, width } = extent(), parts = Math.max(1, Math.ceil(width / SHEET - 0.1)), each = width / parts;
-  $("sheets").replaceChildren(...Array.from({ length: parts }, (_, at) => toSvg(parts > 1 ? [x + at * each, x + (at + 1) * each] : null)));
+  const { x, y, width, height } = extent(), sheets = [];
+  for (const down of parts(y, height, SHEET.down, place.rows)) for (const across of parts(x, width, SHEET.across, place.columns)) sheets.push(toSvg(width > SHEET.across * 1.1 || height > SHEET.down * 1.1 ? { across, down } : null));
+  for (const sheet of sheets) { // a small one stays small, and none is higher than a page
+    const [w, h] = ["width", "height"].map((name) => Number(sheet.getAttribute(name)));
+    sheet.style.maxWidth = `min(${1.1 * w}px, ${(170 * w) / h}mm)`;
+  }
+  $("sheets").replaceChildren(...sheets);
+}
+function parts(from, size, most, along) {
+  const many = Math.max(1, Math.ceil(size / most - 0.1)), edges = along.map((each) => each.start);
+  const near = (at) => edges.reduce((a, b) => (Math.abs(a - at) <= Math.abs(b - at) ? a : b), at + size);
+  const cuts = [from, ...Array.from({ length: many - 1 }, (_, at) => near(from + ((at + 1) * size) / many)), from + size];
+  return cuts.slice(1).map((to, at) => [cuts[at], to]).filter(([a, b]) => b > a);
 }
 function fromPaper() {
   if (!onPaper) return;
