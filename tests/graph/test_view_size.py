@@ -27,6 +27,14 @@ LAYERS, TOKENS = 26, 73
 WHERE = "document.querySelector('.world').getAttribute('transform')"
 CELLS = "[...document.querySelectorAll('#drawing .node.cell')].map(each => each.getAttribute('aria-label'))"
 
+SLICED = """() => [...document.querySelectorAll('#sheets > svg > svg')].flatMap(part => {
+  const {x, y, width, height} = part.viewBox.baseVal, to = part.getScreenCTM();
+  const [from, until] = [[x, y], [x + width, y + height]].map(([a, b]) => new DOMPoint(a, b).matrixTransform(to));
+  return [...part.querySelectorAll('.mark')].map(mark => mark.firstChild.getBoundingClientRect()).filter(box =>
+    box.left < from.x - 1 || box.right > until.x + 1 || box.top < from.y - 1 || box.bottom > until.y + 1);
+})"""
+"""Marks on paper that the edge of their part goes through."""
+
 
 @pytest.fixture(scope="module")
 def graph() -> AttributionGraph:
@@ -386,6 +394,7 @@ def test_files_and_paper_hold_what_is_drawn(browser: Any, path: Path, tmp_path: 
     assert visit.page.locator("#sheets .mark").count() == marks  # cut between tokens and layers, so each stands once
     names = Counter(visit.page.locator("#sheets text").all_text_contents())
     assert len({names[f"word{pos}"] for pos in range(TOKENS)}) == 1 and names["word0"] >= 1
+    assert visit.run(f"({SLICED})()") == []
     scales = visit.run("[...document.querySelectorAll('#sheets > svg')].map(s => s.getScreenCTM().a)")
     assert min(scales) > 0.75  # letters of 11 pixels stay legible
     assert visit.run("document.documentElement.scrollWidth") <= SCREENS["wide"][0]
