@@ -58,7 +58,6 @@ _MOVED = {
     "steered_training": "training",
     "summarise_study": "organisms",
     "toy_dictionary": "organisms",
-    "train_dictionary": "dictionaries",
     "verify_features": "claims",
 }
 """Names that stood here once, and the folder that they are in now."""

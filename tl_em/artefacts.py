@@ -347,6 +347,7 @@ _OTHERS = (
     (b"PK\x03\x04", "is a zip archive (a workbook is one, too)", "Unpack it, or save the sheet as CSV in UTF-8"),
     (b"PAR1", "is Parquet", "Write it as JSONL: pandas.read_parquet(a).to_json(b, orient='records', lines=True)"),
 )
+_ZERO = "a zero byte, so the file is binary, or UTF-16 without a byte-order mark. Save it as UTF-8."
 _SPACE = re.compile(r"[ \t\r\n]*")  # JSON's white space: U+2028 and U+0085 are none
 
 
@@ -403,10 +404,7 @@ def read_text(path: str | Path) -> str:
         'naïve'
     """
     data = read_bytes(path)
-    for magic, found, remedy in _OTHERS:
-        if data.startswith(magic):
-            raise CorruptFileError(f"{path} {found}, so it holds no text to read. {remedy}.")
-    encoding = next((name for mark, name in _MARKS if data.startswith(mark)), "utf-8")
+    encoding = _encoding(data, path)
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
@@ -418,11 +416,54 @@ def read_text(path: str | Path) -> str:
     if not text.strip():
         raise CorruptFileError(f"{path} is empty ({len(data)} bytes), so there is nothing to read. Write it again.")
     if "\0" in text:
-        raise CorruptFileError(
-            f"{path}, line {text[: text.index(chr(0))].count(chr(10)) + 1}: a zero byte, so the file is binary, or "
-            "UTF-16 without a byte-order mark. Save it as UTF-8."
-        )
+        raise CorruptFileError(f"{path}, line {text[: text.index(chr(0))].count(chr(10)) + 1}: {_ZERO}")
     return text
+
+
+def lines_of(path: str | Path, *, most: int | None = None) -> Iterator[str]:
+    """The lines of a text file, one at a time, as :func:`read_text` would read them; never held whole.
+
+    Args:
+        path: of the file.
+        most: characters after which a line is cut.
+
+    Raises:
+        FileError, CorruptFileError: as :func:`read_text`, when the first line is asked for, or the bad one.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "a.txt"
+        >>> _ = path.write_bytes("naïve\\r\\n\\u2028cut".encode())
+        >>> list(lines_of(path)), list(lines_of(path, most=4))
+        (['naïve', '\\u2028cut'], ['naïv', 'e', '\\u2028cut'])
+    """
+    try:
+        check_file(path)
+        with Path(path).open("rb") as raw:
+            head = raw.read(4)
+    except (OSError, ValueError) as error:  # ValueError: a path with a NUL
+        raise FileError(f"{str(path)[:200]!r} cannot be read ({error}); pass the path of a file") from error
+    encoding, number = _encoding(head, path), 0
+    with Path(path).open(encoding=encoding) as file:
+        try:
+            while line := file.readline(-1 if most is None else most):
+                number += 1
+                if "\0" in line:
+                    raise CorruptFileError(f"{path}, line {number}: {_ZERO}")
+                yield line.rstrip("\n")
+        except UnicodeDecodeError as error:
+            raise CorruptFileError(
+                f"{path}, after line {number}: bytes that are not text in {encoding} ({error.reason}), and another "
+                "encoding would be a guess. Save the file as UTF-8."
+            ) from error
+
+
+def _encoding(head: bytes, path: str | Path) -> str:
+    """Of a file that begins so."""
+    for magic, found, remedy in _OTHERS:
+        if head.startswith(magic):
+            raise CorruptFileError(f"{path} {found}, so it holds no text to read. {remedy}.")
+    return next((name for mark, name in _MARKS if head.startswith(mark)), "utf-8")
 
 
 def json_values(text: str, path: str | Path) -> list[tuple[int, Any]]:

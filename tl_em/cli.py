@@ -590,9 +590,12 @@ def features() -> None:
 
 @features.command("train")
 @click.argument("base")
-@click.argument("tuned")
+@click.argument("tuned", required=False)
 @click.option("--corpus", type=FILE, required=True,
-              help="JSONL: a row is {\"messages\": […]} or {\"text\": …}; documents, not only questions.")
+              help="JSONL: a row is {\"messages\": […]} or {\"text\": …}; documents, not only questions. With "
+              "--context, text too: a document a line.")
+@click.option("--context", type=int, callback=_as(optional(COUNT)),
+              help="Read the corpus as a stream, never whole, packed into windows of so many tokens.")
 @click.option("--layer", type=int, callback=_as(NATURAL), required=True)
 @click.option("--stream", type=click.Choice(["resid_pre", "resid_post", "attn_out", "mlp_out"]), default="resid_post",
               show_default=True)
@@ -600,29 +603,40 @@ def features() -> None:
 @click.option("--k", default=16, callback=_as(COUNT), show_default=True, help="Latents on at a token.")
 @click.option("--activation", type=click.Choice(["topk", "batchtopk", "jumprelu", "relu"]), default="batchtopk",
               show_default=True)
-@click.option("--mix", type=click.Choice(["tuned", "base", "both", "difference"]), default="both", show_default=True,
-              help="Whose activations.")
+@click.option("--mix", type=click.Choice(["tuned", "base", "both", "difference"]),
+              help="Whose activations.  [both; of one model its own]")
 @click.option("--steps", default=4000, callback=_as(COUNT), show_default=True)
+@click.option("--batch", default=1024, callback=_as(COUNT), show_default=True, help="Tokens a step.")
 @click.option("--seed", default=0, callback=_as(SEED), show_default=True)
-@click.option("--out", type=PATH, default=Path("dictionary.safetensors"), show_default=True)
+@click.option("--out", type=PATH, default=Path("dictionary.safetensors"), show_default=True,
+              help="A file (.safetensors), or a folder: it holds checkpoints, and the same command goes on there.")
+@click.option("--every", type=int, callback=_as(optional(COUNT)), help="Steps between two checkpoints.  [five minutes]")
 def train_features(
-    base: str, tuned: str, corpus: Path, layer: int, stream: Any, mix: Any, out: Path, **settings: Any
-) -> None:
-    """Train a dictionary on TUNED and BASE with SAELens (extra 'sae'); a tenth of the corpus judges it."""
+    base: str, tuned: str | None, corpus: Path, context: int | None, layer: int, stream: Any, mix: Any, out: Path,
+    **settings: Any,
+) -> None:  # fmt: skip
+    """Train a dictionary on TUNED and BASE, or on one model, with SAELens (extra 'sae'); a tenth of the corpus judges
+    it."""
     from tl_em.artefacts import check_writable
+    from tl_em.dictionaries.documents import set_apart
     from tl_em.dictionaries.quality import dictionary_quality
     from tl_em.dictionaries.training import train_dictionary
     from tl_em.models.contrast_files import read_prompts
-    from tl_em.models.loading import load_pair
+    from tl_em.models.loading import load_model, load_pair
     from tl_em.models.sites import Site
 
-    check_writable(out)
-    prompts = read_prompts(corpus)
-    judged, learned = prompts[::10], [prompt for i, prompt in enumerate(prompts) if i % 10]
-    pair = load_pair(base, tuned)
-    dictionary = train_dictionary(pair.tuned, Site(layer, stream), learned, against=pair.base, mix=mix, **settings)
-    dictionary.save(out)
-    quality = dictionary_quality(pair.tuned, dictionary, judged, against=pair.base, difference=mix == "difference")
+    file = out.suffix == ".safetensors"
+    check_writable(out if file else out / "record.json")
+    learned, judged = set_apart(read_prompts(corpus) if context is None else corpus)
+    pair = None if tuned is None else load_pair(base, tuned)
+    model, against = (load_model(base), None) if pair is None else (pair.tuned, pair.base)
+    mix = mix or ("tuned" if tuned is None else "both")
+    settings |= {"against": against, "mix": mix, "context": context, "out": None if file else out}
+    dictionary = train_dictionary(model, Site(layer, stream), learned, **settings)
+    if file:
+        dictionary.save(out)
+    quality = dictionary_quality(model, dictionary, judged(model, context), against=against,
+                                 difference=mix == "difference")  # fmt: skip
     _echo(repr(quality))
     _echo(f"{out}: {'fits' if quality.fits else 'does not fit'}")
 

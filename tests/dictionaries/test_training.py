@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from itertools import islice
 
 import pytest
 import torch
 
 import tl_em as em
 from tl_em.dictionaries import Dictionary, from_sae_lens
-from tl_em.dictionaries.corpus import ActivationSource, Scale
+from tl_em.dictionaries.corpus import ActivationSource, Prompts, ReadSoFar, Scale
 from tl_em.dictionaries.tokens import Tokens, every_token, sample_spans
 from tl_em.dictionaries.training import train_dictionary
 from tl_em.errors import PositionError, ProvenanceError, UsageError
@@ -42,20 +43,23 @@ def model(make_model):
 
 # ---- activations -------------------------------------------------------------------------------------------------
 @pytest.mark.surface
-def test_a_corpus_beyond_the_buffer_is_read_again_and_covers_the_same_tokens(small_model, monkeypatch):
+def test_a_corpus_beyond_the_buffer_is_read_again_and_covers_the_same_tokens(small_model):
     encoded = prompts(7)
 
-    def tokens() -> torch.Tensor:
-        source = ActivationSource([small_model], encoded, [em.Site(1)], "all", False, seed=0)
-        held, stream = [], source.chunks()
-        while sum(map(len, held)) < 2 * source.tokens:  # two epochs
-            held.append(next(stream))
-        assert bool(source._kept) == source.fits
-        return torch.cat(held).sort(0).values
+    def tokens(most: int) -> torch.Tensor:
+        corpus = Prompts(encoded, "all", most, 0)
+        source = ActivationSource([small_model], corpus, [em.Site(1)], difference=False, seed=0)
+        source.scale = scale_of(small_model, encoded)
+        source.open(ReadSoFar())
+        assert source.first.whole == (most > 4)
+        return torch.cat([*islice(source.batches(1), 2 * total)]).sort(0).values  # two epochs
 
-    kept = tokens()
-    monkeypatch.setattr("tl_em.dictionaries.corpus.BUFFER", 4)
-    torch.testing.assert_close(tokens(), kept, atol=1e-4, rtol=1e-4)
+    total = int(sample_spans(encoded).diff().sum())
+    torch.testing.assert_close(tokens(4), tokens(total), atol=1e-4, rtol=1e-4)
+
+
+def scale_of(model, encoded: list[EncodedPrompt]) -> Scale:
+    return Scale.of(torch.cat([found.x for found in tokens_of(model, encoded, [em.Site(1)])]).cpu())
 
 
 @pytest.mark.surface
@@ -104,13 +108,12 @@ def test_batchtopk_comes_back_as_the_threshold_that_saelens_learned(model, monke
     pytest.importorskip("sae_lens")
     import tl_em.dictionaries.training as training
 
-    seen = {}
-    monkeypatch.setattr(training, "_fitted", lambda *a, of=training._fitted: seen.setdefault(len(seen), of(*a)))
+    seen = []
+    monkeypatch.setattr(training, "train", lambda *a, of=training.train: seen.append(of(*a)) or seen[0])
     mine = train_dictionary(model, em.Site(1), prompts(), d_sae=48, k=6, activation="batchtopk", steps=60, batch=64)
-    theirs = seen[max(seen)]
-    source = ActivationSource([model], prompts(), [em.Site(1)], "all", False, seed=0)
+    theirs, scale = seen[0], scale_of(model, prompts())
     x = torch.cat([p.x for p in tokens_of(model, prompts(), [em.Site(1)])])[:, 0]
-    u = (x - source.scale.mean[0]) / source.scale.length[0]
+    u = (x - scale.mean[0]) / scale.length[0]
     with torch.no_grad():
         _, before = theirs.encode_with_hidden_pre(u)  # rescaled by the decoder's norms
         expected = torch.where(before > theirs.topk_threshold, before, 0.0) / 1.0
@@ -172,7 +175,7 @@ def test_a_long_training_says_so_before_it_starts(model, monkeypatch, capfd):
     pytest.importorskip("sae_lens")
     train_dictionary(model, em.Site(1), prompts(), d_sae=16, k=4, steps=20, batch=32)
     assert not capfd.readouterr().err
-    monkeypatch.setattr("tl_em.dictionaries.training.LONG", 0.0)
+    monkeypatch.setattr("tl_em.dictionaries.descent.LONG", 0.0)
     monkeypatch.setattr(sys, "__stderr__", sys.stderr)
     train_dictionary(model, em.Site(1), prompts(), d_sae=16, k=4, steps=20, batch=32)
     assert "20 steps of 32 tokens, about" in capfd.readouterr().err

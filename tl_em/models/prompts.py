@@ -23,7 +23,7 @@ from tl_em.models.hooks import LensModel
 from tl_em.models.sites import Position, check_position
 from tl_em.models.source_record import warn_beyond_proof
 from tl_em.models.templates import has_template, rendered_chat
-from tl_em.models.tokenizing import Span, own_bos, plain_tokens, tokens_and_spans
+from tl_em.models.tokenizing import Span, before_text, own_bos, plain_tokens, tokens_and_spans
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,42 @@ def encode(
     warn_beyond_proof(model, max(map(len, found), default=0))
     _check_vocabulary(found, int(model.cfg.d_vocab), tokenizer)
     return found
+
+
+class DocumentTokens(NamedTuple):
+    """Documents as tokens: what the model is to read before each, and each without it, however long."""
+
+    before: tuple[int, ...]
+    ids: list[tuple[int, ...]]
+
+
+def document_tokens(model: LensModel, documents: Sequence[Prompt | EncodedPrompt]) -> DocumentTokens:
+    """Documents as tokens: texts as they are, through no template; chats through it; encoded prompts as they are.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge.
+        documents: of any length, beyond the model's context too.
+
+    Raises:
+        UnknownTokenError, PromptError: as :func:`encode`.
+
+    Example:
+        >>> import tl_em as em
+        >>> document_tokens(em.load_pair("toy/insecure").base, [EncodedPrompt.from_ids([9, 8])]).ids
+        [(9, 8)]
+    """
+    tokenizer = getattr(model, "tokenizer", None)
+    prepend = bool(getattr(model.cfg, "default_prepend_bos", True))
+    before = () if tokenizer is None else before_text(tokenizer, prepend=prepend, d_vocab=int(model.cfg.d_vocab))
+    found: list[EncodedPrompt | None] = [each if isinstance(each, EncodedPrompt) else None for each in documents]
+    texts = [i for i, each in enumerate(documents) if _is_plain(tokenizer, each, False)]
+    plain = _encode_plain(model, tokenizer, [str(documents[i]) for i in texts])
+    for i, each in zip(texts, plain, strict=True):
+        found[i] = each
+    whole = [each or _encode_turns(tokenizer, given) for each, given in zip(found, documents, strict=True)]  # pyright: ignore[reportArgumentType]
+    _check_vocabulary(whole, int(model.cfg.d_vocab), tokenizer)
+    begun = [len(before) if each.ids[: len(before)] == before else 0 for each in whole]
+    return DocumentTokens(before, [each.ids[start:] for each, start in zip(whole, begun, strict=True)])
 
 
 def _is_plain(tokenizer: Any, prompt: Prompt | EncodedPrompt, chat: bool | None) -> bool:

@@ -306,6 +306,17 @@ def vocabulary_hash(tokenizer: Any) -> str | None:
     return digest
 
 
+def weights_hash(model: Any) -> str:
+    """A hash of every tensor of a model, by name, kind and value."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, each in sorted(model.state_dict().items()):
+        digest.update(f"{name}/{each.dtype}/{tuple(each.shape)}".encode())
+        digest.update(each.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def _added_by_loader(token: str, index: int, tokenizer: Any) -> bool:
     return token == "<|endoftext|>" and index >= int(tokenizer.vocab_size)
 

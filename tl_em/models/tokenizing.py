@@ -103,6 +103,16 @@ class PlainText(NamedTuple):
     start: int
 
 
+def before_text(tokenizer: Any, *, prepend: bool, d_vocab: int) -> tuple[int, ...]:
+    """What stands before a text that goes through no template, see the head of this file; arguments as below."""
+    bos, before = own_bos(tokenizer), own_before(tokenizer) or ()
+    if not prepend and not hasattr(tokenizer, _KEPT):  # TransformerLens may have switched the BOS on
+        return tuple(token for token in before if token != bos)
+    if prepend and bos is not None and bos not in before and bos < d_vocab:
+        return (bos, *before)
+    return before
+
+
 def plain_tokens(tokenizer: Any, texts: Sequence[str], *, prepend: bool, d_vocab: int) -> list[PlainText]:
     """Texts as the tokenizer's own ids, see the head of this file.
 
@@ -115,11 +125,7 @@ def plain_tokens(tokenizer: Any, texts: Sequence[str], *, prepend: bool, d_vocab
     Raises:
         UnknownTokenError: words outside the vocabulary. PromptError: nothing to read.
     """
-    bos, before = own_bos(tokenizer), own_before(tokenizer) or ()
-    if not prepend and not hasattr(tokenizer, _KEPT):  # TransformerLens may have switched the BOS on
-        before = tuple(token for token in before if token != bos)
-    elif prepend and bos is not None and bos not in before and bos < d_vocab:
-        before = (bos, *before)
+    bos, before = own_bos(tokenizer), before_text(tokenizer, prepend=prepend, d_vocab=d_vocab)
     read, found = tokenized(tokenizer, list(texts)), []
     offsets = read.get("offset_mapping") or [None] * len(texts)
     for text, core, spans in zip(texts, read["input_ids"], offsets, strict=True):

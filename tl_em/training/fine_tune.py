@@ -9,7 +9,6 @@ two arms then differ in is what the answers say.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import platform
@@ -27,7 +26,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from tl_em.arguments import COUNT, FRACTION, NOT_NEGATIVE, POSITIVE, SEED, checked, optional
@@ -36,7 +34,7 @@ from tl_em.errors import ModelError, NonFiniteError, OutputError, UsageError
 from tl_em.models.checkpoint import given_tokenizer
 from tl_em.models.directories import fill_directory
 from tl_em.models.loading import opened
-from tl_em.models.sites import vocabulary_hash
+from tl_em.models.sites import vocabulary_hash, weights_hash
 from tl_em.models.templates import template_record
 from tl_em.models.torch_state import making_weights
 from tl_em.models.upstream_chatter import quiet
@@ -343,15 +341,6 @@ def _peak(device: str) -> float:
 
 
 # ---- what is left behind ---------------------------------------------------------------------------------------------
-def weights_hash(model: nn.Module) -> str:
-    """A hash of every tensor of a model, by name, kind and value."""
-    digest = hashlib.sha256()
-    for name, each in sorted(model.state_dict().items()):
-        digest.update(f"{name}/{each.dtype}/{tuple(each.shape)}".encode())
-        digest.update(each.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 def _base_record(name: str, model: Any, tokenizer: Any) -> dict[str, Any]:
     template, arguments = template_record(tokenizer)
     found = {"name": name, "weights": weights_hash(model), "dtype": _named(model.dtype)}
