@@ -322,7 +322,8 @@ class Partial(Intervention):
 
     def edit(self, x: Tensor, mask: Tensor | None = None, *, name: str | None = None) -> Tensor:
         """``x + strength * (inner.edit(x) - x)``."""
-        return x + self.strength * (self.inner.edit(x, name=name) - x)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return (wide + self.strength * (self.inner.edit(x, name=name) - wide)).to(x.dtype)
 
 
 # --- Reading one ------------------------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ def set_component(x: Activation, unit: Float[Tensor, " d_model"], target: Tensor
         [0.0, 4.0]
     """
     change = target - component(x, unit)
-    return x + (change[..., None] * unit.to(change.device, change.dtype)).to(x.dtype)
+    return (x + change[..., None] * unit.to(change.device, change.dtype)).to(x.dtype)  # rounded once
 
 
 def without_rows(x: Float[Tensor, "row pos d_model"], units: Float[Tensor, "row d_model"]) -> Tensor:
@@ -64,7 +64,7 @@ def without_rows(x: Float[Tensor, "row pos d_model"], units: Float[Tensor, "row 
     along = torch.bmm(x.to(wide), units[:, :, None])
     if x.dtype == wide:
         return torch.baddbmm(x, along, units[:, None], alpha=-1)
-    return x - (along * units[:, None]).to(x.dtype)
+    return (x - along * units[:, None]).to(x.dtype)
 
 
 def around_rows(
@@ -73,7 +73,7 @@ def around_rows(
     """``x + r r'(c - x)`` with a unit vector for each row, in float32 or better."""
     units = units.to(x.device, torch.promote_types(x.dtype, torch.float32))[:, None]
     along = [(each.to(units) * units).sum(-1) for each in (centre[None, None], x)]
-    return x + ((along[0] - along[1])[..., None] * units).to(x.dtype)
+    return (x + (along[0] - along[1])[..., None] * units).to(x.dtype)
 
 
 class Removal(Intervention):
@@ -245,12 +245,12 @@ class Add(Intervention):
 
     def edit(self, x: Tensor, mask: Tensor | None = None, *, name: str | None = None) -> Tensor:
         """``x + coefficient * vector``."""
-        return x + (self.coefficient * direction_at(self.direction, name).vector).to(x.device, x.dtype)
+        return (x + self.coefficient * direction_at(self.direction, name).vector.to(x.device)).to(x.dtype)
 
     def rowwise(self, vectors: Float[Tensor, "direction d_model"]) -> RowEdit:
         """Many vectors at once, with the one coefficient."""
         scaled = self.coefficient * vectors
-        return lambda x, rows, name=None: x + scaled[rows][:, None].to(x.device, x.dtype)
+        return lambda x, rows, name=None: (x + scaled[rows][:, None].to(x.device)).to(x.dtype)
 
 
 @dataclass(frozen=True, eq=False)

@@ -119,4 +119,4 @@ class ScaleFeature(Intervention):
         else:
             wanted = a * self.factor
         change = (wanted - a) @ self.dictionary.to(x.device).W_dec[index]
-        return x + change.to(x.dtype)
+        return (x + change).to(x.dtype)

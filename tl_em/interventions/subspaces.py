@@ -209,7 +209,7 @@ def _replaced(x: Tensor, *, left: Tensor, right: Tensor, target: Tensor) -> Tens
     """``x - L'(R x - target)``, in float32 or better whatever the dtype of ``x``."""
     wide = torch.promote_types(x.dtype, torch.float32)
     left, right, target = (each.to(x.device, wide) for each in (left, right, target))
-    return x - ((x.to(wide) @ right.T - target) @ left).to(x.dtype)
+    return (x - (x.to(wide) @ right.T - target) @ left).to(x.dtype)
 
 
 def _as_basis(name: str, value: Any) -> Tensor | tuple[Direction, ...]:

@@ -26,10 +26,11 @@ from tl_em.models.adapters import (
     told,
     with_adapter,
 )
+from tl_em.models.devices import check_there
 from tl_em.models.tokenizing import same_ids
 
 
-def from_path_or_hub(source: str, tokenizer: Any, dtype: torch.dtype) -> tuple[str, Any, Any]:
+def from_path_or_hub(source: str, tokenizer: Any, dtype: torch.dtype, device_map: Any = None) -> tuple[str, Any, Any]:
     """Name, model and tokenizer of a directory (also one with a PEFT adapter, merged into its base) or a hub id."""
     path = Path(as_path("source", source))
     if path.is_dir() and not is_adapter(path) and not (path / CONFIG).is_file():
@@ -40,12 +41,17 @@ def from_path_or_hub(source: str, tokenizer: Any, dtype: torch.dtype) -> tuple[s
     if not path.is_dir() and (source.startswith(("/", ".", "~")) or source.count("/") > 1 or not source):
         raise ModelNotFoundError(f"There is no directory {source!r}. Check the path, or give a hub id such as 'gpt2'.")
     adapter = adapter_directory(source)
+    if adapter is not None and device_map is not None:
+        raise UsageError(
+            f"{source!r} is an adapter, and it is not known to fit a base that is spread over devices. Merge it once, "
+            "on one device: em.save_model(em.load_model(adapter, device='cpu'), directory), and load that directory."
+        )
     if adapter is not None:
         check_peft(adapter)
         _, hf_base, of_base = from_path_or_hub(base_of(adapter), tokenizer, dtype)
         own = tokenizer_beside(adapter) if tokenizer is None else None
         return source, with_adapter(adapter, hf_base, beside=False), own or of_base
-    return source, _hf_model(source, dtype), tokenizer if tokenizer is not None else hf_tokenizer(source)
+    return source, _hf_model(source, dtype, device_map), tokenizer if tokenizer is not None else hf_tokenizer(source)
 
 
 def _on_hub(source: str) -> set[str]:
@@ -72,7 +78,7 @@ def _fetched(source: str) -> Path:
         raise _not_found(source, error) from error
 
 
-def _hf_model(source: str, dtype: torch.dtype) -> Any:
+def _hf_model(source: str, dtype: torch.dtype, device_map: Any = None) -> Any:
     from safetensors import SafetensorError
     from transformers import AutoConfig
 
@@ -82,6 +88,7 @@ def _hf_model(source: str, dtype: torch.dtype) -> Any:
         hf_model, found = loader.from_pretrained(
             source, dtype=dtype, attn_implementation="eager", trust_remote_code=False, output_loading_info=True,
             ignore_mismatched_sizes=True,  # so that they are named, below
+            **({} if device_map is None else {"device_map": device_map}),
         )  # fmt: skip
     except ModelError:
         raise
@@ -260,11 +267,7 @@ def in_memory(source: Any, keep: bool, dtype: torch.dtype) -> tuple[str, Any]:
             f"load. A TransformerLens model needs no loading: use it as it is."
         )
     check_kind(config, type(source).__name__)
-    if any(parameter.is_meta for parameter in source.parameters()):
-        raise ModelError(
-            f"The weights of this {type(source).__name__} are on the meta device: they have shapes and no values. Load "
-            f"them, e.g. with {type(source).__name__}.from_pretrained(…)."
-        )
+    check_there(source)
     hf_model: Any = source if keep else copy.deepcopy(source)
     _leave_inference(hf_model)
     if not getattr(config, "architectures", None):
@@ -296,7 +299,7 @@ def _cast(hf_model: Any, dtype: torch.dtype) -> Any:
         for name in module._non_persistent_buffers_set
         if module._buffers[name] is not None and module._buffers[name].is_floating_point()
     ]
-    hf_model.to(dtype)
+    type(hf_model).to(hf_model, dtype)  # past accelerate's warning that a model it has spread shall not be moved
     for module, name, before in computed:
         if before.dtype == torch.float32:
             module._buffers[name] = before

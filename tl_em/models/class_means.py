@@ -246,6 +246,7 @@ def _run(
     def add(site: int, rows: Int[Tensor, " prompt"], x: Float[Tensor, "prompt position d_model"]) -> None:
         if batch.get("rows") is not rows:  # the same for every site of a batch
             batch.update(rows=rows, **sums.of(rows, device))
+        x = x.to(device)  # of a model on several devices, a site may be on another one
         wide = x.double().flatten(1)
         totals[site].addmm_(batch["parts"], wide)
         squares[site].addmm_(batch["labels"], wide.square_())

@@ -31,6 +31,7 @@ from tl_em.models.checkpoint import (
     tokenizer_of,
 )
 from tl_em.models.contrasts import ContrastSet
+from tl_em.models.devices import check_device_map, is_spread
 from tl_em.models.gguf import from_gguf, is_gguf
 from tl_em.models.hooks import LensModel
 from tl_em.models.proof import proof, prove, reference
@@ -66,6 +67,7 @@ def load_model(
     tokenizer: Any = None,
     dtype: torch.dtype | Any = None,
     device: str | torch.device | None = None,
+    device_map: str | Mapping[str, Any] | Any = None,
     in_place: bool = False,
     prove: bool = True,
     chat_template_kwargs: Mapping[str, Any] | Any = None,
@@ -87,6 +89,9 @@ def load_model(
         tokenizer: in place of the source's own, or where it is saved; a model in memory has none of its own.
         dtype: float32 by default.
         device: by default a GPU where there is one; a model in memory stays where it is.
+        device_map: how the blocks of a directory or a hub id are spread over several devices, as transformers takes it
+            (``"auto"``, ``"balanced"``, a dict by module); it needs ``accelerate``, and a Bridge. A model in memory
+            that accelerate has spread already stays so.
         in_place: a Bridge rewires the model it is built around. A model in memory is therefore copied first, unless
             this is True.
         prove: False skips the comparison; the provenance of what is made on the model says so.
@@ -100,8 +105,10 @@ def load_model(
         ModelNotFoundError: no such directory, or the hub does not answer.
         CorruptFileError: weights that cannot be read, or a tensor that is missing, unexpected or of another shape.
         NonFiniteError: NaN or infinity among the weights.
-        ModelError: peft is missing for an adapter, the surface does not exist in this version of TransformerLens, what
+        ModelError: peft is missing for an adapter, or accelerate for a ``device_map``; weights are on the disk or have
+            no values (offloaded, or on ``meta``); the surface does not exist in this version of TransformerLens, what
             it makes of the model computes something else, or the model is not a causal language model.
+        UsageError: a ``device_map`` beside a ``device``, or for what cannot be spread.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -116,17 +123,20 @@ def load_model(
             f"There is no surface {surface!r}. Use 'bridge' (TransformerBridge) or 'hooked' (HookedTransformer)."
         )
     dtype, device, chat_template_kwargs = _settled(dtype, device, chat_template_kwargs)
+    if device_map is not None:
+        check_device_map(source, device_map, device, surface)
     with making_weights(), quiet(), ExitStack() as stack:
         if (shipped := _shipped(source)) is not None:
             source, own_tokenizer = shipped.in_memory(source)
             tokenizer, in_place = own_tokenizer if tokenizer is None else tokenizer, True
         if tokenizer is not None:
             tokenizer = reloadable(given_tokenizer(tokenizer), stack)
-        name, hf_model, tokenizer = opened(source, tokenizer, dtype, in_place=in_place)
-        if not isinstance(source, (str, Path)):
+        name, hf_model, tokenizer = opened(source, tokenizer, dtype, in_place=in_place, device_map=device_map)
+        spread = is_spread(hf_model, device, surface)
+        if not isinstance(source, (str, Path)) or device_map is not None:
             device = device or next(hf_model.parameters()).device
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        check_weights(hf_model.to(device).eval())
+        check_weights((hf_model if spread else hf_model.to(device)).eval())
         model = _on_surface(surface, name, hf_model, tokenizer, dtype, device, prove)
     return _ready(model, chat_template_kwargs)
 
@@ -139,11 +149,15 @@ def _ready(model: Any, chat_template_kwargs: Mapping[str, Any] | None) -> Any:
     return model
 
 
-def opened(source: Any, tokenizer: Any, dtype: torch.dtype, *, in_place: bool = False) -> tuple[str, Any, Any]:
+def opened(
+    source: Any, tokenizer: Any, dtype: torch.dtype, *, in_place: bool = False, device_map: Any = None
+) -> tuple[str, Any, Any]:
     """Name, Hugging Face model and tokenizer of a directory, a hub id, a GGUF file, or a model in memory (copied)."""
     if isinstance(source, (str, Path)):
         with alone() if dtype != torch.float32 else nullcontext():  # transformers sets the default dtype meanwhile
-            return (from_gguf if is_gguf(source) else from_path_or_hub)(_home(source), tokenizer, dtype)
+            if is_gguf(source):
+                return from_gguf(_home(source), tokenizer, dtype)
+            return from_path_or_hub(_home(source), tokenizer, dtype, device_map)
     name, hf_model = in_memory(source, in_place, dtype)
     return name, hf_model, tokenizer_of(hf_model) if tokenizer is None else tokenizer
 
@@ -372,7 +386,8 @@ def _fine_tune_of(base: Any, base_name: str | None, tuned: Any, share: bool, opt
     """The fine-tune on the weights of its base, as far as it leaves them as they are."""
     surface: Surface = "bridge" if hasattr(base, "original_model") else "hooked"
     weight = next(iter(base.parameters()))
-    options = {"dtype": weight.dtype, "device": weight.device, **options}
+    where = {} if "device_map" in options else {"device": weight.device}
+    options = {"dtype": weight.dtype, **where, **options}
     adapter = _adapter(tuned) if share else None
     own = adapter is not None and goes_on(adapter, base_name or str(getattr(base.cfg, "model_name", "")))
     if adapter is None or not own or not can_share(base):

@@ -381,7 +381,7 @@ def _check_finite(
     found: Sequence[Tensor], batch: Batch, sites: Sequence[Site], encoded: Sequence[EncodedPrompt]
 ) -> None:
     """Raise ``NonFiniteError``, naming site and prompt, unless every activation that a batch gave is finite."""
-    bad = (~torch.stack(list(found))).nonzero().tolist()  # one transfer a batch
+    bad = (~torch.stack([each.to(found[0].device) for each in found])).nonzero().tolist()  # one transfer a batch
     if bad:
         site, row = bad[0]
         raise NonFiniteError(
