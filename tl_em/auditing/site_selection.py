@@ -22,7 +22,7 @@ from tl_em.metrics import Behaviour
 from tl_em.models.class_means import class_moments
 from tl_em.models.hooks import LensModel
 from tl_em.models.prompts import position_of_asking
-from tl_em.models.stream import capture
+from tl_em.models.stream import capture, sites_at_once
 
 
 def at_their_sites(
@@ -40,8 +40,11 @@ def select_site(base: LensModel, candidates: Sequence[Direction], subject: Subje
     """
     select = subject.splits.select
     sites = [d.site for d in candidates]
-    acts = [capture(base, prompts, sites, position=subject.position) for prompts in (select.positive, select.negative)]
-    dprimes = [separation(*(d.project(a[:, s]).double().numpy() for a in acts)) for s, d in enumerate(candidates)]
+    classes, dprimes, at = (select.positive, select.negative), list[float](), iter(candidates)
+    for some in sites_at_once(base, sites, sum(map(len, classes))):
+        acts = [capture(base, prompts, some, position=subject.position) for prompts in classes]
+        for s, d in zip(range(len(some)), at, strict=False):
+            dprimes.append(separation(*(d.project(a[:, s]).double().numpy() for a in acts)))
     separating = [(d, dprime) for d, dprime in zip(candidates, dprimes, strict=True) if dprime > 0]
     effects = effects_in_base(base, [d for d, _ in separating], subject.chosen_by) if separating else [0.0]
     if max(effects) > 0:

@@ -38,7 +38,7 @@ from tl_em.models.contrasts import ContrastSet
 from tl_em.models.hooks import LensModel
 from tl_em.models.loading import ModelPair
 from tl_em.models.sites import Position, Site
-from tl_em.models.stream import capture
+from tl_em.models.stream import capture, sites_at_once
 from tl_em.showing import check_names
 from tl_em.stats import Estimate, Groups, Prediction, Resampled, beyond_next, bootstrap
 
@@ -190,14 +190,18 @@ def samples(contrast: ContrastSet) -> list[int | Groups]:
 def readings(
     models: Mapping[str, LensModel], contrast: ContrastSet, sites: Sequence[Site], position: Position
 ) -> Iterator[dict[str, Reading]]:
-    """Both classes at each site in turn, in each model, float64; one pass a model and class for all sites."""
-    acts = {
-        name: [capture(model, prompts, sites, position=position).double().cpu().numpy()
-               for prompts in (contrast.positive, contrast.negative)]
-        for name, model in models.items()
-    }  # fmt: skip
-    for s in range(len(sites)):
-        yield {name: Reading(*(np.ascontiguousarray(x[:, s]) for x in both)) for name, both in acts.items()}
+    """Both classes at each site in turn, in each model, float64; one pass a model and class for as many sites as are
+    held at once, however many there are."""
+    classes = contrast.positive, contrast.negative
+    kept = len(models) * sum(map(len, classes))
+    for some in sites_at_once(next(iter(models.values())), sites, kept):
+        acts = {
+            name: [capture(model, prompts, some, position=position) for prompts in classes]
+            for name, model in models.items()
+        }
+        for s in range(len(some)):
+            yield {name: Reading(*(x[:, s].double().numpy() for x in both)) for name, both in acts.items()}
+        del acts
 
 
 @dataclass(frozen=True, eq=False)
@@ -286,7 +290,11 @@ class Case:
         return bootstrap(statistic, samples(self.contrast), seed=self.seed, resamples=resamples)
 
     def controls(self) -> Float[np.ndarray, "control d_model"]:
-        """Random unit vectors of the base's pooled within-class covariance."""
+        """Random unit vectors of the base's pooled within-class covariance, drawn once for all questions."""
+        return self._controls
+
+    @cached_property
+    def _controls(self) -> Float[np.ndarray, "control d_model"]:
         within = self.base.positive, self.base.negative
         return control_directions(*within, count=self.n_controls, norm=1.0, seed=self.seed)
 
@@ -307,7 +315,8 @@ class Case:
     def with_tuned(self, tuned: Reading) -> Case:
         """The same case with other activations of the tuned model; what depends on the base alone is not made again."""
         made = replace(self, tuned=tuned)
-        made.__dict__.update({k: v for k, v in self.__dict__.items() if k in ("unit", "own_gap", "random")})
+        kept = ("unit", "own_gap", "_controls", "random")
+        made.__dict__.update({name: value for name, value in self.__dict__.items() if name in kept})
         return made
 
     @cached_property

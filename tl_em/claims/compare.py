@@ -209,7 +209,8 @@ def compare(
     }  # fmt: skip
     for name, (direction, contrast) in tqdm(directions.items(), desc="comparing", unit="direction", disable=None):
         own = None if behaviour is None else _behaviour_of(behaviour, name)
-        case, *others = cases(direction, (layers or {}).get(name), contrast, name=name, behaviour=own, **settings)
+        others = cases(direction, (layers or {}).get(name), contrast, name=name, behaviour=own, **settings)
+        case = next(others)
         behaviours |= {} if case.behaviour is None else {name: case.behaviour}
         belonging |= {name: case.together} if case.together else {}
         try:
@@ -328,7 +329,7 @@ def cases(
     behaviour: Behaviour | Metric | None = None,
     **settings: Any,
 ) -> Iterator[Case]:
-    """The direction's own case, then one for each layer; every site is read in one pass a model and class.
+    """The direction's own case, then one for each layer, each read when it is asked for (see ``claim.readings``).
 
     Prompts without groups have those that are found at the direction's own site in the base.
     """
@@ -337,9 +338,10 @@ def cases(
     models |= {f"{kind} {i}": model for kind, each in more.items() for i, model in enumerate(each)}
     if by_layer is None:
         by_layer = [replace(direction, site=Site(i, direction.site.stream)) for i in range(pair.base.cfg.n_layers)]
-    sites = list(dict.fromkeys(each.site for each in (direction, *by_layer)))
-    read = dict(zip(sites, readings(models, contrast, sites, direction.position), strict=True))
-    at_site, found = read[direction.site]["base"], None
+    sites = [direction.site, *(each.site for each in by_layer if each.site != direction.site)]
+    read = readings(models, contrast, sites, direction.position)
+    first = next(read)
+    at_site, found = first["base"], None
     if not contrast.has_groups:
         found = together(contrast, (at_site.positive, at_site.negative))
         contrast = contrast.with_groups(found)
@@ -348,7 +350,7 @@ def cases(
         behaviour = own.grouped(contrast, lambda prompts: _read(pair.base, prompts, direction.site))
     settings |= {"behaviour": behaviour, "together": "" if found is None else found.said}
     for each in (direction, *by_layer):
-        own = read[each.site]
+        own = first if each.site == direction.site else next(read)
         several = {kind: tuple(own[name] for name in own if name.startswith(kind)) for kind in more}
         _check_differ((own["tuned"], *several["replicate"]), "replicates=")
         _check_differ(several["benign"], "benign=")

@@ -11,7 +11,7 @@ match is printed beside every result (``match``).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,7 +29,7 @@ from tl_em.models.contrasts import ContrastSet, Prompt
 from tl_em.models.hooks import LensModel
 from tl_em.models.prompts import EncodedPrompt
 from tl_em.models.sites import Position, Site
-from tl_em.models.stream import capture
+from tl_em.models.stream import capture, sites_at_once
 
 NEAREST = 32
 """Latents that may stand for one, where as many as that are not needed."""
@@ -80,20 +80,15 @@ def random_profiles(
     both = isinstance(drawn_from, ContrastSet)
     classes = (drawn_from.positive, drawn_from.negative) if both else (drawn_from, drawn_from)
     position = profile.directions[0].position
-    x = [activations_at(model, prompts, profile.sites, position) for prompts in classes]
-    whole, rows = np.eye(profile.width), list[list[Direction]]()
-    for i, own in enumerate(profile.directions):
-        here = [each[:, i] for each in x]
-        varied = max(np.ptp(each, axis=0).max() for each in here) > 0
-        positive, negative = here if varied else (whole, whole)
-        rows.append(_random(own, positive, negative, count, seed))
+    read = _classes_in_turn(model, classes, profile.sites, position)
+    rows = [_random(own, *each, count, seed) for own, each in zip(profile.directions, read, strict=True)]
     return [Profile(each) for each in zip(*rows, strict=True)]
 
 
 def random_in_place(
     model: LensModel, directions: Sequence[Direction], drawn_from: ContrastSet, *, count: int, seed: int = 0
 ) -> list[list[Direction]]:
-    """:func:`random_directions` in place of each of several, in one pass for each position.
+    """:func:`random_directions` in place of each of several, in as few passes for each position as may be held.
 
     Where activations do not vary within the classes (one token at the first layer), of the whole space.
     """
@@ -102,14 +97,23 @@ def random_in_place(
     for position in positions:
         here = {i: each for i, each in enumerate(directions) if each.position == position}
         sites = [each.site for each in here.values()]
-        x = [activations_at(model, prompts, sites, position) for prompts in (drawn_from.positive, drawn_from.negative)]
-        whole = np.eye(x[0].shape[-1])
-        for column, (i, own) in enumerate(here.items()):
-            classes = [each[:, column] for each in x]
-            varied = max(np.ptp(each, axis=0).max() for each in classes) > 0
-            positive, negative = classes if varied else (whole, whole)
-            found[i] = _random(own, positive, negative, count, [seed, i])
+        read = _classes_in_turn(model, (drawn_from.positive, drawn_from.negative), sites, position)
+        for (i, own), each in zip(here.items(), read, strict=True):
+            found[i] = _random(own, *each, count, [seed, i])
     return [found[i] for i in range(len(directions))]
+
+
+def _classes_in_turn(
+    model: LensModel, classes: Sequence[Any], sites: Sequence[Site], position: Position
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Both classes at one site after the other; where they do not vary, the axes of the whole space."""
+    for some in sites_at_once(model, sites, sum(map(len, classes))):
+        x = [activations_at(model, prompts, some, position) for prompts in classes]
+        for s in range(len(some)):
+            positive, negative = (each[:, s] for each in x)
+            varied = max(np.ptp(each, axis=0).max() for each in (positive, negative)) > 0
+            whole = np.eye(x[0].shape[-1])
+            yield (positive, negative) if varied else (whole, whole)
 
 
 def _random(own: Direction, positive: np.ndarray, negative: np.ndarray, count: int, seed: Any) -> list[Direction]:

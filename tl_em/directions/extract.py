@@ -33,7 +33,7 @@ from tl_em.models.contrasts import ContrastSet, hashed, inseparable
 from tl_em.models.hooks import LensModel
 from tl_em.models.lint import warn_of_nuisance
 from tl_em.models.sites import Position, Provenance, Site, as_position, as_positions, as_site, as_sites
-from tl_em.models.stream import captured, encoded_prompts
+from tl_em.models.stream import captured, encoded_prompts, sites_at_once
 from tl_em.models.torch_state import in_plain_torch
 from tl_em.stats import Estimate
 
@@ -173,37 +173,50 @@ class Extraction:
                 yield None if bool(equal[p, s]) else difference[p, s], reliability[p][s], neutral[s]
 
     def _fitted(self) -> Iterator[Found]:
-        """Fits at each position, on activations that are kept."""
+        """Fits at each position, on activations that are kept: of as many sites at a time as are held at once."""
         blocks = inseparable(self.contrast)
         parts = dealt(blocks, self.seed)
         encoded = [encoded_prompts(self.model, each) for each in (self.contrast.positive, self.contrast.negative)]
         warn_of_nuisance(self.contrast, [[len(prompt) for prompt in each] for each in encoded])
-        x, y = (captured(self.model, each, self.sites, self.positions).double() for each in encoded)
-        part = [torch.tensor([parts[label, i] for i in range(len(each))]) for label, each in enumerate((x, y))]
-        if self.method.pairs:
-            x, y, part = _by_block(x, y, blocks, parts, self.contrast)
-        for p in range(len(self.positions)):
-            classes = x[:, p], y[:, p]
-            vectors = fitted(self.method, *classes, self.sites)
-            cosines = self._halved(classes, part)
-            for s, vector in enumerate(vectors):
-                if not vector.any():
-                    yield None, None, None
-                    continue
-                along = [each[:, s].numpy() @ (vector / np.linalg.norm(vector)) for each in classes]
-                reliability = agreement(cosines[:, s], (len(x), len(y)), len(blocks), self.seed)
-                yield torch.from_numpy(vector), reliability, neutral_z(along[0], along[1])
+        found: list[list[Found]] = [[] for _ in self.positions]
+        kept = len(self.positions) * sum(map(len, encoded))
+        for some in sites_at_once(self.model, self.sites, kept):
+            x, y = (captured(self.model, each, some, self.positions).double() for each in encoded)
+            part = [torch.tensor([parts[label, i] for i in range(len(each))]) for label, each in enumerate((x, y))]
+            if self.method.pairs:
+                x, y, part = _by_block(x, y, blocks, parts, self.contrast)
+            for p in range(len(self.positions)):
+                found[p] += self._at(some, (x[:, p], y[:, p]), part, len(blocks))
+        for each in found:
+            yield from each
 
-    def _halved(self, classes: tuple[Tensor, Tensor], part: Sequence[Tensor]) -> Float[np.ndarray, "half site"]:
+    def _at(
+        self, sites: Sequence[Site], classes: tuple[Tensor, Tensor], part: Sequence[Tensor], blocks: int
+    ) -> Iterator[Found]:
+        """Fits to both classes at one position."""
+        vectors = fitted(self.method, *classes, sites)
+        cosines = self._halved(sites, classes, part)
+        for s, vector in enumerate(vectors):
+            if not vector.any():
+                yield None, None, None
+                continue
+            along = [each[:, s].numpy() @ (vector / np.linalg.norm(vector)) for each in classes]
+            n = len(classes[0]), len(classes[1])
+            reliability = agreement(cosines[:, s], n, blocks, self.seed)
+            yield torch.from_numpy(vector), reliability, neutral_z(along[0], along[1])
+
+    def _halved(
+        self, sites: Sequence[Site], classes: tuple[Tensor, Tensor], part: Sequence[Tensor]
+    ) -> Float[np.ndarray, "half site"]:
         """Cosines between the fits to two halves of the prompts; NaN at a site where a half has no direction."""
 
         def of(parts: list[int]) -> np.ndarray:
             rows = [torch.isin(each, torch.tensor(parts)) for each in part]
-            return fitted(self.method, classes[0][rows[0]], classes[1][rows[1]], self.sites)
+            return fitted(self.method, classes[0][rows[0]], classes[1][rows[1]], sites)
 
         pairs = list(halves(torch.stack([torch.bincount(each, minlength=PARTS).double() for each in part])))
         chosen = random.Random(self.seed).sample(pairs, min(FIT_HALVES, len(pairs)))
-        cosines = np.full((len(chosen), len(self.sites)), np.nan)
+        cosines = np.full((len(chosen), len(sites)), np.nan)
         for row, (first, second) in zip(cosines, chosen, strict=True):
             row[:] = cosine(of(first), of(second))
         cosines[:, np.isnan(cosines).any(0)] = np.nan

@@ -24,7 +24,6 @@ from tl_em.models.unwrapped import unwrapped
 Step = Callable[[Int[Tensor, "prompt pos"]], Float[Tensor, "prompt d_vocab"]]
 """Read more tokens of every prompt; logits after the last of them."""
 
-
 class ReadsOn(Protocol):
     """Reads on after what it read before."""
 

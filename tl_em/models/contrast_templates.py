@@ -66,7 +66,7 @@ def _fields(template: Any) -> list[str]:
     if not names:
         raise UsageError(
             f"The template {template!r:.60} has no field, so both classes would be the same prompts. Write what "
-            'differs as a name in curly brackets: "You are {persona}."'
+            "differs as a name in curly brackets: \"You are {persona}.\""
         )
     return names
 
@@ -102,7 +102,7 @@ def _fillings(side: str, given: Any, own: Sequence[str]) -> list[dict[str, str]]
     if not items:
         raise UsageError(
             f"{side}={given!r:.60} holds no filling, so that class would be empty. Give a list of texts for "
-            f'{{{own[0]}}}: {side}=["…"].'
+            f"{{{own[0]}}}: {side}=[\"…\"]."
         )
     found = [dict.fromkeys(own[:1], item) if isinstance(item, str) and len(own) == 1 else item for item in items]
     for item in found:
@@ -120,7 +120,7 @@ def _texts(name: str, values: Any) -> list[str]:
     listed = list(values) if isinstance(values, Sequence) and not isinstance(values, str) else []
     if not listed or not all(isinstance(value, str) for value in listed):
         raise UsageError(
-            f'{name}={values!r:.60} is no list of texts, so nothing can be filled in. Write {name}: ["…", "…"].'
+            f"{name}={values!r:.60} is no list of texts, so nothing can be filled in. Write {name}: [\"…\", \"…\"]."
         )
     return listed
 

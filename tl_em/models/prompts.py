@@ -139,12 +139,12 @@ def document_tokens(model: LensModel, documents: Sequence[Prompt | EncodedPrompt
     tokenizer = getattr(model, "tokenizer", None)
     prepend = bool(getattr(model.cfg, "default_prepend_bos", True))
     before = () if tokenizer is None else before_text(tokenizer, prepend=prepend, d_vocab=int(model.cfg.d_vocab))
-    found: list[EncodedPrompt | None] = [each if isinstance(each, EncodedPrompt) else None for each in documents]
     texts = [i for i, each in enumerate(documents) if _is_plain(tokenizer, each, False)]
-    plain = _encode_plain(model, tokenizer, [str(documents[i]) for i in texts])
-    for i, each in zip(texts, plain, strict=True):
-        found[i] = each
-    whole = [each or _encode_turns(tokenizer, given) for each, given in zip(found, documents, strict=True)]  # pyright: ignore[reportArgumentType]
+    plain = dict(zip(texts, _encode_plain(model, tokenizer, [str(documents[i]) for i in texts]), strict=True))
+    whole = [
+        plain[i] if i in plain else each if isinstance(each, EncodedPrompt) else _encode_turns(tokenizer, each)
+        for i, each in enumerate(documents)
+    ]
     _check_vocabulary(whole, int(model.cfg.d_vocab), tokenizer)
     begun = [len(before) if each.ids[: len(before)] == before else 0 for each in whole]
     return DocumentTokens(before, [each.ids[start:] for each, start in zip(whole, begun, strict=True)])

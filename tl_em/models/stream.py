@@ -31,6 +31,8 @@ _READ_TOKENS = 2048
 """Tokens a batch of a capture: as many as 64 prompts have, so that more prompts take no more memory."""
 _MAX_LOGITS = 2**25
 """Logits held at once: 128 MiB in float32."""
+HELD = 2**28
+"""Bytes of activations that are held while one site after the other is looked at."""
 
 
 def pass_bytes(model: LensModel) -> int:
@@ -181,6 +183,27 @@ def sequence_logprobs(
         total = torch.zeros(len(batch.rows)).index_add_(0, rows, taken)
         out[list(batch.rows)] = total / inside.sum(-1) if per_token else total
     return out
+
+
+def sites_at_once(model: LensModel, sites: Sequence[Site], activations: int) -> Iterator[Sequence[Site]]:
+    """The sites, by as many as are read in one pass so that what is kept of them stays within ``HELD`` bytes.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge.
+        sites: in their order.
+        activations: kept of each site, over all prompts, positions and models together.
+
+    Example:
+        >>> import tl_em as em
+        >>> model, sites = em.load_pair("toy/insecure").base, [Site(0), Site(1), Site(2)]
+        >>> [len(each) for each in sites_at_once(model, sites, 64)], HELD // (8 * 96 * 200_000)
+        ([3], 1)
+        >>> [len(each) for each in sites_at_once(model, sites, 200_000)]
+        [1, 1, 1]
+    """
+    size = max(1, HELD // (8 * int(model.cfg.d_model) * max(1, activations)))  # float64 where they are computed with
+    for start in range(0, len(sites), size):
+        yield sites[start : start + size]
 
 
 # --- The pass ---------------------------------------------------------------------------------------------------------
