@@ -44,9 +44,10 @@ from reward_bias import SEEDS, cosine_of_means, output_direction, read, tell
 
 import tl_em as em
 from tl_em.claims.questions.latents import verify_feature
-from tl_em.dictionaries import training
-from tl_em.dictionaries.corpus import ActivationSource
+from tl_em.dictionaries.corpus import ActivationSource, Prompts
+from tl_em.dictionaries.descent import TrainingRun, train
 from tl_em.dictionaries.quality import dictionary_quality
+from tl_em.dictionaries.training import saelens_config
 from tl_em.directions.geometry import control_directions, cosine
 from tl_em.features.scoring import FeatureTable, score_features
 from tl_em.features.scoring_pass import deal
@@ -82,13 +83,15 @@ def dictionaries(models: Sequence[em.LensModel], world: BiasWorld, seed: int) ->
     encoded, judged = encoded_prompts(models[0], documents(world, DOCUMENTS, seed=0)), documents(world, 100, seed=1)
     kept = []
     for site in map(em.Site, LAYERS):
-        source = ActivationSource(models, encoded, [site], "all", False, seed)
+        corpus = Prompts(encoded, "all", sum(map(len, encoded)), seed)
+        source = ActivationSource(models, corpus, [site], difference=False, seed=seed)
         for d_sae in SIZES:
-            config = training._config("batchtopk", source.width, d_sae, K, 1.0, False, "cpu")
-            with torch.random.fork_rng(), training._quiet(), tempfile.TemporaryDirectory() as folder:
-                fitted = training._fitted(source, training._Run(config, STEPS, BATCH, 1e-3, seed), STEPS)
-                fitted.save_inference_model(folder)
+            config = saelens_config("batchtopk", source.width, d_sae, K, 1.0, False, "cpu")
+            run = TrainingRun(config, STEPS, BATCH, 1e-3, seed, transcoder=False)
+            with torch.random.fork_rng(), tempfile.TemporaryDirectory() as folder:
+                train(source, run, None, show=False).save_inference_model(folder)
                 found = em.interop.from_sae_lens(folder, site_in=site)
+            assert source.scale is not None
             found = source.scale.folded(replace(found, site_out=site, name=f"{site}/{d_sae}"))
             quality = [dictionary_quality(model, found, judged, against=models[0]) for model in models[1:]]
             fits = all(each.fits for each in quality)

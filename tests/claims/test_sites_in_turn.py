@@ -11,6 +11,7 @@ import torch
 import tl_em as em
 from tests.conftest import WORDS, benchmark, cached_model, make_hf_model, make_tokenizer
 from tl_em.auditing.site_selection import select_site
+from tl_em.auditing.splits import Subject
 from tl_em.claims.claim import readings
 from tl_em.claims.controls import random_in_place
 from tl_em.models.sites import Site
@@ -101,9 +102,9 @@ def test_what_is_held_does_not_grow_with_the_layers(monkeypatch):
 def test_the_chosen_site_is_the_same(monkeypatch):
     model = cached_model("llama", "bridge")
     candidates = em.extract_directions(model, CONTRAST, sites=[Site(i) for i in range(3)], positions=[-1])
-    subject: Any = type("Asked", (), {})()
-    subject.splits = type("Parts", (), {"select": CONTRAST})()
-    subject.position, subject.chosen_by = -1, None
+    asked = em.metrics.Behaviour("cats", em.logit_difference("cat", "dog"), CONTRAST.positive, CONTRAST.negative)
+    parts = CONTRAST.split(seed=0)
+    subject = Subject("words", CONTRAST, {}, parts, asked, asked, -1)
     monkeypatch.setattr("tl_em.auditing.site_selection.effects_in_base", lambda *_: [0.0])
     whole = select_site(model, candidates, subject)
     monkeypatch.setattr(HELD, 1)

@@ -142,7 +142,10 @@ def _tell_cost(source: ActivationSource, run: TrainingRun, steps: int, show: boo
 
 
 def _lasts(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} h" if seconds > 2 * 3600 else f"{seconds / 60:.0f} min"
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds > 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
