@@ -164,8 +164,9 @@ FOREIGN = {
     *("model.tokenizer.chat_template", "model._orig_mod", "torch.compile"),
     *("peft_model.get_base_model", "peft_model.merge_and_unload", "peft_model.unmerge_adapter"),
     *("peft_model.save_pretrained", "pair.base", "pair.tuned"),
+    *("accelerate.dispatch_model", "accelerate.hooks.remove_hook_from_submodules"),
 }
-"""What messages name of other libraries, looked up by hand: transformer_lens, torch, peft, dataclasses, scipy."""
+"""What messages name of other libraries, looked up by hand: transformer_lens, torch, peft, accelerate, scipy, …"""
 
 
 @cache

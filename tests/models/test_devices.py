@@ -101,6 +101,9 @@ def test_what_cannot_be_spread_says_what_can(folder, monkeypatch):
     for options in ({"device": "cpu"}, *({"surface": each} for each in SURFACES if each == "hooked")):
         with pytest.raises(UsageError, match="would gather it on one"):
             em.load_model(spread(), **options)
+    gathered = spread()
+    accelerate.hooks.remove_hook_from_submodules(gathered)  # as the message says
+    assert em.load_model(gathered, device="cpu", tokenizer=make_tokenizer()).cfg.device == "cpu"
     monkeypatch.setattr("tl_em.models.devices.find_spec", lambda name: None)
     with pytest.raises(ModelError, match=r"tl_em\[lora\]"):
         em.load_model(folder, device_map="cpu")
