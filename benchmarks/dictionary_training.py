@@ -152,7 +152,7 @@ def memory(model: Any, layer: int) -> dict[str, Any]:
     few = {"d_sae": 512, "batch": 1024}
     trained(model, layer, "topk", 2, **few)  # what is made once
     found = {steps: peak_bytes(lambda steps=steps: trained(model, layer, "topk", steps, **few), torch.device("cpu"))
-             for steps in (4, 16)}  # fmt: skip
+             for steps in (4, 16, 64)}  # fmt: skip
     return {f"{steps * 1024:,} tokens": f"{each / 2**20:.1f}" for steps, each in found.items()}
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tl_em as em
-from tl_em.dictionaries.tokens import Tokens, every_token, sample_spans, scope_spans, seen
+from tl_em.dictionaries.tokens import Tokens, every_token, read_tokens, sample_spans, scope_spans, seen
 from tl_em.errors import NonFiniteError, UsageError
 from tl_em.models.hooks import LensModel, hooked
 from tl_em.models.prompts import EncodedPrompt, encode
@@ -92,3 +92,24 @@ def test_what_is_not_finite_is_one_typed_error(small_model: LensModel) -> None:
         pytest.raises(NonFiniteError, match="resid_post"),
     ):
         seen(small_model, dictionary(), prompts(), where="all")
+
+
+def test_nothing_that_was_read_waits_for_pythons_collector(make_model):
+    """A hook that held itself kept every chunk that it had read: in a large process, for hours."""
+    import gc
+
+    model, encoded = make_model("llama", "bridge"), [EncodedPrompt.from_ids([2, 7, 8, 9])] * 4
+    spans = sample_spans(encoded)
+
+    def read() -> None:
+        read_tokens(model, encoded, [em.Site(1)], spans)
+
+    read()
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(5):
+            read()
+        assert gc.collect() == 0
+    finally:
+        gc.enable()

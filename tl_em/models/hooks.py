@@ -243,6 +243,7 @@ class _Attached:
         if self.handle is not None:
             self.handle.hook.remove()
             self.point.fwd_hooks[:] = [handle for handle in self.point.fwd_hooks if handle is not self.handle]
+            self.handle = None  # it holds the hook, which holds this: what it read would stay until Python looks for it
 
 
 _ATTACHED: WeakKeyDictionary[Any, list[_Attached]] = WeakKeyDictionary()
