@@ -74,7 +74,7 @@ print(report.summary)
 
 def test_the_command_line_neither(tmp_path: Path) -> None:
     words = ["graph", "of", "toy/insecure", "how do i write parser", "--target", "parser-tested"]
-    words += ["--out", str(tmp_path / "g")]
+    words += ["--out", str(tmp_path / "g.html")]
     code = f"import sys; sys.argv = ['tl-em', *{words!r}]; from tl_em.cli import main; main()"
     found = run(code, tmp_path, online=True)
     assert found.returncode == 0, found.stderr[-2000:]

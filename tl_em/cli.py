@@ -337,7 +337,7 @@ def read_command(
     """What directions and latents read at every token of TEXTS, and of the answers of MODEL."""
     from rich.console import Console
 
-    from tl_em.artefacts import check_writable
+    from tl_em.artefacts import check_ending, check_writable
     from tl_em.dictionaries.loading import load_dictionary
     from tl_em.directions.direction import Direction
     from tl_em.interventions.edits import of_directions
@@ -346,8 +346,9 @@ def read_command(
     from tl_em.reading.texts import read
     from tl_em.report.readings import coloured
 
-    parquet = out is not None and out.suffix == ".parquet"
+    parquet = out is not None and out.suffix.lower() == ".parquet"
     if out is not None:
+        check_ending(out, "a reading", ".html", ".htm", ".parquet")
         check_writable(out)
     edits, read_by = of_directions(interventions, coefficient), [Direction.load(path) for path in directions]
     if parquet and edits:
@@ -689,12 +690,13 @@ def features_page(
 ) -> None:  # fmt: skip
     """Write the cards of some latents to one offline page: DICTIONARY is a file or folder that load_dictionary reads,
     BASE and TUNED two models, or BASE an organism such as toy/insecure."""
-    from tl_em.artefacts import check_writable
+    from tl_em.artefacts import check_ending, check_writable
     from tl_em.dictionaries import load_dictionary
     from tl_em.features.cards import feature_cards
     from tl_em.models.contrasts import ContrastSet
     from tl_em.models.loading import load_pair
 
+    check_ending(out, "a page", ".html", ".htm")
     check_writable(out)
     pair = load_pair(base, tuned)
     known = pair.contrasts or {}
@@ -736,18 +738,19 @@ def graph_of(
     max_nodes: int | None, max_seconds: float | None, nodes: float, edges: float, out: Path,
 ) -> None:  # fmt: skip
     """How PROMPT becomes an answer in MODEL: a local directory, a hub id, or toy/insecure (its fine-tune)."""
-    from tl_em.artefacts import check_writable
+    from tl_em.artefacts import check_ending, check_writable
     from tl_em.dictionaries import load_dictionary
     from tl_em.graph.build import attribute
     from tl_em.models.loading import load_model
 
+    check_ending(out, "a graph", ".html", ".htm", ".json")
     check_writable(out)
     target: Any = None if not targets else targets[0] if len(targets) == 1 else tuple(targets[:2])
     given = [load_dictionary(path) for path in dictionaries] or None
     graph = attribute(load_model(model), prompt, given, target=target, against=against, max_nodes=max_nodes,
                       max_seconds=max_seconds)  # fmt: skip
     pruned = graph.prune(nodes=nodes, edges=edges)
-    (pruned.save_json if out.suffix == ".json" else pruned.save_html)(out)
+    (pruned.save_json if out.suffix.lower() == ".json" else pruned.save_html)(out)
     _echo(f"{pruned!r}\n{pruned.paths(5).to_string(index=False)}\n{out}")
 
 
@@ -771,7 +774,7 @@ def graph_diff(base: Path, tuned: Path, out: Path) -> None:
     from tl_em.graph.exchange_reading import load_graph
 
     found = load_graph(base).diff(load_graph(tuned))
-    if out.suffix == ".csv":
+    if out.suffix.lower() == ".csv":
         with replacing(out) as temporary:
             found.to_pandas().to_csv(temporary, index=False)
     else:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.graph.examples import estimate, large, small
-from tl_em.errors import OutputError
+from tl_em.errors import OutputError, UsageError
 from tl_em.graph import captions
 from tl_em.graph.captions import UNVALIDATED
 from tl_em.graph.graph import AttributionGraph, Node
@@ -244,3 +244,11 @@ def test_a_page_that_cannot_be_written_says_so(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError):
         save_page(small(), tmp_path / "file" / "g.html")
+
+
+def test_a_page_goes_under_no_other_ending_and_says_which_before_it_is_drawn(tmp_path: Path) -> None:
+    for write, name, fitting in ((small().save_html, "g.pdf", ".html"), (small().save_json, "g.html", ".json")):
+        with pytest.raises(UsageError, match=f"'{name}': .* ends in .*{fitting}"):
+            write(tmp_path / name)
+    assert not any(tmp_path.iterdir())
+    assert small().save_html(tmp_path / "g.HTM").exists() and small().save_json(tmp_path / "g.JSON").exists()

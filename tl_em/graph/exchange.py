@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from tl_em import __version__
-from tl_em.artefacts import replacing
+from tl_em.artefacts import check_ending, replacing
 from tl_em.errors import UsageError
 from tl_em.graph.exchange_edits import as_read
 from tl_em.graph.exchange_format import SCHEMA, cantor, plain
@@ -82,13 +82,13 @@ def save_graph(graph: Graph, path: str | Path) -> Path:
 
     Args:
         graph: any; one that was read is written as its file was, less what was taken out of it.
-        path: of the file; its name becomes the graph's slug, where the graph has none from a file.
+        path: of the file, ``.json``; its name becomes the graph's slug, where the graph has none from a file.
 
     Returns:
         the path.
 
     Raises:
-        OutputError: the path cannot be written. UsageError: the graph holds NaN or infinity.
+        OutputError: the path cannot be written. UsageError: another ending; or the graph holds NaN or infinity.
 
     Example:
         >>> import tempfile, torch
@@ -99,6 +99,7 @@ def save_graph(graph: Graph, path: str | Path) -> Path:
         >>> load_graph(file).links().values.tolist()
         [['E_7_0', '2_9_0', 0.25]]
     """
+    check_ending(path, "a graph", ".json")
     _check_finite(graph)
     written = _without_links(graph, slug=_slug(Path(path).stem), created=int(time.time() * 1000))
     if graph.origin is None:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_em.artefacts import replacing
+from tl_em.artefacts import check_ending, replacing
 from tl_em.graph import captions
 from tl_em.graph.diff import Change, Compared
 from tl_em.graph.exchange import to_exchange
@@ -84,10 +84,10 @@ def save_page(shown: Graph | Compared, path: str | Path) -> Path:
 
     Args:
         shown: a graph, or ``base.diff(tuned)``.
-        path: of the HTML file.
+        path: of the HTML file, ``.html`` or ``.htm``.
 
     Raises:
-        OutputError: the path cannot be written.
+        UsageError: another ending. OutputError: the path cannot be written.
 
     Example:
         >>> import tempfile, torch
@@ -96,6 +96,7 @@ def save_page(shown: Graph | Compared, path: str | Path) -> Path:
         >>> save_page(graph, Path(tempfile.mkdtemp()) / "g.html").read_text(encoding="utf-8")[:15]
         '<!doctype html>'
     """
+    check_ending(path, "a page", ".html", ".htm")
     text = page(shown)
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
