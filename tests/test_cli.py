@@ -166,7 +166,7 @@ def test_a_text_is_read_in_a_terminal_on_a_page_and_into_a_file(tmp_path: Path) 
 
 def test_a_wrong_ending_is_refused_before_a_model_is_read(tmp_path: Path) -> None:
     (tmp_path / "d.safetensors").write_bytes(b"")
-    for words in (["graph", "of", "no/model", "how"], ["read", "no/model", "how"],
-                  ["features", "page", str(tmp_path / "d.safetensors"), "no/model", "--latent", "1", "--prompts", "x"]):  # fmt: skip
+    latents = ["features", "page", str(tmp_path / "d.safetensors"), "no/model", "--latent", "1", "--prompts", "x"]
+    for words in (["graph", "of", "no/model", "how"], ["read", "no/model", "how"], latents):
         result = run(*words, "--out", str(tmp_path / "out.pdf"))
-        assert result.exit_code == 1 and "'out.pdf': a" in result.output and ".html" in result.output, result.output
+        assert result.exit_code == 1 and "'out.pdf': a" in result.output and ".html" in result.output

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
-from contextlib import nullcontext
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any
@@ -28,22 +30,47 @@ from tl_em.arguments import (
 from tl_em.errors import TlEmError, UsageError
 from tl_em.showing import plain_rows, showable
 
-INTERRUPTED = 130
-"""The exit code that shells expect of what SIGINT ended."""
+INTERRUPTED, TERMINATED = 130, 143
+"""The exit codes that shells expect of what SIGINT and SIGTERM ended."""
 PATH, FILE = click.Path(path_type=Path), click.Path(exists=True, path_type=Path)
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, as what libraries clean up after: it is not an ``Exception``, and joblib ends its workers for it."""
+
+
+@contextmanager
+def _raised_sigterm() -> Iterator[None]:
+    """SIGTERM raises, once, unless a program that calls this one handles it itself."""
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+    def terminate(*_: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would break off what cleans up after the first
+        raise _Terminated
+
+    if ours:
+        signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 class _Group(click.Group):
-    """A group whose commands end with one line on stderr: exit code 1 where tl_em raises on purpose, 130 by SIGINT."""
+    """A group whose commands end with one line on stderr: exit code 1 where tl_em raises on purpose, 130 by SIGINT, 143
+    by SIGTERM."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with _raised_sigterm():
+                return super().invoke(ctx)
         except TlEmError as error:
             raise click.ClickException(showable(f"{type(error).__name__}: {error}", lines=True)) from error
-        except KeyboardInterrupt:
-            click.echo("\nInterrupted.", err=True)
-            ctx.exit(INTERRUPTED)
+        except KeyboardInterrupt as error:
+            terminated = isinstance(error, _Terminated)
+            click.echo("\nTerminated." if terminated else "\nInterrupted.", err=True)
+            ctx.exit(TERMINATED if terminated else INTERRUPTED)
 
 
 def _as(check: Check) -> Any:
