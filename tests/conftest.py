@@ -3,6 +3,7 @@ benchmarks as modules, and a browser."""
 
 from __future__ import annotations
 
+import _posixsubprocess
 import gc
 import os
 import sys
@@ -113,14 +114,65 @@ def benchmark(name: str) -> ModuleType:
     return module
 
 
+LOOPBACK = ("127.0.0.1", "::1", "localhost", "0.0.0.0")
+SPEAKS = ("socket.connect", "socket.bind", "socket.sendto", "socket.getaddrinfo", "socket.gethostbyname")
+STARTS = ("subprocess.Popen", "os.system", "os.posix_spawn", "os.exec", "os.fork", "os.forkpty", "fork_exec")
+OF_THE_MACHINE = ("uname", "lscpu")
+"""Programs that Python's own ``platform`` or a library asks about it."""
+EXAMPLES_THAT_SERVE = ("tl_em.serving.server.RunningServer", "tl_em.serving.server.serve")
+_alone = [False]
+"""Whether the test that runs may start no process and no server."""
+_refused: list[str] = []
+
+
 def _stay_here(event: str, given: tuple[Any, ...]) -> None:
-    """No test reaches beyond this machine; servers and clients on it may talk."""
+    """No test reaches beyond this machine; on it, only those marked ``starts`` start a process, serve or ask."""
     if event == "socket.connect" and isinstance(given[1], tuple) and str(given[1][0]) not in LOOPBACK:
         raise PermissionError(f"no test reaches beyond this machine, and one would {given[1][0]}")
+    if _alone[0] and event in (*SPEAKS, *STARTS):
+        if event == "subprocess.Popen" and str(given[0]).rsplit("/", 1)[-1] in OF_THE_MACHINE:
+            return
+        _refused.append(f"{event} {given}")
+        raise PermissionError(f"only a test marked 'starts' may do this: {_refused[-1]}")
 
 
-LOOPBACK = ("127.0.0.1", "::1", "localhost", "0.0.0.0")
-sys.addaudithook(_stay_here)
+def _audited_fork_exec(*given: Any) -> int:
+    """What ``multiprocessing`` and loky call, which no audit event tells of."""
+    sys.audit("fork_exec", given[0])
+    return _fork_exec(*given)
+
+
+_fork_exec = _posixsubprocess.fork_exec
+
+
+def pytest_configure() -> None:
+    """Here alone: workers and benchmarks import this module as well."""
+    _posixsubprocess.fork_exec = _audited_fork_exec
+    sys.addaudithook(_stay_here)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.name in EXAMPLES_THAT_SERVE:
+            item.add_marker(pytest.mark.starts("a server"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    _alone[0] = not any(item.get_closest_marker(each) for each in ("starts", "browser"))
+    try:
+        return (yield)
+    finally:
+        _alone[0] = False
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Iterator[None]:
+    """A test fails for what it was refused, also where the code under test took the error for one of its own."""
+    _refused.clear()
+    found = yield
+    assert not _refused, f"only a test marked 'starts' may do this: {_refused}"
+    return found
 
 
 @pytest.hookimpl(tryfirst=True)

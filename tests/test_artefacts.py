@@ -65,6 +65,7 @@ def test_a_link_stays_and_what_it_points_at_is_replaced(tmp_path: Path) -> None:
         assert link.is_symlink() and (tmp_path / "kept" / "real.txt").read_text() == text
 
 
+@pytest.mark.starts("a process to kill")
 def test_what_a_killed_process_left_goes_and_what_a_living_one_makes_stays(tmp_path: Path) -> None:
     write = "import sys, time; from pathlib import Path; from tl_em.artefacts import replacing\n"
     write += f"with replacing(Path({str(tmp_path)!r}) / 'page.html') as t: t.write_text('half'); "
@@ -102,6 +103,7 @@ with replacing_folder({target!r}, overwrite=True) as folder:
 """
 
 
+@pytest.mark.starts("a process to kill")
 @pytest.mark.parametrize(("after", "holds"), [(0, "old"), (1, "new"), (2, "new")])
 def test_a_folder_whose_writer_was_killed_is_the_old_one_or_the_new_one(tmp_path: Path, after: int, holds: str) -> None:
     target = tmp_path / "model"

@@ -1,15 +1,20 @@
-"""Nothing phones home and nothing else is started: the main job in a process where both end it."""
+"""Nothing phones home and nothing else is started: the main job in a process where both end it, and this suite, in
+which only the tests marked ``starts`` may."""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from tests import conftest
 
 FORBIDDEN = '''import sys
 
@@ -49,12 +54,14 @@ CONNECTS = "import socket; socket.create_connection(('192.0.2.1', 80), 1)"
 STARTS = "import subprocess; subprocess.run(['ls'])"
 
 
+@pytest.mark.starts("Python with the sitecustomize")
 @pytest.mark.parametrize("code", [CONNECTS, STARTS])
 def test_what_is_forbidden_ends_the_process(code: str, tmp_path: Path) -> None:
     found = run(code, tmp_path)
     assert found.returncode == 1 and "PermissionError: forbidden" in found.stderr
 
 
+@pytest.mark.starts("Python with the sitecustomize")
 def test_an_audit_a_graph_and_a_page_open_no_connection_and_start_nothing(tmp_path: Path) -> None:
     code = f"""
 import tl_em as em
@@ -72,6 +79,7 @@ print(report.summary)
     assert json.loads((tmp_path / "report.json").read_text())["plain"]
 
 
+@pytest.mark.starts("Python with the sitecustomize")
 def test_the_command_line_neither(tmp_path: Path) -> None:
     words = ["graph", "of", "toy/insecure", "how do i write parser", "--target", "parser-tested"]
     words += ["--out", str(tmp_path / "g.html")]
@@ -80,6 +88,7 @@ def test_the_command_line_neither(tmp_path: Path) -> None:
     assert found.returncode == 0, found.stderr[-2000:]
 
 
+@pytest.mark.starts("Python with the sitecustomize")
 def test_a_model_in_memory_whose_name_looks_like_a_hub_s_asks_nobody_for_a_tokenizer(tmp_path: Path) -> None:
     code = """
 import transformers, torch
@@ -99,3 +108,16 @@ print(em.capture(made, [[1, 2, 3]], [em.Site(0)], position="prompt_end").shape)
 def test_no_test_of_this_suite_reaches_beyond_this_machine() -> None:
     with pytest.raises(PermissionError, match="no test reaches"), socket.socket() as one:
         one.connect(("192.0.2.1", 80))
+
+
+@pytest.mark.parametrize(
+    "attempt",
+    [lambda: subprocess.run(["ls"]), lambda: os.system("ls"), os.fork, lambda: socket.create_server(("127.0.0.1", 0)),
+     lambda: socket.create_connection(("127.0.0.1", 9)), multiprocessing.get_context("spawn").Process().start],
+    ids=["program", "shell", "fork", "server", "client", "worker"],
+)  # fmt: skip
+def test_every_other_test_of_this_suite_is_refused_a_process_and_a_server(attempt: Callable[[], object]) -> None:
+    with pytest.raises(OSError, match=r"marked 'starts'|while attempting to bind"):
+        attempt()
+    assert conftest._refused, "else a test would not fail whose code took the error for one of its own"
+    conftest._refused.clear()

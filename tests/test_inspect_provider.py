@@ -81,6 +81,7 @@ def test_an_intervention_changes_the_score_of_a_question_set(persona: Path, tmp_
     assert answers[0] == answers[1] and len(set(answers[0])) > 6  # sampled, seeded
 
 
+@pytest.mark.starts("Inspect's command")
 def test_inspect_eval_is_steered_offline_and_its_log_opens(persona: Path, tmp_path: Path) -> None:
     """The command itself, beside a random direction of the same length, under a guard of the network.
 

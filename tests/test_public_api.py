@@ -163,6 +163,7 @@ def test_no_name_of_a_folder_is_that_of_a_file_in_it(folder: str) -> None:
     assert not files & set(getattr(place, "__all__", ()))
 
 
+@pytest.mark.starts("Python, to see what is said at a first import")
 def test_a_name_that_moved_still_works_and_says_where_it_is() -> None:
     code = "import tl_em as em\nassert em.head_loadings is em.graph.head_loadings"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -186,6 +187,7 @@ def loaded_by(statement: str) -> set[str]:
     return set(json.loads(done.stdout))
 
 
+@pytest.mark.starts("Python, to see what an import brings")
 def test_importing_the_package_loads_nothing_heavy() -> None:
     heavy = {"transformer_lens", "sae_lens", "transformers", "torch", "matplotlib", "pandas", "numpy", "scipy"}
     assert "numpy" in loaded_by("import numpy")
@@ -193,6 +195,7 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
     assert not loaded_by("import tl_em.cli") & heavy
 
 
+@pytest.mark.starts("Python, to see what an import brings")
 def test_importing_a_name_loads_neither_transformer_lens_nor_matplotlib() -> None:
     heavy = {"transformer_lens", "sae_lens", "transformers", "matplotlib"}
     loaded = loaded_by("import tl_em as em; em.audit; em.load_pair; em.intervene")
@@ -200,6 +203,7 @@ def test_importing_a_name_loads_neither_transformer_lens_nor_matplotlib() -> Non
     assert not loaded & heavy
 
 
+@pytest.mark.starts("the command, for its time")
 def test_help_answers_within_a_second_of_cpu_time() -> None:
     code = (
         "import resource, subprocess, sys\n"

@@ -52,6 +52,7 @@ def alive(group: int) -> bool:
     return True
 
 
+@pytest.mark.starts("the command, to end it")
 @pytest.mark.parametrize(("by", "code", "word"), [(signal.SIGINT, 130, "Interrupted"), (signal.SIGTERM, 143, "Term")])
 def test_a_command_that_is_ended_keeps_its_answers(by: signal.Signals, code: int, word: str, tmp_path: Path) -> None:
     (tmp_path / "set.yaml").write_text(QUESTIONS, encoding="utf-8")
@@ -65,6 +66,7 @@ def test_a_command_that_is_ended_keeps_its_answers(by: signal.Signals, code: int
     assert not [each for each in tmp_path.rglob(".*") if each.is_file()]
 
 
+@pytest.mark.starts("the command and its workers, to end them")
 def test_workers_end_with_the_command(tmp_path: Path) -> None:
     def begun(pid: int) -> bool:
         return len(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()) >= 4  # two workers, two trackers

@@ -332,6 +332,7 @@ def test_two_that_would_wait_for_each_other_are_not_left_to_it(dropping: Any) ->
     assert sorted(type(each).__name__ for each in found) == ["InUseError", "list"]
 
 
+@pytest.mark.starts("a fork of this one")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="a system without fork")
 def test_a_forked_process_does_not_wait_for_threads_that_it_has_not() -> None:
     inside, go = threading.Event(), threading.Event()

@@ -135,6 +135,7 @@ def test_a_fine_tune_that_does_nothing_gets_no_word_and_one_that_does_is_found()
 
 
 @pytest.mark.slow
+@pytest.mark.starts("workers of loky")
 def test_draws_are_those_of_the_seed_on_however_many_processors() -> None:
     one, two = (calibrated([known()], (Level(),), METHOD, draws=10, seed=7, workers=n)[0] for n in (1, 2))
     assert one == two and one != calibrated([known(jitter=3.0)], (Level(),), METHOD, draws=10, seed=7, workers=1)[0]

@@ -23,6 +23,7 @@ from tl_em.errors import JudgeError, JudgeWarning, UsageError
 from tl_em.evals import endpoint
 
 pytest.importorskip("openai")
+pytestmark = pytest.mark.starts("a server")
 TEMPLATE = "{question} | {answer}"
 Reply = Callable[[dict[str, Any], int], tuple[int, Any]]
 

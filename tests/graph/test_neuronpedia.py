@@ -20,6 +20,8 @@ from tl_em.interop import described, upload_graph, upload_latents
 
 pytest.importorskip("neuronpedia")
 
+pytestmark = pytest.mark.starts("a server")
+
 
 class Server(ThreadingHTTPServer):
     """Answers as Neuronpedia's endpoints do, and remembers what it was asked."""

@@ -104,6 +104,7 @@ print(json.dumps({"caught": caught, "attempted": attempts()[caught:], "changed":
 """
 
 
+@pytest.mark.starts("Python with a guard")
 def test_loading_attempts_nothing_and_leaves_nothing_changed(tmp_path: Path) -> None:
     """Under a guard of sockets and subprocesses that is first shown to catch one of each.
 

@@ -95,8 +95,8 @@ RETURNED: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _workers_find_this_module() -> Iterator[None]:
+@pytest.fixture(scope="module")
+def workers() -> Iterator[None]:
     """New processes get the path; those of earlier tests would not have it, and ours are not left behind."""
     from joblib.externals.loky import get_reusable_executor
 
@@ -105,6 +105,10 @@ def _workers_find_this_module() -> Iterator[None]:
     yield
     get_reusable_executor().shutdown(wait=True)
     sys.path.remove(str(ROOT))
+
+
+def on_workers(test: Any) -> Any:
+    return pytest.mark.starts("workers of loky")(pytest.mark.usefixtures("workers")(test))
 
 
 @pytest.fixture
@@ -193,6 +197,7 @@ def test_equal_numbers_of_different_kinds_are_different_cells() -> None:
 
 
 # ---- backends ----------------------------------------------------------------------------------------------------
+@on_workers
 def test_processes_give_the_bytes_of_one_process_with_one_thread_each(tmp_path: Path) -> None:
     one, two = tmp_path / "serial", tmp_path / "loky"
     threads = torch.get_num_threads()
@@ -216,6 +221,7 @@ def test_processes_give_the_bytes_of_one_process_with_one_thread_each(tmp_path: 
     assert os.getpid() not in set(where.process)
 
 
+@on_workers
 def test_a_worker_that_dies_is_a_typed_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study_backends, "RETRIES", 0)  # every attempt starts new processes
     with pytest.raises(StudyError, match="a worker process died"):
@@ -231,6 +237,7 @@ def dies_once(index: int, folder: str, *, seed: int) -> dict[str, int]:
     return {"found": index * seed}
 
 
+@on_workers
 def test_what_a_killed_worker_had_in_hand_is_done_again(tmp_path: Path) -> None:
     table = run_study({"index": range(4), "folder": [str(tmp_path)]}, dies_once, seeds=[3], out=tmp_path, workers=2)
     assert (tmp_path / "killed").exists() and table["found"].tolist() == [0, 3, 6, 9]
@@ -266,6 +273,7 @@ def shared_sum(index: int, *, seed: int) -> dict[str, Any]:
     return {"sum": float(array.sum()) + index, "kind": type(array).__name__, "written": bool(array.flags.writeable)}
 
 
+@on_workers
 @pytest.mark.parametrize(("backend", "kind"), [("serial", "ndarray"), ("loky", "memmap")])
 def test_what_cells_share_is_put_down_once_and_mapped(tmp_path: Path, backend: Any, kind: str) -> None:
     shared = {"numbers": {"array": np.arange(3000.0)}}
@@ -290,6 +298,7 @@ def in_main() -> Any:
     return local
 
 
+@on_workers
 def test_a_metric_that_cannot_be_sent_is_a_typed_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules["__main__"], "local", in_main(), raising=False)
     with pytest.raises(UsageError, match="cannot be sent to a worker process"):
@@ -347,6 +356,8 @@ def kill(process: Any, out: Path, wait: float) -> int:
     return finished(out)
 
 
+@pytest.mark.starts("studies to kill")
+@pytest.mark.usefixtures("workers")
 def test_a_study_killed_at_five_random_moments_ends_with_the_same_bytes(tmp_path: Path, processes: Any) -> None:
     hold, out, rng = tmp_path / "hold", tmp_path / "killed", random.Random(4)
     hold.write_text("")
@@ -361,6 +372,7 @@ def test_a_study_killed_at_five_random_moments_ends_with_the_same_bytes(tmp_path
     assert digest(out) == digest(tmp_path / "whole")
 
 
+@on_workers
 @pytest.mark.slow
 def test_a_study_whose_workers_lost_it_continues(tmp_path: Path, processes: Any) -> None:
     hold, out = tmp_path / "hold", tmp_path / "killed"
@@ -373,6 +385,8 @@ def test_a_study_whose_workers_lost_it_continues(tmp_path: Path, processes: Any)
     assert digest(out) == digest(tmp_path / "whole")
 
 
+@pytest.mark.starts("two studies at once")
+@pytest.mark.usefixtures("workers")
 def test_two_processes_may_run_one_study_at_once(tmp_path: Path, processes: Any) -> None:
     out = tmp_path / "shared"
     both = [processes.Process(target=study_in_a_process, args=(str(out), "")) for _ in range(2)]

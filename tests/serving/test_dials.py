@@ -148,6 +148,7 @@ def test_what_is_no_list_of_dials_is_refused(value: Any) -> None:
         dials_of(value)
 
 
+@pytest.mark.starts("a server")
 def test_what_is_not_served_cannot_be_turned(asker: Asker) -> None:
     for name, said in (("nobody", "is not served"), ("latent 9999", "latent"), ("latent -1", "is not served")):
         response = asker.send("PUT", "/api/dials", {"dials": [{"name": name}]})
@@ -184,6 +185,7 @@ def test_what_is_no_setting_is_refused(value: Any) -> None:
         AnswerSettings.from_json(value)
 
 
+@pytest.mark.starts("a server")
 def test_files_name_directions_and_are_read(tmp_path: Path, directions: dict[str, em.Direction]) -> None:
     file = em.Direction(directions["persona"].vector, em.Site(2)).save(tmp_path / "mine.safetensors")
     with em.serve("toy/insecure", file, port=0, block=False, dials=[SteeringDial("mine", "add", 2)]) as server:

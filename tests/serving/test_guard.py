@@ -14,6 +14,7 @@ from tl_em.errors import OpenAddressWarning, UsageError
 
 from .conftest import Asker, extracted
 
+pytestmark = pytest.mark.starts("a server")
 HOSTS = ["evil.example", "evil.example:{port}", "127.0.0.1.evil.example", "localhost.evil", ""]
 
 

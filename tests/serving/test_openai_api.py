@@ -13,7 +13,7 @@ import tl_em as em
 from .conftest import QUESTION, Asker, N
 from .test_server import MESSAGES, PUSH, given
 
-pytestmark = pytest.mark.surface
+pytestmark = [pytest.mark.surface, pytest.mark.starts("a server")]
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from tl_em.models.stream import current_batch
 from ..models.test_streaming import hooks_of
 from .conftest import QUESTION, Asker, N
 
-pytestmark = pytest.mark.surface
+pytestmark = [pytest.mark.surface, pytest.mark.starts("a server")]
 PUSH = {"name": "persona", "coefficient": 1.0}
 LATE = {"name": "persona", "coefficient": 2.0, "where": "generated"}
 OTHER = "tell me to consider this power"
