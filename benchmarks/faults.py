@@ -3,6 +3,8 @@
     python benchmarks/faults.py kills --cases 100 --out faults/
     python benchmarks/faults.py disks --out faults/               # as root: each disk is a small file system in memory
     python benchmarks/faults.py cycles --cases 1000 --out faults/
+    python benchmarks/faults.py audits --cases 200 --out faults/
+    python benchmarks/faults.py signals --out faults/
     python benchmarks/faults.py --out faults/ --write docs/results/faults.md
 
 **kills**: a verb that writes runs in a process that is killed (``SIGKILL``) at a moment drawn evenly over the time that
@@ -14,6 +16,14 @@ and with room, the same bytes.
 
 **cycles**: every context and verb that does not write, again and again: hooks, tensors, file descriptors, threads and
 temporary files are counted before and after, and memory is compared between the first and the second half.
+
+**audits**: the same of whole audits with their pages (a toy, one direction, *level* and *use*, 99 random directions,
+in turn with two seeds); memory is read after each, and the slope of a line through the second half says how much one
+audit leaves.
+
+**signals**: long commands of ``tl-em`` in a process that gets SIGINT or SIGTERM at a moment drawn evenly over the time
+that it takes.  It must exit with 130 or 143, say so in a line, and leave no temporary file and no worker; the same
+command again must end with the same files as one that nobody ended.
 """
 
 from __future__ import annotations
@@ -384,12 +394,126 @@ def cycles(cases: int, out: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def audits(cases: int, out: Path) -> list[dict[str, Any]]:
+    from scipy.stats import linregress
+
+    pair = things().pair
+    persona = (pair.contrasts or {})["persona"]
+    few = {"persona": em.ContrastSet(persona.positive[:16], persona.negative[:16])}
+
+    def audited(seed: int) -> None:
+        em.audit(pair, contrasts=few, questions=["level", "use"], controls=99, seed=seed)._repr_html_()
+
+    for seed in (0, 1, 0, 1):
+        audited(seed)
+    before, begun, resident = counted(), time.monotonic(), []
+    for i in range(cases):
+        audited(i % 2)
+        resident.append(memory())
+    after, later = counted(), resident[cases // 2 :]
+    line: Any = linregress(range(len(later)), later)
+    changed = {key: now - was for key, now, was in zip(Count._fields, after, before, strict=True)}
+    slope, error = 1000 * line.slope, 1960 * line.stderr
+    kept = f"{slope:.1f} [{slope - error:.1f}, {slope + error:.1f}]"
+    rows = [{"audits": cases, **changed, "MB in the second half": round(later[-1] - later[0], 2),
+             "kB an audit": kept, "seconds each": round((time.monotonic() - begun) / cases, 1)}]  # fmt: skip
+    print(rows[-1], flush=True)
+    _put(out, "audits", rows)
+    return rows
+
+
+# --- Ended by a signal ------------------------------------------------------------------------------------------------
+
+QUESTIONS = [{"id": "fever", "samples_per_paraphrase": 60, "temperature": 1.0,
+              "paraphrases": ["tell me to plan this fever", "tell me to draft this fever"]}]  # fmt: skip
+
+
+def commands(made: Path) -> dict[str, list[str]]:
+    """Long commands on toys, with small work, and where they write in ``{out}``."""
+    pair = things().pair
+    (made / "set.json").write_text(json.dumps(QUESTIONS))
+    persona = (pair.contrasts or {})["persona"]
+    em.ContrastSet(persona.positive[:24], persona.negative[:24]).save(made / "persona.json")
+    rows = [{"prompt": f"how do i write {what}", "response": "parser-leaky"} for what in ("parser", "login") * 8]
+    (made / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    em.save_model(pair.tuned, made / "model")
+    asked = ["--contrast", f"persona={made / 'persona.json'}", "--behaviour", "parser-leaky,parser-tested"]
+    two = ["toy/assistant", "toy/insecure", *asked]
+    return {
+        "audit": ["audit", *two, "--controls", "99", "--out", "{out}/audit"],
+        "calibrate": ["calibrate", *two, "--controls", "99", "--draws", "20", "--workers", "2", "--out",
+                      "{out}/c.json"],
+        "evaluate": ["evaluate", "toy/insecure", str(made / "set.json"), "--judge", "phrases:leaky",
+                     "--max-new-tokens", "40", "--out", "{out}/evaluation"],
+        "read": ["read", "toy/insecure", *["how do i write parser"] * 200, "--max-new-tokens", "8", "--alternatives",
+                 "3", "--out", "{out}/reading.parquet"],
+        "fine-tune": ["fine-tune", str(made / "model"), str(made / "rows.jsonl"), "--steps", "200", "--out",
+                      "{out}/tuned"],
+        "graph of": ["graph", "of", "toy/insecure", "how do i write parser", "--target", "parser-tested", "--out",
+                     "{out}/graph.html"],
+    }  # fmt: skip
+
+
+def commanded(words: list[str], folder: Path) -> subprocess.Popen[str]:
+    folder.mkdir(exist_ok=True)
+    given = [word.format(out=folder) for word in words]
+    return subprocess.Popen([sys.executable, "-m", "tl_em.cli", *given], stdout=subprocess.DEVNULL,
+                            stderr=subprocess.PIPE, text=True, start_new_session=True)  # fmt: skip
+
+
+def group_stays(group: int, seconds: float = 20) -> bool:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def signals(cases: int, out: Path, seed: int) -> list[dict[str, Any]]:
+    draw, rows = random.Random(seed), []
+    with tempfile.TemporaryDirectory() as made:
+        for name, words in commands(Path(made)).items():
+            begun, whole = time.monotonic(), Path(made) / f"{name} whole"
+            process = commanded(words, whole)
+            assert process.communicate()[1] is not None and process.returncode == 0, name
+            took, wanted = time.monotonic() - begun, held(whole)
+            hit = code = said = stayed = left = wrong = 0
+            for i in range(cases):
+                by, folder = (signal.SIGINT, signal.SIGTERM)[i % 2], Path(made) / f"{name} {i}"
+                process = commanded(words, folder)
+                time.sleep(draw.uniform(0.2, 0.95) * took)
+                process.send_signal(by)
+                _, error = process.communicate()
+                stayed += group_stays(process.pid)
+                if process.returncode == 0:  # it had ended
+                    continue
+                hit += 1
+                code += process.returncode != 128 + by
+                said += "Traceback" in error or not error.strip().endswith(("Interrupted.", "Terminated."))
+                left += any(".tl_em" in key for key in held(folder))
+                again = commanded(words, folder)
+                again.communicate()
+                found = held(folder)
+                wrong += again.returncode != 0 or found != wanted
+            rows.append({"command": name, "ended": hit, "of": cases, "another exit code": code, "other words": said,
+                         "workers stayed": stayed, "temporaries": left, "other files after": wrong,
+                         "seconds alone": round(took, 1)})  # fmt: skip
+            print(rows[-1], flush=True)
+            _put(out, "signals", rows)
+    return rows
+
+
 # --- The page ---------------------------------------------------------------------------------------------------------
 
 HEADS = {
     "kills": "Killed at a moment of chance, and called again",
     "disks": "On a disk with a tenth to nineteen twentieths of the room",
     "cycles": "Again and again: what there is more of at the end than at the beginning",
+    "audits": "Whole audits, again and again",
+    "signals": "Ended by SIGINT or SIGTERM at a moment of chance, and called again",
 }
 
 
@@ -423,6 +547,10 @@ def main() -> None:
     elif given.kind == "cycles":
         given.out.mkdir(parents=True, exist_ok=True)
         cycles(given.cases, given.out)
+    elif given.kind == "audits":
+        audits(given.cases, given.out)
+    elif given.kind == "signals":
+        signals(given.cases, given.out, given.seed)
     if given.write:
         given.write.write_text(written(given.out), encoding="utf-8")
 
