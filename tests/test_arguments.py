@@ -458,3 +458,14 @@ def test_a_path_that_no_disk_can_hold_is_refused() -> None:
     for bad in ("a" * 5000, "a\x00b", "\ud800"):
         with pytest.raises(em.errors.UsageError, match="cannot be a path"):
             as_path("out", bad)
+
+
+def test_an_array_that_is_read_only_is_taken_without_a_warning() -> None:
+    import numpy as np
+
+    from tl_em.arguments import array_of, vectors
+
+    given = np.ones(4)
+    given.flags.writeable = False
+    assert array_of((4,), given, "the judge", wanted="").tolist() == vectors("direction", given).tolist() == [1.0] * 4
+    assert em.Direction(given, em.Site(0)).vector.tolist() == [1.0] * 4  # pyright: ignore

@@ -115,9 +115,11 @@ def vectors(name: str, value: Any, *, axes: int = 1) -> Tensor:
         >>> vectors("direction", [3, 4]).tolist()
         [3.0, 4.0]
     """
+    import numpy as np
     import torch
 
     try:
+        value = np.array(value) if isinstance(value, np.ndarray) else value  # of one that is read only torch warns
         given = value if isinstance(value, torch.Tensor) else torch.as_tensor(value, device="cpu")
         with torch.inference_mode(False), torch.no_grad():
             given = given.detach().to_dense() if given.layout != torch.strided else given.detach()
@@ -163,7 +165,7 @@ def array_of(shape: tuple[int, ...], found: Any, who: str, *, wanted: str, error
     import torch
 
     try:
-        given = found if isinstance(found, torch.Tensor) else torch.as_tensor(np.asarray(found))
+        given = found if isinstance(found, torch.Tensor) else torch.as_tensor(np.array(found))
         values = given.detach().to("cpu", torch.float64).numpy()
     except (TypeError, ValueError, RuntimeError) as cause:
         raise UsageError(f"{who} returned a {type(found).__name__} that is not numbers; {wanted}") from cause

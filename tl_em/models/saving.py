@@ -90,11 +90,6 @@ def save_model(model: LensModel | Any, out: str | Path, *, overwrite: bool | Any
     if not isinstance(overwrite, bool):
         raise UsageError(f"overwrite={overwrite!r} is neither True nor False, so it is unclear what may go; give one.")
     check_folder(out, overwrite=overwrite)
-    if not isinstance(model, LensModel):
-        raise UsageError(
-            f"A {type(model).__name__} is no model with hook points, so there is nothing of this package to save. Pass "
-            "one of em.load_model(...); a Hugging Face model has save_pretrained itself."
-        )
     if names := attached_names(model):
         raise UsageError(
             f"Hooks are on this model at {', '.join(names[:3])} (an open em.intervene block, say), and a directory "
