@@ -120,7 +120,8 @@ def test_models_organisms_and_studies(monkeypatch: pytest.MonkeyPatch, tmp_path:
 def test_features_train_judges_on_what_it_did_not_learn_from(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     corpus, out = tmp_path / "corpus.jsonl", tmp_path / "d.safetensors"
     corpus.write_text("".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(20)))
-    trained = Called(monkeypatch, "tl_em.dictionaries.training.train_dictionary", SimpleNamespace(save=lambda path: path))
+    made = SimpleNamespace(save=lambda path: path)
+    trained = Called(monkeypatch, "tl_em.dictionaries.training.train_dictionary", made)
     judged = Called(monkeypatch, "tl_em.dictionaries.quality.dictionary_quality", SimpleNamespace(fits=False))
     words = ("features", "train", "toy/assistant", "toy/insecure", "--corpus", corpus, "--layer", 1, "--d-sae", 8)
     found = run(*words, "--mix", "difference", "--steps", 5, "--out", out)

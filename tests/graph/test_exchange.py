@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -225,3 +226,28 @@ def test_cantor_pairs_are_unique_and_reversible() -> None:
     numbers = [cantor(*pair) for pair in pairs]
     assert len(set(numbers)) == len(pairs)
     assert [uncantor(number) for number in numbers] == pairs
+
+
+def test_a_view_saved_as_text_and_ids_of_another_program_are_read(tmp_path: Path) -> None:
+    written = foreign()
+    written["qParams"]["supernodes"] = json.dumps([["animals", "later feature", "early feature"]])
+    names = {"3_7_1": "later feature", "0_4_1": "early feature", "27_99_1": "target"}
+    for node in written["nodes"]:
+        node["node_id"] = names.get(node["node_id"], node["node_id"])
+    for link in written["links"]:
+        link.update({end: names.get(link[end], link[end]) for end in ("source", "target")})
+    path = tmp_path / "cats.json"
+    path.write_text(json.dumps(written))
+    graph = load_graph(path)
+    assert [(node.layer, node.feature) for node in graph.nodes if node.kind == "feature"] == [(0, 4), (3, 7)]
+    assert [node.feature for node in graph.nodes if node.kind == "logit"] == [99]
+    assert [(name, len(nodes)) for name, nodes in graph.supernodes] == [("animals", 2)]
+    written["qParams"]["supernodes"] = "[["
+    path.write_text(json.dumps(written))
+    assert load_graph(path).supernodes == ()
+
+
+def test_settings_of_numpy_and_torch_come_back_as_numbers(tmp_path: Path) -> None:
+    given = {"rule": "frozen", "k": np.int64(3), "of": np.arange(2), "at": torch.ones(1), "who": Path("a")}
+    back = load_graph(small(settings=given).save_json(tmp_path / "g.json")).settings
+    assert {name: back[name] for name in given} == {"rule": "frozen", "k": 3, "of": [0, 1], "at": [1.0], "who": "a"}

@@ -280,3 +280,18 @@ def test_a_training_that_diverges_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError, match="smaller lr="):
         tuned(tmp_path / "out", lr=1e30, lora=None, decay="constant", warmup=0.0)
     assert not any((tmp_path / "out").iterdir())
+
+
+def test_a_config_of_peft_passes_a_bar_is_shown_and_activations_made_again_change_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from peft import LoraConfig
+
+    own = LoraConfig(r=2, target_modules=["down_proj"], task_type="CAUSAL_LM")
+    path = tuned(tmp_path / "own", lora=own, progress=True, checkpointing=True)
+    said = capsys.readouterr().err
+    assert "own" in said and "step" in said and "loss=" in said
+    found = json.loads((path / "adapter_config.json").read_text())
+    assert (found["r"], found["target_modules"]) == (2, ["down_proj"])
+    assert own.base_model_name_or_path is None, "the config that was given is not changed"
+    assert same(path, tuned(tmp_path / "kept", lora=own))

@@ -193,7 +193,7 @@ def fine_tune(
         stack.enter_context(seeded(seed))
         model = _trainable(model.to(place.device), config, longest)
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            _make_again(model)
         if say is not None:  # measuring it takes about as long as a step
             say(_cost(model, passed, schedule, together))
         if last_checkpoint(folder / CHECKPOINTS, schedule.steps) is None:
@@ -257,6 +257,12 @@ def _opened(base: Any, tokenizer: Any, dtype: torch.dtype, lora: Any) -> tuple[s
         given = None if tokenizer is None else given_tokenizer(tokenizer)
         name, model, tokenizer = opened(base, given, dtype)
     return name, model.requires_grad_(True), tokenizer
+
+
+def _make_again(model: Any) -> None:
+    """Activations are made again in the backward pass: checkpointing, which transformers renamed."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def _trainable(model: Any, config: Any, longest: int) -> Any:
