@@ -28,6 +28,7 @@ SLOW = {"README.md"} | {f"docs/tutorials/{path.name}" for path in (DOCS / "tutor
 SLOW |= {"docs/how-to/audit.md", "docs/how-to/verify-a-latent.md"}
 """Pages whose code takes more than ten seconds: CI runs the notebooks when it builds the docs, README's blocks in
 ``tests/plain_install.py``, and all with ``-m slow``."""
+STARTS = {"docs/how-to/serve.md": "a server"}
 SOURCES = [
     path
     for pattern in (
@@ -76,10 +77,14 @@ def test_python_blocks_parse_and_use_public_names(path: Path) -> None:
                 assert node.attr in dir(em), f"{path.name}: em.{node.attr}"
 
 
+def marks(name: str) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.slow] * (name in SLOW) + [pytest.mark.starts(STARTS[each]) for each in STARTS if each == name]
+
+
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name
+        pytest.param(name, marks=marks(name))
         for name, path in zip(IDS, PAGES, strict=True)
         if "\n```python" in prose(path)
     ],
