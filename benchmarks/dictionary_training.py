@@ -83,7 +83,9 @@ def trained(model: Any, layer: int, activation: str, steps: int, **given: Any) -
     """From text to weights."""
     settings: dict[str, Any] = {"d_sae": D_SAE, "k": K, "batch": BATCH, "context": CONTEXT} | given
     with untold():
-        return em.train_dictionary(model, em.Site(layer), texts(), activation=activation, steps=steps, **settings)
+        return em.dictionaries.train_dictionary(
+            model, em.Site(layer), texts(), activation=activation, steps=steps, **settings
+        )
 
 
 def losses(activation: str, batches: Sequence[Tensor]) -> list[float]:

@@ -81,14 +81,13 @@ NAMES = [
     "serve",
     "shared_features",
     "stream",
-    "train_dictionary",
     "train_organism",
     "untie_embeddings_",
     "verify_feature",
 ]
 FOLDERS = {
     "claims": ["Case", "FeatureCheck", "Finding", "TextLogprob", "Use", "reply_inversion", "verify_features"],
-    "dictionaries": ["DictionaryQuality", "dictionary_quality"],
+    "dictionaries": ["DictionaryQuality", "dictionary_quality", "train_dictionary"],
     "directions": [
         *("Projection", "cosine_matrix", "cosines_between", "finetuning_shift"),
         *("logit_lens", "principal_angles", "projection_difference"),

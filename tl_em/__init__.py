@@ -58,6 +58,7 @@ _MOVED = {
     "steered_training": "training",
     "summarise_study": "organisms",
     "toy_dictionary": "organisms",
+    "train_dictionary": "dictionaries",
     "verify_features": "claims",
 }
 """Names that stood here once, and the folder that they are in now."""

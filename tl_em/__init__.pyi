@@ -37,7 +37,6 @@ from .dictionaries.dictionary import Dictionary as Dictionary
 from .dictionaries.dictionary import Feature as Feature
 from .dictionaries.loading import load_dictionary as load_dictionary
 from .dictionaries.protocol import SparseDictionary as SparseDictionary
-from .dictionaries.training import train_dictionary as train_dictionary
 from .directions.candidates import candidate_directions as candidate_directions
 from .directions.direction import Direction as Direction
 from .directions.extract import difference_in_means as difference_in_means
