@@ -239,6 +239,8 @@ def mixed(family: Any, size: Size, surface: str, rounds: int, device: torch.devi
 def weights(family: Any, size: Size, surface: str, rounds: int, device: torch.device) -> None:
     model = make_model(family, size, surface, device)
     tokens, direction = make_tokens(device), make_direction(size, 4)
+    if size.directory:
+        em.untie_embeddings_(model)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     with em.interventions.orthogonalized(model, direction):
         assert any(not torch.equal(p, before[name]) for name, p in model.named_parameters())
