@@ -133,7 +133,8 @@ def measure(size: Size, surface: str, rounds: int, device: torch.device) -> None
     def count(name: str, way: Way) -> None:
         with counted(model) as counts:
             found[name] = way()
-        rows[name] = {key: f"{n} ({n / rows['reference'][key]:.3f})" if rows else n for key, n in counts.items() if n}
+        of = rows.get("reference", {})
+        rows[name] = {key: f"{n} ({n / of[key]:.3f})" if key in of else n for key, n in counts.items() if n}
 
     def ours(**options: Any) -> Any:
         metric = RefusalLogOdds(phrases=(word(7),))
