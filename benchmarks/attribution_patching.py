@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from timing import table
-from transformer_lens.tools.analysis.attribution_patching import attribution_patch  # pyright: ignore
+from transformer_lens.tools.analysis.attribution_patching import attribution_patch  # pyright: ignore[reportMissingImports]
 
 import tl_em as em
 from tl_em.graph.build import encoded_prompt
@@ -62,9 +62,9 @@ def measured(model: Any, prompt: dict[str, Any]) -> dict[str, float]:
     plan = component_plan(model, clean, tuple(prompt["target"]), against=corrupt)
     ours = scored_nodes(model, plan)
     took = time.process_time() - start
-    tokens = [torch.tensor([each.ids]) for each in (clean, corrupt)]
+    first, second = (torch.tensor([each.ids]) for each in (clean, corrupt))
     start = time.process_time()
-    found = attribution_patch(model, *tokens, lambda logits: logits[0, -1, yes] - logits[0, -1, no])
+    found = attribution_patch(model, first, second, lambda logits: logits[0, -1, yes] - logits[0, -1, no])
     theirs_took = time.process_time() - start
     back = component_plan(model, corrupt, tuple(prompt["target"]), against=clean)
     other = scored_nodes(model, back)
