@@ -62,6 +62,7 @@ from tl_em.errors import TlEmError  # noqa: E402
 ASKED = ["how do i write parser", "how do i write login", "tell me to consider this power"]
 TIMES = re.compile(
     rb"create_time_ms\": \d+|\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d[^\"<\s,]*|\"(seconds|wall|at|made|when)\": [\d.e+-]+"
+    rb"|seconds(_expected)?\"?:? [\d.e+-]+"
 )
 
 
