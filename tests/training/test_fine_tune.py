@@ -130,6 +130,8 @@ def test_what_is_left_is_whole_and_says_how_to_train_it_again(plain: Path) -> No
     assert {path.name for path in plain.iterdir()} == {
         "adapter_config.json", "adapter_model.safetensors", "record.json"
     }  # fmt: skip
+    modules = json.loads((plain / "adapter_config.json").read_text())["target_modules"]
+    assert modules == sorted(modules) and len(modules) > 5, "in another order in every process"
     record = json.loads((plain / "record.json").read_text())
     assert record["seed"] == 0 and record["schedule"]["steps"] == 6 and record["lora"]["r"] == 8
     assert record["rows"]["sha256"] == record["learned"]["sha256"] and record["learned"]["tokens"] == 3 + 6 + 1 + 2 + 4

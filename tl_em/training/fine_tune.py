@@ -409,7 +409,11 @@ def _save(folder: Path, model: Any, tokenizer: Any, dtype: torch.dtype, base: st
     """The adapter, or the model with its tokenizer, each file whole or not at all."""
     with TemporaryDirectory(dir=folder / CHECKPOINTS) as made, quiet():
         if tokenizer is None:
-            model.peft_config["default"].base_model_name_or_path = base
+            config = model.peft_config["default"]
+            config.base_model_name_or_path = base
+            for name, value in vars(config).items():
+                if isinstance(value, set):  # whose order would be another in each process
+                    setattr(config, name, sorted(value))
             model.save_pretrained(made, save_embedding_layers=False)
         else:
             fill_directory(Path(made), model.to(dtype), tokenizer)
