@@ -408,6 +408,7 @@ def test_every_numeric_option_is_checked() -> None:
 # --- What is no model, no pair, no path -------------------------------------------------------------------------------
 
 FUNCTIONS = sorted(name for name, _ in functions() if "." not in name)
+SERVES = pytest.param("serve", marks=pytest.mark.starts("a server, which takes its address before its model"))
 
 
 def needs(name: str) -> list[str]:
@@ -415,7 +416,7 @@ def needs(name: str) -> list[str]:
     return [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
 
 
-@pytest.mark.parametrize("name", [name for name in FUNCTIONS if needs(name)])
+@pytest.mark.parametrize("name", [SERVES if name == "serve" else name for name in FUNCTIONS if needs(name)])
 @pytest.mark.parametrize("thing", [object(), 3, "\x00", b"bytes", ["a"], {"a": 1}], ids=lambda v: type(v).__name__)
 def test_nothing_that_fits_ends_in_an_error_of_the_package(name: str, thing: Any) -> None:
     """Or is a value that means something there: then it ends well."""

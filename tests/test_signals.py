@@ -26,7 +26,7 @@ def ended(words: list[str], by: signal.Signals, *, begun: Callable[[int], bool])
     """The command in a process group of its own, which gets the signal once it has begun; nobody of the group stays."""
     process = subprocess.Popen(
         [sys.executable, "-m", "tl_em.cli", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
+        start_new_session=True, preexec_fn=_hears_ctrl_c,
     )  # fmt: skip
     try:
         until = time.monotonic() + 120
@@ -42,6 +42,11 @@ def ended(words: list[str], by: signal.Signals, *, begun: Callable[[int], bool])
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
     return subprocess.CompletedProcess(words, process.returncode, out, said)
+
+
+def _hears_ctrl_c() -> None:
+    """A shell has what it runs in the background ignore SIGINT, and so does whatever that starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def alive(group: int) -> bool:
