@@ -144,6 +144,19 @@ def interval(low: float | None, high: float | None, digits: int = 2) -> str:
     return f"[{number(low, digits)}, {number(high, digits)}]"
 
 
+def lasting(seconds: float) -> str:
+    """A duration that somebody will wait.
+
+    Example:
+        >>> lasting(90), lasting(1000), lasting(10_000)
+        ('90 s', '16.7 min', '2.8 h')
+    """
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds > 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
 def plain_rows(table: Any) -> list[dict[str, Any]]:
     """A pandas table as JSON's plain rows; text that UTF-8 cannot hold (lone surrogates), which pandas refuses, shown.
 

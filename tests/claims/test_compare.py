@@ -210,6 +210,6 @@ def test_what_it_will_take_is_said_first_where_that_is_long(
     monkeypatch.setattr("tl_em.claims.questions.use.time.perf_counter", lambda: float(metric.asked))
     em.compare(pair, {"persona": (direction, contrast)}, controls=198, **settings)
     prompts = 198 * 2 * 16  # so many does the metric read for the controls of both arms
-    said = f"comparing: 1 x 198 random directions: about {prompts / 60:.0f} min"
+    said = f"comparing: 1 x 198 random directions: about {prompts / 60:.1f} min"
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("comparing: ")]
-    assert said in line and line.endswith(f"beside the models; controls=99: {prompts / 120:.0f} min")
+    assert said in line and line.endswith(f"beside the models; controls=99: {prompts / 120:.1f} min")

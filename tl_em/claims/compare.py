@@ -37,7 +37,7 @@ from tl_em.models.loading import ModelPair
 from tl_em.models.sites import Site
 from tl_em.models.stream import capture, pass_bytes
 from tl_em.models.torch_state import in_plain_torch
-from tl_em.showing import check_names, showable
+from tl_em.showing import check_names, lasting, showable
 from tl_em.stats import Estimate
 
 SHIPPED: tuple[Question, ...] = (Level(), Separation(), Rotation(), Use(), Entanglement())
@@ -272,10 +272,10 @@ def _say_cost(asked: Sequence[Question], case: Case, directions: int) -> None:
         return
     fewest, fewer = fewest_controls(directions), ""
     if fewest < case.n_controls:
-        fewer = f"; controls={fewest}: {seconds * fewest / case.n_controls / 60:.0f} min"
+        fewer = f"; controls={fewest}: {lasting(seconds * fewest / case.n_controls)}"
     held = pass_bytes(case.pair.base) / 2**20
     print(
-        f"comparing: {directions} x {case.n_controls} random directions: about {seconds / 60:.0f} min "
+        f"comparing: {directions} x {case.n_controls} random directions: about {lasting(seconds)} "
         f"and {held:.0f} MiB beside the models{fewer}",
         file=sys.stderr,
     )

@@ -29,6 +29,7 @@ from tl_em.dictionaries import Dictionary
 from tl_em.dictionaries.corpus import ActivationSource, ReadSoFar, Scale
 from tl_em.dictionaries.top_k import training_sae
 from tl_em.errors import NonFiniteError, OutputError, UsageError
+from tl_em.showing import lasting
 from tl_em.threads import own_warnings
 
 LONG = 60.0
@@ -134,18 +135,11 @@ def _tell_cost(source: ActivationSource, run: TrainingRun, steps: int, show: boo
         weights = sum(each.numel() for each in trainer.sae.parameters())
         held, own = source.samples * source.width, 4 * weights + 3 * run.batch * trainer.sae.cfg.d_sae
         print(
-            f"training a dictionary: {steps} steps of {run.batch} tokens, about {_lasts(seconds)}; "
+            f"training a dictionary: {steps} steps of {run.batch} tokens, about {lasting(seconds)}; "
             f"{held * 4 / 2**20:.0f} MiB of activations held, {own * 4 / 2**20:.0f} MiB for the dictionary, its "
             "gradients and a batch of latents",
             file=sys.__stderr__,
         )
-
-
-def _lasts(seconds: float) -> str:
-    for unit, size in (("h", 3600), ("min", 60)):
-        if seconds > 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s"
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
