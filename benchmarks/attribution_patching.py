@@ -11,33 +11,23 @@ largest scores and 64 of a random sample of the others, drawn alike.  Time: proc
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from graph_size import PROMPTS, chat
 from timing import table
 from transformer_lens.tools.analysis.attribution_patching import attribution_patch  # pyright: ignore[reportMissingImports]
 
 import tl_em as em
-from tl_em.graph.build import encoded_prompt
 from tl_em.graph.components import component_plan
 from tl_em.graph.leaders import scored_nodes
 from tl_em.graph.validation import ablated, agreement, chosen, starts_late
-from tl_em.models.prompts import EncodedPrompt
 from tl_em.stats import mean
 
-PROMPTS = json.loads((Path(__file__).parent / "graph_prompts.json").read_text(encoding="utf-8"))["prompts"]
 KINDS = {"attn_head_out": "head", "mlp_out": "mlp"}
-
-
-def chat(model: Any, prompt: dict[str, Any], which: str) -> EncodedPrompt:
-    """One chat with its answer begun."""
-    begun = model.tokenizer(prompt["begun"], add_special_tokens=False)["input_ids"]
-    return encoded_prompt(model, prompt[which]).with_response(begun)
 
 
 def target_of(model: Any, prompt: dict[str, Any]) -> tuple[int, int]:
