@@ -144,7 +144,7 @@ def interval(low: float | None, high: float | None, digits: int = 2) -> str:
     return f"[{number(low, digits)}, {number(high, digits)}]"
 
 
-def lasting(seconds: float) -> str:
+def lasting(seconds: float | int) -> str:
     """A duration that somebody will wait.
 
     Example:
