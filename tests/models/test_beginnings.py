@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 import tl_em as em
+from tests.conftest import make_tokenizer
 from tl_em.interventions.many import Along, along_each
-from tl_em.models import proof, stream
-from tl_em.models.beginnings import Beginning, allow_beginnings
+from tl_em.models import beginnings, proof, stream
+from tl_em.models.beginnings import Piece, allow_beginnings
 from tl_em.models.hooks import LensModel, hooked
 from tl_em.models.prompts import EncodedPrompt
+from tl_em.models.responses import mean_logprob
 from tl_em.models.stream import captured, next_token_logits, sequence_logprobs
 
 pytestmark = pytest.mark.surface
@@ -37,17 +39,17 @@ def prompts(lengths: tuple[int, ...] = LENGTHS, begun: int = BEGUN) -> list[Enco
 
 
 @contextmanager
-def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Beginning | None]]:
-    """What was found of every batch."""
-    found: list[Beginning | None] = []
-    look = stream.beginning_of
+def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Piece | None]]:
+    """What every batch went on from."""
+    found: list[Piece | None] = []
+    whole = stream._Reader.whole
 
-    def spy(*args: Any) -> Beginning | None:
-        found.append(look(*args))
-        return found[-1]
+    def spy(self: Any, piece: Piece) -> Any:
+        found.append(piece.after)
+        return whole(self, piece)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stream, "beginning_of", spy)
+        patch.setattr(stream._Reader, "whole", spy)
         yield found
 
 
@@ -100,7 +102,7 @@ def test_every_family_gives_the_same(model: LensModel, monkeypatch: pytest.Monke
         once = next_token_logits(model, asked)
         with whole(model):
             apart = next_token_logits(model, asked)
-    assert found[0] is not None and found[0].length == BEGUN
+    assert found[0] is not None and found[0].batch.tokens.shape[1] == BEGUN
     torch.testing.assert_close(once, apart, atol=1e-4 * float(apart.std()), rtol=1e-4)
 
 
@@ -198,3 +200,120 @@ def test_tokens_read_are_those_of_one_beginning_and_of_every_rest(small_model: A
     with em.intervene(small_model, Counting()):
         next_token_logits(small_model, prompts())
     assert read == [BEGUN, len(LENGTHS) * (max(LENGTHS) - BEGUN)]
+
+
+# --- Questions with several answers -----------------------------------------------------------------------------------
+
+QUESTIONS, ANSWERS = (6, 9, 9), ((2, 5), (3, 3, 1), (4,))
+"""Tokens of each question after what all begin with, and of each of its answers."""
+
+
+def answered() -> list[EncodedPrompt]:
+    """Questions, each as often as it has answers."""
+    draw = torch.Generator().manual_seed(5)
+    head = torch.randint(40, (BEGUN,), generator=draw).tolist()
+    found = []
+    for k, (length, answers) in enumerate(zip(QUESTIONS, ANSWERS, strict=True)):
+        question = (*head, 30 + k, *torch.randint(40, (length - 1,), generator=draw).tolist())
+        plain = EncodedPrompt(question, (BEGUN, len(question) - 1), len(question) - 1, None, "")
+        found += [plain.with_response(torch.randint(40, (n,), generator=draw).tolist()) for n in answers]
+    return found
+
+
+@contextmanager
+def free_passes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Piece | None]]:
+    """As if passes cost nothing but their tokens, as in a large model."""
+    with counted(monkeypatch) as found, monkeypatch.context() as patch:
+        patch.setattr(beginnings, "_a_pass", lambda model: 1.0)
+        yield found
+
+
+@pytest.mark.parametrize("where", SCOPES)
+def test_a_question_is_read_once_for_all_of_its_answers(
+    small_model: Any, where: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, edit = answered(), em.Add(direction(small_model), 3.0)
+    with em.intervene(small_model, edit, where=where), free_passes(monkeypatch) as found:
+        once = sequence_logprobs(small_model, asked)
+        with whole(small_model):
+            apart = sequence_logprobs(small_model, asked)
+    assert any(each is not None and each.after is not None for each in found)
+    assert (once - apart).abs().max() < 1e-4 * apart.abs().max()
+    assert (sequence_logprobs(small_model, asked) - apart).abs().max() > 1e-2
+
+
+def test_every_token_of_questions_and_answers_is_read_once(small_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[tuple[int, int]] = []
+
+    @dataclass(frozen=True, eq=False)
+    class Counting(Tokenwise):
+        def edit(self, x: Tensor, mask: Tensor | None = None, *, name: str | None = None) -> Tensor:
+            read.append(tuple(x.shape[:2]))
+            return x
+
+    with em.intervene(small_model, Counting()), free_passes(monkeypatch):
+        sequence_logprobs(small_model, answered())
+    # the root; of each length of questions: the questions but for their last token, which predicts; and the answers
+    # with it, padded to the longest of them
+    assert read[0] == (1, BEGUN)
+    assert sorted(read[1:]) == sorted([(1, 5), (2, 6), (2, 8), (4, 5)])
+
+
+def test_directions_that_join_midway_share_it_each_its_own(small_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = answered()
+    vectors = 3 * torch.randn(6, int(small_model.cfg.d_model), generator=torch.Generator().manual_seed(1))
+    streams: list[Any] = ["resid_pre", "resid_post"]
+    sites = [em.Site(layer, stream) for layer in (0, 1) for stream in streams][1:] * 2
+    edits = Along(em.Add(direction(small_model)), vectors, sites)
+    assert None not in edits.homes
+    with free_passes(monkeypatch) as found:
+        once = along_each(small_model, edits, asked, mean_logprob)
+    for k in range(len(vectors)):
+        with whole(small_model), em.intervene(small_model, edits.alone(k)):
+            assert once[k] == pytest.approx(mean_logprob(small_model, asked).numpy(), abs=1e-4), sites[k]
+    assert once.std(0).min() > 1e-3
+    shared = [each for each in found if each is not None and each.after is not None]
+    assert bool(shared) is hasattr(small_model, "original_model")  # a HookedTransformer reads these whole
+    assert all(len(each.after.batch.rows) == len(vectors) for each in shared if each.after is not None)
+
+
+def test_answers_of_every_family_are_the_same(model: LensModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    with free_passes(monkeypatch) as found:
+        once = sequence_logprobs(model, answered())
+        with whole(model):
+            apart = sequence_logprobs(model, answered())
+    assert any(each is not None and each.after is not None for each in found)
+    torch.testing.assert_close(once, apart, atol=1e-4, rtol=1e-4)
+    alone = torch.cat([sequence_logprobs(model, [each]) for each in answered()])
+    torch.testing.assert_close(once, alone, atol=1e-4, rtol=1e-4)
+
+
+def test_large_classes_are_read_in_parts(small_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = answered()
+    monkeypatch.setattr(stream, "_answer_tokens", lambda *given: 40)
+    with free_passes(monkeypatch) as found:
+        once = sequence_logprobs(small_model, asked * 3)
+    with whole(small_model):
+        apart = sequence_logprobs(small_model, asked)
+    torch.testing.assert_close(once, apart.repeat(3), atol=1e-4, rtol=1e-4)
+    assert len(found) > 5
+
+
+def test_logits_that_more_happens_to_after_the_unembedding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Granite divides its logits by a number; what is not known of a model is read in the pass itself."""
+    from transformers import GraniteConfig, GraniteForCausalLM
+
+    torch.manual_seed(3)
+    hf = GraniteForCausalLM(GraniteConfig(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                                          num_attention_heads=4, num_key_value_heads=2, logits_scaling=8.0,
+                                          bos_token_id=2, eos_token_id=6, pad_token_id=0)).eval()  # fmt: skip
+    asked = answered()
+    with torch.no_grad():
+        expected = [hf(torch.tensor([each.ids])).logits[0].log_softmax(-1) for each in asked]
+    spans = [(each.response, each.ids) for each in asked]
+    sums = [sum(float(x[i - 1, ids[i]]) for i in range(*at)) for x, (at, ids) in zip(expected, spans, strict=True)]
+    model = em.load_model(hf, tokenizer=make_tokenizer(), surface="bridge")
+    for _ in range(2):  # the first time it is noticed, the second time it is known
+        found = sequence_logprobs(model, asked)
+        assert found.tolist() == pytest.approx(sums, abs=1e-3)
+    assert stream._ENDS_PLAINLY[model] is False

@@ -31,10 +31,11 @@ from tl_em.errors import UsageError
 from tl_em.features.scoring_pass import PARTS
 from tl_em.interventions.intervene import intervene
 from tl_em.interventions.latents import ScaleFeature
+from tl_em.models.beginnings import Piece
 from tl_em.models.hooks import LensModel, hook_name, hooked
 from tl_em.models.prompts import Batch, EncodedPrompt, batches
 from tl_em.models.source_record import boundaries_of
-from tl_em.models.stream import _forward, _inside, _unembed_only, sequence_logprobs
+from tl_em.models.stream import _inside, _reading, sequence_logprobs
 
 _READ_TOKENS = 2048
 _CHUNK_LATENTS = 2**21
@@ -142,9 +143,8 @@ def _gradients(
 
     assert dictionary.site_out is not None
     name = hook_name(model, dictionary.site_out)
-    with torch.no_grad(), hooked(model, [(name, cut)]), _unembed_only(model, rows, at) as narrowed:
-        logits = _forward(model, batch)
-        logprobs = (logits[0] if narrowed else logits[rows, at]).float().log_softmax(-1)
+    with torch.no_grad(), hooked(model, [(name, cut)]), _reading(model) as read:
+        logprobs = read(Piece(batch), rows, at).float().log_softmax(-1)
         wanted = batch.tokens[rows, at + 1].to(logprobs.device)
         total = logprobs.gather(-1, wanted[:, None]).sum()
         (gradient,) = torch.autograd.grad(total, leaf[-1])

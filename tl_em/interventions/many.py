@@ -29,6 +29,7 @@ from tl_em.directions.direction import Direction
 from tl_em.errors import NonFiniteError, TlEmError, UsageError
 from tl_em.interventions.base import Intervention, RowEdit, core, direction_of, sites_of
 from tl_em.interventions.intervene import intervene
+from tl_em.models.beginnings import Piece
 from tl_em.models.contrasts import Prompt
 from tl_em.models.hooks import LensModel, hook_name, hooked
 from tl_em.models.prompts import Batch, EncodedPrompt, encode
@@ -42,8 +43,10 @@ Measure = Callable[..., Float[Tensor, " prompt"]]
 Scores = Float[np.ndarray, "direction prompt"]
 _BESIDE = 8
 """Directions whose rows are read together where nothing is shared among directions, but among prompts."""
-_MAX_LOGITS = 2**25
-"""Logits held at once, over all directions of a pass: 128 MiB in float32."""
+_MAX_LOGITS = 2**24
+"""Logits held at once, over all directions of a pass: 64 MiB in float32."""
+_MAX_TOKENS = 2**14
+"""Tokens of a pass over responses, over all directions, whole as they are written."""
 
 
 def kl_from_now(model: LensModel, prompts: Sequence[Prompt | EncodedPrompt]) -> Measure:
@@ -122,7 +125,7 @@ def along_each(
     """
     if (responses := getattr(measure, "responses", None)) is not None:
         read = responses(model, prompts)
-        found = along_each(model, edits, read.encoded, mean_logprob, at_once=at_once, said=said)
+        found = along_each(model, edits, read.encoded, mean_logprob, said=said)
         return read.summed(torch.from_numpy(found)).numpy()
     everything = range(len(edits.vectors))
     edits = replace(edits, vectors=edits.vectors.to(model.cfg.device))
@@ -154,8 +157,11 @@ def _together(
     """None unless a direction of the first batch has what it has alone, on the first prompt."""
     n, rows = len(edits.vectors), max(1, _MAX_LOGITS // int(model.cfg.d_vocab))
     apart = None in edits.homes  # directions share nothing, so prompts shall: few directions at once
-    wide = min(n, rows, _BESIDE if apart and len(prompts) > 1 else n)
-    tall = min(rows // wide, len(prompts) if apart else at_once or len(prompts))
+    wide, tall = min(n, rows, _BESIDE if apart and len(prompts) > 1 else n), at_once or len(prompts)
+    if measure is mean_logprob:  # responses to one prompt go on from it, so all of them shall be read together
+        rows, tall = max(1, _MAX_TOKENS // max(map(len, prompts))), len(prompts)
+        wide = min(n, rows, max(_BESIDE, rows // tall))
+    tall = max(1, min(rows // wide, len(prompts) if apart else tall))
     out = np.empty((n, len(prompts)))
     batches = tqdm(range(0, len(prompts), tall), desc=said, unit="batch", disable=None if said else True, leave=False)
     try:
@@ -232,23 +238,29 @@ class _Joining:
         if running_batch("an edit along many directions") is self.alone:
             raise _Entered(x)
         self.batch, self.joined = running_batch("an edit along many directions"), list[int]()
-        first = {row % self.n_prompts: i for i, row in reversed(list(enumerate(rows)))}
-        self.first = sorted(first.values())  # the longest prompt, with which the pass began, stays in front
+        self.first = self._first(rows)
         self.slot = {rows[i] % self.n_prompts: k for k, i in enumerate(self.first)}
-        self.alone = _rows(self.batch, self.first)
-        current_batch.set(self.alone)
+        before = _rows(self.batch, self.first)
+        self.alone = before._replace(start=0)
         if len(self.first) == 1:
+            current_batch.set(before)
             return x[:1]
+        current_batch.set(self.alone)
         try:
             self.model(self.alone.tokens.to(self.model.cfg.device), padding_side="right")
         except _Entered as entered:
-            return entered.args[0]
+            current_batch.set(before)
+            return entered.args[0][:, self.batch.start :]
         raise UsageError("nothing entered the first block, so no prompts can be put together there")
+
+    def _first(self, rows: Sequence[int]) -> list[int]:
+        """A row of each prompt; the longest prompt, with which the pass began, stays in front."""
+        return sorted({row % self.n_prompts: i for i, row in reversed(list(enumerate(rows)))}.values())
 
     def join(self, x: Tensor, hook: Any, *, site: int) -> Tensor:
         """At a site: copies join, edited along its directions; the untouched rows leave with the last of them."""
         rows = self.batch.rows
-        new = [i for i, row in enumerate(rows) if self.at[row // self.n_prompts] == site]
+        new = self._new(rows, site)
         if not new:
             return x
         copies = x[[self.slot[rows[i] % self.n_prompts] for i in new]]
@@ -258,6 +270,29 @@ class _Joining:
         first = self.first if len(self.joined) < len(rows) else []
         current_batch.set(_rows(self.batch, [*first, *self.joined]))
         return torch.cat([x if first else x[len(self.first) :], copies])
+
+    def _new(self, rows: Sequence[int], site: int) -> list[int]:
+        return [i for i, row in enumerate(rows) if self.at[row // self.n_prompts] == site]
+
+    def alike(self, batch: Batch, length: int) -> list[int] | None:
+        """Rows of one direction: ``models.hooks.Alike``."""
+        return [row // self.n_prompts for row in batch.rows] if self.edits.template.tokenwise else None
+
+    def _at(self, rows: Sequence[int], layer: int) -> tuple[list[int], list[int]]:
+        """Which rows run through a layer's attention: untouched ones, and those that have joined by then."""
+        before = [k for k, s in enumerate(self.sites) if s.layer < layer or (s.layer, s.stream) == (layer, "resid_pre")]
+        joined = [i for site in before for i in self._new(rows, site)]
+        return self._first(rows) if len(joined) < len(rows) else [], joined
+
+    def carried(self, piece: Piece, layer: int) -> list[int]:
+        """Of a piece, for each row at a layer the one of the piece before that it goes on from."""
+        assert piece.after is not None
+        rows, earlier = piece.batch.rows, piece.after.batch.rows
+        first, joined = self._at(rows, layer)
+        first_before, joined_before = self._at(earlier, layer)
+        untouched = {earlier[i] % self.n_prompts: k for k, i in enumerate(first_before)}
+        edited = {i: len(first_before) + k for k, i in enumerate(joined_before)}
+        return [untouched[earlier[piece.of[i]] % self.n_prompts] for i in first] + [edited[piece.of[i]] for i in joined]
 
     def leave(self, x: Tensor, hook: Any) -> Tensor:
         """After the last block: the order that was asked for."""
@@ -271,7 +306,12 @@ def _joined_rows(model: LensModel, edits: Along, part: range, n_prompts: int) ->
     pass_ = _Joining(model, edits, part, n_prompts)
     hooks = [(hook_name(model, site), partial(pass_.join, site=i)) for i, site in enumerate(pass_.sites)]
     end = hook_name(model, Site(int(model.cfg.n_layers) - 1, "resid_post"))
-    with fanned_out(model, Site(0, "resid_pre"), pass_.enter), hooked(model, [*hooks, (end, pass_.leave)]):
+    hooks.append((end, partial(pass_.leave)))
+    for _, each in hooks:
+        each.__dict__["alike"] = pass_.alike
+    carried = pass_.carried if hasattr(model, "original_model") else None  # a HookedTransformer keeps one row for all
+    start = Site(0, "resid_pre")
+    with fanned_out(model, start, pass_.enter, alike=pass_.alike, carried=carried), hooked(model, hooks):
         yield
 
 

@@ -1,26 +1,28 @@
-"""What prompts of a batch begin with alike, a system prompt say, read once.
+"""What prompts begin with alike, a system prompt or a question with several answers, read once.
 
-    beginning [group pos]  ->  keys and values, copied to the rows of each group  ->  the rest [prompt pos] after them
+    root [group pos]  ->  beginnings [group pos], e.g. whole questions  ->  the rest [prompt pos]
 
-A token attends to nothing behind it, so what the first tokens give does not depend on what follows.  Rows are of one
-group where every hook on the model does to their first tokens the same: it says so itself (``alike``, see
-``models.hooks.Alike``), and a hook that does not say so, anybody else's included, has every row read whole.  That both
-ways give the same is part of ``proof``.
+A token attends to nothing behind it, so what the first tokens give does not depend on what follows: keys and values of
+a pass are copied to the rows that go on from it.  Rows are of one group where their tokens are the same and every hook
+on the model does to them the same: it says so itself (``alike``, see ``models.hooks.Alike``), and a hook that does not
+say so, anybody else's included, has every row read whole.  That both ways give the same is part of ``proof``.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from tl_em.models.cache import reading_on
-from tl_em.models.hooks import LensModel, groups_of
-from tl_em.models.prompts import Batch
+from tl_em.models.cache import ReadsOn
+from tl_em.models.hooks import LensModel, labelling
+from tl_em.models.prompts import Batch, EncodedPrompt, batches, make_batch
 from tl_em.models.source_record import boundaries_of
 
 LEAST, SAVED = 8, 0.15
@@ -29,75 +31,239 @@ _SHOWN: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 
 
 def allow_beginnings(model: Any, shown: bool) -> None:
-    """Remember whether a model was shown to give the same where the beginning of a batch is read once."""
+    """Remember whether a model was shown to give the same where beginnings are read once."""
     _SHOWN[model] = shown
 
 
 @dataclass(frozen=True, eq=False)
-class Beginning:
-    """The first tokens of a batch, a row a group.
+class Piece:
+    """Some tokens of some rows, read in one pass.
 
     Args:
-        batch: the beginnings, as a batch of its own.
-        group: the group of each row of the whole batch.
-        rest: the whole batch, in a pass that starts after the beginning.
+        batch: the rows with all their tokens up to the piece's end; ``start`` is where the piece begins.
+        after: the piece before, None where this one begins with the first token.
+        of: for each row the row of ``after`` that it goes on from.
     """
 
     batch: Batch
-    group: Int[Tensor, " prompt"]
-    rest: Batch
-
-    @property
-    def length(self) -> int:
-        """Tokens."""
-        return self.rest.start
+    after: Piece | None = None
+    of: tuple[int, ...] = ()
 
 
-def beginning_of(model: LensModel, batch: Batch, first: int) -> Beginning | None:
-    """What the prompts of a batch begin with alike; None where it is not worth a pass, or was not shown to be right.
+Carried = Callable[[Piece, int], Sequence[int]]
+"""Of a piece and a layer: for each row that runs there the row of the piece before, at that layer, that it goes on
+from.  For passes in which rows join midway."""
+
+
+# --- One batch --------------------------------------------------------------------------------------------------------
+
+
+def beginning_of(model: LensModel, batch: Batch, first: int) -> Piece | None:
+    """The rest of a batch, after what its prompts begin with alike; None where that is not worth a pass of its own.
 
     Args:
         model: with all hooks on it.
         batch: whole prompts.
         first: the first token of which something is wanted.
     """
-    if not _SHOWN.get(model, False) or len(batch.rows) < 2:
+    length, width = _common(batch, first), batch.tokens.shape[1]
+    labels = _labels(model) if len(batch.rows) > 1 and length >= max(LEAST, SAVED * width) else None
+    if labels is None or any(at < width for at in boundaries_of(model).turns):
         return None
-    width = batch.tokens.shape[1]
+    found = _grouped(labels, batch, length)
+    if found is None or (len(batch.rows) - len(found[0])) * length < SAVED * len(batch.rows) * width:
+        return None
+    rows, of = found
+    return Piece(batch._replace(start=length), Piece(_cut(batch, rows, length)), of)
+
+
+def _common(batch: Batch, first: int) -> int:
+    """How many tokens all rows begin with alike, before any of which something is wanted."""
     same = (batch.tokens == batch.tokens[:1]).all(0).cumprod(0)
-    length = min(int(same.sum()), first, int(batch.lengths.min()) - 1)
-    if length < LEAST or length < SAVED * width or any(at < width for at in boundaries_of(model).turns):
-        return None
-    labels = groups_of(model, batch, length)
-    if labels is None:
-        return None
-    firsts = {label: row for row, label in reversed(list(enumerate(labels)))}
-    if (len(labels) - len(firsts)) * length < SAVED * len(labels) * width:
-        return None
-    order = {label: k for k, label in enumerate(firsts)}
-    return Beginning(
-        batch=_cut(batch, list(firsts.values()), length),
-        group=torch.tensor([order[label] for label in labels]),
-        rest=batch._replace(start=length),
-    )
+    return min(int(same.sum()), first, int(batch.lengths.min()) - 1)
 
 
-def _cut(batch: Batch, rows: list[int], length: int) -> Batch:
+Labels = Callable[[Batch, int], Sequence[Hashable] | None]
+
+
+def _labels(model: LensModel) -> Labels | None:
+    """What says which rows the hooks on a model treat alike; None where beginnings may not be read once."""
+    return labelling(model) if _SHOWN.get(model, False) else None
+
+
+def _grouped(labels: Labels, batch: Batch, length: int) -> tuple[list[int], tuple[int, ...]] | None:
+    """A row of each group of those that are the same up to a length, and the group of every row."""
+    known = labels(batch, length)
+    if known is None:
+        return None
+    keys = list(zip(known, _heads(batch, length), strict=True))
+    firsts = {key: row for row, key in reversed(list(enumerate(keys)))}
+    rows = sorted(firsts.values())
+    at = {keys[row]: k for k, row in enumerate(rows)}
+    return rows, tuple(at[key] for key in keys)
+
+
+def _heads(batch: Batch, length: int) -> list[bytes]:
+    return [row.tobytes() for row in batch.tokens[:, :length].contiguous().numpy()]
+
+
+def _cut(batch: Batch, rows: Sequence[int], length: int, start: int = 0) -> Batch:
+    """Some rows of a batch up to a length; padding beyond the longest of them is left out."""
+    rows = list(rows)
     parts = {name: getattr(batch, name)[rows] for name in ("lengths", "prompts", "instructions")}
-    return batch._replace(tokens=batch.tokens[rows, :length], rows=tuple(batch.rows[row] for row in rows), **parts)
+    length = min(length, int(parts["lengths"].max()))
+    tokens = batch.tokens[rows, :length]
+    return batch._replace(tokens=tokens, rows=tuple(batch.rows[row] for row in rows), start=start, **parts)
 
 
-def read_after(model: LensModel, begun: Beginning, running: Any) -> Float[Tensor, "row last d_vocab"]:
-    """Read the beginnings, then the rest of every row; logits of the rest.
+# --- Many prompts -----------------------------------------------------------------------------------------------------
+
+
+def pieces(
+    model: LensModel,
+    encoded: Sequence[EncodedPrompt],
+    firsts: Sequence[int],
+    *,
+    max_tokens: int,
+    a_pass: float | None = None,
+) -> Iterator[Piece]:
+    """The last pieces of all prompts, every prompt in one of them; what they share is read before, once.
 
     Args:
-        model: as for :func:`beginning_of`.
-        begun: what that found.
-        running: set to the batch that each pass reads (``models.stream.current_batch``).
+        model: with all hooks on it.
+        encoded: the prompts.
+        firsts: of each prompt the first token of which something is wanted.
+        max_tokens: rows times tokens of a last piece, what was read before included.
+        a_pass: what a pass costs beside its tokens, in tokens; by the model's size where it is not given.
     """
-    with reading_on(model) as read:
-        running.set(begun.batch)
-        read(begun.batch.tokens)
-        read.select(begun.group)
-        running.set(begun.rest)
-        return read(begun.rest.tokens[:, begun.length :])
+    turns, labels = boundaries_of(model).turns, _labels(model)
+    left = list(range(len(encoded)))
+    if labels is not None and len(left) > 1:
+        near = [i for i in left if not any(at < len(encoded[i]) for at in turns)]
+        plan = _Plan(make_batch(encoded, near), [firsts[i] for i in near], labels, max_tokens, _a_pass(model) if a_pass is None else a_pass)
+        yield from plan.pieces()
+        left = sorted({*left}.difference(near) | {near[row] for row in plan.left})
+    for batch in batches(encoded, max_tokens=max_tokens, turns=turns, rows=left):
+        yield beginning_of(model, batch, min(firsts[i] for i in batch.rows)) or Piece(batch)
+
+
+def _a_pass(model: LensModel) -> float:
+    """What a pass costs in tokens: a block's modules, and its weights' way out of memory, beside what a token takes."""
+    return 24 + 2**25 / (12 * int(model.cfg.d_model) ** 2)
+
+
+class _Plan:
+    """Rows in classes: a class is read after beginnings that end where something of its first row is wanted.
+
+    Classes are cut where passes and tokens together cost least.  What shares nothing but the root is ``left`` over, to
+    be read in batches of like lengths.
+    """
+
+    def __init__(self, batch: Batch, firsts: Sequence[int], labels: Labels, max_tokens: int, a_pass: float) -> None:
+        self.batch, self.labels, self.max_tokens, self.a_pass = batch, labels, max_tokens, a_pass
+        ends = [min(first, length - 1) for first, length in zip(firsts, batch.lengths.tolist(), strict=True)]
+        self.ends = sorted(set(ends))
+        self.rows = {end: [row for row, each in enumerate(ends) if each == end] for end in self.ends}
+        self.left: list[int] = []
+
+    def pieces(self) -> Iterator[Piece]:
+        """The last pieces of all classes that share something."""
+        root = _common(self.batch, self.ends[0])
+        start = root if root >= LEAST else 0
+        found = _grouped(self.labels, self.batch, start) if start else ([0], (0,) * len(self.batch.rows))
+        if found is None or len(found[0]) * start > self.max_tokens:
+            start, found = 0, ([0], (0,) * len(self.batch.rows))
+        classes = self._classes(start)
+        self.left = [row for each, end in classes if not end for row in each]
+        shared = Piece(_cut(self.batch, found[0], start)) if start else None
+        for each, end in classes:
+            for rows in self._cut_up(each) if end else ():
+                chosen = _cut(self.batch, rows, self.batch.tokens.shape[1])
+                grouped = _grouped(self.labels, chosen, end)
+                assert grouped is not None
+                before = [rows[k] for k in grouped[0]]
+                of = tuple(found[1][row] for row in before) if shared is not None else ()
+                middle = Piece(_cut(self.batch, before, end, start), shared, of)
+                yield Piece(chosen._replace(start=end), middle, grouped[1])
+
+    def _cut_up(self, rows: Sequence[int]) -> Iterator[Sequence[int]]:
+        """A class in parts of ``max_tokens``, rows of one beginning side by side."""
+        most = max(1, self.max_tokens // int(self.batch.lengths[list(rows)].max()))
+        for at in range(0, len(rows), most):
+            yield rows[at : at + most]
+
+    def _classes(self, start: int) -> list[tuple[list[int], int]]:
+        """Rows and the end of their beginnings, 0 where they have none, of the classes that cost least together."""
+        n, lengths = len(self.ends), self.batch.lengths.tolist()
+        least: list[float] = [0.0] * (n + 1)
+        chosen: list[tuple[int, int]] = [(0, 0)] * n
+        for i in reversed(range(n)):
+            end, rows, heads, width, alone = self.ends[i], list[int](), set[Any](), 0, 0.0
+            keys = self._keys(end) if end > start else None
+            least[i] = math.inf
+            for j in range(i, n):
+                new = self.rows[self.ends[j]]
+                rows += new
+                width = max([width, *(lengths[row] for row in new)])
+                passes = math.ceil(len(rows) * width / self.max_tokens)
+                alone += sum(lengths[row] - start for row in new)
+                cost, cut = alone + passes * self.a_pass, 0
+                if keys is not None:
+                    heads.update(keys[row] for row in new)
+                    shared = len(heads) * (end - start) + len(rows) * (width - end) + 2 * passes * self.a_pass
+                    cost, cut = min((cost, 0), (shared, end))
+                if cost + least[j + 1] < least[i]:
+                    least[i], chosen[i] = cost + least[j + 1], (j + 1, cut)
+        found, at = [], 0
+        while at < n:
+            to, end = chosen[at]
+            rows = [row for each in self.ends[at:to] for row in self.rows[each]]
+            if (keys := self._keys(end) if end else None) is not None:
+                rows = [row for _, row in sorted((keys.index(keys[row]), row) for row in rows)]  # of one key together
+            found.append((rows, end))
+            at = to
+        return found
+
+    def _keys(self, end: int) -> list[tuple[Hashable, bytes]] | None:
+        """What tells rows apart up to a token; None where it is unknown."""
+        known = self.labels(self.batch, end)
+        return None if known is None else list(zip(known, _heads(self.batch, end), strict=True))
+
+
+# --- The passes -------------------------------------------------------------------------------------------------------
+
+
+class Reading:
+    """Reads pieces, each after what it goes on from; a root that several go on from is read once.
+
+    Args:
+        read: reads on.
+        running: set to the batch that each pass reads (``models.stream.current_batch``).
+        carried: which rows go on from which, where rows join a pass midway; what the pieces say by default.
+    """
+
+    def __init__(self, read: ReadsOn, running: Any, carried: Carried | None = None) -> None:
+        self.read, self.running, self.carried = read, running, carried
+        self.root: tuple[Piece, Any] | None = None
+
+    def __call__(self, piece: Piece) -> Float[Tensor, "row last d_vocab"]:
+        """Logits of a piece's tokens."""
+        before = piece.after
+        if before is None:
+            self.read.go_on(None, None)
+        elif before.after is None:
+            if self.root is None or self.root[0] is not before:
+                self(before)
+                self.root = before, self.read.held
+            self.read.go_on(self.root[1], self._rows(piece))
+        else:
+            self(before)
+            self.read.go_on(self.read.held, self._rows(piece))
+        self.running.set(piece.batch)
+        tokens = piece.batch.tokens[:, piece.batch.start :]
+        return self.read(tokens if self.carried is None else tokens[:1])
+
+    def _rows(self, piece: Piece) -> Any:
+        if self.carried is None:
+            return piece.of
+        return partial(self.carried, piece)

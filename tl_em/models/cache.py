@@ -7,9 +7,10 @@ name that the model itself declares, and ``proof`` compares what comes out with 
 
 from __future__ import annotations
 
+import copy
 import inspect
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
@@ -24,15 +25,24 @@ from tl_em.models.unwrapped import unwrapped
 Step = Callable[[Int[Tensor, "prompt pos"]], Float[Tensor, "prompt d_vocab"]]
 """Read more tokens of every prompt; logits after the last of them."""
 
+Rows = Sequence[int] | Callable[[int], Sequence[int]] | None
+"""Which rows of what was read are gone on with, each as often as it is named: everywhere, or by layer; None for all."""
+
+
 class ReadsOn(Protocol):
     """Reads on after what it read before."""
+
+    @property
+    def held(self) -> Any:
+        """Keys and values of what was read so far, None of nothing."""
+        ...
 
     def __call__(self, tokens: Int[Tensor, "prompt pos"]) -> Float[Tensor, "row last d_vocab"]:
         """Logits of these tokens, of the last of them, or of those that a hook hands the unembedding as one row."""
         ...
 
-    def select(self, rows: Int[Tensor, " prompt"]) -> None:
-        """Go on with these rows of what was read, each as often as it is named."""
+    def go_on(self, held: Any, rows: Rows) -> None:
+        """Go on after what was held at some time, which stays as it is."""
         ...
 
 
@@ -101,12 +111,15 @@ class _HookedReads:
         mask = torch.ones_like(tokens)
         return self.model(tokens, past_kv_cache=self.held, attention_mask=mask, padding_side="right")
 
-    def select(self, rows: Int[Tensor, " prompt"]) -> None:
-        assert self.held is not None
-        rows = rows.to(self.model.cfg.device)
-        for entry in self.held.entries:
-            entry.past_keys, entry.past_values = entry.past_keys[rows], entry.past_values[rows]
-        self.held.previous_attention_mask = self.held.previous_attention_mask[rows]
+    def go_on(self, held: Any, rows: Rows) -> None:
+        self.held = held = copy.copy(held)
+        if held is None or rows is None:
+            return
+        held.entries = [copy.copy(entry) for entry in held.entries]
+        for layer, entry in enumerate(held.entries):
+            chosen = _rows(rows, layer, self.model)
+            entry.past_keys, entry.past_values = entry.past_keys[chosen], entry.past_values[chosen]
+        held.previous_attention_mask = held.previous_attention_mask[_rows(rows, 0, self.model)]
 
 
 class _BridgeReads:
@@ -137,9 +150,17 @@ class _BridgeReads:
         finally:
             self.stepping = 0
 
-    def select(self, rows: Int[Tensor, " prompt"]) -> None:
-        held: Any = self.held
-        held.batch_select_indices(rows.to(self.model.cfg.device))
+    def go_on(self, held: Any, rows: Rows) -> None:
+        self.held = held = copy.copy(held)
+        if held is None or rows is None:
+            return
+        held.layers = [copy.copy(layer) for layer in held.layers]
+        for number, layer in enumerate(held.layers):
+            layer.batch_select_indices(_rows(rows, number, self.model))
+
+
+def _rows(rows: Any, layer: int, model: LensModel) -> Int[Tensor, " row"]:
+    return torch.tensor(rows(layer) if callable(rows) else rows, dtype=torch.long, device=model.cfg.device)
 
 
 def _cache_name(model: Any) -> str | None:

@@ -258,20 +258,26 @@ def reads_in_pieces(model: LensModel) -> bool:
     return _nothing_but(model, [hook for hook in _ATTACHED.get(model, ()) if hook.tokenwise])
 
 
-def groups_of(model: LensModel, batch: Any, length: int) -> list[Hashable] | None:
-    """A label for each row of a batch: hooks do to the first tokens of rows of one label the same; None if unknown.
+def labelling(model: LensModel) -> Alike | None:
+    """What labels the rows of a batch: hooks do to the first tokens of rows of one label the same.
 
     Args:
         model: with all hooks on it.
-        batch: a ``models.prompts.Batch``.
-        length: how many tokens.
+
+    Returns:
+        A function that gives None where a hook does not know; None where a hook does not say at all.
     """
     own = [hook for hook in _ATTACHED.get(model, ()) if hook.alike is not None]
     if not _nothing_but(model, own):
         return None
-    labels = [each.alike(batch, length) for each in own if each.alike is not None]
-    known = [each for each in labels if each is not None]
-    return list(zip([0] * len(batch.rows), *known, strict=True)) if len(known) == len(labels) else None
+    functions = list(dict.fromkeys(hook.alike for hook in own if hook.alike is not None))
+
+    def labels(batch: Any, length: int) -> list[Hashable] | None:
+        found = [alike(batch, length) for alike in functions]
+        known = [each for each in found if each is not None]
+        return list(zip([0] * len(batch.rows), *known, strict=True)) if len(known) == len(found) else None
+
+    return labels
 
 
 def attached_names(model: LensModel) -> list[str]:

@@ -315,7 +315,13 @@ _A_PASS = 8
 """What a pass costs beside its tokens: as much as this part of ``max_tokens``."""
 
 
-def batches(encoded: Sequence[EncodedPrompt], *, max_tokens: int = 8192, turns: Sequence[int] = ()) -> Iterator[Batch]:
+def batches(
+    encoded: Sequence[EncodedPrompt],
+    *,
+    max_tokens: int = 8192,
+    turns: Sequence[int] = (),
+    rows: Sequence[int] | None = None,
+) -> Iterator[Batch]:
     """Batches of prompts of similar length, right-padded, at most ``max_tokens`` tokens each, padding included.
 
     Cut where padding and passes together cost least. Right padding is exact on every surface, left padding without a
@@ -326,13 +332,14 @@ def batches(encoded: Sequence[EncodedPrompt], *, max_tokens: int = 8192, turns: 
         max_tokens: of a batch.
         turns: lengths beyond which the model treats *all* tokens of a pass differently (``Boundaries.turns``): no batch
             holds prompts of both sides.
+        rows: which of the prompts; all by default.
 
     Example:
         >>> prompts = [EncodedPrompt.from_ids(range(n)) for n in (5, 2, 4)]
         >>> [b.rows for b in batches(prompts, max_tokens=10)], [b.rows for b in batches(prompts, turns=[4])]
         ([(0, 2), (1,)], [(0,), (2, 1)])
     """
-    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]), reverse=True)
+    order = sorted(range(len(encoded)) if rows is None else rows, key=lambda i: len(encoded[i]), reverse=True)
     counts = np.arange(1, len(order) + 1)
     least = np.zeros(len(order) + 1)  # tokens, passes counted as tokens, of the prompts from here on
     ends = [0] * len(order)

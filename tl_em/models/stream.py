@@ -8,10 +8,11 @@ force, and what is read is what they leave: so every function here works inside 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,8 +20,9 @@ from torch import Tensor, nn
 
 from tl_em.arguments import are_numbers, checked, token_ids
 from tl_em.errors import NonFiniteError, PositionError, PromptError, UsageError
-from tl_em.models.beginnings import Beginning, beginning_of, read_after
-from tl_em.models.hooks import LensModel, hook_name, hooked, read_point, resolve
+from tl_em.models.beginnings import Carried, Piece, Reading, beginning_of, pieces
+from tl_em.models.cache import reading_on
+from tl_em.models.hooks import Alike, LensModel, hook_name, hooked, read_point, resolve
 from tl_em.models.prompts import Batch, EncodedPrompt, Prompt, batches, encode, token_index
 from tl_em.models.sites import Position, Site, as_position, as_sites
 from tl_em.models.source_record import boundaries_of
@@ -29,16 +31,24 @@ from tl_em.models.torch_state import in_plain_torch
 _MAX_TOKENS = 8192
 _READ_TOKENS = 2048
 """Tokens a batch of a capture: as many as 64 prompts have, so that more prompts take no more memory."""
-_MAX_LOGITS = 2**25
-"""Logits held at once: 128 MiB in float32."""
+_MAX_LOGITS = 2**24
+"""Logits held at once: 64 MiB in float32."""
+_CHUNK = 2**22
+"""Logits held at once where only those of the tokens that follow are wanted."""
+_ACTIVATIONS = 2**24
+"""Activations held at once where responses are read: 64 MiB in float32."""
 HELD = 2**28
 """Bytes of activations that are held while one site after the other is looked at."""
 
 
 def pass_bytes(model: LensModel) -> int:
     """Bytes that a pass holds at most beside the model: logits three times, and a block's activations, in float32."""
-    widths = 6 * model.cfg.d_model + 3 * (model.cfg.d_mlp or 4 * model.cfg.d_model)
-    return 4 * (3 * _MAX_LOGITS + _MAX_TOKENS * widths)
+    return 4 * (3 * _MAX_LOGITS + max(_READ_TOKENS * _widths(model), _ACTIVATIONS))
+
+
+def _widths(model: LensModel) -> int:
+    """Numbers that a block holds of a token at once."""
+    return 6 * model.cfg.d_model + 3 * (model.cfg.d_mlp or 4 * model.cfg.d_model)
 
 
 def listed(name: str, prompts: Any) -> list[Any]:
@@ -137,11 +147,14 @@ def next_token_logits(model: LensModel, prompts: Sequence[Prompt | EncodedPrompt
         Float32 on the CPU, in the order of ``prompts``.
     """
     encoded = encoded_prompts(model, prompts)
+    ends = [len(prompt) - 1 for prompt in encoded]
     out: Tensor | None = None
-    for batch in _batches(model, encoded, _batch_tokens(model)):
-        logits = batch_logits(model, batch, torch.arange(len(batch.rows)), batch.lengths - 1).float().cpu()
-        out = torch.empty(len(encoded), logits.shape[-1]) if out is None else out
-        out[list(batch.rows)] = logits
+    with torch.no_grad(), _reading(model) as read:
+        for piece in _pieces(model, encoded, ends, _batch_tokens(model)):
+            batch = piece.batch
+            logits = read(piece, torch.arange(len(batch.rows)), batch.lengths - 1).float().cpu()
+            out = torch.empty(len(encoded), logits.shape[-1]) if out is None else out
+            out[list(batch.rows)] = logits
     assert out is not None
     bad = (~out.isfinite().all(-1)).nonzero().flatten().tolist()
     if bad:
@@ -173,15 +186,14 @@ def sequence_logprobs(
     encoded = encoded_prompts(model, prompts)
     spans = spans_of(encoded, ["response_mean"])[:, 0]
     out = torch.empty(len(encoded))
-    shares = [len(each) // int(end - start) for each, (start, end) in zip(encoded, spans.tolist(), strict=True)]
-    one_in = max(1, min(shares, default=1))  # padding is never unembedded
-    for batch in _batches(model, encoded, _batch_tokens(model, one_in=one_in)):
-        inside = _inside(spans[list(batch.rows)], batch.tokens.shape[1])
-        rows, columns = inside.nonzero(as_tuple=True)
-        logprobs = batch_logits(model, batch, rows, columns - 1).float().log_softmax(-1)
-        taken = logprobs.gather(-1, batch.tokens[rows, columns].to(logprobs.device)[:, None])[:, 0].cpu()
-        total = torch.zeros(len(batch.rows)).index_add_(0, rows, taken)
-        out[list(batch.rows)] = total / inside.sum(-1) if per_token else total
+    with torch.no_grad(), _reading(model) as read:
+        for piece in _pieces(model, encoded, (spans[:, 0] - 1).tolist(), _answer_tokens(model, encoded, spans)):
+            batch = piece.batch
+            inside = _inside(spans[list(batch.rows)], batch.tokens.shape[1])
+            rows, columns = inside.nonzero(as_tuple=True)
+            taken = read.logprobs(piece, rows, columns - 1, batch.tokens[rows, columns])
+            total = torch.zeros(len(batch.rows)).index_add_(0, rows, taken)
+            out[list(batch.rows)] = total / inside.sum(-1) if per_token else total
     return out
 
 
@@ -276,16 +288,16 @@ def stream(
     for _, each in reads:
         each.__dict__["alike"] = one_group
     max_tokens = _READ_TOKENS if torch.device(model.cfg.device).type == "cpu" else 8 * _READ_TOKENS
-    with torch.no_grad(), hooked(model, reads, check=False):
+    with torch.no_grad(), hooked(model, reads, check=False), _reading(model) as read_piece:
         for batch in _batches(model, encoded, max_tokens):
             waiting.update(range(len(sites)))
             wanted = spans[list(batch.rows)]
-            begun = beginning_of(model, batch, int(wanted.min()))
-            start = 0 if begun is None else begun.length
+            piece = beginning_of(model, batch, int(wanted.min())) or Piece(batch)
+            start = piece.batch.start
             pool = _pooling(wanted - start, batch.tokens.shape[1] - start)
             current.update(rows=torch.tensor(batch.rows), pool=pool, start=start, finite={})
             try:
-                _forward(model, batch, begun)
+                read_piece.whole(piece)
             except _EverythingRead:
                 _check_finite([current["finite"][i] for i in range(len(sites))], batch, sites, encoded)
                 continue
@@ -328,12 +340,23 @@ def generating(model: LensModel, batch: Batch) -> Iterator[None]:
         current_batch.reset(running)
 
 
-_fanned: ContextVar[bool] = ContextVar("_fanned", default=False)
+class _Fan(NamedTuple):
+    """Passes that begin with one row, whatever joins it."""
+
+    carried: Carried | None
+
+
+_fanned: ContextVar[_Fan | None] = ContextVar("_fanned", default=None)
 
 
 @contextmanager
 def fanned_out(
-    model: LensModel, site: Site, edit: Callable[[Tensor, Sequence[int]], Float[Tensor, "prompt pos d_model"]]
+    model: LensModel,
+    site: Site,
+    edit: Callable[[Tensor, Sequence[int]], Float[Tensor, "prompt pos d_model"]],
+    *,
+    alike: Alike | None = None,
+    carried: Carried | None = None,
 ) -> Iterator[LensModel]:
     """Run one prompt up to a site once, and from there on as many edited copies of it as prompts were asked for.
 
@@ -344,6 +367,8 @@ def fanned_out(
         model: a HookedTransformer or TransformerBridge.
         site: where the copies part.
         edit: given the activation [k pos d_model] and the numbers of the copies, returns the edited copies.
+        alike, carried: which copies are edited alike, and which row goes on from which at each layer, so that what
+            prompts begin with alike is read once; else every copy is read whole.
     """
 
     def fan(x: Tensor, hook: Any) -> Tensor:
@@ -352,7 +377,8 @@ def fanned_out(
             raise UsageError("a forward pass of its own cannot be fanned out; run the model through next_token_logits")
         return edit(x.expand(len(batch.rows), *x.shape[1:]), batch.rows)
 
-    fanned = _fanned.set(True)
+    fan.__dict__["alike"] = alike
+    fanned = _fanned.set(_Fan(carried))
     try:
         with hooked(model, [(hook_name(model, site), fan)]):
             yield model
@@ -365,17 +391,23 @@ def one_group(batch: Batch, length: int) -> list[int]:
     return [0] * len(batch.rows)
 
 
-def _forward(model: LensModel, batch: Batch, begun: Beginning | None = None) -> Any:
-    """Logits of every token of a batch, or of those after the beginning that was found."""
+def _forward(model: LensModel, batch: Batch) -> Any:
+    """Logits of every token of a batch."""
     running = current_batch.set(batch)
-    tokens = batch.tokens[:1] if _fanned.get() else batch.tokens
+    tokens = batch.tokens if _fanned.get() is None else batch.tokens[:1]
     try:
-        if begun is not None:
-            return read_after(model, begun, current_batch)
         # padding_side: a HookedTransformer whose tokenizer pads on the left would take leading BOS tokens for padding.
         return model(tokens.to(model.cfg.device), padding_side="right")
     finally:
         current_batch.reset(running)
+
+
+def _pieces(model: LensModel, encoded: Sequence[EncodedPrompt], firsts: Sequence[int], most: int) -> Iterator[Piece]:
+    """The prompts in pieces, ``most`` tokens each."""
+    fan = _fanned.get()
+    if fan is None or fan.carried is not None:
+        return pieces(model, encoded, firsts, max_tokens=most)
+    return (Piece(batch) for batch in _batches(model, encoded, most))
 
 
 def _pooling(
@@ -438,39 +470,136 @@ def _batch_tokens(model: LensModel, *, one_in: int | None = None) -> int:
     return _MAX_TOKENS if one_in is None else max(1, min(_MAX_TOKENS, one_in * _MAX_LOGITS // int(model.cfg.d_vocab)))
 
 
+def _answer_tokens(model: LensModel, encoded: Sequence[EncodedPrompt], spans: Int[Tensor, "prompt 2"]) -> int:
+    """Tokens a batch where responses are read: as many as ``_HELD`` activations are; fewer where all of their logits
+    are held at once."""
+    if _unembedding(model) is not None and _ENDS_PLAINLY.get(model, True):
+        return min(_MAX_TOKENS, max(_READ_TOKENS, _ACTIVATIONS // _widths(model)))
+    shares = [len(each) // int(end - start) for each, (start, end) in zip(encoded, spans.tolist(), strict=True)]
+    return _batch_tokens(model, one_in=max(1, min(shares, default=1)))  # padding is never unembedded
+
+
 def batch_logits(
     model: LensModel, batch: Batch, rows: Int[Tensor, " token"], columns: Int[Tensor, " token"]
 ) -> Float[Tensor, "token d_vocab"]:
     """Logits at some tokens of a batch; only these are unembedded where the unembedding is a module of the model."""
     begun = None if _fanned.get() else beginning_of(model, batch, int(columns.min()))
-    start = 0 if begun is None else begun.length
-    with torch.no_grad(), _unembed_only(model, rows, columns - start, start) as narrowed:
-        logits = _forward(model, batch, begun)
-    return logits[0] if narrowed else logits[rows, columns - start]
+    with torch.no_grad(), _reading(model) as read:
+        return read(begun or Piece(batch), rows, columns)
 
 
 @contextmanager
-def _unembed_only(model: LensModel, rows: Tensor, columns: Tensor, start: int = 0) -> Iterator[list[bool]]:
-    """Hand the unembedding the wanted tokens only, as one row; yields a list that is filled where that happened.
+def _reading(model: LensModel) -> Iterator[_Reader]:
+    """What reads pieces, with nothing left on the model at the end."""
+    with ExitStack() as stack:
+        yield _Reader(model, stack)
 
-    They are tokens of the pass that begins at ``start``; of one before it nothing is wanted.
+
+class _Reader:
+    """Reads pieces; of their tokens the wanted ones alone are unembedded, where that is a module of the model.
+
+    Its hook hands the unembedding these tokens as one row.  It waits before any piece is read, since what reads on
+    passes modules by in which no hook waits.
     """
-    happened: list[bool] = []
 
-    def narrow(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def __init__(self, model: LensModel, stack: ExitStack) -> None:
+        self.model, self.stack = model, stack
+        self.fan, self.reading = _fanned.get(), None
+        self.wanted: Callable[[Tensor], Tensor] | None = None
+        self.start, self.narrowed = 0, False
+        if (unembed := _unembedding(model)) is not None:
+            stack.callback(unembed.register_forward_pre_hook(self._narrow).remove)
+
+    def _narrow(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         x = args[0] if args else None
-        if not isinstance(x, Tensor) or x.ndim != 3:
+        if self.wanted is None or not isinstance(x, Tensor) or x.ndim != 3:
             return None
         running = current_batch.get()
-        if running is not None and running.start < start:
-            return (x[:, -1:], *args[1:])
-        happened.append(True)
-        return (x[rows.to(x.device), columns.to(x.device)][None], *args[1:])
+        if running is not None and running.start < self.start:
+            return (x[:1, -1:], *args[1:])  # of a piece before nothing is wanted
+        self.narrowed = True
+        return (self.wanted(x)[None], *args[1:])
 
-    unembed = _unembedding(model)
-    handle = None if unembed is None else unembed.register_forward_pre_hook(narrow)
-    try:
-        yield happened
-    finally:
-        if handle is not None:
-            handle.remove()
+    def whole(self, piece: Piece) -> Tensor:
+        """Logits as the model gives them."""
+        if piece.after is None:
+            return _forward(self.model, piece.batch)
+        if self.reading is None:
+            read = self.stack.enter_context(reading_on(self.model))
+            self.reading = Reading(read, current_batch, None if self.fan is None else self.fan.carried)
+        running = current_batch.set(piece.batch)
+        try:
+            return self.reading(piece)
+        finally:
+            current_batch.reset(running)
+
+    def __call__(
+        self, piece: Piece, rows: Int[Tensor, " token"], columns: Int[Tensor, " token"]
+    ) -> Float[Tensor, "token d_vocab"]:
+        """Logits at some tokens, of which none lies before the piece."""
+        start = piece.batch.start
+        return self._run(piece, lambda x: x[rows.to(x.device), columns.to(x.device) - start], rows, columns - start)
+
+    def _run(self, piece: Piece, wanted: Callable[[Tensor], Tensor], rows: Tensor, columns: Tensor) -> Tensor:
+        self.wanted, self.start, self.narrowed = wanted, piece.batch.start, False
+        try:
+            logits = self.whole(piece)
+        finally:
+            self.wanted = None
+        return logits[0] if self.narrowed else logits[rows, columns]
+
+    def logprobs(
+        self,
+        piece: Piece,
+        rows: Int[Tensor, " token"],
+        columns: Int[Tensor, " token"],
+        following: Int[Tensor, " token"],
+    ) -> Float[Tensor, " token"]:
+        """Log-probabilities of the tokens that follow some tokens, with the logits of a few of them held at a time.
+
+        One is unembedded in the pass itself, all of them afterwards: where both do not agree (a model that does
+        something to its logits that is not known here), all are in the pass.
+        """
+        ends: list[Tensor] = []
+        start = piece.batch.start
+
+        def first(x: Tensor) -> Tensor:
+            ends.append(x[rows.to(x.device), columns.to(x.device) - start])
+            return ends[0][:1]
+
+        if _ENDS_PLAINLY.get(self.model, True) and _unembedding(self.model) is not None:
+            shown = self._run(piece, first, rows[:1], columns[:1] - start)
+            if ends:
+                size = max(1, _CHUNK // int(self.model.cfg.d_vocab))
+                found = []
+                for at in range(0, len(rows), size):
+                    logits = self._unembedded(ends[0][at : at + size])
+                    if at == 0 and not _agree(logits[0], shown[0]):
+                        _ENDS_PLAINLY[self.model] = False
+                        break
+                    found.append(_taken(logits, following[at : at + size]))
+                else:
+                    return torch.cat(found)
+        return _taken(self(piece, rows, columns), following)
+
+    def _unembedded(self, x: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_vocab"]:
+        unembed, cap = _unembedding(self.model), soft_cap(self.model)
+        assert unembed is not None
+        logits = unembed(x[None])[0]
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+_ENDS_PLAINLY: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+"""Models in which more happens after the unembedding than a soft cap: False."""
+
+
+def _taken(logits: Float[Tensor, "token d_vocab"], following: Int[Tensor, " token"]) -> Float[Tensor, " token"]:
+    logprobs = logits.float().log_softmax(-1)
+    return logprobs.gather(-1, following.to(logprobs.device)[:, None])[:, 0].cpu()
+
+
+def _agree(one: Float[Tensor, " d_vocab"], other: Float[Tensor, " d_vocab"]) -> bool:
+    """Whether two ways to the same logits differ by rounding alone; where they are not finite, nothing is known."""
+    bound = 1e-3 if one.dtype == torch.float32 else 0.1
+    gap = float((one.float() - other.float()).abs().max() / one.float().std())
+    return not gap > bound
