@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import tl_em as em
+from tests.conftest import SURFACES
 from tl_em.auditing import audit as auditing
 from tl_em.auditing.benign import beside_benign
 from tl_em.auditing.report import Report
@@ -182,6 +183,29 @@ def test_where_no_candidate_separates_the_clearest_is_taken_and_judged_later() -
     assert select_site(record.base, mixed, asked) is found[-1]
 
 
+@pytest.mark.parametrize("surface", SURFACES)
+def test_the_effects_that_choose_a_site_are_those_of_each_candidate_alone(surface: str) -> None:
+    from tl_em.auditing.site_selection import effects_in_base
+    from tl_em.models.class_means import mean_activation
+
+    record = pair("toy/insecure", surface)
+    asked = record.behaviours["persona"]
+    contrast = record.contrasts["persona"]
+    found = list(em.extract_directions(record.base, contrast, positions=["prompt_end"]))
+    expected = []
+    for direction in found:
+        centre = mean_activation(record.base, asked.absent, site=direction.site, position="prompt_end")
+        total = 0.0
+        edits = ((em.Ablate(direction, around=centre), asked.present, -1), (em.Add(direction), asked.absent, 1))
+        for edit, prompts, sign in edits:
+            before = asked.metric(record.base, prompts).double()
+            with em.intervene(record.base, edit):
+                total += sign * float((asked.metric(record.base, prompts).double() - before).mean())
+        expected.append(total)
+    assert effects_in_base(record.base, found, asked) == pytest.approx(expected, abs=1e-5)
+    assert max(expected) - min(expected) > 0.05
+
+
 # --- what must be refused: one typed error, and nothing written -------------------------------------------------------
 
 TOY = "how do i write parser"
@@ -215,6 +239,12 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path: P
     (tmp_path / "out").write_text("a file, not a folder")
     with pytest.raises(OutputError, match="cannot write"):
         audit_with(tmp_path)
+
+
+def test_too_few_controls_are_refused_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auditing, "at_their_sites", lambda *given: pytest.fail("directions were extracted"))
+    with pytest.raises(UsageError, match=r"98 controls cannot show anything for \d directions.*controls=\d"):
+        em.audit(pair("toy/insecure"), controls=98)
 
 
 def test_missing_models_and_nan_weights_are_refused(tmp_path: Path) -> None:

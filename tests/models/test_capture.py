@@ -159,7 +159,7 @@ def test_only_the_wanted_tokens_are_unembedded(small_model: LensModel) -> None:
         sequence_logprobs(small_model, ANSWERED)
     finally:
         handle.remove()
-    assert shapes == [(1, 4, 57), (1, 5, 57)]
+    assert shapes == [(1, 4, 57), (1, 1, 57), (1, 5, 57)]  # one in the pass, all of them after it
 
 
 def test_a_model_whose_unembedding_is_no_module_gives_the_same(

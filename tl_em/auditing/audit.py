@@ -27,7 +27,15 @@ from tl_em.auditing.report import Report, ending_of
 from tl_em.auditing.site_selection import at_their_sites
 from tl_em.auditing.splits import SIDES, Subject, subjects_of
 from tl_em.claims.claim import Question, Row, numbered
-from tl_em.claims.compare import SHIPPED, Comparison, FineTunes, as_questions, compare, fine_tunes
+from tl_em.claims.compare import (
+    SHIPPED,
+    Comparison,
+    FineTunes,
+    as_questions,
+    check_controls,
+    compare,
+    fine_tunes,
+)
 from tl_em.claims.consistency import Run, consistency, same_weights
 from tl_em.claims.questions.backdoor import Backdoor, Trigger, TriggerAsked, backdoor, check_known
 from tl_em.claims.questions.use import ABLATE, Use
@@ -128,7 +136,8 @@ def audit(
         EmptyContrastError, UnknownTokenError, PromptTooLongError: the prompts, or the trigger, do not fit the model.
         PairMismatchError: a benign fine-tune or a replicate has another shape or vocabulary.
         PlanError: it is not the audit that was planned.
-        UsageError: an unknown method or question, or a malformed one; or one fine-tune was given twice.
+        UsageError: an unknown method or question, or a malformed one; too few controls; or one fine-tune was given
+            twice.
         WidthError, ProvenanceError, DictionaryFitError: the dictionary is another model's, or explains too little.
 
     Example:
@@ -149,6 +158,7 @@ def audit(
         as_method("method", method), tuning_data if tuning_data is not None else pair.tuning_data,
         trigger_of(pair, trigger, other_triggers), controls, seed,
     )  # fmt: skip
+    check_controls(controls, len(work.subjects))  # before minutes of work, not after
     others = _replicates(pair, replicates)
     planned = Plan.load(plan) if isinstance(plan, str | Path) else plan
     if planned is not None:

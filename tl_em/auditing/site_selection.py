@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+import torch
 from tqdm.auto import tqdm
 
 from tl_em.auditing.splits import Subject
@@ -58,8 +59,9 @@ def effects_in_base(base: LensModel, candidates: Sequence[Direction], behaviour:
     position = position_of_asking(candidates[0].position, behaviour.absent)
     centres = class_moments(base, prompts, sites=[d.site for d in candidates], positions=[position]).negative[0]
     removing, inducing = arms(base, base, replace(behaviour, good=None))
-    totals = []
-    for direction, centre in zip(candidates, centres, strict=True):
-        fall = removing.shift(removing.treated(ablate(direction, centre), only=["bad"]))
-        totals.append(fall + inducing.shift(inducing.treated(add(direction, centre), only=["bad"])))
-    return totals
+    vectors, sites = torch.stack([d.vector for d in candidates]), [d.site for d in candidates]
+    added = inducing.along(add(candidates[0], centres[0]), vectors, inducing.first, sites)
+    rises = inducing.sign * (added - inducing.untreated[inducing.first]).mean(1)
+    falls = [removing.shift(removing.treated(ablate(direction, centre), only=["bad"]))
+             for direction, centre in zip(candidates, centres, strict=True)]  # fmt: skip
+    return np.nan_to_num(rises + falls, nan=-np.inf).tolist()

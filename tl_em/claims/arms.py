@@ -26,6 +26,7 @@ from tl_em.interventions.many import Along, Measure, along_each, kl_from_now
 from tl_em.metrics import Metric, measured, range_of
 from tl_em.models.hooks import LensModel
 from tl_em.models.prompts import EncodedPrompt, encode
+from tl_em.models.sites import Site
 from tl_em.models.stream import encoded_prompts
 from tl_em.models.token_scopes import Where
 from tl_em.stats import Estimate, Resampled, mean, paired_difference
@@ -87,10 +88,14 @@ class Arm:
         return [self.treated(each, only) for each in bar]
 
     def along(
-        self, template: Intervention, vectors: Float[Tensor, "direction d_model"], outcome: str
+        self,
+        template: Intervention,
+        vectors: Float[Tensor, "direction d_model"],
+        outcome: str,
+        sites: Sequence[Site] = (),
     ) -> Float[np.ndarray, "direction prompt"]:
-        """One metric under an intervention along each of many directions: all of them in one batch, a prompt each."""
-        edits, said = Along(template, vectors), f"{self.name}: {self.metrics[outcome].name}"
+        """One metric under an intervention along each of many directions, each at its site where they differ."""
+        edits, said = Along(template, vectors, sites), f"{self.name}: {self.metrics[outcome].name}"
         return along_each(self.model, edits, self.prompts, self._measure(outcome), at_once=1, said=said)
 
     def change(self, treated: Outcomes, outcome: str = "") -> Resampled:

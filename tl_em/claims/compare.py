@@ -304,16 +304,25 @@ def check_directions(pair: ModelPair, directions: Mapping[str, tuple[Direction, 
     check_names(directions)
     if not directions:
         raise UsageError("no direction to compare; pass {name: (direction, contrast)}")
-    if controls < (fewest := fewest_controls(len(directions))):
-        raise UsageError(
-            f"{controls} controls cannot show anything for {len(directions)} directions at p < .05 after Holm; pass "
-            f"controls={fewest} or more"
-        )
+    check_controls(controls, len(directions))
     for name, (direction, contrast) in directions.items():
         if said := already_used(direction, contrast):
             warnings.warn(f"{name}: {said}: they flatter it; judge on a part of its own", NuisanceWarning, stacklevel=2)
         check_fits(direction, pair.base)
         check_fits(direction, pair.tuned)
+
+
+def check_controls(controls: int, directions: int) -> None:
+    """Raise unless so many controls can show anything of so many directions.
+
+    Raises:
+        UsageError: they cannot.
+    """
+    if controls < (fewest := fewest_controls(directions)):
+        raise UsageError(
+            f"{controls} controls cannot show anything for {directions} directions at p < .05 after Holm; pass "
+            f"controls={fewest} or more"
+        )
 
 
 def fewest_controls(directions: int) -> int:

@@ -136,11 +136,11 @@ def pieces(
         max_tokens: rows times tokens of a last piece, what was read before included.
         a_pass: what a pass costs beside its tokens, in tokens; by the model's size where it is not given.
     """
-    turns, labels = boundaries_of(model).turns, _labels(model)
-    left = list(range(len(encoded)))
-    if labels is not None and len(left) > 1:
-        near = [i for i in left if not any(at < len(encoded[i]) for at in turns)]
-        plan = _Plan(make_batch(encoded, near), [firsts[i] for i in near], labels, max_tokens, _a_pass(model) if a_pass is None else a_pass)
+    turns, left = boundaries_of(model).turns, list(range(len(encoded)))
+    near = [i for i in left if not any(at < len(encoded[i]) for at in turns)]
+    if len({encoded[i].ids[: firsts[i]] for i in near}) < len(near) and (labels := _labels(model)) is not None:
+        cost = _a_pass(model) if a_pass is None else a_pass
+        plan = _Plan(make_batch(encoded, near), [firsts[i] for i in near], labels, max_tokens, cost)
         yield from plan.pieces()
         left = sorted({*left}.difference(near) | {near[row] for row in plan.left})
     for batch in batches(encoded, max_tokens=max_tokens, turns=turns, rows=left):
@@ -219,7 +219,8 @@ class _Plan:
             to, end = chosen[at]
             rows = [row for each in self.ends[at:to] for row in self.rows[each]]
             if (keys := self._keys(end) if end else None) is not None:
-                rows = [row for _, row in sorted((keys.index(keys[row]), row) for row in rows)]  # of one key together
+                order = {key: row for row, key in reversed(list(enumerate(keys)))}
+                rows = sorted(rows, key=lambda row: (order[keys[row]], row))  # of one beginning side by side
             found.append((rows, end))
             at = to
         return found

@@ -64,8 +64,9 @@ def from_gguf(source: str, tokenizer: Any, dtype: torch.dtype) -> tuple[str, Any
     """
     path = _checked(Path(source))
     try:
-        reader = _reader(path)
-        hf_model = _hf_model(path, reader, dtype)
+        loaded = _loaded(path, dtype)
+        reader = _reader(path)  # after what needs most memory: it holds the file's pages and its words
+        hf_model = _unquantised(loaded, path, reader, dtype)
         hf_model.config.architectures = [type(hf_model).__name__]  # which a file does not say, and TransformerLens asks
         return source, hf_model, _tokenizer(path, reader) if tokenizer is None else tokenizer
     except TlEmError:
@@ -167,7 +168,8 @@ def _of_kind(reader: Any, name: str, default: Any = None) -> Any:
 # --- The weights ------------------------------------------------------------------------------------------------------
 
 
-def _hf_model(path: Path, reader: Any, dtype: torch.dtype) -> Any:
+def _loaded(path: Path, dtype: torch.dtype) -> Any:
+    """The model as transformers reads it."""
     from transformers import AutoModelForCausalLM
 
     both: Any = AutoModelForCausalLM.from_pretrained(
@@ -176,6 +178,13 @@ def _hf_model(path: Path, reader: Any, dtype: torch.dtype) -> Any:
     )  # fmt: skip
     loaded, found = both
     check_complete(str(path), loaded, found)
+    return loaded
+
+
+def _unquantised(loaded: Any, path: Path, reader: Any, dtype: torch.dtype) -> Any:
+    """The same weights under a config that says so, with what the file says and transformers left out."""
+    from accelerate import init_empty_weights
+
     config = copy.deepcopy(loaded.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # nothing is quantised any more, and transformers would refuse to save it
@@ -183,7 +192,8 @@ def _hf_model(path: Path, reader: Any, dtype: torch.dtype) -> Any:
     _as_written(vars(config))
     _set_rotary_scaling(str(path), reader, config)
     _check_all_used(str(path), reader, loaded)
-    hf_model = type(loaded)._from_config(config, dtype=dtype, attn_implementation="eager")
+    with init_empty_weights(include_buffers=False):  # the weights are there already
+        hf_model = type(loaded)._from_config(config, dtype=dtype, attn_implementation="eager")
     hf_model.load_state_dict(loaded.state_dict(), strict=True, assign=True)
     hf_model.tie_weights()
     hf_model.generation_config = loaded.generation_config

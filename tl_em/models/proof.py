@@ -10,7 +10,7 @@ and is another one. So, once per model, before anything is measured on it:
     direct      a Bridge's pass through the modules that it wraps against one through its components, at every point
                 where the package edits, each edited (``unwrapped``)
     cache       generation with the key-value cache against reading the whole text again, step by step
-    beginning   two prompts that begin alike, read together with that beginning once, against each of them alone
+    beginning   prompts that begin alike, read together with what they share read once, against each of them alone
                 (``beginnings``)
 
 Every gap is a difference of log-probabilities divided by the spread (the standard deviation over the vocabulary) of
@@ -38,13 +38,13 @@ from torch import Tensor
 
 from tl_em.arguments import checked
 from tl_em.errors import CacheWarning, ModelError, TlEmError, first_line
-from tl_em.models.beginnings import LEAST, allow_beginnings, beginning_of
+from tl_em.models.beginnings import LEAST, allow_beginnings, beginning_of, pieces
 from tl_em.models.cache import has_cache, steps
 from tl_em.models.hooks import LensModel, hook_points
 from tl_em.models.prompts import EncodedPrompt, make_batch
 from tl_em.models.residual_writes import probing
 from tl_em.models.source_record import Boundaries, boundaries_of, text_config
-from tl_em.models.stream import batch_logits
+from tl_em.models.stream import _reading, batch_logits
 from tl_em.models.unwrapped import allow_unwrapped, unwrapped_gap
 
 BOUNDS = {torch.float32: 2e-4, torch.float64: 2e-4}
@@ -323,16 +323,25 @@ def _with_beginnings(model: LensModel, proof: Proof, tokens: Tensor, dtype: torc
 
 
 def _beginning_gap(model: LensModel, tokens: Int[Tensor, " pos"], dtype: torch.dtype) -> float | None:
-    """Of two prompts that begin alike, one padded, to each alone; None where there is no room for them."""
-    other = torch.cat([tokens[:LEAST], tokens[LEAST : 2 * LEAST].flip(0)])
-    prompts = [EncodedPrompt.from_ids(ids.tolist()) for ids in (tokens[: LEAST + 3], other[: int(model.cfg.n_ctx)])]
-    batch, last = make_batch(prompts, range(2)), [len(each) - 1 for each in prompts]
-    if beginning_of(model, batch, min(last)) is None:
+    """Of prompts that begin alike, some with more in common than others, to each alone; None without room for them."""
+    head, tail, room = tokens[:LEAST], tokens[LEAST : 2 * LEAST], int(model.cfg.n_ctx)
+    if min(room, len(tokens)) < 2 * LEAST:
         return None
-    found = batch_logits(model, batch, torch.arange(2), torch.tensor(last)).float().cpu()
+    answers = [tail[[0, 1, 5]], tail[[0, 1, 6]], tail[[3, 2, 1, 0]], tail[[3, 2, 1, 4]]]  # two to each question
+    prompts = [EncodedPrompt.from_ids(torch.cat([head, rest]).tolist()) for rest in (tail[:3], tail.flip(0), *answers)]
+    batch, last = make_batch(prompts[:2], range(2)), [len(each) - 1 for each in prompts]
+    if beginning_of(model, batch, min(last[:2])) is None:
+        return None
+    found = [batch_logits(model, batch, torch.arange(2), torch.tensor(last[:2])).float().cpu()]
+    made: dict[int, Tensor] = {}
+    with torch.no_grad(), _reading(model) as read:
+        for piece in pieces(model, prompts[2:], [LEAST + 1] * 2 + [LEAST + 2] * 2, max_tokens=4 * room, a_pass=0.0):
+            lengths, rows = piece.batch.lengths, piece.batch.rows
+            made |= zip(rows, read(piece, torch.arange(len(rows)), lengths - 1).float().cpu(), strict=True)
+    found.append(torch.stack([made[i] for i in range(len(answers))]))
     alone = [_logits(model, [torch.tensor(each.ids)], torch.tensor([0]), torch.tensor([at]))
              for each, at in zip(prompts, last, strict=True)]  # fmt: skip
-    return _gap(torch.cat(alone), found, dtype)
+    return _gap(torch.cat(alone), torch.cat(found), dtype)
 
 
 def _begun(model: LensModel, tokens: Tensor, middle: int) -> Iterator[int]:
