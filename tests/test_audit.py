@@ -308,3 +308,20 @@ def test_directories_audit_like_the_organisms_they_came_from(tmp_path: Path) -> 
     for a, b in ((loaded.base, record.base), (loaded.tuned, record.tuned)):
         x, y = (em.capture(m, prompts, [em.Site(2)], position="prompt_end") for m in (a, b))
         torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-3)  # float16 weights on disk
+
+
+def test_an_audit_in_bfloat16_says_what_one_in_float32_says(tmp_path: Path) -> None:
+    record, found = pair("toy/insecure"), {}
+    for name in ("base", "tuned"):
+        em.save_model(getattr(record, name), tmp_path / name)
+    both = ("persona", "refusal")
+    own = {what: {name: getattr(record, what)[name] for name in both} for what in ("contrasts", "behaviours")}
+    for dtype in ("float32", "bfloat16"):
+        models = [em.load_model(tmp_path / name, dtype=dtype, prove=False) for name in ("base", "tuned")]
+        asked = em.audit(em.ModelPair(*models), questions=[*CHANGES, "use"], controls=99, **own)
+        found[dtype] = {(row.direction, row.question): row for row in asked.comparison.rows}
+    half, full = found["bfloat16"], found["float32"]
+    assert {at: each.verdict for at, each in half.items()} == {at: each.verdict for at, each in full.items()}
+    assert {each.verdict for each in full.values()} >= {"exaggerated", "causal", "not shown"}
+    gaps = [abs(half[at].estimate.value - each.estimate.value) for at, each in full.items()]
+    assert 0 < max(gaps) < 0.02
