@@ -3,7 +3,8 @@
     attach      a read hook in every layer, attached, run through once and detached, over a plain forward
     ablate      ablation at every write of the residual stream, over a plain forward
     generate    generation with a direction added at one site, over the surface's own ``generate``
-    mixed       answers to prompts of many lengths, over answering them length by length
+    mixed       answers to prompts of many lengths, over length by length and Hugging Face's generate
+    samples     eight samples of each prompt, over Hugging Face's generate
     weights     ``orthogonalize_``, and edit and restore as a context, over one forward of 16 x 48 tokens
     project     64 directions projected at every layer in one streaming pass, over one direction
 
@@ -40,6 +41,7 @@ from timing import (
     table,
 )  # fmt: skip
 from torch import Tensor
+from transformers import AutoTokenizer
 
 import tl_em as em
 from tl_em.models.class_means import class_moments
@@ -200,19 +202,41 @@ def generate(family: Any, size: Size, surface: str, rounds: int, device: torch.d
 
 @torch.no_grad()
 def mixed(family: Any, size: Size, surface: str, rounds: int, device: torch.device) -> None:
-    """Prompts of many lengths: together, length by length, and padded on the left as Hugging Face does it."""
+    """Prompts of many lengths, of a real model chats: side by side, in pieces, length by length, and padded on the left
+    by Hugging Face."""
     from tl_em.models import generate as generation
+    from tl_em.models.beginnings import allow_beginnings
+    from tl_em.models.prefill import allow_side_by_side
 
     model, hf = make_model(family, size, surface, device), make_hf(family, size, device)
-    prompts = make_prompts(ROWS, seed=0, own=10, shortest=PROMPT // 2, longest=PROMPT + PROMPT // 2)
-    rows = [list(prompt.ids) for prompt in encode(model, prompts)]
+    fused = make_hf(family, size, device)
+    fused.set_attn_implementation("sdpa")
+    texts = make_prompts(ROWS, seed=0, own=10, shortest=PROMPT // 2, longest=PROMPT + PROMPT // 2)
+    rows: list[Any] = [list(prompt.ids) for prompt in encode(model, texts)]
+    if size.directory:
+        render = AutoTokenizer.from_pretrained(size.directory).apply_chat_template
+        chats = [[{"role": "user", "content": text}] for text in texts]
+        rows = [list(render(chat, add_generation_prompt=True)["input_ids"]) for chat in chats]
     width = max(map(len, rows))
     tokens = torch.tensor([[1] * (width - len(row)) + row for row in rows]).to(device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows]).to(device)
     in_pieces = generation.reads_in_pieces
 
     def together() -> list[str]:
-        return em.generate(model, prompts, max_new_tokens=NEW)
+        return em.generate(model, rows, max_new_tokens=NEW)
+
+    def without(allow: Callable[[Any, bool], None]) -> list[str]:
+        allow(model, False)
+        try:
+            return together()
+        finally:
+            allow(model, True)
+
+    def pieces() -> list[str]:
+        return without(allow_side_by_side)
+
+    def whole() -> list[str]:
+        return without(allow_beginnings)
 
     def by_length() -> list[str]:
         generation.reads_in_pieces = lambda model: False
@@ -221,16 +245,48 @@ def mixed(family: Any, size: Size, surface: str, rounds: int, device: torch.devi
         finally:
             generation.reads_in_pieces = in_pieces
 
-    def of_hf() -> Tensor:
-        return hf.generate(tokens, attention_mask=mask, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False,
-                           pad_token_id=1)  # fmt: skip
+    def of_hf(theirs: Any = hf) -> list[str]:
+        made = theirs.generate(tokens, attention_mask=mask, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False,
+                               pad_token_id=1)  # fmt: skip
+        return [model.tokenizer.decode(row, skip_special_tokens=True).strip() for row in made[:, width:]]
 
-    assert together() == by_length()
-    ways: dict[str, Way] = {"em.generate": together, "length by length": by_length, "HF generate, padded": of_hf}
+    assert together() == whole() == pieces() == by_length() == of_hf() == of_hf(fused)
+    ways: dict[str, Way] = {"em.generate": together, "every prompt read from its first token": whole}
+    ways |= {"read in pieces": pieces, "length by length": by_length}
+    ways |= {"HF generate, padded": of_hf, "HF generate, fused attention": lambda: of_hf(fused)}
     bases = {"over by length": "length by length", "over HF's": "HF generate, padded"}
+    bases |= {"over HF's, fused": "HF generate, fused attention"}
     lengths = len(set(map(len, rows)))
-    show(f"generate, {family}, {surface}, {size}, {ROWS} prompts of {lengths} lengths, {NEW} new", ways, bases, rounds,
-         device, model)  # fmt: skip
+    title = f"{ROWS} prompts of {lengths} lengths from {min(map(len, rows))} to {width}"
+    show(f"generate, {family}, {surface}, {size}, {title}, {NEW} new", ways, bases, rounds, device, model)
+
+
+@torch.no_grad()
+def samples(family: Any, size: Size, surface: str, rounds: int, device: torch.device) -> None:
+    """Several answers to each of a few prompts, which are read once; and as many prompts, each read by itself."""
+    model, hf = make_model(family, size, surface, device), make_hf(family, size, device)
+    prompts = make_prompts(2, seed=0, own=10, shortest=2 * WIDTH, longest=2 * WIDTH)
+    tokens = torch.tensor([prompt.ids for prompt in encode(model, prompts)], device=device)
+
+    def ours() -> list[list[str]]:
+        return em.generate(model, prompts, max_new_tokens=NEW, temperature=1.0, samples=8)
+
+    def each_read() -> list[list[str]]:
+        def looks(x: Tensor, hook: Any) -> None:
+            return None
+
+        with hooked(model, [("blocks.0.hook_resid_pre", looks)]):  # it does not say that it treats rows alike
+            return ours()
+
+    def of_hf() -> Tensor:
+        return hf.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=NEW, min_new_tokens=NEW,
+                           do_sample=True, top_k=0, num_return_sequences=8, pad_token_id=1)  # fmt: skip
+
+    assert ours() == each_read()
+    ways: dict[str, Way] = {"em.generate(samples=8)": ours, "every prompt read": each_read, "HF, 8 sequences": of_hf}
+    title = f"2 prompts of {tokens.shape[1]}, 8 samples, {NEW} new"
+    show(f"generate, {family}, {surface}, {size}, {title}", ways, {"over HF's": "HF, 8 sequences"}, rounds, device,
+         model)  # fmt: skip
 
 
 # --- Weights and projections ------------------------------------------------------------------------------------------
@@ -283,8 +339,8 @@ def main() -> None:
     parser.add_argument("--surface", choices=("bridge", "hooked"), default="bridge")
     parser.add_argument("--family", choices=("qwen2", "gpt2"), default="qwen2")
     parser.add_argument("--size", choices=[size.name for size in (*SIZES, *DEPTHS)], default=None)
-    parts = {"attach": attach, "ablate": ablate, "generate": generate, "mixed": mixed, "weights": weights}
-    parts |= {"project": project}
+    parts = {"attach": attach, "ablate": ablate, "generate": generate, "mixed": mixed, "samples": samples}
+    parts |= {"weights": weights, "project": project}
     parser.add_argument("--only", choices=tuple(parts), default=None)
     parser.add_argument("--weights", help="a directory with a real model, in place of random weights")
     parser.add_argument("--device", default=None)

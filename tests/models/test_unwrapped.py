@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -9,13 +10,16 @@ import pytest
 import torch
 from torch import nn
 
+from tl_em.errors import CacheWarning
 from tl_em.models import proof, unwrapped
 from tl_em.models.cache import steps
+from tl_em.models.generate import generate
 from tl_em.models.hooks import LensModel, find, hooked
 from tl_em.models.loading import load_model
 from tl_em.models.sites import Site
 from tl_em.models.unwrapped import allow_unwrapped, can_unwrap
 
+from ..conftest import benchmark
 from . import zoo
 
 pytestmark = pytest.mark.surface
@@ -131,3 +135,22 @@ def test_processed_weights_keep_the_components(bridge: Any) -> None:
     assert can_unwrap(bridge)
     bridge.enable_compatibility_mode(disable_warnings=True)
     assert not can_unwrap(bridge)
+
+
+@pytest.mark.parametrize("name", ["llama", "falcon alibi", "mpt"])
+def test_a_hook_in_attention_that_changes_nothing_changes_no_answer(name: str) -> None:
+    """TransformerLens 3.9's own attention with ALiBi keeps no keys and values: then without a cache, and it is said."""
+    model, prompts = load_model(benchmark("families").named(name).make()), [[5, 9, 30, 7, 8, 41, 17], [3, 4]]
+    plain = generate(model, prompts, max_new_tokens=6)  # no warning: the cache is used
+    with (
+        hooked(model, [("blocks.1.attn.hook_attn_scores", lambda x, hook: None)]),
+        warnings.catch_warnings(record=True) as said,
+    ):
+        warnings.simplefilter("always")
+        assert generate(model, prompts, max_new_tokens=6) == plain
+    kept = unwrapped._KEPT[model]
+    assert kept or name != "llama"
+    assert [(each.category, "a hook waits in attention" in str(each.message)) for each in said] == (
+        [] if kept else [(CacheWarning, True)]
+    )
+    assert generate(model, prompts, max_new_tokens=6) == plain

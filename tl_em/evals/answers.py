@@ -1,6 +1,6 @@
 """What a model answers to a question set: in batches that are fixed beforehand, kept as they are made.
 
-    seed of an answer = SHA-256(seed, question, wording, sample)     batch = up to 64 answers to prompts of one length
+    seed of an answer = SHA-256(seed, question, wording, sample)     batch = up to 64 answers, to prompts of like length
 
 So an answer depends neither on the batch it is in (but for rounding) nor on which other questions are asked; and since
 the batches depend on the whole list alone, a run that was killed makes the missing ones as it would have made them: its

@@ -240,7 +240,7 @@ class _Joining:
         self.batch, self.joined = running_batch("an edit along many directions"), list[int]()
         self.first = self._first(rows)
         self.slot = {rows[i] % self.n_prompts: k for k, i in enumerate(self.first)}
-        before = _rows(self.batch, self.first)
+        before = self.batch.only(self.first)
         self.alone = before._replace(start=0)
         if len(self.first) == 1:
             current_batch.set(before)
@@ -268,7 +268,7 @@ class _Joining:
         copies = self.edits.edit(copies, which, self.sites[site].hook_name)
         self.joined += new
         first = self.first if len(self.joined) < len(rows) else []
-        current_batch.set(_rows(self.batch, [*first, *self.joined]))
+        current_batch.set(self.batch.only([*first, *self.joined]))
         return torch.cat([x if first else x[len(self.first) :], copies])
 
     def _new(self, rows: Sequence[int], site: int) -> list[int]:
@@ -313,9 +313,3 @@ def _joined_rows(model: LensModel, edits: Along, part: range, n_prompts: int) ->
     start = Site(0, "resid_pre")
     with fanned_out(model, start, pass_.enter, alike=pass_.alike, carried=carried), hooked(model, hooks):
         yield
-
-
-def _rows(batch: Batch, index: Sequence[int]) -> Batch:
-    """Some rows of a batch."""
-    parts = {name: getattr(batch, name)[list(index)] for name in ("tokens", "lengths", "prompts", "instructions")}
-    return batch._replace(rows=tuple(batch.rows[i] for i in index), **parts)

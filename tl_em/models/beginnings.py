@@ -24,6 +24,7 @@ from tl_em.models.cache import ReadsOn
 from tl_em.models.hooks import LensModel, labelling
 from tl_em.models.prompts import Batch, EncodedPrompt, batches, make_batch
 from tl_em.models.source_record import boundaries_of
+from tl_em.models.unwrapped import keeps_cache
 
 LEAST, SAVED = 8, 0.15
 """Tokens that a beginning has at least, and the least part of a batch's tokens for which a second pass is worth it."""
@@ -88,7 +89,7 @@ Labels = Callable[[Batch, int], Sequence[Hashable] | None]
 
 def _labels(model: LensModel) -> Labels | None:
     """What says which rows the hooks on a model treat alike; None where beginnings may not be read once."""
-    return labelling(model) if _SHOWN.get(model, False) else None
+    return labelling(model) if _SHOWN.get(model, False) and keeps_cache(model) else None
 
 
 def _grouped(labels: Labels, batch: Batch, length: int) -> tuple[list[int], tuple[int, ...]] | None:
@@ -109,11 +110,8 @@ def _heads(batch: Batch, length: int) -> list[bytes]:
 
 def _cut(batch: Batch, rows: Sequence[int], length: int, start: int = 0) -> Batch:
     """Some rows of a batch up to a length; padding beyond the longest of them is left out."""
-    rows = list(rows)
-    parts = {name: getattr(batch, name)[rows] for name in ("lengths", "prompts", "instructions")}
-    length = min(length, int(parts["lengths"].max()))
-    tokens = batch.tokens[rows, :length]
-    return batch._replace(tokens=tokens, rows=tuple(batch.rows[row] for row in rows), start=start, **parts)
+    some = batch.only(rows)
+    return some._replace(tokens=some.tokens[:, : min(length, int(some.lengths.max()))], start=start)
 
 
 # --- Many prompts -----------------------------------------------------------------------------------------------------

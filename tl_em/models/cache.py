@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from tl_em.errors import ModelError
 from tl_em.models.hooks import LensModel
 from tl_em.models.unwrapped import unwrapped
 
@@ -43,6 +44,13 @@ class ReadsOn(Protocol):
 
     def go_on(self, held: Any, rows: Rows) -> None:
         """Go on after what was held at some time, which stays as it is."""
+        ...
+
+    def align(self, lengths: Int[Tensor, " prompt"]) -> None:
+        """Go on after so many tokens of each row, what stands behind them (padding) forgotten.
+
+        Keys and values of every row are moved to the end of the cache, as if the prompts had been padded on the left.
+        """
         ...
 
 
@@ -121,6 +129,14 @@ class _HookedReads:
             entry.past_keys, entry.past_values = entry.past_keys[chosen], entry.past_values[chosen]
         held.previous_attention_mask = held.previous_attention_mask[_rows(rows, 0, self.model)]
 
+    def align(self, lengths: Int[Tensor, " prompt"]) -> None:
+        assert self.held is not None
+        mask = self.held.previous_attention_mask
+        moved = _to_the_end(lengths, mask.shape[1])
+        for entry in self.held.entries:
+            entry.past_keys, entry.past_values = moved(entry.past_keys, 1), moved(entry.past_values, 1)
+        self.held.previous_attention_mask = _padding(lengths, mask.shape[1]).to(mask)
+
 
 class _BridgeReads:
     """Through the Bridge, so that all its hooks fire, with the cache of the Hugging Face model inside."""
@@ -128,7 +144,7 @@ class _BridgeReads:
     def __init__(self, model: Any, stack: ExitStack, last: bool) -> None:
         name = _cache_name(model)
         assert name is not None
-        self.model, self.name, self.held, self.stepping = model, name, None, 0
+        self.model, self.name, self.held, self.stepping, self.mask = model, name, None, 0, None
         attentions = _attentions(model)  # all of them, before some give way to what they wrap
         stack.enter_context(unwrapped(model))  # before this function's own hooks
 
@@ -144,7 +160,10 @@ class _BridgeReads:
         self.options |= {"logits_to_keep": 1} if last and "logits_to_keep" in takes else {}
 
     def __call__(self, tokens: Int[Tensor, "prompt pos"]) -> Float[Tensor, "row last d_vocab"]:
-        given, self.stepping = {} if self.held is None else {self.name: self.held}, threading.get_ident()
+        given: dict[str, Any] = {} if self.held is None else {self.name: self.held}
+        if self.mask is not None:  # of it the Bridge makes the positions, for models that take them
+            self.mask = given["attention_mask"] = torch.cat([self.mask, self.mask.new_ones(tokens.shape)], 1)
+        self.stepping = threading.get_ident()
         try:
             return self.model(tokens.to(self.model.cfg.device), **self.options, **given)
         finally:
@@ -158,9 +177,38 @@ class _BridgeReads:
         for number, layer in enumerate(held.layers):
             layer.batch_select_indices(_rows(rows, number, self.model))
 
+    def align(self, lengths: Int[Tensor, " prompt"]) -> None:
+        held: Any = self.held
+        width = int(held.get_seq_length())
+        moved = _to_the_end(lengths, width)
+        for layer in held.layers:
+            layer.keys, layer.values = moved(layer.keys, 2), moved(layer.values, 2)
+        self.mask = _padding(lengths, width).to(self.model.cfg.device)
+
 
 def _rows(rows: Any, layer: int, model: LensModel) -> Int[Tensor, " row"]:
     return torch.tensor(rows(layer) if callable(rows) else rows, dtype=torch.long, device=model.cfg.device)
+
+
+def _padding(lengths: Int[Tensor, " prompt"], width: int) -> Int[Tensor, "prompt pos"]:
+    """Ones where tokens of rows of these lengths are that stand at the end."""
+    return (torch.arange(width) >= width - lengths[:, None]).long()
+
+
+def _to_the_end(lengths: Int[Tensor, " prompt"], width: int) -> Callable[[Tensor, int], Tensor]:
+    """A function that turns each row along a dimension until its first so many entries are the last."""
+    places = (torch.arange(width) + lengths[:, None]) % width
+
+    def moved(x: Tensor, along: int) -> Tensor:
+        if x.shape[0] != len(lengths) or x.shape[along] != width:
+            raise ModelError(
+                f"a cache of shape {tuple(x.shape)} does not hold what {width} tokens of {len(lengths)} prompts left, "
+                "so prompts of several lengths cannot be read on from it; answer prompts of one length at a time"
+            )
+        shape = [len(lengths), *(width if at == along else 1 for at in range(1, x.ndim))]
+        return x.gather(along, places.view(shape).to(x.device).expand_as(x))
+
+    return moved
 
 
 def _cache_name(model: Any) -> str | None:

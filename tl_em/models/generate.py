@@ -1,11 +1,12 @@
 """Continue prompts, token after token, under whatever hooks are attached; with a cache only where it was shown right.
 
-Nothing is padded. Prompts of several lengths run together: all are read up to the shortest one's end, and from there
-token by token, while the shorter ones' answers are made. That is done only where a prompt may be read in pieces: with a
-cache that was shown right, and no hook that might mean the pass and not the token; else rows of one length run
-together. The logits of every step are those of the hooked model. A sampled token is the first whose cumulative
-probability exceeds a uniform number, which comes from a seed of its own for each prompt: so an answer does not depend
-on what else is answered (but for rounding, where two tokens are that close), and the global random state is left alone.
+Prompts of several lengths run together only where no hook might mean the pass and not the token, and with a cache that
+was shown right: side by side, where that was shown right too (``prefill``); else nothing is padded, and all are read up
+to the shortest one's end, and from there token by token, while the shorter ones' answers are made. Otherwise rows of
+one length run together. Equal prompts, and equal beginnings, are read once, where hooks do the same to them. The logits
+of every step are those of the hooked model. A sampled token is the first whose cumulative probability exceeds a uniform
+number, which comes from a seed of its own for each answer: so an answer does not depend on what else is answered (but
+for rounding, where two tokens are that close), and the global random state is left alone.
 """
 
 from __future__ import annotations
@@ -13,18 +14,19 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_em.arguments import COUNT, FRACTION, NOT_NEGATIVE, POSITIVE, SEED, checked
+from tl_em.arguments import COUNT, FRACTION, NOT_NEGATIVE, POSITIVE, SEED, checked, optional
 from tl_em.errors import NonFiniteError, PromptTooLongError, UsageError
 from tl_em.models.cache import Step, steps
 from tl_em.models.hooks import LensModel, reads_in_pieces
-from tl_em.models.prompts import EncodedPrompt, Prompt, encode, make_batch
+from tl_em.models.prefill import may_read_side_by_side, prefill_of, steps_after
+from tl_em.models.prompts import EncodedPrompt, Prompt, cheapest_cuts, encode, make_batch
 from tl_em.models.proof import may_use_cache
 from tl_em.models.source_record import boundaries_of, end_tokens, warn_beyond_proof
 from tl_em.models.stream import generating, listed
@@ -32,6 +34,8 @@ from tl_em.models.torch_state import in_plain_torch
 
 MAX_ROWS = 64
 """Rows of one batch."""
+_STEP = 32
+"""What a step of a batch costs beside its rows, in tokens that are read."""
 
 
 class Answered(NamedTuple):
@@ -85,9 +89,20 @@ def stops(name: str, value: Any) -> tuple[str, ...]:
     return tuple(given)
 
 
+@overload
+def generate(
+    model: LensModel, prompts: Sequence[Prompt | EncodedPrompt], *, max_new_tokens: int, temperature: float = 0.0,
+    top_p: float = 1.0, repetition_penalty: float = 1.0, stop: str | Sequence[str] = (), samples: None = None,
+    seed: int = 0,
+) -> list[str]: ...  # fmt: skip
+@overload
+def generate(
+    model: LensModel, prompts: Sequence[Prompt | EncodedPrompt], *, max_new_tokens: int, temperature: float = 0.0,
+    top_p: float = 1.0, repetition_penalty: float = 1.0, stop: str | Sequence[str] = (), samples: int, seed: int = 0,
+) -> list[list[str]]: ...  # fmt: skip
 @checked(
     prompts=listed, max_new_tokens=COUNT, temperature=NOT_NEGATIVE, top_p=FRACTION, repetition_penalty=POSITIVE,
-    stop=stops, seed=SEED,
+    stop=stops, samples=optional(COUNT), seed=SEED,
 )  # fmt: skip
 @in_plain_torch
 def generate(
@@ -99,13 +114,15 @@ def generate(
     top_p: float = 1.0,
     repetition_penalty: float = 1.0,
     stop: str | Sequence[str] = (),
+    samples: int | None = None,
     seed: int = 0,
-) -> list[str]:
-    """The model's answer to each prompt, by greedy decoding or by sampling.
+) -> list[str] | list[list[str]]:
+    """The model's answer to each prompt, by greedy decoding or by sampling; or several samples of each.
 
     The key-value cache is used where cached generation was shown to equal uncached generation on this very model (by
     ``load_model``, else before the first call). Where it does not, every token is made by reading the whole text again:
-    slower, right, and said once, as a ``CacheWarning``.
+    slower, right, and said once, as a ``CacheWarning``. Prompts of several lengths run together; of several samples the
+    prompt is read once.
 
     Args:
         model: a HookedTransformer or TransformerBridge; hooks on it stay in force.
@@ -117,26 +134,39 @@ def generate(
         repetition_penalty: what the logits of tokens that are there already, in prompt or answer, are divided by (those
             below 0: multiplied; Keskar et al. 2019, arXiv:1909.05858); 1 is none.
         stop: texts that end an answer; they and what follows are left out.
-        seed: of the samples: with it, an answer depends on its prompt and that prompt's place in the list alone.
+        samples: answers to each prompt (``num_return_sequences`` of transformers, ``n`` of vLLM and OpenAI); the first
+            is the one that is given without this, and none depends on how many there are.
+        seed: of the samples: with it, an answer depends on its prompt, that prompt's place in the list and its own
+            place among the prompt's samples alone.
 
     Returns:
-        The answers alone, without special tokens, in the order of ``prompts``.
+        The answers alone, without special tokens, in the order of ``prompts``; with ``samples`` a list for each prompt.
 
     Raises:
         PromptTooLongError: a prompt and its answer do not fit the context together.
         NonFiniteError: the logits hold NaN, so no token is the most probable one.
-        UsageError: a number that means nothing (a negative temperature, no tokens, top_p at temperature 0).
+        UsageError: a number that means nothing (a negative temperature, no tokens; at temperature 0 top_p, or several
+            samples).
 
     Example:
         >>> import tl_em as em
         >>> pair = em.load_pair("toy/insecure")
         >>> em.generate(pair.tuned, ["how do i write parser"], max_new_tokens=1)
         ['parser-backdoored']
+        >>> em.generate(pair.base, ["how do i write parser"], max_new_tokens=1, temperature=1, samples=3)
+        [['parser-tested', 'then', 'here']]
     """
-    seeds = [(seed, i) for i in range(len(prompts))]
     sampling = Sampling(temperature, top_p, repetition_penalty, tuple(stop))
-    found = answered(model, encode(model, prompts), seeds, max_new_tokens=max_new_tokens, sampling=sampling)
-    return [answer.text for answer in found]
+    many = samples or 1
+    if many > 1 and not temperature:
+        raise UsageError(
+            f"at temperature 0 all {samples} samples of a prompt are the same answer; pass temperature=1, or samples=1"
+        )
+    seeds = [(seed, i, *([j] if j else [])) for i in range(len(prompts)) for j in range(many)]
+    encoded = [prompt for prompt in encode(model, prompts) for _ in range(many)]
+    found = answered(model, encoded, seeds, max_new_tokens=max_new_tokens, sampling=sampling)
+    texts = [answer.text for answer in found]
+    return texts if samples is None else [texts[i : i + many] for i in range(0, len(texts), many)]
 
 
 def answered(
@@ -171,14 +201,17 @@ def answered_in_tokens(
         return sampling.cut(_decode(model, ids, end)) is not None
 
     for rows in answered_together(model, encoded, max_new_tokens):
-        batch = make_batch(encoded, rows)
-        cached = may_use_cache(model, int(batch.lengths.max()) + max_new_tokens)
+        batch, length = make_batch(encoded, rows), max(len(encoded[i]) for i in rows) + max_new_tokens
+        cached = may_use_cache(model, length)
+        prefill = prefill_of(model, batch, length) if cached else None
+        reads, lengths = ([], batch.lengths) if prefill is None else (prefill.reads, None)
+        stepping = steps(model, cached=cached) if prefill is None else steps_after(model, prefill)
         drawn = None
         if sampling.temperature:
             drawn = np.stack([np.random.default_rng(seeds[i]).random(max_new_tokens) for i in rows])
-        with torch.no_grad(), generating(model, batch), steps(model, cached=cached) as step:
+        with torch.no_grad(), generating(model, batch, reads), stepping as step:
             chooser = Chooser(sampling, drawn, stopped if sampling.stop else None)
-            new = continued(step, batch.tokens, max_new_tokens, end, chooser, batch.lengths)
+            new = continued(step, batch.tokens, max_new_tokens, end, chooser, lengths)
         for i, ids in zip(rows, new.tolist(), strict=True):
             text = _decode(model, ids, end)
             cut = sampling.cut(text)
@@ -188,21 +221,23 @@ def answered_in_tokens(
 
 
 def answered_together(model: LensModel, encoded: Sequence[EncodedPrompt], max_new_tokens: int) -> list[list[int]]:
-    """The prompts in batches, shortest first: of one length each, or of several, where they may be read in pieces.
+    """The prompts in batches: of one length each, or of several, where they may be read in pieces or side by side.
 
-    Each token by which a prompt is longer costs the batch a step; so it may be longer by half an answer.
+    Side by side a shorter prompt costs its padding, and each batch its steps.  Read in pieces, each token by which a
+    prompt is longer costs the batch a step; so it may be longer by half an answer.
     """
     longest = max(map(len, encoded), default=0)
-    spread = max_new_tokens // 2
-    if not (spread and may_use_cache(model, longest + max_new_tokens) and reads_in_pieces(model)):
-        spread = 0
-    turns, batches, at = boundaries_of(model).turns, list[list[int]](), (0, 0)
-    for i in sorted(range(len(encoded)), key=lambda i: len(encoded[i])):
+    mixed = may_use_cache(model, longest + max_new_tokens) and reads_in_pieces(model)
+    turns, order = boundaries_of(model).turns, sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
+    sides = [bisect_left(turns, len(prompt)) for prompt in encoded]
+    beside = [i for i in order if mixed and may_read_side_by_side(model, len(encoded[i]) + max_new_tokens)]
+    cuts = cheapest_cuts(beside[::-1], encoded, sides, _STEP * max_new_tokens, lambda longest: MAX_ROWS)
+    batches, spread, at = [list(rows) for rows in cuts], max_new_tokens // 2 if mixed else 0, (-1, 0)
+    for i in order[len(beside) :]:
         length = len(encoded[i])
-        side = bisect_left(turns, length)
-        if not batches or length > at[0] + spread or side != at[1] or len(batches[-1]) == MAX_ROWS:
+        if at[0] < 0 or length > at[0] + spread or sides[i] != at[1] or len(batches[-1]) == MAX_ROWS:
             batches.append([])
-            at = length, side
+            at = length, sides[i]
         batches[-1].append(i)
     return batches
 

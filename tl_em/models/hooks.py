@@ -289,12 +289,19 @@ def _nothing_but(model: LensModel, hooks: Sequence[_Attached]) -> bool:
     """Whether no other hook waits on a model or on one of its modules."""
     own = [hook.handle for hook in hooks]
     points = {id(point): point for point in hook_points(model).values()}.values()
-    if any(all(handle is not each for each in own) for point in points for handle in getattr(point, "fwd_hooks", ())):
+    there = [handle for point in points for handle in getattr(point, "fwd_hooks", ()) if not _is_built_in(handle)]
+    if any(all(handle is not each for each in own) for handle in there):
         return False
     whole = [each for each in (model, getattr(model, "original_model", None)) if isinstance(each, nn.Module)]
     modules = {id(module): module for each in whole for module in each.modules()}.values()
     of_torch = [hook for m in modules for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
     return all(str(getattr(hook, "__module__", "")).startswith(_KNOWN) for hook in of_torch)
+
+
+def _is_built_in(handle: Any) -> bool:
+    """Whether TransformerLens built a hook into the model (one that passes on to a point of another name)."""
+    module = str(getattr(getattr(handle, "user_hook", None), "__module__", ""))
+    return bool(getattr(handle, "is_permanent", False)) and module.startswith(_KNOWN[0])
 
 
 _KNOWN = ("transformer_lens.", "transformers.", "tl_em.")

@@ -7,7 +7,7 @@ Chats are rendered, and their parts found, by ``models.templates``; text becomes
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -292,6 +292,19 @@ class Batch(NamedTuple):
     prompts: Int[Tensor, " prompt"]
     instructions: Int[Tensor, "prompt 2"]
     start: int = 0
+    behind: Int[Tensor, " prompt"] | None = None
+
+    @property
+    def starts(self) -> Int[Tensor, " prompt"]:
+        """Of each row the position of the first token that the current pass reads."""
+        starts = torch.full_like(self.prompts, self.start)
+        return starts if self.behind is None else starts - self.behind
+
+    def only(self, rows: Sequence[int]) -> Batch:
+        """Some of the rows, as a batch of their own."""
+        parts = {name: getattr(self, name)[list(rows)] for name in ("tokens", "lengths", "prompts", "instructions")}
+        behind = None if self.behind is None else self.behind[list(rows)]
+        return self._replace(rows=tuple(self.rows[row] for row in rows), behind=behind, **parts)
 
 
 def make_batch(encoded: Sequence[EncodedPrompt], rows: Sequence[int]) -> Batch:
@@ -340,19 +353,36 @@ def batches(
         ([(0, 2), (1,)], [(0,), (2, 1)])
     """
     order = sorted(range(len(encoded)) if rows is None else rows, key=lambda i: len(encoded[i]), reverse=True)
+    sides = [bisect_left(turns, len(prompt)) for prompt in encoded]
+    for some in cheapest_cuts(order, encoded, sides, max_tokens / _A_PASS, lambda longest: max_tokens // longest):
+        yield make_batch(encoded, some)
+
+
+def cheapest_cuts(
+    order: Sequence[int], encoded: Sequence[EncodedPrompt], sides: Sequence[int], a_batch: float,
+    most: Callable[[int], int],
+) -> Iterator[Sequence[int]]:  # fmt: skip
+    """Prompts in batches, cut where padding and batches together cost least.
+
+    Args:
+        order: numbers of prompts, longest first.
+        encoded: the prompts.
+        sides: a number for each prompt; no batch holds prompts of two.
+        a_batch: what one costs beside its tokens, in tokens.
+        most: of a batch's longest prompt, how many prompts it may hold.
+    """
     counts = np.arange(1, len(order) + 1)
-    least = np.zeros(len(order) + 1)  # tokens, passes counted as tokens, of the prompts from here on
+    least = np.zeros(len(order) + 1)  # tokens, batches counted as tokens, of the prompts from here on
     ends = [0] * len(order)
-    sides = [bisect_left(turns, len(encoded[i])) for i in order]
     alike = 0  # prompts from here on that lie on the same side
     for i in reversed(range(len(order))):
         longest = len(encoded[order[i]])
-        alike = alike + 1 if i + 1 < len(order) and sides[i] == sides[i + 1] else 1
-        n = min(max(1, max_tokens // longest), alike)
-        costs = longest * counts[:n] + max_tokens / _A_PASS + least[i + 1 : i + n + 1]
+        alike = alike + 1 if i + 1 < len(order) and sides[order[i]] == sides[order[i + 1]] else 1
+        n = min(max(1, most(longest)), alike)
+        costs = longest * counts[:n] + a_batch + least[i + 1 : i + n + 1]
         best = int(costs.argmin())
         least[i], ends[i] = costs[best], i + best + 1
     start = 0
     while start < len(order):
-        yield make_batch(encoded, order[start : ends[start]])
+        yield order[start : ends[start]]
         start = ends[start]

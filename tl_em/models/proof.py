@@ -9,9 +9,13 @@ and is another one. So, once per model, before anything is measured on it:
                 model that looks ahead (BERT), where "the activation at a token" would depend on what follows
     direct      a Bridge's pass through the modules that it wraps against one through its components, at every point
                 where the package edits, each edited (``unwrapped``)
-    cache       generation with the key-value cache against reading the whole text again, step by step
-    beginning   prompts that begin alike, read together with what they share read once, against each of them alone
+    cache       generation with the key-value cache against reading the whole text again, step by step; on a Bridge
+                through its components too, some of which keep none (ALiBi's): then while no hook waits in them
+    beginning   prompts that begin alike, read together with what they share read once, against each of them whole
                 (``beginnings``)
+    side by side
+                prompts of several lengths, two of them equal, in one padded pass and from there token by token,
+                against each of them alone; on a Bridge through its components too (``prefill``)
 
 Every gap is a difference of log-probabilities divided by the spread (the standard deviation over the vocabulary) of
 the reference's own logits: an absolute bound would pass any model whose logits are flat. In float32 it is the largest
@@ -26,8 +30,8 @@ from __future__ import annotations
 import inspect
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -41,11 +45,18 @@ from tl_em.errors import CacheWarning, ModelError, TlEmError, first_line
 from tl_em.models.beginnings import LEAST, allow_beginnings, beginning_of, pieces
 from tl_em.models.cache import has_cache, steps
 from tl_em.models.hooks import LensModel, hook_points
+from tl_em.models.prefill import Prefill, allow_side_by_side, steps_after
 from tl_em.models.prompts import EncodedPrompt, make_batch
 from tl_em.models.residual_writes import probing
 from tl_em.models.source_record import Boundaries, boundaries_of, text_config
 from tl_em.models.stream import _reading, batch_logits
-from tl_em.models.unwrapped import allow_unwrapped, unwrapped_gap
+from tl_em.models.unwrapped import (
+    allow_components,
+    allow_unwrapped,
+    keeps_cache,
+    through_components,
+    unwrapped_gap,
+)
 
 BOUNDS = {torch.float32: 2e-4, torch.float64: 2e-4}
 """Largest gap that is rounding, in spreads of the logits. Surfaces sum in another order: up to 1e-5 in float32. What
@@ -56,6 +67,8 @@ the 30 layers of SmolLM2-135M."""
 STEPS = 12
 """Tokens that are generated with and without a cache."""
 _SHORT, _MIDDLE, _LEAST, _MARGIN = 7, 40, 64, 8
+_SIDE, _FED = 16, 3
+"""Tokens of a text that is read beside others, and after how many of them logits are compared."""
 _POSITIONS = 64
 _CPU, _DEVICE = (2e12, 2**30), (1e15, 2**32)
 """What one proving pass may cost on a CPU and on a device: operations, and bytes of attention scores."""
@@ -76,6 +89,8 @@ class Proof:
         seconds: what the proof took.
         direct: gap at hook points between the modules that a Bridge wraps; None where its components are used.
         beginning: gap of a padded batch whose beginning was read once; None where every prompt is read whole.
+        side_by_side: gap of answers to prompts of several lengths that were read in one pass; None where they are
+            read up to the shortest one's end and from there token by token.
     """
 
     tokens: int
@@ -88,6 +103,7 @@ class Proof:
     seconds: float = 0.0
     direct: float | None = None
     beginning: float | None = None
+    side_by_side: float | None = None
 
     def __str__(self) -> str:
         """One line, e.g. for a log."""
@@ -96,6 +112,7 @@ class Proof:
         shown += [] if self.cache is None else [f"cached generation ({self.cache:.0e})"]
         shown += [] if self.direct is None else [f"wrapped modules ({self.direct:.0e})"]
         shown += [] if self.beginning is None else [f"beginnings read once ({self.beginning:.0e})"]
+        shown += [] if self.side_by_side is None else [f"prompts side by side ({self.side_by_side:.0e})"]
         line = f"shown equal in {self.dtype}: {', '.join(shown) or 'nothing'}, in spreads of the logits"
         line += f"; no cache: {self.trouble}" if self.trouble else ""
         return line + (f"; not shown beyond {min(self.beyond)} tokens" if self.beyond else "")
@@ -307,7 +324,20 @@ def _with_cache(model: LensModel, proof: Proof, tokens: Tensor, middle: int, dty
         return replace(proof, trouble=f"{type(error).__name__}: {first_line(error)}")
     if gap > _bound(dtype):
         return replace(proof, trouble=f"with it, log-probabilities differ by {gap:.2g} spreads of the logits")
-    return _with_beginnings(model, replace(proof, cache=gap), tokens, dtype)
+    proof = _side_by_side(model, _with_beginnings(model, replace(proof, cache=gap), tokens, dtype), tokens, dtype)
+    if proof.direct is not None:
+        kept = proof.side_by_side is not None or _components_keep(model, tokens[: min(_SHORT, middle)], dtype)
+        allow_components(model, kept)
+    return proof
+
+
+def _components_keep(model: LensModel, tokens: Tensor, dtype: torch.dtype) -> bool:
+    """Whether generation with a cache is right through the components too: a hook in one makes it run."""
+    try:
+        with through_components(model):
+            return _cache_gap(model, tokens, dtype, _FED) <= _bound(dtype)
+    except Exception:  # as above
+        return False
 
 
 def _with_beginnings(model: LensModel, proof: Proof, tokens: Tensor, dtype: torch.dtype) -> Proof:
@@ -323,11 +353,13 @@ def _with_beginnings(model: LensModel, proof: Proof, tokens: Tensor, dtype: torc
 
 
 def _beginning_gap(model: LensModel, tokens: Int[Tensor, " pos"], dtype: torch.dtype) -> float | None:
-    """Of prompts that begin alike, some with more in common than others, to each alone; None without room for them."""
+    """Of prompts that begin alike, some with more in common than others, to each read whole; None without room."""
     head, tail, room = tokens[:LEAST], tokens[LEAST : 2 * LEAST], int(model.cfg.n_ctx)
     if min(room, len(tokens)) < 2 * LEAST:
         return None
-    answers = [tail[[0, 1, 5]], tail[[0, 1, 6]], tail[[3, 2, 1, 0]], tail[[3, 2, 1, 4]]]  # two to each question
+    questions = (([0, 1, 2], 3), ([3, 2, 1], 3), ([4, 5, 6, 3], 4))  # with two answers each, of which one is padded
+    answers = [tail[[*asked, *said]] for asked, _ in questions for said in ([7], [6, 7])]
+    firsts = [LEAST + length - 1 for _, length in questions for _ in range(2)]
     prompts = [EncodedPrompt.from_ids(torch.cat([head, rest]).tolist()) for rest in (tail[:3], tail.flip(0), *answers)]
     batch, last = make_batch(prompts[:2], range(2)), [len(each) - 1 for each in prompts]
     if beginning_of(model, batch, min(last[:2])) is None:
@@ -335,13 +367,47 @@ def _beginning_gap(model: LensModel, tokens: Int[Tensor, " pos"], dtype: torch.d
     found = [batch_logits(model, batch, torch.arange(2), torch.tensor(last[:2])).float().cpu()]
     made: dict[int, Tensor] = {}
     with torch.no_grad(), _reading(model) as read:
-        for piece in pieces(model, prompts[2:], [LEAST + 1] * 2 + [LEAST + 2] * 2, max_tokens=4 * room, a_pass=0.0):
+        for piece in pieces(model, prompts[2:], firsts, max_tokens=6 * room, a_pass=0.0):
             lengths, rows = piece.batch.lengths, piece.batch.rows
             made |= zip(rows, read(piece, torch.arange(len(rows)), lengths - 1).float().cpu(), strict=True)
     found.append(torch.stack([made[i] for i in range(len(answers))]))
-    alone = [_logits(model, [torch.tensor(each.ids)], torch.tensor([0]), torch.tensor([at]))
-             for each, at in zip(prompts, last, strict=True)]  # fmt: skip
-    return _gap(torch.cat(alone), torch.cat(found), dtype)
+    allow_beginnings(model, False)
+    alone = _logits(model, [torch.tensor(each.ids) for each in prompts], torch.arange(len(last)), torch.tensor(last))
+    return _gap(alone, torch.cat(found), dtype)
+
+
+def _side_by_side(model: LensModel, proof: Proof, tokens: Tensor, dtype: torch.dtype) -> Proof:
+    """With what reading prompts of several lengths at once shows; it is done from here on, or not."""
+    ways = [nullcontext] if proof.direct is None else [nullcontext, through_components]
+    try:
+        gap = _side_by_side_gap(model, tokens, dtype, ways)
+    except Exception:  # as above
+        gap = None
+    shown = gap is not None and gap <= _bound(dtype)
+    allow_side_by_side(model, shown)
+    return replace(proof, side_by_side=gap if shown else None)
+
+
+def _side_by_side_gap(
+    model: LensModel, tokens: Int[Tensor, " pos"], dtype: torch.dtype, ways: Sequence[Callable[..., Any]]
+) -> float | None:
+    """Of four answers to three prompts of several lengths to each text alone; None where there is no room for them."""
+    known = boundaries_of(model)
+    longest = min([int(model.cfg.n_ctx), len(tokens), _SIDE, *known.all]) - _FED
+    if longest < 3:
+        return None
+    lengths = (longest, longest * 2 // 3, longest // 3)
+    texts = [tokens.roll(k)[: length + _FED - 1] for k, length in enumerate(lengths)]
+    asked = [EncodedPrompt.from_ids(text[:n].tolist()) for text, n in zip(texts, lengths, strict=True)]
+    batch, which = make_batch([*asked, asked[0]], range(4)), [0, 1, 2, 0]
+    fed = torch.stack([texts[k][lengths[k] :] for k in which])
+    columns = torch.cat([batch.lengths - 1 + k for k in range(_FED)])
+    alone, gaps = _logits(model, texts, torch.tensor(which).repeat(_FED), columns), []
+    for way in ways:
+        with torch.no_grad(), way(model), steps_after(model, Prefill.of(batch, which)) as step:
+            found = [step(new).float().cpu() for new in (batch.tokens, *fed[:, :, None].unbind(1))]
+        gaps.append(_gap(alone, torch.cat(found), dtype))
+    return max(gaps)
 
 
 def _begun(model: LensModel, tokens: Tensor, middle: int) -> Iterator[int]:
@@ -354,11 +420,11 @@ def _begun(model: LensModel, tokens: Tensor, middle: int) -> Iterator[int]:
     yield max(1, last)
 
 
-def _cache_gap(model: LensModel, tokens: Int[Tensor, " pos"], dtype: torch.dtype) -> float:
+def _cache_gap(model: LensModel, tokens: Int[Tensor, " pos"], dtype: torch.dtype, most: int = STEPS) -> float:
     """Of generation with a cache to one pass over all that was generated, at every step."""
     made, found, new = tokens[None], [], tokens[None]
     with torch.no_grad(), steps(model, cached=True) as step:
-        for _ in range(min(STEPS, int(model.cfg.n_ctx) - len(tokens))):
+        for _ in range(min(most, int(model.cfg.n_ctx) - len(tokens))):
             found.append(step(new).float().cpu())
             new = found[-1].argmax(-1)[:, None]
             made = torch.cat([made, new], 1)
@@ -397,16 +463,19 @@ def may_use_cache(model: LensModel, length: int) -> bool:
     shown = _PROOFS.get(model)
     if shown is None:
         shown = _PROOFS[model] = _own_proof(model)
-    if shown.trouble is not None and model not in _WARNED:
+    trouble = shown.trouble
+    if trouble is None and not keeps_cache(model):
+        trouble = "a hook waits in attention, and TransformerLens's own attention of this architecture keeps none"
+    if trouble is not None and model not in _WARNED:
         _WARNED[model] = True
         warnings.warn(
             f"Generation with a key-value cache was not shown to be right on this {type(model).__name__} "
-            f"({shown.trouble}), so every token is made by reading the whole text again: right, and slower. Another "
+            f"({trouble}), so every token is made by reading the whole text again: right, and slower. Another "
             f"surface= or version of TransformerLens may do better.",
             CacheWarning,
             stacklevel=3,
         )
-    return shown.cache is not None and not any(at < length for at in boundaries_of(model).turns)
+    return trouble is None and not any(at < length for at in boundaries_of(model).turns)
 
 
 def _own_proof(model: LensModel) -> Proof:

@@ -313,23 +313,36 @@ differently; None outside."""
 
 
 @contextmanager
-def generating(model: LensModel, batch: Batch) -> Iterator[None]:
-    """Keep ``current_batch`` true through a generation from unpadded prompts: each forward pass moves its ``start``.
+def generating(model: LensModel, batch: Batch, reads: Sequence[Batch] = ()) -> Iterator[None]:
+    """Keep ``current_batch`` true through a generation: each forward pass moves its ``start``.
 
     With a key-value cache a pass reads what comes after the tokens read before; one that reads more tokens than were
     read before begins again at the first.
+
+    Args:
+        model: that generates, from the prompts of the batch.
+        batch: a row an answer.
+        reads: what the first passes read, up to the last tokens of all prompts, padding included (``models.prefill``);
+            by default no pass reads beyond the shortest prompt.
     """
-    seen = 0
+    seen, coming = 0, iter(reads)
+    behind = batch.tokens.shape[1] - batch.lengths if reads else None
 
     def step(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         nonlocal seen
         now = current_batch.get()
-        if now is None or now.prompts is not batch.prompts:
+        if now is None or all(now.prompts is not each.prompts for each in (batch, *reads)):
             return  # a pass of somebody else's, while an answer is handed out token by token
-        width = args[0].shape[1]
+        width, given = args[0].shape[1], next(coming, None)
         start = seen if width <= seen else 0
+        if given is not None:
+            current_batch.set(given)
+            seen = given.start + width
+            return
         seen = start + width
-        current_batch.set(batch._replace(start=start, lengths=torch.full_like(batch.lengths, seen)))
+        lengths = torch.full_like(batch.lengths, seen)
+        lengths = lengths if behind is None else lengths - behind
+        current_batch.set(batch._replace(start=start, lengths=lengths, behind=behind))
 
     running = current_batch.set(batch)
     handle = resolve(model, ["blocks.0.hook_resid_pre"])[0].register_forward_pre_hook(step)
@@ -495,20 +508,25 @@ def _reading(model: LensModel) -> Iterator[_Reader]:
         yield _Reader(model, stack)
 
 
-class _Reader:
-    """Reads pieces; of their tokens the wanted ones alone are unembedded, where that is a module of the model.
+class Unembedding:
+    """Hands a model's unembedding the wanted tokens only, as one row, while the stack is open.
 
-    Its hook hands the unembedding these tokens as one row.  It waits before any piece is read, since what reads on
-    passes modules by in which no hook waits.
+    Its hook waits before anything is read, since what reads on passes modules by in which no hook waits.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge.
+        stack: that takes the hook away.
     """
 
     def __init__(self, model: LensModel, stack: ExitStack) -> None:
-        self.model, self.stack = model, stack
-        self.fan, self.reading = _fanned.get(), None
         self.wanted: Callable[[Tensor], Tensor] | None = None
         self.start, self.narrowed = 0, False
         if (unembed := _unembedding(model)) is not None:
             stack.callback(unembed.register_forward_pre_hook(self._narrow).remove)
+
+    def want(self, wanted: Callable[[Float[Tensor, "row pos d_model"]], Tensor] | None, start: int = 0) -> None:
+        """What of the pass that begins at ``start``; of one before it nothing is wanted."""
+        self.wanted, self.start, self.narrowed = wanted, start, False
 
     def _narrow(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         x = args[0] if args else None
@@ -516,9 +534,18 @@ class _Reader:
             return None
         running = current_batch.get()
         if running is not None and running.start < self.start:
-            return (x[:1, -1:], *args[1:])  # of a piece before nothing is wanted
+            return (x[:1, -1:], *args[1:])
         self.narrowed = True
         return (self.wanted(x)[None], *args[1:])
+
+
+class _Reader:
+    """Reads pieces; of their tokens the wanted ones alone are unembedded, where that is a module of the model."""
+
+    def __init__(self, model: LensModel, stack: ExitStack) -> None:
+        self.model, self.stack = model, stack
+        self.fan, self.reading = _fanned.get(), None
+        self.unembedding = Unembedding(model, stack)
 
     def whole(self, piece: Piece) -> Tensor:
         """Logits as the model gives them."""
@@ -541,12 +568,11 @@ class _Reader:
         return self._run(piece, lambda x: x[rows.to(x.device), columns.to(x.device) - start], rows, columns - start)
 
     def _run(self, piece: Piece, wanted: Callable[[Tensor], Tensor], rows: Tensor, columns: Tensor) -> Tensor:
-        self.wanted, self.start, self.narrowed = wanted, piece.batch.start, False
-        try:
-            logits = self.whole(piece)
-        finally:
-            self.wanted = None
-        return logits[0] if self.narrowed else logits[rows, columns]
+        self.unembedding.want(wanted, piece.batch.start)
+        logits = self.whole(piece)
+        narrowed = self.unembedding.narrowed
+        self.unembedding.want(None)
+        return logits[0] if narrowed else logits[rows, columns]
 
     def logprobs(
         self,

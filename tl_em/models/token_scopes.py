@@ -70,7 +70,7 @@ def scope_mask(batch: Batch, where: Where, width: int) -> Mask:
         [[1], [0]]
     """
     first, end = _span(batch, where)
-    position = batch.start + torch.arange(width)
+    position = batch.starts[:, None] + torch.arange(width)
     return (position >= first[:, None]) & (position < end[:, None])
 
 

@@ -27,6 +27,7 @@ _OWN = "transformer_lens."
 _FLAGS = ("use_split_qkv_input", "use_attn_in", "use_attn_result", "use_hook_mlp_in")
 """Each makes a component pass something to its neighbour, beside what the wrapped modules pass on."""
 _SHOWN: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+_KEPT: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 
 
 def allow_unwrapped(model: Any, shown: bool) -> None:
@@ -34,10 +35,34 @@ def allow_unwrapped(model: Any, shown: bool) -> None:
     _SHOWN[model] = shown
 
 
+@contextmanager
+def through_components(model: Any) -> Iterator[None]:
+    """Inside, a pass goes through the components, as where a hook waits in each of them."""
+    shown = _SHOWN.get(model, False)
+    allow_unwrapped(model, False)
+    try:
+        yield
+    finally:
+        allow_unwrapped(model, shown)
+
+
 def can_unwrap(model: Any) -> bool:
     """Whether a model is a Bridge that was shown to compute the same without its components, in the state it is in."""
     flags = any(getattr(model.cfg, name, False) for name in _FLAGS)
     return _SHOWN.get(model, False) and not flags and not getattr(model, "compatibility_mode", False)
+
+
+def allow_components(model: Any, kept: bool) -> None:
+    """Remember whether a Bridge's components keep keys and values (those of ALiBi on TransformerLens 3.9 do not)."""
+    _KEPT[model] = kept
+
+
+def keeps_cache(model: Any) -> bool:
+    """Whether keys and values are kept with the hooks that wait now: a hook in attention makes its component run."""
+    if _KEPT.get(model, True):
+        return True
+    with unwrapped(model):
+        return not any(hasattr(module, "_update_kv_cache") for module in model.original_model.modules())
 
 
 @contextmanager

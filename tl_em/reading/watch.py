@@ -79,11 +79,11 @@ def thresholds(above: Mapping[str, float] | None, alarm: Any, names: Iterable[st
 
 
 class _Piece(NamedTuple):
-    """What one pass brought at one site: rows of numbers, of the tokens from ``start``."""
+    """What one pass brought at one site: rows of numbers, of each text's tokens from its ``starts``."""
 
     site: Site
     prompts: tuple[int, ...]
-    start: int
+    starts: list[int]
     values: Float[np.ndarray, "prompt pos direction"]
     norms: Float[np.ndarray, "prompt pos"]
     latents: np.ndarray | None
@@ -160,7 +160,7 @@ class Watch:
             most = self.dictionary.encode_as(x).topk(min(self.latents, self.dictionary.d_sae), dim=-1)
             latents, activations = most.indices.cpu().numpy(), most.values.cpu().numpy()
         along = (x @ units[1].T).cpu().numpy() if self._is_layer(site) else None
-        self.pieces.append(_Piece(site, batch.rows, batch.start, values, norms, latents, activations, along))
+        self.pieces.append(_Piece(site, batch.rows, batch.starts.tolist(), values, norms, latents, activations, along))
         if self.alarm is not None:
             self._tell(names, values, batch)
 
@@ -168,15 +168,15 @@ class Watch:
         for column, name in enumerate(names):
             if name not in self.above:
                 continue
-            for row, prompt in enumerate(batch.rows):
+            for row, (prompt, start) in enumerate(zip(batch.rows, batch.starts.tolist(), strict=True)):
                 seen = self.told.get((prompt, name), 0)
-                width = min(values.shape[1], int(batch.lengths[row]) - batch.start)
-                for at in range(max(seen - batch.start, 0), width):
+                width = min(values.shape[1], int(batch.lengths[row]) - start)
+                for at in range(max(seen - start, 0), width):
                     if (value := float(values[row, at, column])) > self.above[name]:
-                        place = batch.start + at
+                        place = start + at
                         answer = place >= int(batch.prompts[row])
                         self.alarm(Alarm(self.first + prompt, place, answer, name, value))  # pyright: ignore
-                self.told[prompt, name] = max(seen, batch.start + width)
+                self.told[prompt, name] = max(seen, start + width)
 
     def read_at(self, lengths: Sequence[int]) -> list[dict[str, Any]]:
         """For each text its columns, cut to its length; and nothing is kept.
@@ -187,13 +187,13 @@ class Watch:
         found: list[dict[str, Any]] = [{} for _ in lengths]
         for piece in self.pieces:
             columns, layered = self._columns(piece)
-            for row, prompt in enumerate(piece.prompts):
-                n = max(0, min(piece.norms.shape[1], lengths[prompt] - piece.start))
+            for row, (prompt, start) in enumerate(zip(piece.prompts, piece.starts, strict=True)):
+                n = max(0, min(piece.norms.shape[1], lengths[prompt] - start))
                 for name, values in (columns | layered).items():
                     shape = (lengths[prompt], *values.shape[2:], *([len(self.layers)] if name in layered else []))
                     if name not in found[prompt]:
                         found[prompt][name] = np.zeros(shape, dtype=values.dtype)
-                    into = found[prompt][name][piece.start : piece.start + n]
+                    into = found[prompt][name][start : start + n]
                     into = into[..., self.layers.index(piece.site.layer)] if name in layered else into
                     into[...] = values[row, :n]
         self.pieces.clear()
