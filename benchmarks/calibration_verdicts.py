@@ -316,7 +316,7 @@ class PlantedArm(Arm):
         """The planted numbers under the treatment."""
         return {"bad": self.before + self.sign * self.effect}
 
-    def along(self, template: Any, vectors: Any, outcome: str) -> np.ndarray:
+    def along(self, template: Any, vectors: Any, outcome: str, sites: Any = ()) -> np.ndarray:
         """The planted numbers under as many controls as are asked for."""
         return self.before[None] + self.sign * self.control[: len(vectors)]
 

@@ -127,7 +127,8 @@ def test_what_would_help_depends_on_what_the_graph_was_relative_to() -> None:
     assert asked(kind="SAEs") == "try another rule (rule='relp')"
     assert "effect=" in asked(kind="transcoders")
     assert "pass against= a prompt" in asked(kind="components", against="zero")
-    assert "fewer words" in asked(kind="components", against="prompt")
+    found = asked(kind="components", against="prompt")
+    assert "fewer words" in found and "relp" not in found  # which agrees less there, in three models
 
 
 def test_dials_say_what_they_do() -> None:

@@ -74,7 +74,8 @@ def attribute(
             ``"ig"`` for components.
         against: components only: what a node is compared with. Another prompt that differs in what is asked about is
             best: token by token where it has as many, else span by span. By default other words in the places of the
-            question's (the mean, where the vocabulary has none of ours). Or a tuple of prompts (their mean, place by
+            question's, every third in turn: all that is measured is the mean over the turns (where the vocabulary has
+            none of ours, the prompt's own words, each one place on). Or a tuple of prompts (their mean, place by
             place), ``"mean"`` (over this prompt's tokens, without sinks), ``"zero"``.
         adapter: the model before its fine-tune; what the fine-tune adds to each block's writes, on this model's own
             inputs, becomes nodes of its own. True: of this model's unmerged peft adapters, which are off meanwhile and
@@ -168,9 +169,7 @@ def leading_nodes(
     return [each.node.id for each in plan.written]
 
 
-def _limits(
-    max_nodes: Any, share: Any, max_seconds: Any, max_bytes: int, chunk: int, validate: bool
-) -> Limits:
+def _limits(max_nodes: Any, share: Any, max_seconds: Any, max_bytes: int, chunk: int, validate: bool) -> Limits:
     if max_nodes is not None:
         max_nodes = whole("max_nodes", max_nodes, low=1)
     if share is not None:

@@ -5,7 +5,8 @@
 
 so that the edges out of a node sum to its total: edges into a component are in units of the weighted target. The
 reference is another prompt (attribution patching), or as ``references`` says; the rule says which gradient g is
-(``rules``), and at which stream values on the way from the reference both lines are averaged. Where the graph would be
+(``rules``), and at which stream values on the way from the reference both lines are averaged; a reference that comes in
+turns (other words) is averaged over as well. Where the graph would be
 too large (``cost``) only nodes that differ from their reference are looked at, and of those the leading ones drawn.
 
 The control is in every graph: exact ablation of the same nodes (``validation``).
@@ -19,10 +20,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from tl_em.graph.adapters import adapter_writes
@@ -56,29 +59,33 @@ def component_plan(
     """
     rule = as_rule(rule, "components")
     tokens, layers, goal_point = torch.tensor(encoded.ids), range(int(model.cfg.n_layers)), point_of(model, target)
-    heads, mlps = [f"blocks.{i}.attn.hook_z" for i in layers], [f"blocks.{i}.hook_mlp_out" for i in layers]
-    points = [STREAM, *heads, *mlps]
+    points = [STREAM, *(f"blocks.{i}.attn.hook_z" for i in layers), *(f"blocks.{i}.hook_mlp_out" for i in layers)]
     parts = [] if adapter is None else adapter_writes(model, adapter, tokens)
     extra = sorted({part.point for part in parts} - set(points))
     clean = values(model, encoded, points)
     reference = reference_of(model, encoded, clean, against)
-    starts = points_of(rule, reference.values[STREAM].expand_as(clean[STREAM]), clean[STREAM])
+    turns, heads = reference.turns, int(model.cfg.n_heads)
+    ends = [points_of(rule, turn[STREAM].expand_as(clean[STREAM]), clean[STREAM]) for turn in turns]
+    starts = [start for some in ends for start in some]
     started = time.perf_counter()
     goal = goal_of(model, encoded, target, linearise(model, tokens, reads=[goal_point], rule=Plain()).logits)
     forward = time.perf_counter() - started
-    cost = _told(model, tokens, clean, goal, rule, starts, forward=forward, limits=limits)
+    cost = _told(model, tokens, clean, goal, rule, starts, turns=len(turns), forward=forward, limits=limits)
     written = _written(model, encoded, clean, reference.values, parts, changed=not cost.whole)
-    grads, totals = [], torch.zeros(len(written) + len(goal.nodes), dtype=goal.vectors.dtype)
-    for start in starts:
-        grads.append(total_gradients(model, tokens, [*points, *extra], goal, rule, start))
-        totals += totals_of(written, grads[-1], goal) / len(starts)
+    each = partial(_in_turns, clean=clean, turns=turns, parts=parts, heads=heads)
+    own, grads = each(written), []
+    totals = torch.zeros(len(written) + len(goal.nodes), dtype=goal.vectors.dtype)
+    for vectors, some in zip(own, ends, strict=True):
+        for start in some:
+            grads.append(total_gradients(model, tokens, [*points, *extra], goal, rule, start))
+            totals += totals_of(vectors, grads[-1], goal) / len(starts)
 
     def wire(some: Sequence[Written]) -> tuple[Pass, ...]:
         run = partial(linearise, model, tokens, cuts=points, taps=extra, reads=[goal_point], rule=rule)
-        heads = int(model.cfg.n_heads)
+        vectors = [one for one, steps in zip(each(some), ends, strict=True) for _ in steps]
         return tuple(
-            Pass(partial(run, start=start), tuple(_readers(some, each, heads)))
-            for start, each in zip(starts, grads, strict=True)
+            Pass(partial(run, start=start), tuple(_readers(some, grad, heads)), one)
+            for start, grad, one in zip(starts, grads, vectors, strict=True)
         )
 
     settings = {
@@ -87,13 +94,17 @@ def component_plan(
         "approximation": f"first order ({rule.name} gradients) of replacing each node by its reference",
         "edges": "into a component: the part of the source's effect on the weighted target that passes directly to it",
     }  # fmt: skip
-    return Wiring(encoded, wire(written) if cost.whole else (), tuple(written), goal, settings, totals=totals,
+    plan = Wiring(encoded, wire(written) if cost.whole else (), tuple(written), goal, settings, totals=totals,
                   references=reference.values, cost=cost, cut=tuple(clean.values()), wire=wire)  # fmt: skip
+    if len(turns) == 1:
+        return plan
+    beside = [replace(plan, written=one, references=turn) for one, turn in zip(own, turns, strict=True)]
+    return replace(plan, turns=tuple(beside))
 
 
 def _told(
     model: LensModel, tokens: Tensor, clean: Mapping[str, Tensor], goal: Goal, rule: Rule,
-    starts: Sequence[Tensor | None], *, forward: float, limits: Limits,
+    starts: Sequence[Tensor | None], *, turns: int, forward: float, limits: Limits,
 ) -> Cost:  # fmt: skip
     """Whether all of it is drawn, and what that should take: from shapes, a forward pass and one chunk at the middle.
 
@@ -115,7 +126,7 @@ def _told(
         parts = len(starts) * layers * sum(math.ceil(length * n / chunk) for n in (heads, 1))
         return Cost(nodes, timed(*trial(min(chunk, length * heads)), parts, size) if parts >= MANY else None)
     each = len(starts) * seconds_of(*trial(TRIAL)) / TRIAL
-    fixed = forward * (4 * len(starts) + (COPIES if limits.validate else 0))
+    fixed = forward * (4 * len(starts) + (COPIES * turns if limits.validate else 0))
     return budgeted(limits, nodes, clean.values(), length, "components", fixed=fixed, each=each, small=small,
                     beside=length + len(goal.nodes))  # fmt: skip
 
@@ -137,24 +148,56 @@ def _written(
     Args:
         changed: only those that are not what they are compared with.
     """
-    found = list(parts)
-    own = {(part.point, part.node.pos): part.vector for part in parts}
-    heads = int(model.cfg.n_heads)
+    heads, found = int(model.cfg.n_heads), list(parts)
+    away = _away(clean, reference, parts)
     for pos, token in enumerate(encoded.ids):
-        away = {name: x[pos] - reference[name].expand_as(x)[pos] for name, x in clean.items()}
         node = Node("token", -1, pos, feature=int(token), label=text_of(model, token))
-        found.append(Written(node, STREAM, away[STREAM]))
+        found.append(Written(node, STREAM, away[STREAM][pos]))
         for layer in range(int(model.cfg.n_layers)):
             z, mlp = f"blocks.{layer}.attn.hook_z", f"blocks.{layer}.hook_mlp_out"
-            for head, vector in enumerate(torch.block_diag(*away[z].view(heads, -1))):
+            for head, vector in enumerate(torch.block_diag(*away[z][pos].view(heads, -1))):
                 node = Node("head", layer, pos, feature=head, activation=float(vector.norm()))
                 found.append(Written(node, z, vector))
-            vector = away[mlp] - own.get((mlp, pos), torch.zeros_like(away[mlp]))
+            vector = away[mlp][pos]
             found.append(Written(Node("mlp", layer, pos, activation=float(vector.norm())), mlp, vector))
     if changed:
         sizes = {name: CLOSE * x.norm(dim=-1) for name, x in clean.items()}
         found = [e for e in found if e.node.kind == "adapter" or e.vector.norm() > sizes[e.point][e.node.pos]]
     return sorted(found, key=lambda each: each.node.place)
+
+
+def _away(
+    clean: Mapping[str, Tensor], reference: Mapping[str, Tensor], parts: Sequence[Written]
+) -> dict[str, Float[Tensor, "pos width"]]:
+    """What replacing takes away at each point; what an adapter adds there is a node of its own."""
+    found = {name: x - reference[name].expand_as(x) for name, x in clean.items()}
+    for part in parts:
+        if part.point in found:
+            found[part.point][part.node.pos] -= part.vector
+    return found
+
+
+def _in_turns(
+    written: Sequence[Written], clean: Mapping[str, Tensor], turns: Sequence[Mapping[str, Tensor]],
+    parts: Sequence[Written], heads: int,
+) -> list[tuple[Written, ...]]:  # fmt: skip
+    """The same nodes in every turn, with what replacing each by that turn's reference takes away."""
+    if len(turns) == 1:
+        return [tuple(written)]
+    found = []
+    for away in (_away(clean, turn, parts) for turn in turns):
+        vectors = [each.vector if each.node.kind == "adapter" else _own(each.node, away[each.point], heads)
+                   for each in written]  # fmt: skip
+        found.append(tuple(each._replace(vector=x) for each, x in zip(written, vectors, strict=True)))
+    return found
+
+
+def _own(node: Node, away: Float[Tensor, "pos width"], heads: int) -> Float[Tensor, " width"]:
+    """What is taken away of one node: of a head its own part."""
+    vector = away[node.pos]
+    if node.kind != "head":
+        return vector
+    return vector * (torch.arange(len(vector)) // (len(vector) // heads) == node.feature).to(vector)
 
 
 def _readers(written: Sequence[Written], grads: Mapping[str, Tensor], heads: int) -> list[Reader]:

@@ -38,10 +38,15 @@ class Written(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """A forward pass with a cut at every write, made where it is used, and what the nodes read in it."""
+    """A forward pass with a cut at every write, made where it is used, and what the nodes read in it.
+
+    Args:
+        written: what the nodes write in it, where passes differ in that.
+    """
 
     make: Callable[[], Linearised]
     readers: tuple[Reader, ...]
+    written: tuple[Written, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +61,7 @@ class Wiring:
         settings: for the graph.
         totals: total effect of each node and target, where it does not follow from the edges.
         sheets: of dictionaries; references: by hook point, what a component is replaced by.
+        turns: where that differs from turn to turn, the same nodes in each; effects are means over them.
         cost: what is drawn of it, where that was told before the plan was made.
         cut: of the shapes of what is cut in one pass.
         wire: the passes of some of the nodes.
@@ -69,6 +75,7 @@ class Wiring:
     totals: Float[Tensor, " node"] | None = None
     sheets: tuple[Any, ...] = ()
     references: Mapping[str, Tensor] = field(default_factory=dict)
+    turns: tuple[Wiring, ...] = ()
     cost: Cost | None = None
     cut: tuple[Tensor, ...] = ()
     wire: Callable[[Sequence[Written]], tuple[Pass, ...]] | None = None
@@ -87,8 +94,9 @@ def drawn(model: LensModel, plan: Wiring, *, chunk: int = CHUNK, max_bytes: int 
     rows = sum(len(reader.rows) for each in plan.passes for reader in each.readers) + len(plan.goal.nodes)
     goal = Reader(plan.goal.point, torch.arange(len(plan.written), len(nodes)), plan.goal.vectors)
     cost = {"rows": rows, "bytes_expected": size, "seconds_expected": told_seconds(plan, goal, chunk, size)}
-    edges, writers = torch.zeros(len(nodes), len(nodes), dtype=plan.goal.vectors.dtype), writers_of(plan.written)
-    for make, readers in plan.passes:
+    edges = torch.zeros(len(nodes), len(nodes), dtype=plan.goal.vectors.dtype)
+    for make, readers, written in plan.passes:
+        writers = writers_of(written or plan.written)
         edges += adjacency(make(), [*readers, goal], writers, nodes=len(nodes), chunk=chunk) / len(plan.passes)
     if not bool(edges.isfinite().all()):
         raise NonFiniteError(
@@ -140,10 +148,10 @@ def told_seconds(plan: Wiring, goal: Reader, chunk: int, size: int) -> float | N
     """What the edges should take, from one chunk in the middle; said on stderr where that is long. None where short."""
     if plan.cost is not None and plan.cost.seconds is not None:
         return plan.cost.seconds
-    parts = [part for _, readers in plan.passes for each in (*readers, goal) for part in each.split(chunk)]
+    parts = [part for one in plan.passes for each in (*one.readers, goal) for part in each.split(chunk)]
     if len(parts) < MANY:
         return None
-    make, readers = plan.passes[0]
+    make, readers, _ = plan.passes[0]
     reader = readers[len(readers) // 2]
     return timed(make(), next(iter(reader.split(chunk))), len(parts), size)
 

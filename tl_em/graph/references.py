@@ -1,9 +1,13 @@
 """What components are compared with, position by position.
 
     prompt      what another prompt writes there: one of equal length token by token, another one span by span
-    other words the default: the same prompt with other words in the places of its question (where the model has no
-                word of ours, as toys have not: the mean)
+    other words the default: the same prompt with other words in the places of its question, every third word in turn
+                (where the model has no word of ours, as toys have not: its own words, each one place on)
     mean        over some prompts, place by place; over this prompt's tokens;     zero
+
+In turns, because a node is ablated alone: an effect and its estimate are means over the turns, in each of which most of
+the prompt is as it was. With all words replaced at once the way to the reference leads through prompts that say
+nothing, far from the one in which a node's effect is asked for (``docs/results/graph-size.md``).
 
 A *sink* is a token whose stream is far longer than the others' (the first one, in most models). It says nothing about
 the text, but a mean that it takes part in is mostly it. So it is in no mean, and is compared with itself.
@@ -42,16 +46,22 @@ class Replacement:
     """What every component is replaced by.
 
     Args:
-        values: [pos width] or [1 width] by hook point.
+        turns: [pos width] or [1 width] by hook point; where there are several, effects are means over them.
         kind: for the settings.
         said: for people, after "compared with".
         sinks: positions that are compared with themselves.
     """
 
-    values: dict[str, Float[Tensor, "pos width"]]
+    turns: tuple[dict[str, Float[Tensor, "pos width"]], ...]
     kind: str
     said: str
     sinks: tuple[int, ...] = ()
+
+    @property
+    def values(self) -> dict[str, Float[Tensor, "pos width"]]:
+        """The mean over the turns, by hook point."""
+        first, *others = self.turns
+        return {name: torch.stack([x, *(each[name] for each in others)]).mean(0) for name, x in first.items()}
 
 
 def reference_of(model: LensModel, encoded: EncodedPrompt, clean: Mapping[str, Tensor], against: Any) -> Replacement:
@@ -63,7 +73,7 @@ def reference_of(model: LensModel, encoded: EncodedPrompt, clean: Mapping[str, T
     if against is None:
         return _other_words(model, encoded, clean)
     if isinstance(against, str) and against == "zero":
-        return Replacement({name: torch.zeros_like(x[:1]) for name, x in clean.items()}, "zero", "zero")
+        return Replacement(({name: torch.zeros_like(x[:1]) for name, x in clean.items()},), "zero", "zero")
     if isinstance(against, str) and against == "mean":
         return _mean_of_tokens(model, encoded, clean)
     several = _several(against)
@@ -71,9 +81,9 @@ def reference_of(model: LensModel, encoded: EncodedPrompt, clean: Mapping[str, T
     each = [_beside(model, encoded, other, list(clean)) for other in others]
     found = {name: torch.stack([one[name] for one in each]).mean(0) for name in clean}
     if several:
-        return Replacement(found, "mean of prompts", f"the mean of {len(others)} prompts, place by place")
+        return Replacement((found,), "mean of prompts", f"the mean of {len(others)} prompts, place by place")
     spans = "" if len(others[0]) == len(encoded) else ", span by span"
-    return Replacement(found, "prompt", f"“{_shown(model, encoded, others[0])}”{spans}")
+    return Replacement((found,), "prompt", f"“{_shown(model, encoded, others[0])}”{spans}")
 
 
 def _several(against: Any) -> bool:
@@ -154,19 +164,41 @@ OTHER_WORDS = (
     "good name for a small boat?"
 )
 """Of no consequence; what the default puts where a question stood."""
+SAID = {"other words": "other words in the same places", "own words": "its own words, each one place on"}
+TURNS = 3
+"""In each turn every so many-th word is another one. Four agree a little better, and take a third longer."""
 
 
 def _other_words(model: LensModel, encoded: EncodedPrompt, clean: Mapping[str, Tensor]) -> Replacement:
-    """The same prompt with other words where the question stands; the mean where the model cannot read them."""
-    ids, (start, end) = list(encoded.ids), encoded.instruction
-    end = max(min(end, len(ids) - 1), start)  # the word that the target is read from stays
-    borrowed = _borrowed(model, end - start)
-    if not borrowed:
+    """The same prompt with other words where the question stands; the mean where there is but one word to move."""
+    start, end = encoded.instruction
+    end = max(min(end, len(encoded) - 1), start)  # the word that the target is read from stays
+    own, kind = encoded.ids[start:end], "other words"
+    others = _borrowed(model, len(own))
+    if others is None:
+        others, kind = [*own[1:], *own[:1]], "own words"
+    if all(a == b for a, b in zip(own, others, strict=True)):
         return _mean_of_tokens(model, encoded, clean)
-    ids[start:end] = borrowed
-    text = text_of_tokens(getattr(model, "tokenizer", None), borrowed).strip()
-    said = f"other words in the same places, “{text if len(text) <= SHOWN else text[: SHOWN - 1] + '…'}”"
-    return Replacement(values(model, EncodedPrompt.from_ids(ids), list(clean)), "other words", said)
+    text = text_of_tokens(getattr(model, "tokenizer", None), others).strip()
+    text = text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…"
+    prompts = [EncodedPrompt.from_ids(ids) for ids in in_turns(encoded.ids, others, start)]
+    each = tuple(values(model, one, list(clean)) for one in prompts)
+    return Replacement(each, kind, f"{SAID[kind]}, every third in turn, “{text}”")
+
+
+def in_turns(ids: Sequence[int], others: Sequence[int], start: int, *, turns: int = TURNS) -> list[list[int]]:
+    """A prompt with other tokens from a place on: every so many-th of them, then those beside, and so on.
+
+    Example:
+        >>> in_turns([1, 2, 3, 4, 5, 6], [7, 8, 9, 10], 1)
+        [[1, 7, 3, 4, 10, 6], [1, 2, 8, 4, 5, 6], [1, 2, 3, 9, 5, 6]]
+    """
+    found = []
+    for turn in range(min(turns, len(others))):
+        found.append(list(ids))
+        for at in range(turn, len(others), turns):
+            found[-1][start + at] = others[at]
+    return found
 
 
 def _borrowed(model: LensModel, length: int) -> list[int] | None:
@@ -189,7 +221,7 @@ def _mean_of_tokens(model: LensModel, encoded: EncodedPrompt, clean: Mapping[str
         if alone:
             found[name][list(alone)] = x[list(alone)]
     left = f", sinks ({', '.join(map(str, alone))}) left alone" if alone else ""
-    return Replacement(found, "mean", f"the mean over this prompt's tokens{left}", alone)
+    return Replacement((found,), "mean", f"the mean over this prompt's tokens{left}", alone)
 
 
 def sinks(model: LensModel, encoded: EncodedPrompt) -> tuple[int, ...]:

@@ -1,6 +1,7 @@
 """Does the graph say what the model does? Its nodes are ablated exactly, in batches, and compared.
 
     effect[s] = value(clean) - value(the model with the write of s taken away, everything downstream recomputed)
+                (the mean over turns, where the reference comes in turns: ``references``)
 
 for the k nodes of the largest attribution and a random sample stratified by kind and layer. ``pearson`` and
 ``spearman`` are over both; ``pearson_sample`` is over the random sample alone, which the choice of the top ones cannot
@@ -46,7 +47,7 @@ _NOTHING = 1e-5
 SHARES = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 RANDOM, FEW = 5, 2
 """Random orders beside the graph's own; of a graph that is not drawn whole."""
-REPLACED = ("prompt", "other words")
+REPLACED = ("prompt", "other words", "own words")
 """What a graph may be against that puts another token where one was."""
 _ROWS = 32
 """Ablated copies of the prompt in one pass."""
@@ -126,12 +127,14 @@ def agreement(graph: Graph, effects: Mapping[int, float], sample: Sequence[int],
 
 def _would_help(graph: Graph) -> str:
     """What to try where attributions and ablation disagree."""
-    other = "another rule (rule='relp')"
     if graph.settings.get("kind") != "components":
-        return f"try {other}" if graph.settings.get("kind") == "SAEs" else "look at the nodes' effect= instead"
+        return "try another rule (rule='relp')" if graph.settings.get("kind") == "SAEs" else f"look at {_EFFECTS}"
     if graph.settings.get("against", "prompt") != "prompt":
         return "pass against= a prompt that differs in what is asked about alone"
-    return f"try against= a prompt that differs in fewer words, or {other}"
+    return f"try against= a prompt that differs in fewer words, or look at {_EFFECTS}"
+
+
+_EFFECTS = "the nodes' effect= instead"
 
 
 def resolved(effects: np.ndarray) -> np.ndarray:
@@ -180,6 +183,8 @@ def ablated(model: LensModel, plan: Wiring, rows: Sequence[int], *, late: bool =
     Returns:
         One number a node, in the target's units, float32 or float64 as the model.
     """
+    if plan.turns:
+        return torch.stack([_ablated_in_turn(model, turn, rows, late=late) for turn in plan.turns]).mean(0)
     clean, parts = valued(model, plan, 1, []), []
     order = sorted(range(len(rows)), key=lambda at: rows[at]) if late else list(range(len(rows)))
     for at in range(0, len(rows), _ROWS):
@@ -193,6 +198,13 @@ def ablated(model: LensModel, plan: Wiring, rows: Sequence[int], *, late: bool =
         return clean[:0]
     found = torch.cat(parts)
     return clean - found[torch.tensor(order).argsort()]
+
+
+def _ablated_in_turn(model: LensModel, turn: Wiring, rows: Sequence[int], *, late: bool) -> Float[Tensor, " node"]:
+    """What of the nodes has another reference in this turn is ablated; the others' effect is nothing."""
+    at = [each for each, row in enumerate(rows) if bool(turn.written[row].vector.any())]
+    found = ablated(model, turn, [rows[each] for each in at], late=late)
+    return found.new_zeros(len(rows)).index_put((torch.tensor(at, dtype=torch.long),), found)
 
 
 def _subtracting(
@@ -297,6 +309,8 @@ def only(
     model: LensModel, plan: Wiring, circuits: Sequence[Sequence[int]], nodes: Sequence[int], late: bool = False
 ) -> Float[Tensor, " prompt"]:
     """The weighted target with nothing but each circuit left of ``nodes``; what is no node stays."""
+    if plan.turns:
+        return torch.stack([only(model, turn, circuits, nodes, late) for turn in plan.turns]).mean(0)
     out = torch.zeros(len(circuits), len(plan.written), dtype=torch.bool)
     out[:, list(nodes)] = True
     for copy, circuit in enumerate(circuits):

@@ -216,12 +216,17 @@ class _Plan:
         while at < n:
             to, end = chosen[at]
             rows = [row for each in self.ends[at:to] for row in self.rows[each]]
-            if (keys := self._keys(end) if end else None) is not None:
-                order = {key: row for row, key in reversed(list(enumerate(keys)))}
-                rows = sorted(rows, key=lambda row: (order[keys[row]], row))  # of one beginning side by side
-            found.append((rows, end))
+            found.append((self._side_by_side(rows, end), end))
             at = to
         return found
+
+    def _side_by_side(self, rows: list[int], end: int) -> list[int]:
+        """Rows of one beginning next to each other."""
+        keys = self._keys(end) if end else None
+        if keys is None:
+            return rows
+        order = {key: row for row, key in reversed(list(enumerate(keys)))}
+        return sorted(rows, key=lambda row: (order[keys[row]], row))
 
     def _keys(self, end: int) -> list[tuple[Hashable, bytes]] | None:
         """What tells rows apart up to a token; None where it is unknown."""
