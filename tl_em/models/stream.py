@@ -36,14 +36,21 @@ _MAX_LOGITS = 2**24
 _CHUNK = 2**22
 """Logits held at once where only those of the tokens that follow are wanted."""
 _ACTIVATIONS = 2**24
-"""Activations held at once where responses are read: 64 MiB in float32."""
+"""Activations of a block held at once where logits are read: 64 MiB in float32."""
 HELD = 2**28
 """Bytes of activations that are held while one site after the other is looked at."""
 
 
 def pass_bytes(model: LensModel) -> int:
     """Bytes that a pass holds at most beside the model: logits three times, and a block's activations, in float32."""
-    return 4 * (3 * _MAX_LOGITS + max(_READ_TOKENS * _widths(model), _ACTIVATIONS))
+    return 4 * (3 * _MAX_LOGITS + _pass_tokens(model) * _widths(model))
+
+
+def _pass_tokens(model: LensModel) -> int:
+    """Tokens of a pass that reads logits: on a CPU no more than ``_ACTIVATIONS`` allow."""
+    if torch.device(model.cfg.device).type != "cpu":
+        return _MAX_TOKENS
+    return min(_MAX_TOKENS, max(_READ_TOKENS, _ACTIVATIONS // _widths(model)))
 
 
 def _widths(model: LensModel) -> int:
@@ -480,14 +487,14 @@ def _batch_tokens(model: LensModel, *, one_in: int | None = None) -> int:
     ``one_in``: of so many tokens one at most is unembedded; one a prompt where it is not said.
     """
     one_in = 1 if _unembedding(model) is None else one_in
-    return _MAX_TOKENS if one_in is None else max(1, min(_MAX_TOKENS, one_in * _MAX_LOGITS // int(model.cfg.d_vocab)))
+    most = _pass_tokens(model)
+    return most if one_in is None else max(1, min(most, one_in * _MAX_LOGITS // int(model.cfg.d_vocab)))
 
 
 def _answer_tokens(model: LensModel, encoded: Sequence[EncodedPrompt], spans: Int[Tensor, "prompt 2"]) -> int:
-    """Tokens a batch where responses are read: as many as ``_HELD`` activations are; fewer where all of their logits
-    are held at once."""
+    """Tokens a batch where responses are read: fewer where all of their logits are held at once."""
     if _unembedding(model) is not None and _ENDS_PLAINLY.get(model, True):
-        return min(_MAX_TOKENS, max(_READ_TOKENS, _ACTIVATIONS // _widths(model)))
+        return _pass_tokens(model)
     shares = [len(each) // int(end - start) for each, (start, end) in zip(encoded, spans.tolist(), strict=True)]
     return _batch_tokens(model, one_in=max(1, min(shares, default=1)))  # padding is never unembedded
 
