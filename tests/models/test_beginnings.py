@@ -42,14 +42,14 @@ def prompts(lengths: tuple[int, ...] = LENGTHS, begun: int = BEGUN) -> list[Enco
 def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Piece | None]]:
     """What every batch went on from."""
     found: list[Piece | None] = []
-    whole = stream._Reader.whole
+    whole = stream._LogitReader.whole
 
     def spy(self: Any, piece: Piece) -> Any:
         found.append(piece.after)
         return whole(self, piece)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stream._Reader, "whole", spy)
+        patch.setattr(stream._LogitReader, "whole", spy)
         yield found
 
 

@@ -138,7 +138,7 @@ def pieces(
     near = [i for i in left if not any(at < len(encoded[i]) for at in turns)]
     if len({encoded[i].ids[: firsts[i]] for i in near}) < len(near) and (labels := _labels(model)) is not None:
         cost = _a_pass(model) if a_pass is None else a_pass
-        plan = _Plan(make_batch(encoded, near), [firsts[i] for i in near], labels, max_tokens, cost)
+        plan = _Classes(make_batch(encoded, near), [firsts[i] for i in near], labels, max_tokens, cost)
         yield from plan.pieces()
         left = sorted({*left}.difference(near) | {near[row] for row in plan.left})
     for batch in batches(encoded, max_tokens=max_tokens, turns=turns, rows=left):
@@ -150,7 +150,7 @@ def _a_pass(model: LensModel) -> float:
     return 24 + 2**25 / (12 * int(model.cfg.d_model) ** 2)
 
 
-class _Plan:
+class _Classes:
     """Rows in classes: a class is read after beginnings that end where something of its first row is wanted.
 
     Classes are cut where passes and tokens together cost least.  What shares nothing but the root is ``left`` over, to
@@ -237,7 +237,7 @@ class _Plan:
 # --- The passes -------------------------------------------------------------------------------------------------------
 
 
-class Reading:
+class PieceReader:
     """Reads pieces, each after what it goes on from; a root that several go on from is read once.
 
     Args:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tl_em.arguments import are_numbers, checked, token_ids
 from tl_em.errors import NonFiniteError, PositionError, PromptError, UsageError
-from tl_em.models.beginnings import Carried, Piece, Reading, beginning_of, pieces
+from tl_em.models.beginnings import Carried, Piece, PieceReader, beginning_of, pieces
 from tl_em.models.cache import reading_on
 from tl_em.models.hooks import Alike, LensModel, hook_name, hooked, read_point, resolve
 from tl_em.models.prompts import Batch, EncodedPrompt, Prompt, batches, encode, token_index
@@ -509,10 +509,10 @@ def batch_logits(
 
 
 @contextmanager
-def _reading(model: LensModel) -> Iterator[_Reader]:
+def _reading(model: LensModel) -> Iterator[_LogitReader]:
     """What reads pieces, with nothing left on the model at the end."""
     with ExitStack() as stack:
-        yield _Reader(model, stack)
+        yield _LogitReader(model, stack)
 
 
 class Unembedding:
@@ -546,7 +546,7 @@ class Unembedding:
         return (self.wanted(x)[None], *args[1:])
 
 
-class _Reader:
+class _LogitReader:
     """Reads pieces; of their tokens the wanted ones alone are unembedded, where that is a module of the model."""
 
     def __init__(self, model: LensModel, stack: ExitStack) -> None:
@@ -560,7 +560,7 @@ class _Reader:
             return _forward(self.model, piece.batch)
         if self.reading is None:
             read = self.stack.enter_context(reading_on(self.model))
-            self.reading = Reading(read, current_batch, None if self.fan is None else self.fan.carried)
+            self.reading = PieceReader(read, current_batch, None if self.fan is None else self.fan.carried)
         running = current_batch.set(piece.batch)
         try:
             return self.reading(piece)
