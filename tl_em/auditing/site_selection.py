@@ -14,15 +14,17 @@ import torch
 from tqdm.auto import tqdm
 
 from tl_em.auditing.splits import Subject
-from tl_em.claims.questions.use import ablate, add, arms
+from tl_em.claims.questions.use import add, arms
 from tl_em.directions.direction import Direction
 from tl_em.directions.extract import extract_directions
 from tl_em.directions.geometry import separation
 from tl_em.directions.methods.base import Method
+from tl_em.interventions.edits import Ablate
 from tl_em.metrics import Behaviour
 from tl_em.models.class_means import class_moments
 from tl_em.models.hooks import LensModel
 from tl_em.models.prompts import position_of_asking
+from tl_em.models.sites import Site
 from tl_em.models.stream import capture, sites_at_once
 
 
@@ -60,8 +62,20 @@ def effects_in_base(base: LensModel, candidates: Sequence[Direction], behaviour:
     centres = class_moments(base, prompts, sites=[d.site for d in candidates], positions=[position]).negative[0]
     removing, inducing = arms(base, base, replace(behaviour, good=None))
     vectors, sites = torch.stack([d.vector for d in candidates]), [d.site for d in candidates]
-    added = inducing.along(add(candidates[0], centres[0]), vectors, inducing.first, sites)
-    rises = inducing.sign * (added - inducing.untreated[inducing.first]).mean(1)
-    falls = [removing.shift(removing.treated(ablate(direction, centre), only=["bad"]))
-             for direction, centre in zip(candidates, centres, strict=True)]  # fmt: skip
-    return np.nan_to_num(rises + falls, nan=-np.inf).tolist()
+    edits = (_AtItsSite(candidates[0], around=dict(zip(sites, centres, strict=True))), add(candidates[0], centres[0]))
+    total = np.zeros(len(candidates))
+    for arm, edit in zip((removing, inducing), edits, strict=True):
+        treated = arm.along(edit, vectors, arm.first, sites)
+        total += arm.sign * (treated - arm.untreated[arm.first]).mean(1)
+    return np.nan_to_num(total, nan=-np.inf).tolist()
+
+
+class _AtItsSite(Ablate):
+    """Around the centre of its own site, of centres at several: so that directions at all sites are one template."""
+
+    tokenwise = True
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The direction's own."""
+        return (self.direction.site,)
