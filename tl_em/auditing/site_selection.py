@@ -73,9 +73,12 @@ def effects_in_base(base: LensModel, candidates: Sequence[Direction], behaviour:
 class _AtItsSite(Ablate):
     """Around the centre of its own site, of centres at several: so that directions at all sites are one template."""
 
-    tokenwise = True
+    @property
+    def tokenwise(self) -> bool:
+        """As any ablation."""
+        return True
 
     @property
     def sites(self) -> tuple[Site, ...]:
         """The direction's own."""
-        return (self.direction.site,)
+        return (self._home,)
