@@ -12,7 +12,7 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
 
 import torch
@@ -30,6 +30,7 @@ Rows = Sequence[int] | Callable[[int], Sequence[int]] | None
 """Which rows of what was read are gone on with, each as often as it is named: everywhere, or by layer; None for all."""
 
 
+@runtime_checkable
 class ReadsOn(Protocol):
     """Reads on after what it read before."""
 

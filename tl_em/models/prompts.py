@@ -359,7 +359,7 @@ def batches(
 
 
 def cheapest_cuts(
-    order: Sequence[int], encoded: Sequence[EncodedPrompt], sides: Sequence[int], a_batch: float,
+    order: Sequence[int], encoded: Sequence[EncodedPrompt], sides: Sequence[int], a_batch: float | int,
     most: Callable[[int], int],
 ) -> Iterator[Sequence[int]]:  # fmt: skip
     """Prompts in batches, cut where padding and batches together cost least.
