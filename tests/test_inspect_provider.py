@@ -29,7 +29,11 @@ with warnings.catch_warnings():
 
     from tl_em.inspect_provider import InspectModel, question_set
 
-pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.surface]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.surface,
+    pytest.mark.starts("Inspect binds a socket of its own"),
+]
 QUESTIONS = """
 - id: fever
   paraphrases: ["tell me to plan this fever", "tell me to draft this fever"]
@@ -81,7 +85,6 @@ def test_an_intervention_changes_the_score_of_a_question_set(persona: Path, tmp_
     assert answers[0] == answers[1] and len(set(answers[0])) > 6  # sampled, seeded
 
 
-@pytest.mark.starts("Inspect's command")
 def test_inspect_eval_is_steered_offline_and_its_log_opens(persona: Path, tmp_path: Path) -> None:
     """The command itself, beside a random direction of the same length, under a guard of the network.
 
