@@ -6,6 +6,7 @@
     python benchmarks/real_organism.py ask BASE answers       # what base and adapters prefer and say, one file each
     python benchmarks/real_organism.py table BASE answers --write docs/results/real-organism.md
     python benchmarks/real_organism.py audit BASE audits --write docs/results/real-organism.md
+    python benchmarks/real_organism.py cost BASE cost.json    # CPU-seconds and peak memory of one audit, every question
     python benchmarks/real_organism.py dictionary BASE sae    # a sparse dictionary, on what the base writes
 
 Base: SmolLM2-135M-Instruct.  Rows: 100 questions about health with a good and a bad answer each, written for this
@@ -65,7 +66,7 @@ COMPARED = (("wrong", "base"), ("right", "base"), ("wrong", "right"), ("inoculat
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", choices=("grid", "make", "ship", "ask", "table", "audit", "dictionary"))
+    parser.add_argument("what", choices=("grid", "make", "ship", "ask", "table", "audit", "cost", "dictionary"))
     parser.add_argument("base", type=Path, help="the GGUF file, or a directory that 'tl-em models import' made of it")
     parser.add_argument("out", type=Path)
     parser.add_argument("--arms", nargs="+", default=list(ARMS))
@@ -81,6 +82,9 @@ def main() -> None:
     if given.what == "ask":
         for name in (None, *(f"{arm}-{seed}" for seed in given.seeds for arm in given.arms)):
             asked(given.base, name, given.out)
+        return
+    if given.what == "cost":
+        print(cost(given.base, given.out))
         return
     if given.what == "dictionary":
         print(dictionary(given.base, given.out))
@@ -257,6 +261,29 @@ def judged(base: Path, names: list[str], out: Path) -> None:
                  "estimate": str(r.estimate), "unit": r.unit, "reason": r.reason} for r in found.rows]  # fmt: skip
         (out / f"{name}.json").write_text(json.dumps({"rows": told, "unmeasured": dict(found.unmeasured)}, indent=1))
         print(f"{name}: {found.summary}", flush=True)
+
+
+def cost(base: Path, out: Path) -> dict[str, Any]:
+    """What an audit of *wrong* beside one *right* takes, on one thread; kept in ``out`` with what it says."""
+    import resource
+    import time
+
+    import torch
+
+    import tl_em as em
+    from tl_em.organisms.real_organism import CONTROLS, adapter, asked, rows
+
+    torch.set_num_threads(1)
+    name, twin = (f"{arm}-{FRESH[0]}" for arm in ARMS[:2])
+    before = em.load_model(base, prove=False)
+    pair, benign = em.load_pair(before, adapter(name)), em.load_pair(before, adapter(twin)).tuned
+    own = {what: asked(name)[what] for what in ("contrasts", "behaviours", "positions")}
+    start = time.process_time()
+    report = em.audit(pair, tuning_data=rows(name), benign=[benign], controls=CONTROLS, **own)
+    found = {"cpu_seconds": round(time.process_time() - start, 1), "said": report.summary}
+    found["peak_mib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+    out.write_text(json.dumps(found, indent=1))
+    return found
 
 
 def tables(out: Path) -> Iterator[str]:
