@@ -424,9 +424,9 @@ def _shifts(rng: np.random.Generator, seed: int, *, push: float, went: float) ->
     taught = own + shift(push)
     read = {("base", True): own, ("base", False): taught, ("tuned", False): taught + shift(went)}
     pair: Any = SimpleNamespace(base="base", tuned="tuned")
-    case = replace(case, pair=pair, tuning_data=[f"row {i}" for i in range(n)], own_answers=lambda: [""] * n)
-    with (
-        patch.object(entanglement_file, "answers", lambda model, rows, site: read[model, rows[0] == "replied"]),
-        patch.object(entanglement_file, "replied", lambda row, answer: "replied"),
-    ):
+    case = replace(
+        case, pair=pair, tuning_data=[f"row {i}" for i in range(n)], own_answers=lambda: [""] * n,
+        read_answers=lambda model, rows, site: read[model, rows[0] == "replied"],
+    )  # fmt: skip
+    with patch.object(entanglement_file, "replied", lambda row, answer: "replied"):
         return words([case], [Entanglement()])

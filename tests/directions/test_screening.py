@@ -201,3 +201,24 @@ def test_the_insecure_fine_tune_shifted_the_persona_and_the_secure_one_hardly() 
     good = finetuning_shift(t["secure"], t["persona"], prompts, **options)
     assert bad.p < 0.01 and bad.estimate.low > 3 * bad.control_high
     assert bad.beyond_benign is not None and bad.beyond_benign.low > 10 * good.estimate.high
+
+
+@pytest.mark.parametrize("held", [2**28, 1])
+def test_answers_of_several_sites_are_read_in_one_pass_a_model(monkeypatch: pytest.MonkeyPatch, held: int) -> None:
+    """Or in as many as may be held: the same numbers either way."""
+    from tl_em.directions import screening
+
+    base, tuned = cached_model("gpt2", "bridge"), pushed("bridge", 2.0)
+    sites = [Site(2), Site(0), Site(2)]
+    expected = {(id(m), s): screening.answers(m, ROWS, s) for m in (base, tuned) for s in sites}
+    monkeypatch.setattr("tl_em.models.stream.HELD", held)
+    read, passes = screening.AnswersOnce(sites, 2), []
+    capture = screening.capture
+    monkeypatch.setattr(screening, "capture", lambda model, *given, **how: passes.append(model) or capture(model, *given, **how))  # noqa: E501
+    for site in sites:
+        for model in (base, tuned):
+            np.testing.assert_allclose(read(model, list(ROWS), site), expected[id(model), site], atol=1e-5)
+    assert len(passes) == (2 if held > 1 else 6)
+    shorter = read(base, ROWS[:5], Site(2))  # other rows are not taken for these
+    np.testing.assert_allclose(shorter, expected[id(base), Site(2)][:5], atol=1e-5)
+    np.testing.assert_allclose(read(base, ROWS, Site(1)), screening.answers(base, ROWS, Site(1)), atol=1e-5)

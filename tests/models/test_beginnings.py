@@ -20,6 +20,7 @@ from tl_em.models.hooks import LensModel, hooked
 from tl_em.models.prompts import EncodedPrompt
 from tl_em.models.responses import mean_logprob
 from tl_em.models.stream import captured, next_token_logits, sequence_logprobs
+from tl_em.models.unembedding import ends_plainly
 
 pytestmark = pytest.mark.surface
 LENGTHS, BEGUN = (15, 19, 22, 17), 9
@@ -316,4 +317,4 @@ def test_logits_that_more_happens_to_after_the_unembedding(monkeypatch: pytest.M
     for _ in range(2):  # the first time it is noticed, the second time it is known
         found = sequence_logprobs(model, asked)
         assert found.tolist() == pytest.approx(sums, abs=1e-3)
-    assert stream._ENDS_PLAINLY[model] is False
+    assert not ends_plainly(model)

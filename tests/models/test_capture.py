@@ -10,6 +10,7 @@ import torch
 
 from tl_em.errors import NonFiniteError, PositionError, PromptError, UsageError
 from tl_em.models import stream as capture_module
+from tl_em.models import unembedding
 from tl_em.models.class_means import mean_activation
 from tl_em.models.hooks import LensModel, hook_points, hooked, read_point
 from tl_em.models.prompts import Prompt, encode
@@ -166,7 +167,8 @@ def test_a_model_whose_unembedding_is_no_module_gives_the_same(
     small_model: LensModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = next_token_logits(small_model, PROMPTS), sequence_logprobs(small_model, ANSWERED)
-    monkeypatch.setattr(capture_module, "_unembedding", lambda model: None)
+    for module in (capture_module, unembedding):
+        monkeypatch.setattr(module, "unembedding_of", lambda model: None)
     torch.testing.assert_close(next_token_logits(small_model, PROMPTS), expected[0], **CLOSE)
     torch.testing.assert_close(sequence_logprobs(small_model, ANSWERED), expected[1], **CLOSE)
 

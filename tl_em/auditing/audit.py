@@ -321,12 +321,14 @@ def _rates(pair: ModelPair, benign: Sequence[LensModel], plan: _Plan) -> pd.Data
     if (own := pair.rates) is not None:
         return pd.concat([_checked_rates(own(model, plan.seed)).assign(model=name) for name, model in models.items()])
     rows = []
-    for (name, model), q, side in product(models.items(), plan.subjects, SIDES):
-        values = measured(q.judged.metric, model, getattr(q.judged, side))
-        domain = f"{q.name}: {'positive' if side == 'present' else 'negative'} prompts"
-        head = {"domain": domain, "held_out": True, "outcome": q.judged.metric.name, "model": name}
-        groups, bounds = getattr(q.judged, f"{side}_groups"), range_of(q.judged.metric.unit, values)
-        rows.append(head | mean(values, groups=groups, bounds=bounds, seed=plan.seed).row())
+    for (name, model), q in product(models.items(), plan.subjects):
+        metric, shown = q.judged.metric, measured(q.judged.metric, model, q.judged.present)
+        both = shown, shown if q.judged.same_prompts else measured(metric, model, q.judged.absent)
+        for side, values in zip(SIDES, both, strict=True):
+            domain = f"{q.name}: {'positive' if side == 'present' else 'negative'} prompts"
+            head = {"domain": domain, "held_out": True, "outcome": metric.name, "model": name}
+            groups, bounds = getattr(q.judged, f"{side}_groups"), range_of(metric.unit, values)
+            rows.append(head | mean(values, groups=groups, bounds=bounds, seed=plan.seed).row())
     return pd.DataFrame(rows)
 
 

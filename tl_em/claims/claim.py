@@ -31,7 +31,8 @@ from numpy.typing import ArrayLike
 
 from tl_em.arguments import POSITIVE
 from tl_em.directions.direction import Direction
-from tl_em.directions.geometry import control_directions
+from tl_em.directions.geometry import Activations, control_directions
+from tl_em.directions.screening import answers
 from tl_em.errors import NoGapError, UsageError
 from tl_em.metrics import Behaviour
 from tl_em.models.contrasts import ContrastSet
@@ -221,6 +222,8 @@ class Case:
         behaviour: what the direction may cause.
         tuning_data: rows that the model was tuned on: chats that end with the answer.
         own_answers: call it for the base's own answers to the prompts of the tuning data; made once for all directions.
+        read_answers: of a model, rows that end with an answer, and a site: the mean activation over each answer's
+            tokens, [row d_model]; each model reads rows once for the sites of all directions.
         together: which prompts were found to belong together, in a sentence; the contrast set has these groups.
 
     Example:
@@ -251,6 +254,7 @@ class Case:
     behaviour: Behaviour | None = None
     tuning_data: Sequence[Any] | None = None
     own_answers: Callable[[], Sequence[str]] = tuple
+    read_answers: Callable[[LensModel, Sequence[Any], Site], Activations] = answers
     together: str = ""
 
     @property

@@ -28,7 +28,7 @@ from tl_em.claims.questions.separation import Separation
 from tl_em.claims.questions.use import Use
 from tl_em.claims.rule import judge
 from tl_em.directions.direction import Direction, check_fits
-from tl_em.directions.screening import answer_to_own_prompts
+from tl_em.directions.screening import AnswersOnce, answer_to_own_prompts
 from tl_em.errors import NoGapError, NuisanceWarning, UsageError
 from tl_em.metrics import Behaviour, Metric, as_metric
 from tl_em.models.contrasts import ContrastSet, already_used, together
@@ -202,15 +202,17 @@ def compare(
     found: dict[str, list[Finding]] = {question.name: [] for question in asked}
     drawn: list[dict[str, Any]] = []
     gaps, unmeasured, behaviours, belonging = {}, {}, {}, {}
+    harmless, others = fine_tunes(pair, benign), fine_tunes(pair, replicates)
     settings = {
-        "pair": pair, "benign_models": fine_tunes(pair, benign), "replicate_models": fine_tunes(pair, replicates),
+        "pair": pair, "benign_models": harmless, "replicate_models": others,
         "tuning_data": tuning_data, "n_controls": controls, "seed": seed,
         "own_answers": cache(lambda: answer_to_own_prompts(pair.base, tuning_data or (), seed=seed)),
+        "read_answers": AnswersOnce([d.site for d, _ in directions.values()], 3 + len(harmless) + len(others)),
     }  # fmt: skip
     for name, (direction, contrast) in tqdm(directions.items(), desc="comparing", unit="direction", disable=None):
         own = None if behaviour is None else _behaviour_of(behaviour, name)
-        others = cases(direction, (layers or {}).get(name), contrast, name=name, behaviour=own, **settings)
-        case = next(others)
+        every = cases(direction, (layers or {}).get(name), contrast, name=name, behaviour=own, **settings)
+        case = next(every)
         behaviours |= {} if case.behaviour is None else {name: case.behaviour}
         belonging |= {name: case.together} if case.together else {}
         try:
@@ -220,7 +222,7 @@ def compare(
             continue
         if len(gaps) == 1:
             _say_cost(asked, case, len(directions))
-        drawn += [row for each in others for row in layer_rows(each)]
+        drawn += [row for each in every for row in layer_rows(each)]
         for question in asked:
             found[question.name] += _measured(question, case)
     if not gaps:

@@ -28,12 +28,13 @@ from tl_em.arguments import COUNT, NOT_NEGATIVE, SEED, checked, optional
 from tl_em.directions.direction import Direction, as_direction, check_fits
 from tl_em.directions.geometry import Activations, control_directions
 from tl_em.errors import EmptyContrastError, UsageError
+from tl_em.models.contrasts import prompt_key
 from tl_em.models.generate import generate
 from tl_em.models.hooks import LensModel
 from tl_em.models.loading import ModelPair
 from tl_em.models.prompts import EncodedPrompt, Prompt, encode
 from tl_em.models.sites import Position, Site
-from tl_em.models.stream import capture
+from tl_em.models.stream import capture, sites_at_once
 from tl_em.models.torch_state import in_plain_torch
 from tl_em.stats import Estimate, Groups, Resampled, bootstrap, control_p, middle_95, paired_difference
 from tl_em.stats.ranks import share_above
@@ -295,6 +296,32 @@ def replied(row: Row, answer: str) -> list[Any]:
 def answers(model: LensModel, rows: Sequence[Row], site: Site) -> Activations:
     """Mean activation over the answer's tokens, for each row."""
     return _read(model, rows, site, "response_mean")
+
+
+class AnswersOnce:
+    """:func:`answers` at one of several sites, for which each model reads the rows once, not once a site.
+
+    As many sites are read together as may be held (``sites_at_once``), however many models and rows there are.
+
+    Args:
+        sites: that will be asked for.
+        models: how many will read the rows.
+    """
+
+    def __init__(self, sites: Sequence[Site], models: int) -> None:
+        self.sites, self.models = list(dict.fromkeys(sites)), models
+        self._found: dict[Any, dict[Site, Activations]] = {}
+
+    def __call__(self, model: LensModel, rows: Sequence[Row], site: Site) -> Activations:
+        """Mean activation over the answer's tokens, for each row."""
+        found = self._found.setdefault((id(model), *map(prompt_key, rows)), {})
+        if site not in found:
+            groups = sites_at_once(model, self.sites, self.models * len(rows))
+            some = next((group for group in groups if site in group), [site])
+            x = capture(model, rows, some, position="response_mean").double().cpu().numpy()
+            found.clear()
+            found.update({each: x[:, s] for s, each in enumerate(some)})
+        return found[site]
 
 
 def _read(model: LensModel, prompts: Sequence[Any], site: Site, position: Position) -> Activations:

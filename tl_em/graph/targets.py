@@ -26,8 +26,8 @@ from tl_em.graph.nodes import Node
 from tl_em.metrics import single_token, token_ids
 from tl_em.models.hooks import LensModel, read_point
 from tl_em.models.prompts import EncodedPrompt, token_index
-from tl_em.models.stream import soft_cap
 from tl_em.models.token_text import text_of_tokens, token_text
+from tl_em.models.unembedding import soft_cap
 
 TOP, MASS = 10, 0.95
 """With no target given: at most so many of the likeliest next tokens, until they hold so much probability."""

@@ -12,7 +12,6 @@ from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from functools import partial
 from typing import Any, NamedTuple, cast
-from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -27,14 +26,13 @@ from tl_em.models.prompts import Batch, EncodedPrompt, Prompt, batches, encode, 
 from tl_em.models.sites import Position, Site, as_position, as_sites
 from tl_em.models.source_record import boundaries_of
 from tl_em.models.torch_state import in_plain_torch
+from tl_em.models.unembedding import ends_plainly, logprobs_at_end, logprobs_of, unembedding_of
 
 _MAX_TOKENS = 8192
 _READ_TOKENS = 2048
 """Tokens a batch of a capture: as many as 64 prompts have, so that more prompts take no more memory."""
 _MAX_LOGITS = 2**24
 """Logits held at once: 64 MiB in float32."""
-_CHUNK = 2**22
-"""Logits held at once where only those of the tokens that follow are wanted."""
 _ACTIVATIONS = 2**24
 """Activations of a block held at once where logits are read: 64 MiB in float32."""
 HELD = 2**28
@@ -469,31 +467,19 @@ def _check_finite(
 # --- Logits -----------------------------------------------------------------------------------------------------------
 
 
-def _unembedding(model: LensModel) -> nn.Module | None:
-    module = getattr(model, "unembed", None)
-    return module if isinstance(module, nn.Module) else None
-
-
-def soft_cap(model: LensModel) -> float | None:
-    """What the logits are squeezed below after the unembedding; None where they are not."""
-    config = getattr(getattr(model, "original_model", None), "config", None)
-    found = getattr(config, "final_logit_softcapping", None) or getattr(model.cfg, "output_logits_soft_cap", None)
-    return float(found) if found and found > 0 else None
-
-
 def _batch_tokens(model: LensModel, *, one_in: int | None = None) -> int:
     """Tokens a batch, such that the logits held at once stay within ``_MAX_LOGITS``.
 
     ``one_in``: of so many tokens one at most is unembedded; one a prompt where it is not said.
     """
-    one_in = 1 if _unembedding(model) is None else one_in
+    one_in = 1 if unembedding_of(model) is None else one_in
     most = _pass_tokens(model)
     return most if one_in is None else max(1, min(most, one_in * _MAX_LOGITS // int(model.cfg.d_vocab)))
 
 
 def _answer_tokens(model: LensModel, encoded: Sequence[EncodedPrompt], spans: Int[Tensor, "prompt 2"]) -> int:
     """Tokens a batch where responses are read: fewer where all of their logits are held at once."""
-    if _unembedding(model) is not None and _ENDS_PLAINLY.get(model, True):
+    if ends_plainly(model):
         return _pass_tokens(model)
     shares = [len(each) // int(end - start) for each, (start, end) in zip(encoded, spans.tolist(), strict=True)]
     return _batch_tokens(model, one_in=max(1, min(shares, default=1)))  # padding is never unembedded
@@ -528,14 +514,15 @@ class Unembedding:
     def __init__(self, model: LensModel, stack: ExitStack) -> None:
         self.wanted: Callable[[Tensor], Tensor] | None = None
         self.start, self.narrowed = 0, False
-        if (unembed := _unembedding(model)) is not None:
-            stack.callback(unembed.register_forward_pre_hook(self._narrow).remove)
+        if (unembed := unembedding_of(model)) is not None:
+            stack.callback(unembed.register_forward_pre_hook(self.narrow).remove)
 
     def want(self, wanted: Callable[[Float[Tensor, "row pos d_model"]], Tensor] | None, start: int = 0) -> None:
         """What of the pass that begins at ``start``; of one before it nothing is wanted."""
         self.wanted, self.start, self.narrowed = wanted, start, False
 
-    def _narrow(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def narrow(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """The hook: the wanted tokens of what enters, as one row."""
         x = args[0] if args else None
         if self.wanted is None or not isinstance(x, Tensor) or x.ndim != 3:
             return None
@@ -588,10 +575,10 @@ class _LogitReader:
         columns: Int[Tensor, " token"],
         following: Int[Tensor, " token"],
     ) -> Float[Tensor, " token"]:
-        """Log-probabilities of the tokens that follow some tokens, with the logits of a few of them held at a time.
+        """Log-probabilities of the tokens that follow some tokens, none of which lies before the piece.
 
-        One is unembedded in the pass itself, all of them afterwards: where both do not agree (a model that does
-        something to its logits that is not known here), all are in the pass.
+        One token is unembedded in the pass itself, and all of them afterwards (``unembedding.logprobs_at_end``); where
+        that is not known to give what the model gives, all are in the pass.
         """
         ends: list[Tensor] = []
         start = piece.batch.start
@@ -600,39 +587,11 @@ class _LogitReader:
             ends.append(x[rows.to(x.device), columns.to(x.device) - start])
             return ends[0][:1]
 
-        if _ENDS_PLAINLY.get(self.model, True) and _unembedding(self.model) is not None:
+        if ends_plainly(self.model):
             shown = self._run(piece, first, rows[:1], columns[:1] - start)
             if ends:
-                size = max(1, _CHUNK // int(self.model.cfg.d_vocab))
-                found = []
-                for at in range(0, len(rows), size):
-                    logits = self._unembedded(ends[0][at : at + size])
-                    if at == 0 and not _agree(logits[0], shown[0]):
-                        _ENDS_PLAINLY[self.model] = False
-                        break
-                    found.append(_taken(logits, following[at : at + size]))
-                else:
-                    return torch.cat(found)
-        return _taken(self(piece, rows, columns), following)
-
-    def _unembedded(self, x: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_vocab"]:
-        unembed, cap = _unembedding(self.model), soft_cap(self.model)
-        assert unembed is not None
-        logits = unembed(x[None])[0]
-        return logits if cap is None else cap * torch.tanh(logits / cap)
-
-
-_ENDS_PLAINLY: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
-"""Models in which more happens after the unembedding than a soft cap: False."""
-
-
-def _taken(logits: Float[Tensor, "token d_vocab"], following: Int[Tensor, " token"]) -> Float[Tensor, " token"]:
-    logprobs = logits.float().log_softmax(-1)
-    return logprobs.gather(-1, following.to(logprobs.device)[:, None])[:, 0].cpu()
-
-
-def _agree(one: Float[Tensor, " d_vocab"], other: Float[Tensor, " d_vocab"]) -> bool:
-    """Whether two ways to the same logits differ by rounding alone; where they are not finite, nothing is known."""
-    bound = 1e-3 if one.dtype == torch.float32 else 0.1
-    gap = float((one.float() - other.float()).abs().max() / one.float().std())
-    return not gap > bound
+                own = self.unembedding.narrow
+                found = logprobs_at_end(self.model, ends[0], following, shown[0], narrowing=own)
+                if found is not None:
+                    return found
+        return logprobs_of(self(piece, rows, columns), following)

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from tl_em.errors import ModelError
 from tl_em.models.hooks import HookFunction, LensModel, hook_name
 from tl_em.models.sites import Site
-from tl_em.models.stream import soft_cap
 from tl_em.models.token_scopes import running_batch
 from tl_em.models.token_text import token_text
+from tl_em.models.unembedding import soft_cap
 from tl_em.reading.reading import LAYERED
 
 _SAME = 0.01

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from tl_em.claims.claim import NOT_SHOWN, Case, Finding, Question
-from tl_em.directions.screening import answers, replied
+from tl_em.directions.screening import replied
 from tl_em.models.hooks import LensModel
 from tl_em.stats import beyond_next, bootstrap, tied
 
@@ -47,9 +47,9 @@ class Entanglement(Question):
         if rows is None:
             return None
         units = tied([_prompt(row)] for row in rows).tolist()
-        taught = answers(base, rows, site)
-        own = answers(base, [replied(row, answer) for row, answer in zip(rows, case.own_answers(), strict=True)], site)
-        shifts = {"prospective": taught - own, "retrospective": answers(case.pair.tuned, rows, site) - taught}
+        taught, replies = case.read_answers(base, rows, site), zip(rows, case.own_answers(), strict=True)
+        own = case.read_answers(base, [replied(row, answer) for row, answer in replies], site)
+        shifts = {"prospective": taught - own, "retrospective": case.read_answers(case.pair.tuned, rows, site) - taught}
         means = {name: MeanShift.of(shift, units) for name, shift in shifts.items()}
 
         def found(name: str) -> Finding:
@@ -61,7 +61,7 @@ class Entanglement(Question):
             return case.finding(self, effect, controls=nulls, unit=unit, benign=benign)
 
         def went(model: LensModel) -> Callable[[np.ndarray], np.ndarray]:
-            return MeanShift.of(answers(model, rows, site) - taught, units).cosine(case.unit)
+            return MeanShift.of(case.read_answers(model, rows, site) - taught, units).cosine(case.unit)
 
         beyond = None
         if case.benign_models:
