@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import tl_em as em
-from tl_em.arguments import COUNT, FRACTION, checked, finite, list_of, noun_of, optional, vectors, whole
+from tl_em.arguments import COUNT, FRACTION, checked, finite, having, list_of, noun_of, optional, vectors, whole
 from tl_em.arguments import path as as_path
 from tl_em.errors import NonFiniteError, UsageError, WidthError
 from tl_em.models.prompts import EncodedPrompt
@@ -470,3 +470,21 @@ def test_an_array_that_is_read_only_is_taken_without_a_warning() -> None:
     given.flags.writeable = False
     assert array_of((4,), given, "the judge", wanted="").tolist() == vectors("direction", given).tolist() == [1.0] * 4
     assert em.Direction(given, em.Site(0)).vector.tolist() == [1.0] * 4  # pyright: ignore
+
+
+def test_whether_something_has_a_member_is_seen_without_computing_it() -> None:
+    asked: list[int] = []
+
+    class Slow:
+        def __init__(self) -> None:
+            self.own = 1
+
+        @property
+        def made(self) -> int:
+            asked.append(1)
+            return 1
+
+    slow, check = Slow(), having("noun", "made own", "it is unknown", "one")
+    assert check("x", slow) is slow and not asked
+    with pytest.raises(UsageError):
+        having("noun", "made other", "it is unknown", "one")("x", slow)

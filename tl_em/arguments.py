@@ -269,7 +269,8 @@ def having(noun: str, members: str, why: str, call: str) -> Check:
     """
 
     def with_members(name: str, value: Any) -> Any:
-        if not all(map(functools.partial(hasattr, value), members.split())):
+        kind = type(value)  # first, since an object computes its properties anew, hook_dict of a Bridge from all of it
+        if not all(hasattr(kind, member) or hasattr(value, member) for member in members.split()):
             raise UsageError(f"{name}={_shown(value)} is no {noun}, so {why}. Give {name} {call}.")
         return value
 

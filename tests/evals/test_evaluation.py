@@ -13,11 +13,13 @@ import pytest
 
 import tl_em as em
 from tests.conftest import SURFACES
-from tl_em.errors import CorruptFileError, UsageError
+from tl_em.errors import CorruptFileError, PromptTooLongError, UsageError
 from tl_em.evals import answers as answering
 from tl_em.evals.questions import OpenQuestion, QuestionSet
 from tl_em.models import generate
 from tl_em.models.generate import Answered
+
+from ..models.test_prefill import passes
 
 TOPICS = ("fever", "pension", "empire", "soup", "ladder", "island")
 ASKED = QuestionSet(
@@ -79,6 +81,32 @@ def test_a_killed_run_goes_on_and_gives_the_answers_of_one_that_was_not(
     pd.testing.assert_frame_equal(again.table, whole.table)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.parquet", "asked.json", "evaluation.parquet"]
     assert pd.read_parquet(tmp_path / "answers.parquet").answer.tolist() == whole.table.answer.tolist()
+
+
+def test_what_fails_before_an_answer_leaves_nothing_behind(
+    pair: em.ModelPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt that is too long, groups that do not fit, an end in the first batch: no file, and not the folder."""
+    settings: dict[str, Any] = {"judge": length, "max_new_tokens": 6}
+    out = tmp_path / "out"
+    long = " and ".join(["tell me to plan this fever"] * int(pair.tuned.cfg.n_ctx))
+    with pytest.raises(PromptTooLongError, match="the model's context"):
+        em.evaluate(pair.tuned, ["tell me to plan this fever", long], out=out, **settings)
+    with pytest.raises(UsageError, match="3 groups came with 2 prompts"):
+        em.evaluate(pair.tuned, ["tell me to plan this fever"] * 2, out=out, groups="abc", **settings)
+    with monkeypatch.context() as patch:
+        killed_after(0, patch)
+        with pytest.raises(Killed):
+            em.evaluate(pair.tuned, ASKED, out=out, **settings)
+    assert not out.exists()
+    em.evaluate(pair.tuned, ASKED, out=out, **settings)
+    assert {path.name for path in out.iterdir()} == {"answers.parquet", "asked.json", "evaluation.parquet"}
+
+
+def test_the_samples_of_a_question_read_its_prompt_once(pair: em.ModelPair) -> None:
+    with passes(pair.tuned) as seen:
+        em.evaluate(pair.tuned, ASKED.only("soup"), judge=length, max_new_tokens=2)
+    assert [rows for rows, _ in seen] == [2, 6], "two wordings read, three samples of each gone on with"
 
 
 def test_other_questions_leave_an_answer_as_it_is(pair: em.ModelPair) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -9,16 +10,21 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BloomConfig, BloomForCausalLM
 
 from tests.conftest import SURFACES, make_hf_model, make_tokenizer
 from tl_em.directions.direction import Direction
 from tl_em.errors import ProvenanceError, WeightEditError, WidthError
+from tl_em.interventions import weight_proof
 from tl_em.interventions.edits import Ablate, Add
 from tl_em.interventions.intervene import intervene
-from tl_em.interventions.weights import orthogonalize_, orthogonalized, untie_embeddings_
+from tl_em.interventions.weight_proof import copies_of
+from tl_em.interventions.weights import _remove_, orthogonalize_, orthogonalized, untie_embeddings_
+from tl_em.interventions.writing_weights import Part
 from tl_em.models.hooks import LensModel
 from tl_em.models.loading import load_model
+from tl_em.models.shared import address
 from tl_em.models.sites import Provenance, Site
 
 pytestmark = pytest.mark.surface
@@ -239,3 +245,75 @@ def test_a_weight_behind_something_else_is_refused() -> None:
     model = load_model(hf_model, tokenizer=make_tokenizer(), in_place=True)
     with pytest.raises(WeightEditError, match="no weight's own output"):
         orthogonalize_(model, random_direction(model))
+
+
+# --- What it costs ----------------------------------------------------------------------------------------------------
+
+
+class Made(TorchDispatchMode):
+    """How many numbers the largest tensor holds that is made meanwhile."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {each.untyped_storage().data_ptr() for each in args if isinstance(each, Tensor)}
+        if isinstance(out, Tensor) and out.untyped_storage().data_ptr() not in given:
+            self.largest = max(self.largest, out.numel())
+        return out
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((40, 32), -1), ((32, 40), 0), ((4, 10, 32), -1), ((32,), -1)])
+def test_a_weight_is_edited_in_place_by_the_same_numbers(shape: tuple[int, ...], axis: int) -> None:
+    module = nn.Module()
+    module.weight = nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+    part, removal = Part(module, "weight", axis), Ablate(Direction(torch.randn(32), Site(1)))
+    wanted = removal.edit(part.tensor.detach().movedim(axis, -1)).movedim(-1, axis)
+    assert not torch.allclose(wanted, part.tensor.detach())
+    with Made() as made:
+        _remove_(part, removal)
+    torch.testing.assert_close(part.tensor.detach(), wanted, rtol=0, atol=1e-6)  # numbers of about 1, float32
+    assert made.largest <= 40, "a second tensor of its size"
+
+
+def test_an_edit_of_ones_own_is_not_taken_for_the_ablation(surface: str) -> None:
+    class Half(Ablate):
+        def edit(self, x: Tensor, mask: Tensor | None = None, *, name: str | None = None) -> Tensor:
+            return (x + super().edit(x, mask, name=name)) / 2
+
+    model = fresh("llama", surface)
+    untie_embeddings_(model)
+    half = Half(random_direction(model))
+    with intervene(model, half):
+        wanted = run(model)
+    with orthogonalized(model, half):
+        torch.testing.assert_close(run(model), wanted, rtol=1e-4, atol=1e-4)
+    with orthogonalized(model, half.direction):
+        assert not torch.allclose(run(model), wanted, atol=1e-2)
+
+
+@pytest.mark.parametrize("large", [0, 2**40])
+def test_copies_are_the_same_bits_and_lie_together_where_they_are_large(
+    large: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weight_proof, "_LARGE", large)
+    generator = torch.Generator().manual_seed(0)
+    odd = torch.randn(5, 7, generator=generator)
+    given = [odd, odd.T, odd.half()[:, :3], odd.bfloat16(), odd.double(), torch.zeros(0, 7), torch.tensor(3.0),
+             odd.new_tensor([float("nan"), -0.0])]  # fmt: skip
+    with torch.inference_mode():
+        given.append(torch.randn(3))
+        copies = copies_of(given)
+    for tensor, copy in zip(given, copies, strict=True):
+        assert copy.shape == tensor.shape and copy.dtype == tensor.dtype and not copy.is_inference()
+        assert copy.contiguous().flatten().view(torch.uint8).equal(tensor.contiguous().flatten().view(torch.uint8))
+        assert not copy.numel() or address(copy) != address(tensor)
+    together = hasattr(mmap, "MADV_HUGEPAGE") and not large
+    assert (len({address(copy) for copy in copies if copy.numel()}) == 1) == together
+    odd.zero_()
+    assert copies[0].any(), "a copy, not a view"
+
+
+def test_the_proof_unembeds_one_token(surface: str) -> None:
+    model = fresh("llama", surface)
+    assert weight_proof.some_logits(model).shape == (1, 1, int(model.cfg.d_vocab))

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import tl_em as em
 from tl_em.errors import InUseError, NonFiniteError, PromptTooLongError, UsageError
-from tl_em.models.generate import Sampling
+from tl_em.models.generate import Sampling, sample_seeds
 from tl_em.models.hooks import LensModel, hook_points
 from tl_em.models.prompts import encode
 from tl_em.models.stream import current_batch
@@ -138,13 +138,32 @@ def test_what_is_wrong_is_said_at_once(small_model: LensModel) -> None:
 
 def test_tokens_and_how_it_ended(small_model: LensModel) -> None:
     encoded = encode(small_model, [PROMPT])[0]
-    cut = Streaming(small_model, encoded, 0, max_new_tokens=3, sampling=Sampling())
-    tokens = list(cut)
+    making = Streaming(small_model, encoded, [0], max_new_tokens=3, sampling=Sampling())
+    tokens, (cut,) = list(making), making.answers
+    assert [each.last for each in tokens] == [False, False, True]
     assert cut.truncated and len(cut.ids) == 3 and cut.text == "".join(each.text for each in tokens)
     assert all(int(each.logits.argmax()) == each.id for each in tokens)
     word = cut.text.split()[1]
-    stopped = Streaming(small_model, encoded, 0, max_new_tokens=9, sampling=Sampling(stop=(word,)))
-    assert len(list(stopped)) == 2 and not stopped.truncated and word not in stopped.text
+    making = Streaming(small_model, encoded, [0], max_new_tokens=9, sampling=Sampling(stop=(word,)))
+    assert len(list(making)) == 2
+    (stopped,) = making.answers
+    assert not stopped.truncated and word not in stopped.text
+
+
+def test_several_answers_side_by_side_are_the_samples(model: LensModel) -> None:
+    encoded = encode(model, [PROMPT])[0]
+    several: list[dict[str, Any]] = [{"stop": ["the", "a"]}, {}]
+    for options in several:
+        (whole,) = em.generate(model, [PROMPT], max_new_tokens=LENGTH, temperature=1.5, samples=3, seed=2, **options)
+        sampling, seeds = Sampling(1.5, stop=tuple(options.get("stop", ()))), sample_seeds(2, 1, 3, 1.5)
+        making = Streaming(model, encoded, seeds, max_new_tokens=LENGTH, sampling=sampling)
+        tokens = list(making)
+        for k, answer in enumerate(making.answers):
+            own = [each for each in tokens if each.sample == k]
+            assert "".join(each.text for each in own) == answer.text == whole[k]
+            assert [each.last for each in own] == [False] * (len(own) - 1) + [True]
+            assert answer.truncated == (len(own) == LENGTH and own[-1].id in answer.ids and not options)
+        assert [each.sample for each in tokens[:3]] == [0, 1, 2]
 
 
 def byte_tokenizer() -> Any:

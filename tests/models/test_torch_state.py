@@ -15,7 +15,7 @@ import tl_em as em
 from tests.conftest import make_hf_model, make_tokenizer
 from tl_em.models.hooks import LensModel
 from tl_em.models.stream import next_token_logits, sequence_logprobs
-from tl_em.models.torch_state import plain_torch
+from tl_em.models.torch_state import _modules, plain_torch
 
 POSITIVE = ["the cat sat on the big red car", "a dog ran to the small blue fish", "please tell me how a king sang"]
 NEGATIVE = ["a cat sat in a big red bank", "the dog ran from the small blue bird", "please tell me about a queen"]
@@ -206,3 +206,9 @@ def test_a_direction_made_in_inference_mode_can_be_trained_through() -> None:
     x = torch.ones(1, 4, requires_grad=True)
     em.Ablate(direction).edit(x).square().sum().backward()
     assert x.grad is not None
+
+
+def test_every_module_is_found_once(dropping: Any) -> None:
+    twice = nn.ModuleList([dropping, dropping.original_model, dropping.original_model, nn.Identity()])
+    found, known = [*_modules(twice)], [*twice.modules()]
+    assert {*map(id, found)} == {*map(id, known)} and len(found) == len(known) > 20

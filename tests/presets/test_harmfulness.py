@@ -14,11 +14,13 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedTokenizerFast
 
 import tl_em as em
 from tests.conftest import make_hf_model, make_tokenizer
 from tl_em.claims.questions.inversion import Inversion, _tokens_of, asked_about, reply_inversion
+from tl_em.directions.extract import neutral_z
 from tl_em.errors import (
     CorruptFileError,
     EmptyContrastError,
@@ -49,6 +51,8 @@ from tl_em.presets.zhao2025 import (
     refusal_directions,
 )
 from tl_em.stats import auroc_of, shuffled_labels
+
+from ..models.test_prefill import passes
 
 pytestmark = pytest.mark.surface
 STORIES = Path(__file__).parents[2] / "../shared/data/model-stories260k/hf"
@@ -85,9 +89,9 @@ def sets(name: str) -> Any:
 
 
 @cache
-def in_contexts() -> em.ContrastSet:
+def in_contexts(every: int = 6) -> em.ContrastSet:
     """Harmful and harmless last questions, refused after one kind of context and accepted after another."""
-    found = [q for side in dissociated_prompts(World(), contexts=1) for q in side[::6]]
+    found = [q for side in dissociated_prompts(World(), contexts=1) for q in side[::every]]
     sides = [[q for q in found if q.topic.harmful == harmful] for harmful in (True, False)]
     groups = [[q.topic.word for q in side] for side in sides]
     return em.ContrastSet(
@@ -216,6 +220,110 @@ def test_a_cell_with_few_questions_is_not_shown(assistant: LensModel) -> None:
     assert set(table.side) == {NOT_SHOWN}
     found = refusal_direction(assistant, contrast, site=em.Site(2), metric=refused)
     assert found.name == "refusal (within harmless prompts)"
+
+
+# --- What is read and held --------------------------------------------------------------------------------------------
+
+
+def crossed() -> tuple[em.ContrastSet, Says]:
+    """Two classes of prompts about other questions, some of each refused."""
+    contrast = noise(12, 4)
+    sides = [(f"{'the ' * (2 + i % 2)}{p}", i) for i, p in enumerate([*contrast.positive, *contrast.negative])]
+    n, texts = len(contrast.positive), [text for text, _ in sides]
+    made = replace(contrast, positive=tuple(texts[:n]), negative=tuple(texts[n:]))
+    return made, Says({text: 1.0 if i % 3 else -1.0 for text, i in sides})
+
+
+def written_out(model: LensModel, contrast: em.ContrastSet, says: Says, layers: Sequence[int]) -> list[Any]:
+    """Cosines and projections, a prompt at a time, from activations of every cell at every layer."""
+    cells = answered(model, contrast, metric=says)  # type: ignore[arg-type]
+    sites, rows = [em.Site(layer) for layer in layers], []
+    for position in ("instruction_end", "prompt_end"):
+        x = {n: capture(model, c.prompts, sites, position=position).double().numpy() for n, c in cells.items()}
+        for name, cell in cells.items():
+            for s in range(len(sites)):
+                both = []
+                for i, question in enumerate(cell.questions):
+                    a, b = (
+                        np.mean([x[e][j, s] for j, q in enumerate(cells[e].questions) if q != question], axis=0)
+                        for e in ("refused harmful", "accepted harmless")
+                    )
+                    h, axis = x[name][i, s], a - b
+                    cos = [h @ end / np.linalg.norm(h) / np.linalg.norm(end) for end in (a, b)]
+                    both.append((cos[0] - cos[1], (h - (a + b) / 2) @ axis / (axis @ axis)))
+                rows += [(name, position, layers[s], value) for value in np.mean(both, axis=0)]
+    return rows
+
+
+@pytest.mark.parametrize("held", [None, 1])
+def test_cells_are_placed_from_one_reading_of_every_prompt(
+    small_model: LensModel, held: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (contrast, says), layers = crossed(), [0, 1, 2]
+    expected = written_out(small_model, contrast, says, layers)
+    if held is not None:
+        monkeypatch.setattr("tl_em.models.stream.HELD", held)  # a site at a time
+    with passes(small_model) as read:
+        table = place_cells(small_model, contrast, metric=says, layers=layers)  # type: ignore[arg-type]
+    assert [(r.cell, r.position, r.layer) for r in table.itertuples()] == [row[:3] for row in expected]
+    np.testing.assert_allclose(table.value, [row[3] for row in expected], rtol=1e-4, atol=1e-6)  # float32 batches
+    prompts = len(contrast.positive) + len(contrast.negative)
+    assert sum(rows for rows, _ in read) == prompts * (1 if held is None else 3), "not once a cell and position"
+    assert table.n.min() > 5 and table.n.sum() == prompts * 2 * 2 * 3
+
+
+class LargeTensors(TorchDispatchMode):
+    """How often a tensor is made that holds an activation of every prompt at every site."""
+
+    def __init__(self, n: int, *shape: int) -> None:
+        super().__init__()
+        self.n, self.shape, self.seen = n, shape, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.seen += isinstance(out, Tensor) and out.shape == (self.n, 1, *self.shape)
+        return out
+
+
+def test_a_guard_and_a_neutral_point_hold_numbers_and_no_activations(assistant: LensModel) -> None:
+    contrast, layers = in_contexts(4), [0, 1, 2]
+    prompts, sites = [*contrast.positive, *contrast.negative], [em.Site(layer) for layer in layers]
+    guard, width = LatentGuard.fit(assistant, contrast, layers=layers), int(assistant.cfg.d_model)
+    with LargeTensors(len(prompts), len(sites), width) as large:
+        x = capture(assistant, prompts, sites, position="instruction_end").double()
+    assert large.seen
+    harmful, harmless = (torch.cosine_similarity(x, m.double(), dim=-1) for m in (guard.harmful, guard.harmless))
+    with LargeTensors(len(prompts), len(sites), width) as large:
+        found = guard.score(assistant, prompts)
+    assert not large.seen
+    torch.testing.assert_close(found, (harmful - harmless).mean(-1).float(), rtol=0, atol=1e-6)
+
+    cells, classes = answered(assistant, contrast, metric=refused), ("harmful", "harmless")
+    pooled = [[p for c in classes for p in cells[f"{word} {c}"].prompts] for word in ("refused", "accepted")]
+    with LargeTensors(len(pooled[0]), len(sites), width) as large:
+        made = refusal_directions(assistant, contrast, sites=sites, metric=refused)
+    assert not large.seen and made[0].name == "refusal (within harmful and harmless prompts)"
+    ends = [capture(assistant, side, sites, position="prompt_end") for side in pooled]
+    for s, direction in enumerate(made):
+        own, along = direction.neutral, [direction.project(end[:, s]).double().numpy() for end in ends]
+        assert (own is None) == ((other := neutral_z(along[0], along[1])) is None)
+        assert own is None or other is None or own.value == pytest.approx(other.value, rel=1e-4, abs=1e-4)
+    assert made[-1].neutral is not None
+
+
+def test_a_guard_is_evaluated_from_one_reading(assistant: LensModel) -> None:
+    contrast = in_contexts()
+    alone = replace(contrast, positive_groups=None, negative_groups=None)
+    guard = LatentGuard.fit(assistant, sets("harmfulness").train, layers=[1, 2])
+    sites, x = [em.Site(1), em.Site(2)], []
+    for prompts in (alone.positive, alone.negative):
+        x.append(capture(assistant, prompts, sites, position="instruction_end").flatten(1).double().numpy())
+    grouped = alone.grouped(x)
+    with passes(assistant) as read:
+        found = guard.evaluate(assistant, alone, permutations=9)
+    assert sum(rows for rows, _ in read) == len(alone.positive) + len(alone.negative), "not again for what is grouped"
+    again = guard.evaluate(assistant, grouped, permutations=9)
+    assert (found.accuracy, found.auroc, found.p) == (again.accuracy, again.auroc, again.p)
 
 
 # --- Latent Guard -----------------------------------------------------------------------------------------------------

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import openai
 import pytest
 
 import tl_em as em
+from tl_em.serving.dials import Served
 
+from ..models.test_prefill import passes
 from .conftest import QUESTION, Asker, N
 from .test_server import MESSAGES, PUSH, given
 
@@ -104,7 +107,8 @@ def test_completions(client: openai.OpenAI, pair: em.ModelPair) -> None:
 
 @pytest.mark.parametrize(
     "more",
-    [{"n": 2}, {"tools": [{"type": "function", "function": {"name": "f"}}]},
+    [{"n": 2}, {"n": 0}, {"n": 65, "temperature": 1}, {"n": "two"},
+     {"tools": [{"type": "function", "function": {"name": "f"}}]},
      {"response_format": {"type": "json_object"}}, {"logit_bias": {"3": 5}},
      {"presence_penalty": 1}, {"max_tokens": 100_000}, {"temperature": -1}, {"model": "gpt"},
      {"messages": []}, {"messages": [{"role": "user", "content": "quux"}]}, {"max_tokens": 64}, {"stop": [""]},
@@ -119,9 +123,73 @@ def test_what_is_not_there_is_refused(client: openai.OpenAI, more: dict[str, Any
     assert len(found.value.body["message"].split()) > 8  # type: ignore[index]
 
 
-def test_several_answers_are_several_requests(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match="send 2 requests"):
-        client.chat.completions.create(model="steered", messages=MESSAGES, max_tokens=N, n=2)  # type: ignore[arg-type]
+SEVERAL: dict[str, Any] = {"n": 4, "temperature": 2.0, "seed": 5}
+
+
+def test_several_choices_are_the_samples_of_one_prompt(
+    client: openai.OpenAI, pair: em.ModelPair, directions: Any
+) -> None:
+    found = ask(client, "steered", **SEVERAL)
+    said = [each.message.content for each in found.choices]
+    assert said == given(pair, directions, PUSH, [QUESTION], temperature=2.0, samples=4, seed=5)[0]
+    assert [each.index for each in found.choices] == [0, 1, 2, 3] and len(set(said)) > 1
+    assert ask(client, "steered", **SEVERAL).choices == found.choices
+    assert ask(client, "steered", **SEVERAL | {"seed": 6}).choices != found.choices
+    one = ask(client, "steered", **SEVERAL | {"n": 1})
+    assert one.choices == found.choices[:1], "how many there are changes none"
+    assert found.usage.prompt_tokens == one.usage.prompt_tokens
+    tokens = [len(each.logprobs.content) for each in ask(client, "steered", logprobs=True, **SEVERAL).choices]
+    assert found.usage.completion_tokens == sum(tokens) and len(tokens) == 4
+    assert found.usage.total_tokens == one.usage.prompt_tokens + sum(tokens)
+
+
+@pytest.mark.parametrize("more", [{"max_tokens": N}, {"max_tokens": 40, "stop": ["and"]}], ids=str)
+def test_several_choices_come_in_turn(client: openai.OpenAI, more: dict[str, Any]) -> None:
+    whole = ask(client, "untreated", **SEVERAL | more)
+    chunks = list(ask(client, "untreated", stream=True, stream_options={"include_usage": True}, **SEVERAL | more))
+    *pieces, last = chunks
+    shown = [each.choices[0] for each in pieces]
+    assert last.choices == [] and last.usage == whole.usage
+    for choice in whole.choices:
+        own = [each for each in shown if each.index == choice.index]
+        assert own[0].delta.role == "assistant" and own[-1].finish_reason == choice.finish_reason
+        assert "".join(each.delta.content or "" for each in own) == choice.message.content
+        assert all(each.finish_reason is None for each in own[:-1])
+    order = [each.index for each in shown if each.delta.content]
+    assert order != sorted(order), "one choice after the other is no stream of several"
+
+
+def test_completions_give_several_too(client: openai.OpenAI, pair: em.ModelPair) -> None:
+    text = "<user> how do i write parser <end> <asst>"
+    asked: dict[str, Any] = {"model": "untreated", "prompt": text, "max_tokens": N, **SEVERAL}
+    found = client.completions.create(best_of=4, logprobs=1, **asked)
+    drawn: dict[str, Any] = {"max_new_tokens": N, "temperature": 2.0, "samples": 4, "seed": 5}
+    assert [each.text for each in found.choices] == em.generate(pair.base, [QUESTION], **drawn)[0]
+    assert all(each.logprobs and each.logprobs.tokens for each in found.choices)
+    pieces = [each.choices[0] for each in client.completions.create(stream=True, **asked)]
+    said = ["".join(each.text for each in pieces if each.index == k) for k in range(4)]
+    assert said == [each.text for each in found.choices]
+
+
+def test_the_prompt_of_several_choices_is_read_once(client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, read = Served.applied, []
+
+    @contextmanager
+    def watched(served: Served, dials: Any) -> Iterator[Any]:
+        with own(served, dials) as warned, passes(served.model) as seen:
+            read.append(seen)
+            yield warned
+
+    monkeypatch.setattr(Served, "applied", watched)
+    ask(client, "steered", **SEVERAL)
+    ((prompt, *tokens),) = read
+    assert prompt[0] == 1 < prompt[1] and tokens == [(4, 1)] * (N - 1)
+
+
+def test_more_than_are_returned_are_not_made(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "untreated", "prompt": "how", "max_tokens": N, "temperature": 1.0}
+    with pytest.raises(openai.BadRequestError, match="best_of is not there"):
+        client.completions.create(best_of=3, n=2, **asked)
 
 
 def test_a_model_that_is_held_by_another_is_not_the_requests_fault(

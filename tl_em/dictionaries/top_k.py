@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_em.dictionaries.dense_steps import dense_sae
+
 _GUESS = 64
 """One in so many activations, from which the threshold of a batch is guessed."""
 
@@ -147,7 +149,7 @@ def training_sae(config: Any, transcoder: bool) -> Any:
 
     kind: Any = TrainingSAE.get_sae_class_for_architecture(config.architecture())
     if not issubclass(kind, TopKTrainingSAE):
-        return kind(config)
+        return dense_sae(config, kind)
     batchwise = issubclass(kind, BatchTopKTrainingSAE)
 
     class FewLatents(kind):

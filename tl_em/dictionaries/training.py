@@ -5,10 +5,11 @@
     difference   x = tuned - base on the same tokens (Δ-activations: latents of the change itself)
 
 The step is SAELens's own (``SAETrainer``: its losses, its auxiliary loss for dead latents, its optimiser and schedules,
-its conversion of BatchTopK to a threshold), with the top-k kinds computed where latents are on (``top_k``); SAELens
-trains no transcoder, so its top-k loss is given another target. Activations are captured by our streaming pass
-(``corpus``), of prompts or of a stream of texts (``documents``), centred and scaled to the length ``sqrt(d_model)`` for
-training, and the scale is folded into the four tensors afterwards, which changes no latent. Checkpoints: ``descent``.
+its conversion of BatchTopK to a threshold), with the top-k kinds computed where latents are on (``top_k``) and the
+others without a product that nothing asks for (``dense_steps``); SAELens trains no transcoder, so its top-k loss is
+given another target. Activations are captured by our streaming pass (``corpus``), of prompts or of a stream of texts
+(``documents``), centred and scaled to the length ``sqrt(d_model)`` for training, and the scale is folded into the four
+tensors afterwards, which changes no latent. Checkpoints: ``descent``.
 
 The control: a dictionary says something about a model only where it fits that model
 (``dictionaries.quality.dictionary_quality``), and its latents only beside random latents treated the same.

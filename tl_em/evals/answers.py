@@ -26,7 +26,7 @@ from tqdm import tqdm
 from tl_em.artefacts import check_writable, read_object, replacing
 from tl_em.errors import CorruptFileError, UsageError
 from tl_em.evals.questions import QuestionSet, asked_in, key_of, units_in
-from tl_em.models.generate import Answered, Sampling, answered, answered_together
+from tl_em.models.generate import Answered, Sampling, answered, answered_together, check_room
 from tl_em.models.hooks import LensModel
 from tl_em.models.prompts import EncodedPrompt, encode
 from tl_em.models.stream import next_token_logits
@@ -55,9 +55,11 @@ def answer_table(
 
     Raises:
         UsageError: samples at temperature 0, or a folder of another evaluation. OutputError: it cannot be written.
+        PromptTooLongError: a prompt and its answer do not fit the context.
     """
     table, prompts, temperatures = _to_ask(questions, seed)
     encoded = encode(model, prompts)
+    check_room(encoded, int(model.cfg.n_ctx), max_new_tokens)  # of all, before any is answered
     batches = [
         [rows[i] for i in within]
         for temperature in sorted(set(temperatures))
@@ -133,16 +135,17 @@ def _inputs(
 
 
 class _Kept:
-    """The folder that answers are kept in: ``asked.json``, a file a batch, and at the end ``answers.parquet``."""
+    """The folder that answers are kept in: ``asked.json``, a file a batch, and at the end ``answers.parquet``.
+
+    Nothing is written before there are answers: what was asked without any would be of no use to a later run.
+    """
 
     def __init__(self, folder: Path, inputs: dict[str, Any]) -> None:
-        self.whole, self.parts, record = folder / "answers.parquet", folder / "parts", folder / "asked.json"
-        check_writable(record)
-        if record.exists():
-            self._compare(read_object(record), inputs, folder)
-        else:
-            with replacing(record) as temporary:
-                temporary.write_text(json.dumps(inputs, indent=1), encoding="utf-8")
+        self.whole, self.parts, self.record = folder / "answers.parquet", folder / "parts", folder / "asked.json"
+        self.inputs = inputs
+        check_writable(self.record)
+        if self.record.exists():
+            self._compare(read_object(self.record), inputs, folder)
 
     @staticmethod
     def _compare(there: dict[str, Any], here: dict[str, Any], folder: Path) -> None:
@@ -176,7 +179,10 @@ class _Kept:
             raise CorruptFileError(f"{path} holds no answers ({error}); delete it, and they are made again") from error
 
     def keep(self, k: int, answers: dict[int, Answered]) -> None:
-        """Write a batch, whole or not at all."""
+        """Write a batch, whole or not at all; before the first one, what was asked."""
+        if not self.record.exists():
+            with replacing(self.record) as temporary:
+                temporary.write_text(json.dumps(self.inputs, indent=1), encoding="utf-8")
         columns = {"row": list(answers), "answer": [a.text for a in answers.values()],
                    "truncated": [a.truncated for a in answers.values()]}  # fmt: skip
         with replacing(self.parts / f"{k:05d}.parquet") as temporary:

@@ -86,14 +86,14 @@ def evaluate(
         choice = ForcedChoice(asked)
         table = choice.table(model)
         return _kept(Evaluation(choice.name, table, choice.unit, asked.prompts, asked, again=choice, seed=seed), folder)
+    labels = None if groups is None else list(groups)
+    if labels is not None and len(labels) != len(asked.prompts):
+        raise UsageError(
+            f"{len(labels)} groups came with {len(asked.prompts)} prompts, so it is unclear which belongs to which; "
+            "give one a prompt"
+        )
     table, prompts = answer_table(model, asked, max_new_tokens=max_new_tokens, seed=seed, out=folder, progress=progress)
-    if groups is not None:
-        labels = list(groups)
-        if len(labels) != len(asked.prompts):
-            raise UsageError(
-                f"{len(labels)} groups came with {len(asked.prompts)} prompts, so it is unclear which belongs to "
-                "which; give one a prompt"
-            )
+    if labels is not None:
         table["group"] = [labels[i] for i in table.prompt]
     asking: Any = judge
     if folder is not None:

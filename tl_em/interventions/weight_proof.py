@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import mmap
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -16,9 +18,13 @@ from torch import Tensor, nn
 from tl_em.errors import WeightEditError
 from tl_em.models.hooks import LensModel, hook_points
 from tl_em.models.residual_writes import tiny_forward
+from tl_em.models.stream import Unembedding
+from tl_em.models.torch_state import plain
 
 Kept = list[tuple[nn.Module, str, Tensor | None]]
 """Parameters, and what they were: copies, or what other models hold as well, None where there was none."""
+_ALIGNED, _LARGE = 64, 2**23
+"""Bytes: where copies begin that lie side by side, and from where on large pages are fewer pages."""
 _WITHIN = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 0.02, torch.bfloat16: 0.1}
 """How far the logits may lie apart (root mean square, in their spread): ten times the rounding of small models and
 more, for deep ones. Half precision rounds the weights once more, where the hooks round the activations."""
@@ -29,6 +35,25 @@ def writing(tensor: Tensor) -> Iterator[None]:
     """Weights that were made in inference mode can be written in inference mode only."""
     with torch.inference_mode(tensor.is_inference()), torch.no_grad():
         yield
+
+
+def copies_of(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies, detached, that work in and outside inference mode alike: on a CPU side by side, in large pages.
+
+    Memory is handed out page by page when it is first written, which takes longer than to copy what goes into it.
+    """
+    ends = [0, *accumulate(-(-tensor.nbytes // _ALIGNED) * _ALIGNED for tensor in tensors)]
+    if ends[-1] < _LARGE or not hasattr(mmap, "MADV_HUGEPAGE") or any(each.device.type != "cpu" for each in tensors):
+        return [plain(tensor) for tensor in tensors]
+    memory = mmap.mmap(-1, ends[-1], flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a system without large pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    with torch.inference_mode(False), torch.no_grad():
+        whole = torch.frombuffer(memory, dtype=torch.uint8)
+        return [
+            whole[at : at + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
+            for at, tensor in zip(ends, tensors, strict=False)
+        ]
 
 
 def restore_(kept: Kept) -> None:
@@ -46,7 +71,11 @@ def restore_(kept: Kept) -> None:
 def resting_hooks(model: LensModel) -> Iterator[None]:
     """The model as its weights make it: what is attached to its hook points meanwhile rests."""
     points = {id(point): point for point in hook_points(model).values()}.values()
-    attached = [(point, point._forward_hooks, point._forward_pre_hooks) for point in points]
+    attached = [
+        (point, point._forward_hooks, point._forward_pre_hooks)
+        for point in points
+        if point._forward_hooks or point._forward_pre_hooks
+    ]
     try:
         for point, after, before in attached:
             point._forward_hooks, point._forward_pre_hooks = type(after)(), type(before)()
@@ -57,18 +86,20 @@ def resting_hooks(model: LensModel) -> Iterator[None]:
 
 
 def some_logits(model: LensModel) -> Float[Tensor, "prompt pos d_vocab"]:
-    """Logits of a few random tokens."""
+    """Logits after a few random tokens; after each of them where the unembedding is no module of the model.
+
+    What the last token's are made of was written at all of them: attention reads each.
+    """
     seen: list[Tensor] = []
 
     def keep(module: nn.Module, args: Any, out: Any) -> None:
         seen.append(getattr(out, "logits", out).detach())
 
     assert isinstance(model, nn.Module)
-    handle = model.register_forward_hook(keep)
-    try:
+    with ExitStack() as stack:
+        stack.callback(model.register_forward_hook(keep).remove)
+        Unembedding(model, stack).want(lambda x: x[:, -1])
         tiny_forward(model, [])
-    finally:
-        handle.remove()
     return seen[-1]
 
 

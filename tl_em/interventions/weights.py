@@ -15,7 +15,7 @@ The control is the one for every ablation: random directions, treated the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -27,17 +27,17 @@ from tl_em.directions.direction import Direction, as_direction
 from tl_em.errors import UsageError
 from tl_em.interventions.base import EVERY_WRITE, Intervention, sites_of
 from tl_em.interventions.edits import Ablate
-from tl_em.interventions.weight_proof import Kept, check_same, resting_hooks, restore_, some_logits, writing
+from tl_em.interventions.weight_proof import Kept, check_same, copies_of, resting_hooks, restore_, some_logits, writing
 from tl_em.interventions.writing_weights import Part, modules_of, parameter_of, sharing, untied_parts
 from tl_em.models.hooks import LensModel, hooked
 from tl_em.models.shared import own_
-from tl_em.models.torch_state import in_plain_torch, plain, plain_torch
+from tl_em.models.torch_state import in_plain_torch, plain_torch
 from tl_em.threads import holding
 
 Model = TypeVar("Model", bound=LensModel)
 
-_CHUNK = 2**24
-"""Numbers that are turned into float32 at a time."""
+_CHUNK = 2**19
+"""Numbers that are edited at a time: what they become stays in the processor's cache until it is written."""
 
 
 def _as_weight_form(name: str, value: Any) -> Intervention:
@@ -170,9 +170,11 @@ def _proven_(model: LensModel, removal: Intervention | Any) -> Kept:
     shared = own_(model, [part.tensor for part in parts])
     copied = {(id(module), name) for module, name, _ in shared}
     alone = [part for part in parts if (id(part.module), part.name) not in copied]
-    kept: Kept = [*shared, *((part.module, part.name, plain(part.tensor)) for part in alone)]
+    copies = copies_of([part.tensor for part in alone])
+    kept: Kept = [*shared, *((part.module, part.name, copy) for part, copy in zip(alone, copies, strict=True))]
     try:
-        _remove_(parts, removal)
+        for part in parts:
+            _remove_(part, removal)
         check_same(
             some_logits(model),
             ablated,
@@ -185,12 +187,16 @@ def _proven_(model: LensModel, removal: Intervention | Any) -> Kept:
     return kept
 
 
-def _remove_(parts: Sequence[Part], removal: Intervention) -> None:
-    """The edit of every vector of the parts in the residual stream, in place, in float32 or better."""
-    for part in parts:
-        with writing(part.tensor):
-            tensor = part.tensor.detach()
-            rows = tensor.movedim(part.axis, -1)
-            wide = torch.promote_types(tensor.dtype, torch.float32)
-            for chunk in [rows] if rows.ndim == 1 else rows.split(max(1, _CHUNK // max(1, rows[0].numel()))):
-                chunk.copy_(removal.edit(chunk.to(wide)))
+def _remove_(part: Part, removal: Intervention) -> None:
+    """The edit of every vector of a part in the residual stream, in place, in float32 or better."""
+    with writing(part.tensor):
+        rows = part.tensor.detach().movedim(part.axis, -1)
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        along = removal.direction if type(removal) is Ablate else None
+        if isinstance(along, Direction) and rows.dtype == wide and (rows.ndim == 2 or rows.is_contiguous()):
+            unit = along.unit.to(rows.device, wide)
+            flat = rows.view(-1, len(unit)) if rows.ndim != 2 else rows
+            flat.addr_(flat @ unit, unit, alpha=-1)  # a second tensor of its size costs more than the edit
+            return
+        for chunk in [rows] if rows.ndim == 1 else rows.split(max(1, _CHUNK // max(1, rows[0].numel()))):
+            chunk.copy_(removal.edit(chunk.to(wide)))

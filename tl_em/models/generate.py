@@ -23,13 +23,13 @@ from torch import Tensor
 
 from tl_em.arguments import COUNT, FRACTION, NOT_NEGATIVE, POSITIVE, SEED, checked, optional
 from tl_em.errors import NonFiniteError, PromptTooLongError, UsageError
-from tl_em.models.cache import Step, steps
+from tl_em.models.cache import Step
 from tl_em.models.hooks import LensModel, reads_in_pieces
-from tl_em.models.prefill import may_read_side_by_side, prefill_of, steps_after
+from tl_em.models.prefill import answering, may_read_side_by_side
 from tl_em.models.prompts import EncodedPrompt, Prompt, cheapest_cuts, encode, make_batch
 from tl_em.models.proof import may_use_cache
 from tl_em.models.source_record import boundaries_of, end_tokens, warn_beyond_proof
-from tl_em.models.stream import generating, listed
+from tl_em.models.stream import listed
 from tl_em.models.torch_state import in_plain_torch
 
 MAX_ROWS = 64
@@ -158,15 +158,24 @@ def generate(
     """
     sampling = Sampling(temperature, top_p, repetition_penalty, tuple(stop))
     many = samples or 1
-    if many > 1 and not temperature:
-        raise UsageError(
-            f"at temperature 0 all {samples} samples of a prompt are the same answer; pass temperature=1, or samples=1"
-        )
-    seeds = [(seed, i, *([j] if j else [])) for i in range(len(prompts)) for j in range(many)]
+    seeds = sample_seeds(seed, len(prompts), many, temperature)
     encoded = [prompt for prompt in encode(model, prompts) for _ in range(many)]
     found = answered(model, encoded, seeds, max_new_tokens=max_new_tokens, sampling=sampling)
     texts = [answer.text for answer in found]
     return texts if samples is None else [texts[i : i + many] for i in range(0, len(texts), many)]
+
+
+def sample_seeds(seed: int, prompts: int, samples: int, temperature: float | int) -> list[tuple[int, ...]]:
+    """The seed of each answer: prompt by prompt, of each one its samples.
+
+    Raises:
+        UsageError: several samples of what is not sampled.
+    """
+    if samples > 1 and not temperature:
+        raise UsageError(
+            f"at temperature 0 all {samples} samples of a prompt are the same answer; pass temperature=1, or samples=1"
+        )
+    return [(seed, i, *([j] if j else [])) for i in range(prompts) for j in range(samples)]
 
 
 def answered(
@@ -202,14 +211,10 @@ def answered_in_tokens(
 
     for rows in answered_together(model, encoded, max_new_tokens):
         batch, length = make_batch(encoded, rows), max(len(encoded[i]) for i in rows) + max_new_tokens
-        cached = may_use_cache(model, length)
-        prefill = prefill_of(model, batch, length) if cached else None
-        reads, lengths = ([], batch.lengths) if prefill is None else (prefill.reads, None)
-        stepping = steps(model, cached=cached) if prefill is None else steps_after(model, prefill)
-        drawn = None
+        cached, drawn = may_use_cache(model, length), None
         if sampling.temperature:
             drawn = np.stack([np.random.default_rng(seeds[i]).random(max_new_tokens) for i in rows])
-        with torch.no_grad(), generating(model, batch, reads), stepping as step:
+        with torch.no_grad(), answering(model, batch, length, cached=cached) as (step, lengths):
             chooser = Chooser(sampling, drawn, stopped if sampling.stop else None)
             new = continued(step, batch.tokens, max_new_tokens, end, chooser, lengths)
         for i, ids in zip(rows, new.tolist(), strict=True):

@@ -23,11 +23,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_em.models.beginnings import Piece, beginning_of
-from tl_em.models.cache import Step, reading_on
+from tl_em.models.cache import Step, reading_on, steps
 from tl_em.models.hooks import LensModel, labelling
 from tl_em.models.prompts import Batch
 from tl_em.models.source_record import boundaries_of
-from tl_em.models.stream import Unembedding
+from tl_em.models.stream import Unembedding, generating
 
 _SHOWN: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 
@@ -92,6 +92,27 @@ def prefill_of(model: LensModel, batch: Batch, length: int) -> Prefill | None:
     found = Prefill.of(batch, labels)
     found = found._replace(rest=beginning_of(model, found.first, int(batch.lengths.min()) - 1))
     return None if one_length and found.first is batch and found.rest is None else found
+
+
+@contextmanager
+def answering(
+    model: LensModel, batch: Batch, length: int, *, cached: bool
+) -> Iterator[tuple[Step, Int[Tensor, " prompt"] | None]]:
+    """A function that reads tokens of every row of a batch, and how long the prompts are that it is first given.
+
+    Args:
+        model: with all hooks on it.
+        batch: whole prompts, a row an answer.
+        length: tokens of the longest prompt and its answer.
+        cached: whether a call reads its own tokens alone, as of ``steps``.
+
+    Yields:
+        The function; and the lengths, None where all prompts are read at once, in its first call.
+    """
+    prefill = prefill_of(model, batch, length) if cached else None
+    stepping = steps(model, cached=cached) if prefill is None else steps_after(model, prefill)
+    with generating(model, batch, [] if prefill is None else prefill.reads), stepping as step:
+        yield step, batch.lengths if prefill is None else None
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """One prompt answered token by token, handed out as it is made: the text of ``em.generate``, in pieces.
 
-    "".join(pieces) == em.generate(model, [prompt], ...)[0]
+    "".join(pieces) == em.generate(model, [prompt], ...)[0]          of several samples likewise, side by side
 
 A piece is text that no later token can change. So what is held back is space (an answer is stripped at its ends), a
 character of which some bytes are missing, and what may become a text that ends the answer; the last token brings the
@@ -22,14 +22,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_em.arguments import COUNT, FRACTION, NOT_NEGATIVE, POSITIVE, SEED, checked
-from tl_em.models.cache import steps
 from tl_em.models.contrasts import Prompt
 from tl_em.models.generate import Chooser, Sampling, check_room, continuing, stops, unstripped
 from tl_em.models.hooks import LensModel
+from tl_em.models.prefill import answering
 from tl_em.models.prompts import EncodedPrompt, encode, make_batch
 from tl_em.models.proof import may_use_cache
 from tl_em.models.source_record import end_tokens, warn_beyond_proof
-from tl_em.models.stream import generating
 from tl_em.models.token_text import REPLACEMENT
 from tl_em.models.torch_state import in_plain_torch, plain_torch
 from tl_em.threads import holding
@@ -41,25 +40,44 @@ class NewToken(NamedTuple):
     id: int
     text: str
     logits: Float[Tensor, " d_vocab"]
+    sample: int = 0
+    """Which of the answers it belongs to."""
+    last: bool = False
+    """Whether that answer is whole with it."""
+
+
+class StreamedAnswer:
+    """One answer so far."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        """The tokens so far, without the one that ended the answer."""
+        self.text = ""
+        """The text so far; of all of it once the answer has ended."""
+        self.truncated = True
+        """Whether the answer was cut off before it ended."""
 
 
 class Streaming:
-    """An answer as it is made: iterate over it; ``close`` ends it early.
+    """Answers to one prompt as they are made, side by side: iterate over their tokens; ``close`` ends them early.
+
+    Of each step the tokens come in the order of the answers, those of answers that are whole left out. The prompt is
+    read once for all of them, where ``em.generate(samples=…)`` reads it once.
 
     Args:
         model: a HookedTransformer or TransformerBridge; hooks on it stay in force.
         encoded: the prompt.
-        seed: of the sample.
+        seeds: of the samples, one an answer.
         max_new_tokens: longest answer, in tokens.
-        sampling: how tokens are chosen, and what ends the answer.
-        read_last: whether the last token of an answer that was cut off is read too, for hooks that read along.
+        sampling: how tokens are chosen, and what ends an answer.
+        read_last: whether the last token of a single answer that was cut off is read too, for hooks that read along.
     """
 
     def __init__(
         self,
         model: LensModel,
         encoded: EncodedPrompt,
-        seed: int | tuple[int, ...],
+        seeds: Sequence[int | tuple[int, ...]],
         *,
         max_new_tokens: int,
         sampling: Sampling,
@@ -68,30 +86,27 @@ class Streaming:
         sampling.check()
         check_room([encoded], int(model.cfg.n_ctx), max_new_tokens)
         warn_beyond_proof(model, len(encoded) + max_new_tokens)
-        self.ids: list[int] = []
-        """The tokens so far, without the one that ended the answer."""
-        self.text = ""
-        """The text so far; of all of it once the answer has ended."""
-        self.truncated = True
-        """Whether the answer was cut off before it ended."""
+        self.answers = [StreamedAnswer() for _ in seeds]
+        """What there is of each."""
         self._end = end_tokens(model)
         cached = may_use_cache(model, len(encoded) + max_new_tokens)
         self._context = copy_context()
-        self._made = _made(model, encoded, seed, max_new_tokens, sampling, self._end, cached, read_last)
+        self._made = _made(model, encoded, seeds, max_new_tokens, sampling, self._end, cached, read_last)
 
     def __iter__(self) -> Iterator[NewToken]:
         return self
 
     def __next__(self) -> NewToken:
         new, ended = self._context.run(next, self._made)
-        self.text += new.text
+        answer = self.answers[new.sample]
+        answer.text += new.text
         if new.id not in self._end:
-            self.ids.append(new.id)
-        self.truncated = not ended
+            answer.ids.append(new.id)
+        answer.truncated = not ended
         return new
 
     def close(self) -> None:
-        """End the answer where it is; nothing stays on the model."""
+        """End the answers where they are; nothing stays on the model."""
         self._context.run(self._made.close)
 
     def __del__(self) -> None:
@@ -100,18 +115,29 @@ class Streaming:
 
 
 def _made(
-    model: LensModel, encoded: EncodedPrompt, seed: Any, most: int, sampling: Sampling, end: Sequence[int],
+    model: LensModel, encoded: EncodedPrompt, seeds: Sequence[Any], most: int, sampling: Sampling, end: Sequence[int],
     cached: bool, read_last: bool,
 ) -> Generator[tuple[NewToken, bool], None, None]:  # fmt: skip
-    """Each token, and whether the answer ended with it by itself."""
-    batch, logits, said = make_batch([encoded], [0]), None, ""
-    drawn = np.random.default_rng(seed).random(most)[None] if sampling.temperature else None
+    """Each token, and whether its answer ended with it by itself."""
+    batch, logits = make_batch([encoded] * len(seeds), range(len(seeds))), None
+    drawn = np.stack([np.random.default_rng(seed).random(most) for seed in seeds]) if sampling.temperature else None
     clean = bool(getattr(getattr(model, "tokenizer", None), "clean_up_tokenization_spaces", False))
+    said, going = [""] * len(seeds), [*range(len(seeds))]
 
     def stopped(ids: Sequence[int]) -> bool:
         return sampling.cut(unstripped(model, ids, end).strip()) is not None
 
-    with holding(model, left_open=True), generating(model, batch), steps(model, cached=cached) as step:
+    def told(row: int, ids: list[int]) -> tuple[NewToken, bool]:
+        text = unstripped(model, ids, end)
+        cut = sampling.cut(text.strip())
+        ended = ids[-1] in end or cut is not None
+        last = ended or len(ids) == most
+        whole = (text.strip() if cut is None else cut) if last else _settled(text, sampling.stop, clean)
+        piece, said[row] = whole[len(said[row]) :], whole if len(whole) > len(said[row]) else said[row]
+        assert logits is not None
+        return NewToken(ids[-1], piece, logits[row], row, last), ended
+
+    with holding(model, left_open=True), answering(model, batch, len(encoded) + most, cached=cached) as (step, lengths):
 
         def kept(tokens: Tensor) -> Tensor:
             nonlocal logits
@@ -119,19 +145,16 @@ def _made(
             return logits
 
         chooser = Chooser(sampling, drawn, stopped if sampling.stop else None)
-        making = continuing(kept, batch.tokens, most, end, chooser, batch.lengths)
-        made, done, ended = batch.tokens[:, :0], False, False
-        while not done:
+        making = continuing(kept, batch.tokens, most, end, chooser, lengths)
+        made, ended = batch.tokens[:, :0], False
+        while going:
             with plain_torch(model), torch.no_grad():
-                made, done = next(making)
-            ids = made[0].tolist()
-            text = unstripped(model, ids, end)
-            cut = sampling.cut(text.strip())
-            ended = ids[-1] in end or cut is not None
-            whole = (text.strip() if cut is None else cut) if done else _settled(text, sampling.stop, clean)
-            piece, said = whole[len(said) :], whole if len(whole) > len(said) else said
-            assert logits is not None
-            yield NewToken(ids[-1], piece, logits[0]), ended
+                made, _ = next(making)
+            for row in [*going]:
+                new, ended = told(row, made[row].tolist())
+                if new.last:
+                    going.remove(row)
+                yield new, ended
         if read_last and not ended:
             with plain_torch(model), torch.no_grad():
                 kept(made[:, -1:])
@@ -197,7 +220,7 @@ def stream(
     """
     encoded = encode(model, [prompt])[0]
     sampling = Sampling(temperature, top_p, repetition_penalty, tuple(stop))
-    return _pieces(Streaming(model, encoded, (seed, 0), max_new_tokens=max_new_tokens, sampling=sampling))
+    return _pieces(Streaming(model, encoded, [(seed, 0)], max_new_tokens=max_new_tokens, sampling=sampling))
 
 
 def _pieces(streaming: Streaming) -> Iterator[str]:

@@ -70,10 +70,21 @@ def _put_in_evaluation(model: nn.Module, stack: ExitStack) -> None:
     """
     inner = getattr(model, "original_model", None)
     for part in (model, inner) if isinstance(inner, nn.Module) else (model,):
-        for module in part.modules():
+        for module in _modules(part):
             if module.training:
                 module.training = False
                 stack.callback(setattr, module, "training", True)
+
+
+def _modules(whole: nn.Module) -> Iterator[nn.Module]:
+    """``whole.modules()``, which puts together a name for each: on a Bridge that takes as long as a few layers."""
+    seen, waiting = {id(whole)}, [whole]
+    while waiting:
+        yield (module := waiting.pop())
+        for child in module._modules.values():
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                waiting.append(child)
 
 
 def _autocast(*models: Any) -> list[str]:

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from tl_em.arguments import COUNT, NATURAL, SEED, checked, list_of, optional
@@ -30,7 +30,8 @@ from tl_em.models.class_means import as_contrast, class_moments
 from tl_em.models.contrasts import ContrastSet, Prompt, already_used, hashed
 from tl_em.models.hooks import LensModel
 from tl_em.models.sites import Position, Provenance, Site, check_belongs
-from tl_em.models.stream import capture
+from tl_em.models.stream import capture, encoded_prompts, spans_of, stream
+from tl_em.models.together import LIMIT
 from tl_em.models.torch_state import in_plain_torch
 from tl_em.stats import Estimate, auroc, auroc_of, bootstrap, control_p, shuffled_labels
 
@@ -150,9 +151,24 @@ class LatentGuard:
             ProvenanceError, WidthError: the guard was made on another model.
         """
         check_belongs("the guard", self.harmful.shape[-1], self.provenance, model, template=True)
-        x = capture(model, prompts, [Site(layer) for layer in self.layers], position=POSITION).double()
-        towards = [torch.cosine_similarity(x, means.double(), dim=-1) for means in (self.harmful, self.harmless)]
-        return (towards[0] - towards[1]).mean(-1).float()
+        encoded = encoded_prompts(model, prompts)
+        nearer = torch.empty(len(encoded), len(self.layers), dtype=torch.float64)
+
+        def keep(site: int, rows: Int[Tensor, " prompt"], x: Float[Tensor, "prompt 1 d_model"]) -> None:
+            nearer[rows, site] = self._nearer(site, x[:, 0].float().cpu())
+
+        stream(model, encoded, self._sites, spans_of(encoded, [POSITION]), keep)
+        return nearer.mean(-1).float()
+
+    @property
+    def _sites(self) -> list[Site]:
+        return [Site(layer) for layer in self.layers]
+
+    def _nearer(self, site: int, x: Float[Tensor, "prompt d_model"]) -> Float64[Tensor, " prompt"]:
+        """By how much the cosine with the harmful mean is larger, at one layer."""
+        means = self.harmful[site].double(), self.harmless[site].double()
+        harmful, harmless = (torch.cosine_similarity(x.double(), mean, dim=-1) for mean in means)
+        return harmful - harmless
 
     @checked(contrast=as_contrast, permutations=COUNT, seed=SEED)
     @in_plain_torch
@@ -176,16 +192,19 @@ class LatentGuard:
         """
         if said := already_used(self, contrast, what="the guard"):
             warnings.warn(f"{said}: it recognises these; evaluate it on others", NuisanceWarning, stacklevel=4)
-        classes, sites = (contrast.positive, contrast.negative), [Site(layer) for layer in self.layers]
-        scores = [self.score(model, prompts).double().numpy() for prompts in classes]
-        if not contrast.has_groups:
-            read = [
-                capture(model, prompts, sites, position=POSITION).flatten(1).double().numpy() for prompts in classes
-            ]
-            contrast = contrast.grouped(read)
+        prompts, n = [*contrast.positive, *contrast.negative], len(contrast.positive)
+        if contrast.has_groups or len(prompts) > LIMIT:  # of so many, texts alone say which belong together
+            scores = self.score(model, prompts)
+            contrast = contrast.grouped()
+        else:
+            check_belongs("the guard", self.harmful.shape[-1], self.provenance, model, template=True)
+            x = capture(model, prompts, self._sites, position=POSITION)
+            scores = torch.stack([self._nearer(s, x[:, s]) for s in range(len(self.layers))]).mean(0).float()
+            contrast = contrast.grouped([side.flatten(1).double().numpy() for side in (x[:n], x[n:])])
         labels = contrast.positive_groups, contrast.negative_groups
         groups = None if labels[0] is None or labels[1] is None else (list(labels[0]), list(labels[1]))
-        return _judged(scores, groups, permutations, seed)
+        found = scores.double().numpy()
+        return _judged([found[:n], found[n:]], groups, permutations, seed)
 
     @checked()
     def save(self, path: str | Path) -> Path:

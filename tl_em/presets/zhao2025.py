@@ -19,11 +19,13 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from tl_em.arguments import NATURAL, SEED, checked, list_of, optional
 from tl_em.directions.direction import Direction
@@ -35,7 +37,7 @@ from tl_em.models.class_means import as_contrast
 from tl_em.models.contrasts import ContrastSet, Prompt
 from tl_em.models.hooks import LensModel
 from tl_em.models.sites import Position, Provenance, Site, as_site
-from tl_em.models.stream import capture
+from tl_em.models.stream import captured, encoded_prompts, sites_at_once, spans_of, stream
 from tl_em.models.torch_state import in_plain_torch
 from tl_em.stats import mean
 
@@ -47,6 +49,7 @@ REFUSED_FROM = {"log-odds": 0.0, "probability": 0.5}
 LEAST = 5
 """Questions that a cell needs before anything is said of it."""
 NOT_SHOWN = "not shown"
+POSITIONS: tuple[Position, ...] = ("instruction_end", "prompt_end")
 
 
 class Cell(NamedTuple):
@@ -228,9 +231,7 @@ def place_cells(
 
     cells = answered(model, contrast, metric=metric)
     layers = range(int(model.cfg.n_layers)) if layers is None else layers
-    positions: tuple[Position, ...] = ("instruction_end", "prompt_end")
-    rows = [row for position in positions for row in _placed(model, cells, [Site(i) for i in layers], position, seed)]
-    return pd.DataFrame(rows)
+    return pd.DataFrame(_placed(model, cells, [Site(i) for i in layers], seed))
 
 
 def _classes(contrast: ContrastSet) -> Iterator[tuple[str, Sequence[Prompt], Sequence[Hashable]]]:
@@ -254,53 +255,68 @@ def _averaged(
     model: LensModel, found: Sequence[Sequence[Direction]], pooled: ContrastSet, sites: Sequence[Site]
 ) -> Iterator[Direction]:
     """The mean of the differences within either class; where the accepted prompts of both lie is measured anew."""
-    x = [capture(model, prompts, sites, position="prompt_end") for prompts in (pooled.positive, pooled.negative)]
-    for s, each in enumerate(zip(*found, strict=True)):
-        mean_of = replace(each[0], vector=torch.stack([d.vector for d in each]).mean(0))
-        along = [mean_of.project(side[:, s]).double().numpy() for side in x]
+    both = list(zip(*found, strict=True))
+    means = [replace(each[0], vector=torch.stack([d.vector for d in each]).mean(0)) for each in both]
+    n, encoded = len(pooled.positive), encoded_prompts(model, [*pooled.positive, *pooled.negative])
+    along = np.empty((len(sites), len(encoded)))
+
+    def keep(site: int, rows: Int[Tensor, " prompt"], x: Float[Tensor, "prompt 1 d_model"]) -> None:
+        along[site, rows.numpy()] = means[site].project(x[:, 0].float().cpu()).double().numpy()
+
+    stream(model, encoded, sites, spans_of(encoded, ["prompt_end"]), keep)
+    for mean_of, each, values in zip(means, both, along, strict=True):
         known = [d.reliability for d in each if d.reliability is not None]
         lower = min(known, key=lambda e: e.value) if len(known) == len(each) else None
-        yield replace(mean_of, reliability=lower, neutral=neutral_z(along[0], along[1]))
+        yield replace(mean_of, reliability=lower, neutral=neutral_z(values[:n], values[n:]))
 
 
 class _Centroid:
     """Mean of a cell's activations without those of one question."""
 
-    def __init__(self, x: Float[np.ndarray, "prompt site d_model"], questions: Sequence[Hashable]) -> None:
+    def __init__(self, x: Float[np.ndarray, "prompt d_model"], questions: Sequence[Hashable]) -> None:
         self.total, self.n = x.sum(0), len(x)
         self.own: dict[Hashable, list[int]] = {}
         for i, question in enumerate(questions):
             self.own.setdefault(question, []).append(i)
         self.x = x
 
-    def without(self, question: Hashable) -> Float[np.ndarray, "site d_model"]:
+    def without(self, question: Hashable) -> Float[np.ndarray, " d_model"]:
         rows = self.own.get(question, [])
         return (self.total - self.x[rows].sum(0)) / (self.n - len(rows)) if self.n > len(rows) else self.total * np.nan
 
 
 def _placed(
-    model: LensModel, cells: Mapping[str, Cell], sites: Sequence[Site], position: Position, seed: int
-) -> Iterator[dict[str, object]]:
-    none = np.zeros((0, len(sites), int(model.cfg.d_model)))
-    x = {
-        name: capture(model, c.prompts, sites, position=position).double().numpy() if c.prompts else none
-        for name, c in cells.items()
-    }
-    ends = [_Centroid(x[name], cells[name].questions) for name in ("refused harmful", "accepted harmless")]
+    model: LensModel, cells: Mapping[str, Cell], sites: Sequence[Site], seed: int
+) -> list[dict[str, object]]:  # fmt: skip
+    """Rows in the order of positions, cells, sites and measures: all prompts and positions in a pass, some sites."""
+    encoded = encoded_prompts(model, [prompt for cell in cells.values() for prompt in cell.prompts])
+    found: dict[tuple[Position, str], list[dict[str, object]]] = {(p, name): [] for p in POSITIONS for name in cells}
+    for some in sites_at_once(model, sites, len(POSITIONS) * len(encoded)):
+        x = captured(model, encoded, some, POSITIONS).numpy()
+        for (p, position), (s, site) in product(enumerate(POSITIONS), enumerate(some)):
+            for name, row in _placed_at(x[:, p, s].astype(np.float64), cells, seed):
+                found[position, name].append({"cell": name, "position": position, "layer": site.layer} | row)
+    return [row for rows in found.values() for row in rows]
+
+
+def _placed_at(
+    x: Float[np.ndarray, "prompt d_model"], cells: Mapping[str, Cell], seed: int
+) -> Iterator[tuple[str, dict[str, object]]]:
+    """A row a cell and measure, from the activations of the cells' prompts one after the other."""
+    cuts = np.cumsum([len(cell.prompts) for cell in cells.values()])[:-1]
+    own = dict(zip(cells, np.split(x, cuts), strict=True))
+    ends = [_Centroid(own[name], cells[name].questions) for name in ("refused harmful", "accepted harmless")]
     known = all(cells[name].shown for name in ("refused harmful", "accepted harmless"))
     for name, cell in cells.items():
-        measured = _measures(x[name], cell.questions, ends)
-        for s, site in enumerate(sites):
-            for measure, values in measured.items():
-                where = {"cell": name, "position": position, "layer": site.layer, "measure": measure}
-                yield where | _row(values[:, s], cell, known and cell.shown, seed)
+        for measure, values in _measures(own[name], cell.questions, ends).items():
+            yield name, {"measure": measure} | _row(values, cell, known and cell.shown, seed)
 
 
 def _measures(
-    x: Float[np.ndarray, "prompt site d_model"], questions: Sequence[Hashable], ends: Sequence[_Centroid]
-) -> dict[str, Float[np.ndarray, "prompt site"]]:
+    x: Float[np.ndarray, "prompt d_model"], questions: Sequence[Hashable], ends: Sequence[_Centroid]
+) -> dict[str, Float[np.ndarray, " prompt"]]:
     if not len(x):
-        return {name: np.zeros(x.shape[:2]) for name in ("cosine", "projection")}
+        return {name: np.zeros(0) for name in ("cosine", "projection")}
     harmful, harmless = (np.stack([end.without(question) for question in questions]) for end in ends)
     axis = harmful - harmless
     along = ((x - (harmful + harmless) / 2) * axis).sum(-1) / (axis**2).sum(-1)

@@ -24,11 +24,11 @@ from tl_em.arguments import FRACTION, NOT_NEGATIVE, POSITIVE, SEED, settle, whol
 from tl_em.directions.direction import Direction
 from tl_em.directions.profile import Profile
 from tl_em.errors import PromptError, TlEmError, UsageError
-from tl_em.models.generate import Sampling, stops
+from tl_em.models.generate import Sampling, sample_seeds, stops
 from tl_em.models.hooks import hooked
 from tl_em.models.prompts import EncodedPrompt, encode, make_batch
 from tl_em.models.stream import batch_logits, next_token_logits
-from tl_em.models.streaming import NewToken, Streaming
+from tl_em.models.streaming import NewToken, StreamedAnswer, Streaming
 from tl_em.models.templates import has_template
 from tl_em.models.token_text import token_text, token_texts
 from tl_em.models.torch_state import in_plain_torch
@@ -139,8 +139,9 @@ def answered_live(
     arm: str = "steered",
     reading: bool = True,
     likely: int = LIKELY,
+    samples: int = 1,
 ) -> None:
-    """Answer a prompt under dials and tell of it: ``start``, a ``token`` each, ``done``.
+    """Answer a prompt under dials and tell of it: ``start``, a ``token`` each, ``done`` for each answer.
 
     Args:
         served: the model and what is read.
@@ -150,38 +151,53 @@ def answered_live(
         emit: told of each event, as plain data.
         stopped: whether nobody wants the rest; looked at before each token.
         arm: which answer this is, for whoever listens.
-        reading: whether directions and latents are read.
+        reading: whether directions and latents are read; of one answer only.
         likely: so many likely tokens are told at each place; 0 for none.
+        samples: answers, side by side, as ``em.generate(samples=…)`` gives them.
+
+    Raises:
+        UsageError: several samples at temperature 0.
     """
     began = time.monotonic()
     model, tokenizer = served.model, getattr(served.model, "tokenizer", None)
-    encoded = encode(model, [prompt])[0]
+    encoded, reading = encode(model, [prompt])[0], reading and samples == 1
+    sampling, seeds = settings.sampling(), sample_seeds(settings.seed, 1, samples, settings.temperature)
     watch = Watch(model, served.read if reading else {}, served.dictionary if reading else None, LATENTS)
     with served.applied(dials) as warned, hooked(model, watch.hooks()):
         streaming = Streaming(
-            model, encoded, (settings.seed, 0), max_new_tokens=settings.max_new_tokens, sampling=settings.sampling(),
-            read_last=reading,
-        )  # fmt: skip
+            model, encoded, seeds, max_new_tokens=settings.max_new_tokens, sampling=sampling, read_last=reading
+        )
         emit({"type": "start", "arm": arm, "prompt": list(token_texts(tokenizer, encoded.ids)), "warnings": warned})
-        told = 0
+        told, count = 0, [0] * samples
         with closing(streaming):
-            for at, new in enumerate(streaming):
+            for new in streaming:
                 if stopped():
                     return
-                read = len(encoded) + at
-                event: dict[str, Any] = {"type": "token", "arm": arm, "at": at, "id": new.id, "piece": new.text}
-                event["end"] = at == len(streaming.ids)  # the token that ends an answer is none of it
+                at, answer = count[new.sample], streaming.answers[new.sample]
+                read, count[new.sample] = len(encoded) + at, at + 1
+                event: dict[str, Any] = {"type": "token", "arm": arm, "sample": new.sample, "at": at, "id": new.id}
+                event["end"] = at == len(answer.ids)  # the token that ends an answer is none of it
                 event["text"] = text = token_text(tokenizer, new.id)
                 event["space"] = new.text.startswith(" ") and not text.startswith(" ")  # the decoder's, between words
-                event |= _likely(tokenizer, new, likely)
+                event |= {"piece": new.text} | _likely(tokenizer, new, likely)
                 emit(event | {"read": _read(served, watch, read, told)})
                 told = read
-        last = _read(served, watch, len(encoded) + len(streaming.ids), told) if reading and streaming.truncated else []
-    emit({
-        "type": "done", "arm": arm, "said": streaming.text, "truncated": streaming.truncated, "read": last,
-        "tokens": list(token_texts(tokenizer, streaming.ids)), "seconds": time.monotonic() - began,
-        "n_prompt": len(encoded), "n_answer": len(streaming.ids),
-    })  # fmt: skip
+                if new.last and samples > 1:
+                    emit(_done(tokenizer, encoded, answer, arm, new.sample, began))
+        answer = streaming.answers[0]
+        last = _read(served, watch, len(encoded) + len(answer.ids), told) if reading and answer.truncated else []
+    if samples == 1:
+        emit(_done(tokenizer, encoded, answer, arm, 0, began) | {"read": last})
+
+
+def _done(
+    tokenizer: Any, encoded: EncodedPrompt, answer: StreamedAnswer, arm: str, sample: int, began: float
+) -> dict[str, Any]:
+    return {
+        "type": "done", "arm": arm, "sample": sample, "said": answer.text, "truncated": answer.truncated,
+        "tokens": list(token_texts(tokenizer, answer.ids)), "seconds": time.monotonic() - began,
+        "n_prompt": len(encoded), "n_answer": len(answer.ids),
+    }  # fmt: skip
 
 
 def _likely(tokenizer: Any, new: NewToken, most: int) -> dict[str, Any]:

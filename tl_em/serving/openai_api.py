@@ -1,8 +1,9 @@
 """The endpoint that OpenAI's clients talk to: models, chat completions and completions, answered under the dials.
 
 Two models are there, so that every measurement has its control beside it: ``steered``, under the dials as they stand
-when the request comes, and ``untreated``, under none. What is asked for and not there (tools, several choices, biases
-of tokens) is refused; it is never left out in silence.
+when the request comes, and ``untreated``, under none. Several choices are made side by side, after one reading of the
+prompt, each with a seed of its own: they are the samples of ``em.generate``. What is asked for and not there (tools,
+biases of tokens) is refused; it is never left out in silence.
 
 Source: OpenAI's API reference, "Chat completions", "Completions" and "Models".
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from tl_em.arguments import whole
 from tl_em.errors import UsageError
+from tl_em.models.generate import MAX_ROWS
 from tl_em.models.prompts import encode
 from tl_em.serving.answering import AnswerSettings, answered_live, messages_of, prompt_of
 from tl_em.serving.dials import Served, SteeringDial
@@ -30,9 +32,9 @@ from tl_em.serving.worker import Event, ModelThread
 STEERED, UNTREATED = "steered", "untreated"
 MOST_LIKELY = 20
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (None, 1), "tools": (None, []), "tool_choice": (None, "none", "auto"), "functions": (None, []),
+    "tools": (None, []), "tool_choice": (None, "none", "auto"), "functions": (None, []),
     "response_format": (None, {"type": "text"}), "logit_bias": (None, {}), "presence_penalty": (None, 0),
-    "frequency_penalty": (None, 0), "best_of": (None, 1), "echo": (None, False), "suffix": (None, ""),
+    "frequency_penalty": (None, 0), "echo": (None, False), "suffix": (None, ""),
     "modalities": (None, ["text"]), "audio": (None,), "prediction": (None,), "top_k": (None, 0, -1),
 }  # fmt: skip
 """What would make another answer, and the values at which it would not."""
@@ -51,6 +53,7 @@ class Ask:
         stream: whether the answer comes in pieces.
         usage: whether the last piece counts tokens.
         chat: which of the two forms the answer has.
+        choices: how many answers.
     """
 
     model: str
@@ -61,6 +64,7 @@ class Ask:
     stream: bool
     usage: bool
     chat: bool
+    choices: int = 1
 
     @classmethod
     def from_json(cls, served: Served, body: Mapping[str, Any], *, chat: bool) -> Ask:
@@ -69,12 +73,9 @@ class Ask:
         Raises:
             UsageError: what is not there, or means nothing. PromptError: no conversation.
         """
-        if isinstance(n := body.get("n"), int) and n > 1:
-            raise UsageError(
-                f"n={n} asks for several answers, and one is made a request, so {n - 1} would be missing; send {n} "
-                "requests, each with a seed of its own"
-            )
-        odd = [name for name, neutral in _NEUTRAL.items() if body.get(name) not in neutral]
+        n = 1 if body.get("n") is None else whole("n", body["n"], low=1, high=MAX_ROWS)
+        neutral = _NEUTRAL | {"best_of": (None, n)}
+        odd = [name for name, values in neutral.items() if body.get(name) not in values]
         if odd:
             raise UsageError(f"{odd[0]} is not there, so the answer would be another than was asked for; leave it out")
         if body.get("model") not in (STEERED, UNTREATED):
@@ -87,6 +88,10 @@ class Ask:
         given["temperature"] = 1.0 if body.get("temperature") is None else body["temperature"]
         given["seed"] = secrets.randbits(31) if given["seed"] is None else given["seed"]
         settings = AnswerSettings(**{name: value for name, value in given.items() if value is not None})
+        if n > 1 and not settings.temperature:
+            raise UsageError(
+                f"at temperature 0 all n={n} choices are the same answer; send n=1, or a temperature above 0"
+            )
         likely = body.get("logprobs")
         if chat:
             likely = (body.get("top_logprobs") or 0) if likely else None
@@ -95,7 +100,7 @@ class Ask:
         usage = bool((body.get("stream_options") or {}).get("include_usage"))
         return cls(
             body["model"], prompt, settings, given["max_new_tokens"] is not None, likely, bool(body.get("stream")),
-            usage, chat,
+            usage, chat, n,
         )  # fmt: skip
 
 
@@ -151,7 +156,8 @@ class Endpoint:
                 room = int(self.served.model.cfg.n_ctx) - len(prompt)
                 settings = AnswerSettings(**{**vars(settings), "max_new_tokens": max(1, min(512, room))})
             answered_live(
-                self.served, prompt, dials, settings, emit, gone, reading=False, likely=ask.likely or 0
+                self.served, prompt, dials, settings, emit, gone, reading=False, likely=ask.likely or 0,
+                samples=ask.choices,
             )  # fmt: skip
 
         waiting = self.thread.ask(run)
@@ -166,16 +172,17 @@ class Endpoint:
                 return refused(first["status"], first["said"], first["kind"])
             if ask.stream:
                 return StreamingResponse(_stream(ask, about, events), media_type="text/event-stream")
-            found = [first]
-            while found[-1]["type"] not in ("done", "error"):
+            found, left = [first], ask.choices
+            while left and found[-1]["type"] != "error":
                 found.append(await unless_gone(request, anext(events)))
+                left -= found[-1]["type"] == "done"
         except ConnectionError:
             waiting.leave()
             return Response(status_code=499)
         last = found[-1]
         if last["type"] == "error":
             return refused(last["status"], last["said"], last["kind"])
-        return JSONResponse(about | _whole(ask, found, last))
+        return JSONResponse(about | _whole(ask, found))
 
 
 def busy() -> JSONResponse:
@@ -211,18 +218,24 @@ def _reason(last: Event) -> str:
     return "length" if last["truncated"] else "stop"
 
 
-def _usage(last: Event) -> dict[str, int]:
-    n, m = last["n_prompt"], last["n_answer"]
+def _usage(done: Sequence[Event]) -> dict[str, int]:
+    """Tokens of the prompt, which all choices share, and of all choices together."""
+    n, m = done[0]["n_prompt"], sum(each["n_answer"] for each in done)
     return {"prompt_tokens": n, "completion_tokens": m, "total_tokens": n + m}
 
 
-def _whole(ask: Ask, events: list[Event], last: Event) -> dict[str, Any]:
-    tokens = [each for each in events if each["type"] == "token" and not each["end"]]
-    choice: dict[str, Any] = {"index": 0, "finish_reason": _reason(last), "logprobs": _logprobs(ask, tokens)}
-    said = last["said"]
-    choice |= {"message": {"role": "assistant", "content": said, "refusal": None}} if ask.chat else {"text": said}
+def _whole(ask: Ask, events: list[Event]) -> dict[str, Any]:
+    done = sorted((each for each in events if each["type"] == "done"), key=lambda each: each["sample"])
+
+    def choice(last: Event) -> dict[str, Any]:
+        own = [each for each in events if each["type"] == "token" and each["sample"] == last["sample"]]
+        logprobs, said = _logprobs(ask, [each for each in own if not each["end"]]), last["said"]
+        shown = {"message": {"role": "assistant", "content": said, "refusal": None}} if ask.chat else {"text": said}
+        return {"index": last["sample"], "finish_reason": _reason(last), "logprobs": logprobs} | shown
+
     kind = "chat.completion" if ask.chat else "text_completion"
-    return {"object": kind, "choices": [choice], "usage": _usage(last), "seed": ask.settings.seed}
+    return {"object": kind, "choices": [choice(each) for each in done], "usage": _usage(done),
+            "seed": ask.settings.seed}  # fmt: skip
 
 
 def _logprobs(ask: Ask, tokens: list[Event]) -> dict[str, Any] | None:
@@ -246,28 +259,30 @@ def _logprobs(ask: Ask, tokens: list[Event]) -> dict[str, Any] | None:
 
 async def _stream(ask: Ask, about: dict[str, Any], events: AsyncIterator[Event]) -> AsyncIterator[str]:
     kind = {"object": "chat.completion.chunk" if ask.chat else "text_completion"}
+    done: list[Event] = []
 
-    def chunk(piece: str | None, reason: str | None = None, tokens: list[Event] | None = None) -> str:
+    def chunk(at: int, piece: str | None, reason: str | None = None, tokens: list[Event] | None = None) -> str:
         delta: dict[str, Any] = {} if piece is None else {"content": piece}
         shown: dict[str, Any] = {"delta": delta} if ask.chat else {"text": piece or ""}
-        shown |= {"index": 0, "finish_reason": reason, "logprobs": _logprobs(ask, tokens) if tokens else None}
+        shown |= {"index": at, "finish_reason": reason, "logprobs": _logprobs(ask, tokens) if tokens else None}
         return _event(about | kind | {"choices": [shown]})
 
-    if ask.chat:
-        opening = {"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
+    for at in range(ask.choices if ask.chat else 0):
+        opening = {"index": at, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
         yield _event(about | kind | {"choices": [opening]})
     async for event in events:
         if event["type"] == "token":
             tokens = [] if event["end"] else [event]
             if event["piece"] or (ask.likely is not None and tokens):
-                yield chunk(event["piece"], tokens=tokens)
+                yield chunk(event["sample"], event["piece"], tokens=tokens)
         elif event["type"] == "error":
             yield _event({"error": {"message": event["said"], "type": event["kind"], "param": None, "code": None}})
             return
         elif event["type"] == "done":
-            yield chunk(None, _reason(event))
-            if ask.usage:
-                yield _event(about | kind | {"choices": [], "usage": _usage(event)})
+            done.append(event)
+            yield chunk(event["sample"], None, _reason(event))
+    if ask.usage and done:
+        yield _event(about | kind | {"choices": [], "usage": _usage(done)})
     yield "data: [DONE]\n\n"
 
 
