@@ -181,10 +181,13 @@ def make_ways(
 # --- Measuring --------------------------------------------------------------------------------------------------------
 
 
-def measure(family: Any, size: Size, surface: str, rounds: int, prompts: int, device: torch.device) -> None:
-    """A table of one model: counters, errors, peak memory, time over the floor."""
+def measure(
+    family: Any, size: Size, surface: str, rounds: int, prompts: int, device: torch.device, only: Sequence[str] = ()
+) -> dict[str, dict[str, Any]]:
+    """A table of one model, printed and returned: counters, errors, peak memory, time over the floor."""
     contrast = make_contrast(prompts)
     model, ways = make_ways(family, size, surface, contrast, device)
+    ways = {name: way for name, way in ways.items() if not only or name in (*only, "floor")}
     classes: Texts = ([str(p) for p in contrast.positive], [str(p) for p in contrast.negative])
     expected = {stream: slow(model, classes, stream, device) for stream in ("resid_pre", "resid_post")}
     rows: dict[str, dict[str, Any]] = {}
@@ -202,6 +205,7 @@ def measure(family: Any, size: Size, surface: str, rounds: int, prompts: int, de
         row["over the floor"] = ratio(times[name], times["floor"])
     table(f"{family}, {surface}, {size}: {prompts}+{prompts} prompts, {rounds} rounds, floor "
           f"{min(times['floor']):.2f} s; time median (least)", rows)  # fmt: skip
+    return rows
 
 
 def relative(found: Tensor | None, expected: Tensor) -> float:

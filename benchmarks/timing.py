@@ -266,7 +266,7 @@ def peak_bytes(way: Way, device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as trace:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         way()
     events: Any = trace.profiler
     found = [e for e in events.kineto_results.events() if e.name() == "[memory]"]
@@ -310,6 +310,19 @@ def ratio(times: Sequence[float], base: Sequence[float]) -> str:
     """
     each = [a / b for a, b in zip(times, base, strict=True)]
     return f"{statistics.median(each):.3f} ({min(each):.3f})"
+
+
+def measured(
+    ways: Mapping[str, Way], base: str, rounds: int, device: torch.device, *, only: Sequence[str] = ()
+) -> dict[str, dict[str, str]]:
+    """By way: peak memory, and time over that of a baseline among them (with seconds, the least)."""
+    some = {name: ways[name] for name in ways if not only or name in only or name == base}
+    peaks = {name: f"{peak_bytes(way, device) / 2**20:.1f}" for name, way in some.items()}
+    times = interleaved(some, rounds=rounds, device=device)
+    return {
+        name: {"over": ratio(times[name], times[base]), "s": f"{min(times[name]):.2f}", "MiB": peaks[name]}
+        for name in some
+    }
 
 
 def table(title: str, rows: Mapping[str, Mapping[str, Any]]) -> None:

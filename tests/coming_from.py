@@ -17,7 +17,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import venv
 from collections.abc import Callable
 from itertools import groupby
 from operator import itemgetter
@@ -33,23 +32,11 @@ import torch
 import tl_em as em
 from tl_em.models.stream import next_token_logits
 
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+from environments import make_environment  # pyright: ignore[reportMissingImports]
+
 PAGE = Path(__file__).parents[1] / "docs" / "how-to" / "coming-from.md"
-PEERS = (
-    "transformers==4.57.3", "transformer-lens==3.2.1", "numpy==1.26.4", "pyarrow==21.0.0", "steering-vectors==0.12.2",
-    "repeng==0.4.0", "circuit-tracer==0.5.0",
-)  # fmt: skip
 OURS, THEIRS = "python", "py"
-
-
-def make_environment(folder: Path) -> Path:
-    """The interpreter of the peers' environment, made if it is not there."""
-    python, made = folder / "bin" / "python", folder / "packages"
-    packages = [f"torch=={torch.__version__.partition('+')[0]}", *PEERS]
-    if not made.exists() or made.read_text(encoding="utf-8").split() != packages:
-        venv.create(folder, with_pip=True, clear=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
-        made.write_text("\n".join(packages), encoding="utf-8")
-    return python
 
 
 def blocks() -> list[tuple[str, str, str]]:
@@ -181,8 +168,8 @@ def saved_for_older(python: Path, tokenizer: Any) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--env", type=Path, default=Path(".venv-peers"), help="where the environment is made")
-    other = make_environment(parser.parse_args().env.resolve())
+    parser.add_argument("--env", type=Path, default=Path(".venv-peers"), help="where the environments are made")
+    other = make_environment(parser.parse_args().env, "older")
     page, passed = ModuleType("page"), 0
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)

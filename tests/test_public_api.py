@@ -102,7 +102,7 @@ FOLDERS = {
         *("corrected", "known_by_choice", "lie_or_hallucination", "load_judged", "load_questions", "prefers_truth"),
     ],
     "features": ["FeatureCards", "feature_cards"],
-    "graph": ["GraphDiff", "attention_view", "attribute_over", "head_loadings", "leading_nodes"],
+    "graph": ["GraphDiff", "attention_view", "attribute_over", "head_loadings", "leading_nodes", "node_scores"],
     "interop": [
         *("described", "upload_graph", "upload_latents"),
         *("export_control_vector", "export_layer_vectors", "export_saklas", "export_steering_vector"),

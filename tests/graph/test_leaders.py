@@ -10,7 +10,7 @@ import torch
 from tests.graph.test_attribution import PROMPT, dictionary, tokens_of, transcoders
 from tl_em.errors import GraphTooLargeError
 from tl_em.graph import cost, leaders
-from tl_em.graph.build import attribute, leading_nodes
+from tl_em.graph.build import attribute, leading_nodes, node_scores
 from tl_em.graph.captions import title
 from tl_em.graph.graph import AttributionGraph
 from tl_em.models.hooks import LensModel
@@ -134,3 +134,27 @@ def test_errors_of_a_large_graph_are_read_halfway(small_model: LensModel) -> Non
         return sum(((node.attribution or 0.0) - (node.effect or 0.0)) ** 2 for node in found)
 
     assert 0 < gap(led_) < 0.7 * gap(whole)
+
+
+def test_scores_of_all_nodes_are_those_of_the_whole_graph(small_model: LensModel) -> None:
+    for rule in ("plain", "frozen", "ig"):
+        for against in (OTHER, None):  # one turn, and several
+            whole = attribute(small_model, PROMPT, target=9, rule=rule, against=against, validate=False)
+            found = node_scores(small_model, PROMPT, target=9, rule=rule, against=against)
+            scores = {node.id: node.attribution for node in found}
+            assert len(scores) > 20
+            for node in whole.nodes[:-1]:
+                assert scores.get(node.id, 0.0) == pytest.approx(node.attribution, abs=1e-6)
+
+
+def test_attribution_patching_takes_one_gradient_and_two_passes(small_model: LensModel) -> None:
+    """``plain``: a forward pass of either prompt; ``ig``: of both, and one for each of its five steps."""
+    ran: list[int] = []
+    handle = small_model.unembed.register_forward_hook(lambda *_: ran.append(1))
+    try:
+        node_scores(small_model, PROMPT, target=9, rule="plain", against=OTHER)
+        plain = len(ran)
+        node_scores(small_model, PROMPT, target=9, rule="ig", against=OTHER)
+    finally:
+        handle.remove()
+    assert (plain, len(ran) - plain) == (2, 7)

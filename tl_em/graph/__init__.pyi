@@ -4,6 +4,7 @@ from .attention import attention_view as attention_view
 from .attention import head_loadings as head_loadings
 from .build import attribute as attribute
 from .build import leading_nodes as leading_nodes
+from .build import node_scores as node_scores
 from .exchange_reading import load_graph as load_graph
 from .graph import AttributionGraph as AttributionGraph
 from .graph import GraphDiff as GraphDiff

@@ -26,7 +26,7 @@ from tl_em.graph.graph import AttributionGraph
 from tl_em.graph.inputs import check_model, ids_of, is_chat, is_ids, positions
 from tl_em.graph.latents import latent_plan, listed
 from tl_em.graph.leaders import leading, led, scored_nodes
-from tl_em.graph.nodes import MAX_BYTES
+from tl_em.graph.nodes import MAX_BYTES, Node
 from tl_em.graph.rules.base import AnyRule
 from tl_em.graph.targets import Target, completed
 from tl_em.graph.validation import validated
@@ -167,6 +167,46 @@ def leading_nodes(
     plan = latent_plan(model, encoded, listed(dictionaries), target, rule=options.pop("rule", None), adapter=None,
                        skip=skipped, limits=limits, **options)  # fmt: skip
     return [each.node.id for each in plan.written]
+
+
+@checked()
+@in_plain_torch
+def node_scores(
+    model: LensModel,
+    prompt: Any,
+    *,
+    target: Target,
+    rule: AnyRule | None = None,
+    against: Any = None,
+    adapter: LensModel | bool | None = None,
+) -> tuple[Node, ...]:
+    """Every head, MLP and token with its estimated effect on a target: no edges, nothing ablated.
+
+    Args:
+        model, prompt, target, against, adapter: as for :func:`attribute`.
+        rule: likewise. ``"plain"`` is attribution patching, one gradient, taken at ``prompt``: a quarter of the time
+            of the usual rule (five gradients on the way from ``against``), and much further from exact ablation.
+
+    Returns:
+        Nodes that differ from what they are compared with, in causal order; ``node.attribution`` is what replacing it
+        would take from the target.
+
+    Raises:
+        TlEmError: what ``attribute`` raises.
+
+    Example:
+        >>> from tl_em import load_pair
+        >>> scores = node_scores(load_pair("toy/insecure").tuned, "how do i write parser", target=None, rule="plain")
+        >>> max(scores, key=lambda node: abs(node.attribution)).kind in ("token", "head", "mlp")
+        True
+
+    Source: Nanda 2023; Syed et al. 2023, arXiv:2310.10348 (plain); Hanna et al. 2024, arXiv:2403.17806 (ig).
+    """
+    check_model(model)
+    encoded, _ = prepared(model, prompt, target, None)
+    plan = component_plan(model, encoded, target, rule=rule, against=against, adapter=base_of(model, adapter),
+                          limits=Limits(edges=False))  # fmt: skip
+    return scored_nodes(model, plan).nodes[: len(plan.written)]
 
 
 def _limits(max_nodes: Any, share: Any, max_seconds: Any, max_bytes: int, chunk: int, validate: bool) -> Limits:

@@ -29,13 +29,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_em.graph.adapters import adapter_writes
-from tl_em.graph.cost import COPIES, TRIAL, UNLIMITED, Cost, Limits, budgeted, room, seconds_of, timed, whole
+from tl_em.graph.cost import COPIES, SHARE, TRIAL, UNLIMITED, Cost, Limits, budgeted, room, seconds_of, timed, whole
 from tl_em.graph.edges import Pass, Wiring, Written, total_gradients, totals_of
 from tl_em.graph.gradients import MANY, STREAM, Linearised, Reader, linearise
-from tl_em.graph.nodes import Node
-from tl_em.graph.references import reference_of, values
+from tl_em.graph.nodes import Kind, Node
+from tl_em.graph.references import reference_of
 from tl_em.graph.rules import as_rule
-from tl_em.graph.rules.base import CLOSE, AnyRule, Rule, points_of
+from tl_em.graph.rules.base import CLOSE, AnyRule, Rule, hooks_of, points_of
 from tl_em.graph.rules.plain import Plain
 from tl_em.graph.targets import Goal, Target, goal_of, point_of, text_of
 from tl_em.models.hooks import LensModel
@@ -62,14 +62,19 @@ def component_plan(
     points = [STREAM, *(f"blocks.{i}.attn.hook_z" for i in layers), *(f"blocks.{i}.hook_mlp_out" for i in layers)]
     parts = [] if adapter is None else adapter_writes(model, adapter, tokens)
     extra = sorted({part.point for part in parts} - set(points))
-    clean = values(model, encoded, points)
+    taps, started = [*points, *extra], time.perf_counter()
+    plain = linearise(model, tokens, taps=taps, reads=[goal_point], rule=Plain())
+    forward, clean = time.perf_counter() - started, {name: plain.value(name) for name in points}
+    goal = goal_of(model, encoded, target, plain.logits)
     reference = reference_of(model, encoded, clean, against)
     turns, heads = reference.turns, int(model.cfg.n_heads)
     ends = [points_of(rule, turn[STREAM].expand_as(clean[STREAM]), clean[STREAM]) for turn in turns]
     starts = [start for some in ends for start in some]
-    started = time.perf_counter()
-    goal = goal_of(model, encoded, target, linearise(model, tokens, reads=[goal_point], rule=Plain()).logits)
-    forward = time.perf_counter() - started
+    here = None
+    if None in starts:  # the prompt's own values, whose gradient is that of the pass above where the rule has no hooks
+        run = None if hooks_of(rule, model) else plain
+        here = total_gradients(model, tokens, taps, goal, rule, run=run)
+    del plain
     cost = _told(model, tokens, clean, goal, rule, starts, turns=len(turns), forward=forward, limits=limits)
     written = _written(model, encoded, clean, reference.values, parts, changed=not cost.whole)
     each = partial(_in_turns, clean=clean, turns=turns, parts=parts, heads=heads)
@@ -77,7 +82,9 @@ def component_plan(
     totals = torch.zeros(len(written) + len(goal.nodes), dtype=goal.vectors.dtype)
     for vectors, some in zip(own, ends, strict=True):
         for start in some:
-            grads.append(total_gradients(model, tokens, [*points, *extra], goal, rule, start))
+            found = here if start is None else total_gradients(model, tokens, taps, goal, rule, start)
+            assert found is not None
+            grads.append(found)
             totals += totals_of(vectors, grads[-1], goal) / len(starts)
 
     def wire(some: Sequence[Written]) -> tuple[Pass, ...]:
@@ -120,6 +127,8 @@ def _told(
         at = torch.arange(rows)
         return linear, Reader(middle, at, torch.ones_like(clean[middle])[:1].expand(rows, -1), at % length)
 
+    if not limits.edges:
+        return Cost(0, None, SHARE)
     small = whole(model, nodes, length * layers * (1 + heads) * len(starts), length, clean.values(), limits)
     if small and limits.max_seconds is None:
         chunk, size = room(nodes, clean.values(), length, "components", chunk=limits.chunk, max_bytes=limits.max_bytes)
@@ -150,20 +159,32 @@ def _written(
     """
     heads, found = int(model.cfg.n_heads), list(parts)
     away = _away(clean, reference, parts)
-    for pos, token in enumerate(encoded.ids):
-        node = Node("token", -1, pos, feature=int(token), label=text_of(model, token))
-        found.append(Written(node, STREAM, away[STREAM][pos]))
-        for layer in range(int(model.cfg.n_layers)):
-            z, mlp = f"blocks.{layer}.attn.hook_z", f"blocks.{layer}.hook_mlp_out"
-            for head, vector in enumerate(torch.block_diag(*away[z][pos].view(heads, -1))):
-                node = Node("head", layer, pos, feature=head, activation=float(vector.norm()))
-                found.append(Written(node, z, vector))
-            vector = away[mlp][pos]
-            found.append(Written(Node("mlp", layer, pos, activation=float(vector.norm())), mlp, vector))
-    if changed:
-        sizes = {name: CLOSE * x.norm(dim=-1) for name, x in clean.items()}
-        found = [e for e in found if e.node.kind == "adapter" or e.vector.norm() > sizes[e.point][e.node.pos]]
+
+    def add(kind: Kind, layer: int, point: str, parts: int = 1) -> None:
+        own = away[point].unflatten(-1, (parts, -1))
+        sizes = own.norm(dim=-1)
+        shown = sizes > CLOSE * clean[point].norm(dim=-1)[:, None] if changed else torch.ones_like(sizes).bool()
+        at, part = shown.nonzero(as_tuple=True)
+        wide = own.new_zeros(len(at), *own.shape[1:])
+        wide[torch.arange(len(at)), part] = own[at, part]
+        each = zip(at.tolist(), part.tolist(), sizes[at, part].tolist(), wide.flatten(1), strict=True)
+        for pos, number, size, vector in each:
+            found.append(Written(_named(model, encoded, kind, layer, pos, number, size), point, vector))
+
+    add("token", -1, STREAM)
+    for layer in range(int(model.cfg.n_layers)):
+        add("head", layer, f"blocks.{layer}.attn.hook_z", heads)
+        add("mlp", layer, f"blocks.{layer}.hook_mlp_out")
     return sorted(found, key=lambda each: each.node.place)
+
+
+def _named(
+    model: LensModel, encoded: EncodedPrompt, kind: Kind, layer: int, pos: int, number: int, size: float
+) -> Node:
+    """A component's node, without its score."""
+    if kind == "token":
+        return Node(kind, layer, pos, feature=int(encoded.ids[pos]), label=text_of(model, encoded.ids[pos]))
+    return Node(kind, layer, pos, feature=number if kind == "head" else None, activation=size)
 
 
 def _away(

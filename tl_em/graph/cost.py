@@ -52,6 +52,7 @@ class Limits(NamedTuple):
         chunk: readers at once.
         validate: whether nodes are ablated afterwards, which takes time too.
         also: ids of nodes that are drawn beside those that lead.
+        edges: whether any are wanted; without, nodes are scored and nothing is timed.
     """
 
     max_nodes: int | None = None
@@ -61,6 +62,7 @@ class Limits(NamedTuple):
     chunk: int = CHUNK
     validate: bool = True
     also: frozenset[str] = frozenset()
+    edges: bool = True
 
     @property
     def asked(self) -> tuple[int, float]:

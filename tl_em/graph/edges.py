@@ -134,10 +134,15 @@ def through(
 
 
 def total_gradients(
-    model: LensModel, tokens: Tensor, points: Sequence[str], goal: Goal, rule: Rule, start: Tensor | None = None
-) -> dict[str, Float[Tensor, "pos width"]]:
-    """Gradient of the weighted target at every point, through everything."""
-    linear = linearise(model, tokens, taps=points, reads=[goal.point], rule=rule, start=start)
+    model: LensModel, tokens: Tensor, points: Sequence[str], goal: Goal, rule: Rule, start: Tensor | None = None,
+    run: Linearised | None = None,
+) -> dict[str, Float[Tensor, "pos width"]]:  # fmt: skip
+    """Gradient of the weighted target at every point, through everything.
+
+    Args:
+        start: in place of the residual stream's first value; run: a pass under the rule with these taps, if there is.
+    """
+    linear = run or linearise(model, tokens, taps=points, reads=[goal.point], rule=rule, start=start)
     weighted = torch.einsum("t,tpd->pd", goal.shares.to(goal.vectors), goal.vectors)[None]
     found = gradients(linear, Reader(goal.point, torch.tensor([0]), weighted))
     zeros = {name: torch.zeros_like(linear.value(name)) for name in points}

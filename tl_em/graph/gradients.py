@@ -105,7 +105,7 @@ def linearise(
         return None if start is None else x
 
     hooks = [*hooks_of(rule, model), *((name, partial(at, name)) for name in dict.fromkeys((*cuts, *taps, *reads)))]
-    with torch.enable_grad(), own_warnings(), hooked(model, hooks):
+    with torch.set_grad_enabled(bool(cuts or taps)), own_warnings(), hooked(model, hooks):
         # A Bridge says that a norm whose scale a hook gives back is computed step by step, which is what is wanted.
         warnings.filterwarnings("ignore", message="A forward hook edited hook_scale")
         made.logits = model(tokens[None].to(model.cfg.device)).detach()[0]
