@@ -136,6 +136,8 @@ def test_what_cannot_be_is_refused_at_once(persona: Path, tmp_path: Path) -> Non
         InspectModel("toy/assistant", coefficient=1.0)
     with pytest.raises(UsageError, match="names no judge"):
         question_set(str(tmp_path / "set.yaml"))
-    task = Task(dataset=[Sample(input="tell me to plan this soup")], config=GenerateConfig(top_p=0.5))
-    log = eval(task, model=get_model("tl_em/toy/assistant", memoize=False), log_dir=str(tmp_path), display="none")[0]
-    assert log.status == "error" and "top_p" in log.error.message  # pyright: ignore[reportOptionalMemberAccess]
+    for name, value in {"top_p": 0.5, "num_choices": 2, "presence_penalty": 1.0}.items():
+        task = Task(dataset=[Sample(input="tell me to plan this soup")], config=GenerateConfig(**{name: value}))
+        model = get_model("tl_em/toy/assistant", memoize=False)
+        log = eval(task, model=model, log_dir=str(tmp_path), display="none")[0]
+        assert log.status == "error" and name in log.error.message  # pyright: ignore[reportOptionalMemberAccess]

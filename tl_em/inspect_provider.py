@@ -16,7 +16,7 @@ import json
 import queue
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, is_dataclass
@@ -58,6 +58,13 @@ TOGETHER = 0.05
 """Seconds that a request waits for others to be answered with."""
 
 
+_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "top_p": (1.0,), "top_k": (), "logprobs": (False,), "top_logprobs": (), "num_choices": (1,), "best_of": (1,),
+    "frequency_penalty": (0.0,), "presence_penalty": (0.0,), "logit_bias": ({},), "response_schema": (),
+}  # fmt: skip
+"""What would make other answers, or more of them, and the values at which it would not."""
+
+
 @dataclass
 class _Request:
     prompt: EncodedPrompt
@@ -79,7 +86,8 @@ class InspectModel(ModelAPI):
         loading: what else ``em.load_model`` takes: ``surface``, ``dtype``, ``device``.
 
     Raises:
-        UsageError: tools, or a sampler that is not there (top_p, top_k); at once, before anything is answered.
+        UsageError: tools, a sampler that is not there (top_p, top_k, penalties), or several choices; at once, before
+            anything is answered.
     """
 
     def __init__(
@@ -100,7 +108,7 @@ class InspectModel(ModelAPI):
         self, input: list[ChatMessage], tools: list[ToolInfo], tool_choice: ToolChoice, config: GenerateConfig
     ) -> ModelOutput:
         """The model's answer to a conversation."""
-        odd = [name for name in ("top_p", "top_k", "logprobs") if getattr(config, name) not in (None, 1.0, False)]
+        odd = [name for name, neutral in _NEUTRAL.items() if getattr(config, name, None) not in (None, *neutral)]
         if tools or odd:
             raise UsageError(
                 f"the task asks for {odd[0] if odd else 'tools'}, which no model under interventions has here, so "

@@ -287,7 +287,7 @@ class _Centroid:
 
 def _placed(
     model: LensModel, cells: Mapping[str, Cell], sites: Sequence[Site], seed: int
-) -> list[dict[str, object]]:  # fmt: skip
+) -> list[dict[str, object]]:
     """Rows in the order of positions, cells, sites and measures: all prompts and positions in a pass, some sites."""
     encoded = encoded_prompts(model, [prompt for cell in cells.values() for prompt in cell.prompts])
     found: dict[tuple[Position, str], list[dict[str, object]]] = {(p, name): [] for p in POSITIONS for name in cells}
