@@ -18,7 +18,7 @@ import transformers
 import tl_em as em
 from tl_em.errors import CacheWarning, ModelError, TlEmError, UnprovenWarning
 from tl_em.models import generate as generation
-from tl_em.models import loading, proof
+from tl_em.models import loading, prefill, proof
 from tl_em.models.cache import steps
 from tl_em.models.generate import generate
 from tl_em.models.hooks import LensModel
@@ -247,7 +247,7 @@ def test_a_cache_that_forgets_is_found_not_used_and_said_once(monkeypatch: pytes
     prompt = tokens(9)[0]
     expected = uncached(hf_model, prompt, 12)
     monkeypatch.setattr(proof, "steps", _forgetful)
-    monkeypatch.setattr(generation, "steps", _forgetful)
+    monkeypatch.setattr(prefill, "steps", _forgetful)
     with _forgetful(load_model(hf_model, surface=surface, prove=False), cached=True) as step, torch.no_grad():
         new = generation.continued(step, torch.tensor([prompt.ids]), 12, [])
     assert new[0].tolist() != expected  # it would be wrong
