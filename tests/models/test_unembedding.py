@@ -90,6 +90,20 @@ def test_a_hook_point_in_a_bridges_unembedding_is_not_passed_by(small_model: Len
     assert (found - expected).abs().min() > 0.1
 
 
+def test_a_module_without_one_matrix_is_called(small_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(self: Any) -> None:
+        raise AssertionError("Component unembed has no weight attribute")
+
+    expected = sequence_logprobs(small_model, ANSWERED)
+    if hasattr(small_model, "original_model"):
+        monkeypatch.setattr(type(small_model.unembed), "W_U", property(none))
+    else:  # there it is a parameter of the module
+        monkeypatch.setattr(unembedding, "_is_bare", lambda *_: False)
+    calls = calls_of(small_model, monkeypatch)
+    torch.testing.assert_close(sequence_logprobs(small_model, ANSWERED), expected, **CLOSE)
+    assert len(calls) == 2 and ends_plainly(small_model)
+
+
 def test_logits_that_are_others_than_the_models_are_refused(small_model: LensModel) -> None:
     x, following, logits = at_the_end(small_model)
     try:

@@ -120,7 +120,10 @@ def _squeezed(logits: Tensor, cap: float | None) -> Tensor:
 
 def _is_bare(model: Any, x: Tensor, narrowing: Callable[..., Any] | None) -> bool:
     """Whether the unembedding is a product with weights that lie where the stream does, and no hook waits in it."""
-    weight = getattr(model.unembed, "W_U", None)
+    try:
+        weight = model.unembed.W_U
+    except (AttributeError, AssertionError, RuntimeError):  # as a Bridge says that the module has no one matrix
+        return False
     if not isinstance(weight, Tensor) or (weight.dtype, weight.device) != (x.dtype, x.device) or weight.ndim != 2:
         return False
     modules = list(model.unembed.modules())
