@@ -306,6 +306,7 @@ class PlantedArm(Arm):
     before: np.ndarray = field(default_factory=lambda: np.zeros(0))
     effect: np.ndarray = field(default_factory=lambda: np.zeros(0))
     control: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
+    given: list[int] = field(default_factory=list)
 
     @cached_property
     def untreated(self) -> Outcomes:
@@ -317,15 +318,17 @@ class PlantedArm(Arm):
         return {"bad": self.before + self.sign * self.effect}
 
     def along(self, template: Any, vectors: Any, outcome: str, sites: Any = ()) -> np.ndarray:
-        """The planted numbers under as many controls as are asked for."""
-        return self.before[None] + self.sign * self.control[: len(vectors)]
+        """The planted numbers under as many further controls as are asked for."""
+        start = sum(self.given)
+        self.given.append(len(vectors))
+        return self.before[None] + self.sign * self.control[start : start + len(vectors)]
 
     def some(self, index: np.ndarray) -> PlantedArm:
         """Some of the prompts."""
         i = np.asarray(index)
         return replace(
             self, prompts=[self.prompts[k] for k in i], groups=None, before=self.before[i], effect=self.effect[i],
-            control=self.control[:, i],
+            control=self.control[:, i], given=[],
         )  # fmt: skip
 
 

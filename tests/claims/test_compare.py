@@ -15,6 +15,7 @@ import tl_em as em
 from tl_em.claims.arms import Arm
 from tl_em.claims.claim import Finding
 from tl_em.claims.compare import SHIPPED, Comparison
+from tl_em.claims.questions import use as use_file
 from tl_em.claims.rule import judge
 from tl_em.directions.direction import Direction
 from tl_em.errors import NoGapError, NuisanceWarning, ProvenanceError, UsageError
@@ -210,6 +211,47 @@ def test_what_it_will_take_is_said_first_where_that_is_long(
     monkeypatch.setattr("tl_em.claims.questions.use.time.perf_counter", lambda: float(metric.asked))
     em.compare(pair, {"persona": (direction, contrast)}, controls=198, **settings)
     prompts = 198 * 2 * 16  # so many does the metric read for the controls of both arms
-    said = f"comparing: 1 x 198 random directions: about {prompts / 60:.1f} min"
+    said = f"comparing: 1 x 198 random directions: at most {prompts / 60:.1f} min"
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("comparing: ")]
     assert said in line and line.endswith(f"beside the models; controls=99: {prompts / 120:.1f} min")
+
+
+def test_controls_that_could_give_no_word_are_not_run_and_the_words_are_those_of_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pair = em.load_pair("toy/insecure")
+    directions = {}
+    for name in ("harmfulness", "persona"):
+        train, _, contrast = pair.contrasts[name].split(seed=0)  # pyright: ignore[reportOptionalSubscript]
+        directions[name] = em.difference_in_means(pair.base, train, site=Site(2), position="prompt_end"), contrast
+    asked: dict[str, Any] = {"behaviour": pair.behaviours["harmfulness"], "questions": ["use"], "controls": 199}  # pyright: ignore[reportOptionalSubscript]
+
+    some = em.compare(pair, directions, **asked)
+    monkeypatch.setattr(use_file, "in_reach", lambda finding: True)
+    every = em.compare(pair, directions, **asked)
+
+    causal, other = some.rows
+    assert [row.verdict for row in some.rows] == [row.verdict for row in every.rows] == ["causal", "not shown"]
+    assert [row.control["n"] for row in some.rows] == [199, 39] and {row.control["n"] for row in every.rows} == {199}
+    assert "stopped at 39 of 199 controls" in other.reason and "stopped" not in causal.reason + every.rows[1].reason
+    assert [row.estimate for row in some.rows] == [row.estimate for row in every.rows]
+    assert (causal.p, causal.control) == (every.rows[0].p, pytest.approx(every.rows[0].control, abs=1e-6))
+    beside = some.use[(some.use.direction == "persona") & (some.use.condition == "random")]
+    assert (beside.n == 39).all()
+
+
+def test_controls_in_parts_are_the_controls_of_one_pass(small_model: Any) -> None:
+    vectors = torch.randn(7, small_model.cfg.d_model, generator=torch.Generator().manual_seed(0))
+    metrics: Any = {"bad": Loud(small_model.cfg.d_vocab), "good": Costly()}
+    edit = em.Add(Direction(vectors[0], Site(1)))
+
+    def treated() -> use_file.TreatedArm:
+        return use_file.TreatedArm(Arm("arm", small_model, PROMPTS, None, metrics), edit, vectors)
+
+    at_once, parts = treated().beside(7), treated()
+    for count in (2, 5, 7):
+        found = parts.beside(count)
+        np.testing.assert_allclose(found.controls, at_once.controls[:count], atol=1e-5)
+    assert len(found.controls) == 7 and np.ptp(found.controls) > 1e-4
+    for row, same in zip(found.rows, at_once.rows, strict=True):
+        assert row == pytest.approx(same, abs=1e-4) and row["n"] == (7 if row["condition"] == "random" else 4)

@@ -11,7 +11,7 @@ import pytest
 
 from tl_em.claims.claim import NOT_SHOWN, RANDOM, SCALED, SPHERE, Finding, Row
 from tl_em.claims.compare import SHIPPED
-from tl_em.claims.rule import ALPHA, adjusted, control_row, judge, too_few, unlikely
+from tl_em.claims.rule import ALPHA, adjusted, control_row, in_reach, judge, too_few, unlikely
 from tl_em.models.sites import Site
 from tl_em.stats import Estimate, Prediction, Resampled
 
@@ -259,3 +259,50 @@ def test_each_arms_own_smallest_effect_says_how_many_it_needs() -> None:
 def test_of_limits_that_are_alike_the_first_is_named(benign: Resampled) -> None:
     for row in (one(0.05, benign=benign), one(effect=effect(0.05), benign=benign)):
         assert row.p == 1.0 and row.reason.endswith("limited by resampling the prompts")
+
+
+def _drawn(rng: np.random.Generator) -> Finding:
+    """A finding of any kind, mostly near the edge of a word: one or two arms, ranked on all prompts or on others."""
+
+    def part(question: Any) -> dict[str, Any]:
+        value = float(rng.choice([-1, 1]) * rng.uniform(0, 0.6))
+        beside = None if rng.random() < 0.5 else value + 0.3 * rng.standard_normal()
+        of_controls = value if beside is None else beside
+        spread = abs(of_controls) / rng.choice([1.0, 1.8, 2.5]) + 1e-3
+        controls = {"random": of_controls - abs(of_controls) + spread * rng.standard_normal(99)}
+        return {"question": question, "effect": effect(value), "controls": controls, "beside": beside}
+
+    question = USE if rng.random() < 0.5 else LEVEL
+    arms = (finding(**part(question)),) if rng.random() < 0.3 else ()
+    return finding(**part(question), arms=arms)
+
+
+def _first(found: Finding, count: int) -> Finding:
+    controls = {kind: null[:count] for kind, null in found.controls.items()}
+    return replace(found, controls=controls, arms=tuple(_first(arm, count) for arm in found.arms), planned=99)
+
+
+def test_what_stops_early_would_have_had_no_word_and_what_gets_one_never_stops() -> None:
+    rng, words, stopped, late = np.random.default_rng(0), 0, 0, 0
+    for _ in range(1500):
+        found = _drawn(rng)
+        shown = judge([found])[0].shown
+        reached = [in_reach(_first(found, count)) for count in (39, 79, 98)]
+        assert not shown or all(reached)
+        assert reached == sorted(reached, reverse=True)  # out of reach once, out of reach for good
+        words, stopped, late = words + shown, stopped + (not reached[0]), late + (reached[0] and not reached[2])
+    assert words > 100 and stopped > 100 and late > 20
+
+
+@pytest.mark.parametrize("side", [1, -1])
+def test_controls_that_are_not_run_are_said_and_one_that_could_still_matter_is_run(side: int) -> None:
+    one_as_large = np.where(np.arange(39) < 4, side * 0.6, 0.01)
+    near = finding(side * 0.5, controls={"random": one_as_large}, planned=99)
+    assert not in_reach(near) and in_reach(replace(near, planned=100))  # (1 + 4) / (1 + 99) is no p below .05
+    row = judge([near])[0]
+    assert row.control["n"] == 39 and row.reason.endswith(
+        "stopped at 39 of 99 controls: none of the others could give it a word"
+    )
+    assert "stopped" not in judge([replace(near, planned=39)])[0].reason
+    assert not in_reach(finding(side * 0.12, controls={"random": SMALL[:39]}, planned=99))  # by its interval
+    assert in_reach(finding(side * 0.5, controls={"random": SMALL[:39]}, planned=99))

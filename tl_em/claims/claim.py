@@ -481,6 +481,7 @@ class Finding:
         arms: what else must be found, on the same side.
         unscaled: the effect in a stream of the base's size.
         beside: the effect on the prompts of the controls, where these are not all of them.
+        planned: how many controls of each kind there would have been, had a word stayed in reach; 0: those there are.
 
     Example:
         >>> import tl_em as em
@@ -512,6 +513,7 @@ class Finding:
     arms: tuple[Finding, ...] = ()
     unscaled: Resampled | None = None
     beside: float | None = None
+    planned: int = 0
 
     @property
     def estimate(self) -> Estimate:

@@ -277,7 +277,7 @@ def _say_cost(asked: Sequence[Question], case: Case, directions: int) -> None:
         fewer = f"; controls={fewest}: {lasting(seconds * fewest / case.n_controls)}"
     held = pass_bytes(case.pair.base) / 2**20
     print(
-        f"comparing: {directions} x {case.n_controls} random directions: about {lasting(seconds)} "
+        f"comparing: {directions} x {case.n_controls} random directions: at most {lasting(seconds)} "
         f"and {held:.0f} MiB beside the models{fewer}",
         file=sys.stderr,
     )

@@ -37,6 +37,7 @@ What is judged beside other tokens (*backdoor*) or in a fixed sequence (latents)
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -62,6 +63,23 @@ def judge(findings: Sequence[Finding]) -> tuple[Row, ...]:
         ps = adjusted([max(each.values()) for each in limits])
         rows.extend(_row(f, each, p) for f, each, p in zip(asked, limits, ps, strict=True))
     return tuple(rows)
+
+
+def in_reach(finding: Finding) -> bool:
+    """Whether there would be a word if no further control, of as many as are planned, did as much as the effect.
+
+    Where there would be none, there is none with all of them: what they do could only raise p.
+    """
+
+    def best(each: Finding) -> Finding:
+        less = 0.0 if _two_sided(each) else _ranked(each) - 1
+        nulls = {
+            kind: np.pad(null, (0, max(0, finding.planned - len(null))), constant_values=less)
+            for kind, null in each.controls.items()
+        }
+        return replace(each, controls=nulls, arms=tuple(map(best, each.arms)))
+
+    return judge([best(finding)])[0].shown
 
 
 def unlikely(p: float, blame: str = "", *, name: str = "Holm p") -> list[str]:
@@ -123,10 +141,18 @@ def _controlled(finding: Finding) -> tuple[str, np.ndarray, float]:
 
     One-sided where only one side has a word.
     """
-    two_sided = None not in finding.question.words
-    value = finding.estimate.value if finding.beside is None else finding.beside
+    value, two_sided = _ranked(finding), _two_sided(finding)
     ranked = [(kind, null, control_p(value, null, two_sided=two_sided)) for kind, null in finding.controls.items()]
     return max(ranked, key=lambda each: each[2])
+
+
+def _ranked(finding: Finding) -> float:
+    """The effect on the prompts of the controls."""
+    return finding.estimate.value if finding.beside is None else finding.beside
+
+
+def _two_sided(finding: Finding) -> bool:
+    return None not in finding.question.words
 
 
 def _row(finding: Finding, limits: dict[str, float], p: float) -> Row:
@@ -147,7 +173,7 @@ def _row(finding: Finding, limits: dict[str, float], p: float) -> Row:
         smallest=finding.smallest,
         unit=finding.unit,
         benign=finding.benign and finding.benign.estimate,
-        reason="; ".join(failed) if failed else _held(finding, p),
+        reason="; ".join([*failed, *_stopped(finding, null)]) if failed else _held(finding, p),
         detail=finding.detail,
         needed=_needed(finding),
     )
@@ -175,6 +201,13 @@ def _failed(finding: Finding, limits: dict[str, float], p: float, word: str | No
         if each.benign is not None and not _same_side(each.benign.estimate, each.estimate, each.smallest):
             failed.append(f"{name}beyond {_named(each.benign)} by {each.benign.estimate} only")
     return failed + unlikely(p, max(limits, key=lambda name: limits[name]))
+
+
+def _stopped(finding: Finding, null: np.ndarray) -> list[str]:
+    """That not all controls were run, and why."""
+    if len(null) >= finding.planned:
+        return []
+    return [f"stopped at {len(null)} of {finding.planned} controls: none of the others could give it a word"]
 
 
 def _gone(finding: Finding) -> bool:

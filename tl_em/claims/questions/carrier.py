@@ -21,10 +21,10 @@ import torch
 from tl_em.claims.arms import Arm
 from tl_em.claims.claim import OWN_GAPS, Case, Finding, Question, Reading
 from tl_em.claims.questions.level import Level
-from tl_em.claims.questions.use import SMALLEST, TREATED, ablate, measure_arm, outcomes, smallest_effect
+from tl_em.claims.questions.use import SMALLEST, TREATED, ArmResult, ablate, controlled, outcomes, smallest_effect
 from tl_em.models.class_means import mean_activation
 from tl_em.models.prompts import position_of_asking
-from tl_em.stats import Estimate, paired_difference
+from tl_em.stats import Estimate, Resampled, paired_difference
 
 ARM = "ablate in tuned, triggered"
 
@@ -54,7 +54,7 @@ class Carrier(Question):
         """Project triggered less untriggered prompts on the direction, and ablate it on the triggered ones."""
         behaviour, direction, random = case.behaviour, case.direction, case.controls()
         assert behaviour is not None
-        groups, metric = behaviour.present_groups, behaviour.metric
+        groups = behaviour.present_groups
         base, tuned = self._shift(case.base), self._shift(case.tuned)
         moved = paired_difference(base @ case.unit, tuned @ case.unit, groups=groups, seed=case.seed)
         null = random @ (tuned - base).mean(0)
@@ -63,12 +63,21 @@ class Carrier(Question):
         centre = mean_activation(case.pair.tuned, behaviour.absent, site=case.site, position=position)
         vectors = torch.from_numpy(random * direction.norm).float()
         arm = Arm(ARM, case.pair.tuned, behaviour.present, groups, outcomes(behaviour), sign=-1, seed=case.seed)
-        closed = measure_arm(arm, ablate(direction, centre), vectors)
 
+        def found(measured: list[ArmResult]) -> Finding:
+            return self._weaker(case, moved, self.sign * null, measured[0])
+
+        return controlled([arm], [ablate(direction, centre)], vectors, found)
+
+    def _weaker(self, case: Case, moved: Resampled, null: np.ndarray, closed: ArmResult) -> Finding:
+        """What is judged: the weaker of projection and ablation, and the other beside it."""
+        behaviour = case.behaviour
+        assert behaviour is not None
+        metric = behaviour.metric
         signed = [found if self.sign > 0 else found.reversed for found in (moved, closed.effect)]
         findings = {
             "projection": case.finding(
-                self, signed[0], controls=self.sign * null, smallest=Level.smallest,
+                self, signed[0], controls=null, smallest=Level.smallest,
                 unit=f"{OWN_GAPS} (projection)",
             ),
             "ablation": case.finding(

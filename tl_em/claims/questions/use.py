@@ -8,7 +8,8 @@
 
 Both are positive when the direction carries the behaviour.  The control is the same treatment with random directions
 of the base's within-class covariance and the real direction's length, on a random sample of the prompts: an effect is
-ranked among theirs on these very prompts, since prompts differ in how far any push moves them.
+ranked among theirs on these very prompts, since prompts differ in how far any push moves them.  They are run in parts,
+and no more of them once none of the others could give a word (:func:`controlled`): the word is that of all of them.
 
 What removes and what induces are values: ``Use(remove=…, induce=…)`` asks the same of any other intervention.
 """
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from tl_em.claims.arms import Arm
 from tl_em.claims.claim import Case, Finding, Question
+from tl_em.claims.rule import in_reach
 from tl_em.directions.direction import Direction
 from tl_em.errors import UsageError
 from tl_em.interventions.base import Intervention, as_intervention
@@ -39,6 +41,8 @@ from tl_em.models.prompts import position_of_asking
 from tl_em.stats import Estimate, Resampled
 
 CONTROL_PROMPTS = 16
+FIRST = 39
+"""Controls that every arm has: one more of them lies within the range of these 19 times in 20."""
 TREATED = "random directions with the same treatment"
 ABLATE, ADD = "ablate in tuned", "add in base"
 SMALLEST: dict[str, float] = {"probability": 0.05, "log-odds": 0.5}
@@ -91,10 +95,10 @@ class Use(Question):
         if case.behaviour is None:
             return None
         vectors, edits, both = self._arms(case)
-        return self._found(case, [measure_arm(arm, edit, vectors) for arm, edit in zip(both, edits, strict=True)])
+        return controlled(both, edits, vectors, lambda measured: self._found(case, measured))
 
     def seconds(self, case: Case) -> float:
-        """About how long the controls of both arms will take, from eight of them on one prompt."""
+        """About how long all controls of both arms would take, from eight of them on one prompt."""
         if case.behaviour is None:
             return 0.0
         vectors, edits, both = self._arms(case)
@@ -109,7 +113,7 @@ class Use(Question):
         """
         vectors, edits, both = self._arms(case)
         others = _as_long(case, replace(case, n_controls=draws, seed=case.seed + 1).controls())
-        measured = [measure_arm(arm, edit, vectors) for arm, edit in zip(both, edits, strict=True)]
+        measured = [TreatedArm(arm, edit, vectors).beside(len(vectors)) for arm, edit in zip(both, edits, strict=True)]
         treated = [arm.along(edit, others, arm.first) for arm, edit in zip(both, edits, strict=True)]
         for each in zip(*treated, strict=True):
             effects = [_effect(arm, values) for arm, values in zip(both, each, strict=True)]
@@ -220,25 +224,74 @@ def _as_long(case: Case, vectors: Float[np.ndarray, "control d_model"]) -> Float
     return torch.from_numpy(vectors / lengths * case.direction.norm).float()
 
 
-def measure_arm(arm: Arm, edit: Intervention, vectors: Float[Tensor, "control d_model"]) -> ArmResult:
-    """The effect of one arm on its prompts, that of each of ``vectors``, and the table of rates behind them."""
-    sample = _sample(arm)
-    few, treated = arm.some(sample), arm.treated(edit, only=list(arm.metrics))
-    rows, controls = [], {}
-    for outcome, metric in arm.metrics.items():
-        before = arm.untreated[outcome]
-        random = few.along(edit, vectors if outcome == arm.first else vectors[:99], outcome)
-        # Moved by what the sample's own mean differs from that of all prompts, so that the table's columns compare.
-        shifts = random.mean(1) - before[sample].mean()
-        controls[outcome] = arm.sign * shifts
-        cells = {
-            "untreated": arm.mean(before, outcome, level=True),
-            "treated": arm.mean(treated[outcome], outcome, level=True),
-            "random": Estimate.band(before.mean() + shifts),
-        }
-        known = {"arm": arm.name, "outcome": outcome, "metric": metric.name, "unit": metric.unit}
-        rows += [known | {"condition": name} | e.row() | {"method": e.method} for name, e in cells.items()]
-    return ArmResult(*_effect(arm, treated[arm.first]), controls[arm.first], rows)
+class TreatedArm:
+    """One arm under its treatment, and under as many controls as were asked for until now.
+
+    Args:
+        arm: the model with its prompts.
+        edit: the treatment.
+        vectors: the controls, which take the place of its direction.
+    """
+
+    def __init__(self, arm: Arm, edit: Intervention, vectors: Float[Tensor, "control d_model"]) -> None:
+        self.arm, self.edit, self.vectors = arm, edit, vectors
+        self._sample = _sample(arm)
+        self._few, self._treated = arm.some(self._sample), arm.treated(edit, only=list(arm.metrics))
+        self._random = {outcome: np.empty((0, len(self._sample))) for outcome in arm.metrics}
+
+    def beside(self, count: int) -> ArmResult:
+        """The effect, and that of the first ``count`` controls."""
+        arm, rows, controls = self.arm, [], {}
+        for outcome, metric in arm.metrics.items():
+            before, random = arm.untreated[outcome], self._along(outcome, count if outcome == arm.first else 99)
+            # Moved by what the sample's own mean differs from that of all prompts, so that the table's columns compare.
+            shifts = random.mean(1) - before[self._sample].mean()
+            controls[outcome] = arm.sign * shifts
+            cells = {
+                "untreated": arm.mean(before, outcome, level=True),
+                "treated": arm.mean(self._treated[outcome], outcome, level=True),
+                "random": Estimate.band(before.mean() + shifts),
+            }
+            known = {"arm": arm.name, "outcome": outcome, "metric": metric.name, "unit": metric.unit}
+            rows += [known | {"condition": name} | e.row() | {"method": e.method} for name, e in cells.items()]
+        return ArmResult(*_effect(arm, self._treated[arm.first]), controls[arm.first], rows)
+
+    def _along(self, outcome: str, count: int) -> Float[np.ndarray, "control prompt"]:
+        known = self._random[outcome]
+        if more := len(self.vectors[len(known) : count]):
+            found = self._few.along(self.edit, self.vectors[len(known) : len(known) + more], outcome)
+            self._random[outcome] = np.concatenate([known, found])
+        return self._random[outcome]
+
+
+def controlled(
+    arms: Sequence[Arm],
+    edits: Sequence[Intervention],
+    vectors: Float[Tensor, "control d_model"],
+    found: Callable[[list[ArmResult]], Finding],
+) -> Finding:
+    """What is found beside all controls, or beside as many as show that no word is in reach.
+
+    First :data:`FIRST` of them are run, then about twice as many each time.  Before each further part the rule is asked
+    what it would say if none of those that are left did as much: where even then there is no word, they are not run.
+
+    The word is that of all controls, so this is no other rule (a curtailed test).  The p of a test that stopped is the
+    share of those that were run, which is never too small (Besag and Clifford 1991, Biometrika 78:301).
+
+    Args:
+        arms: what the effect is measured in.
+        edits: the treatment of each.
+        vectors: all controls.
+        found: makes the finding from what was measured in every arm.
+    """
+    treated = [TreatedArm(arm, edit, vectors) for arm, edit in zip(arms, edits, strict=True)]
+    planned = len(vectors)
+    count = min(FIRST, planned)
+    while True:
+        finding = replace(found([each.beside(count) for each in treated]), planned=planned)
+        if count == planned or not in_reach(finding):
+            return finding
+        count = min(2 * count + 1, planned)
 
 
 def _seconds(arm: Arm, edit: Intervention, vectors: Float[Tensor, "control d_model"]) -> float:
