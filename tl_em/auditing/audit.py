@@ -119,7 +119,7 @@ def audit(
         questions: what to ask of each direction, in this order: names of shipped questions, or values of
             ``em.Question``; all of the shipped ones by default.
         method: how directions are extracted: a name or a value of ``em.Method``, as in ``em.extract_directions``.
-        controls: number of random directions for each test.
+        controls: number of random directions for each test, as of ``em.compare``.
         calibrate: draws of ``em.calibration``, whose sentence then stands on the page: how often this audit would be
             wrong, and what it would have found.  200 take longer than the audit.
         plan: what was to be asked, from ``em.plan``, or its file: it is checked before anything is run, and what is

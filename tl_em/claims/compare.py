@@ -171,7 +171,8 @@ def compare(
             benign ones or more.
         questions: what to ask, in this order: names of shipped questions, or values of ``em.Question``; all of the
             shipped ones by default.
-        controls: number of random directions (or swaps) for each test.
+        controls: number of random directions (or swaps) for each test; *use* runs no more of them once none of the
+            others could give a word.
         seed: seed of all resampling and controls.
         layers: for each name its directions at every layer, for ``by_layer``; by default the one direction, read at
             every layer of its stream.
