@@ -304,5 +304,7 @@ def test_controls_that_are_not_run_are_said_and_one_that_could_still_matter_is_r
         "stopped at 39 of 99 controls: none of the others could give it a word"
     )
     assert "stopped" not in judge([replace(near, planned=39)])[0].reason
+    whole = finding(side * 0.5, controls={"random": SMALL[:99]}, planned=99, arms=(replace(near, planned=0),))
+    assert not in_reach(whole) and "stopped at 39 of 99" in judge([whole])[0].reason  # of an arm beside
     assert not in_reach(finding(side * 0.12, controls={"random": SMALL[:39]}, planned=99))  # by its interval
     assert in_reach(finding(side * 0.5, controls={"random": SMALL[:39]}, planned=99))

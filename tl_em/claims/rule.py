@@ -173,7 +173,7 @@ def _row(finding: Finding, limits: dict[str, float], p: float) -> Row:
         smallest=finding.smallest,
         unit=finding.unit,
         benign=finding.benign and finding.benign.estimate,
-        reason="; ".join([*failed, *_stopped(finding, null)]) if failed else _held(finding, p),
+        reason="; ".join([*failed, *_stopped(finding)]) if failed else _held(finding, p),
         detail=finding.detail,
         needed=_needed(finding),
     )
@@ -203,11 +203,12 @@ def _failed(finding: Finding, limits: dict[str, float], p: float, word: str | No
     return failed + unlikely(p, max(limits, key=lambda name: limits[name]))
 
 
-def _stopped(finding: Finding, null: np.ndarray) -> list[str]:
+def _stopped(finding: Finding) -> list[str]:
     """That not all controls were run, and why."""
-    if len(null) >= finding.planned:
+    run = min(len(null) for each in (finding, *finding.arms) for null in each.controls.values())
+    if run >= finding.planned:
         return []
-    return [f"stopped at {len(null)} of {finding.planned} controls: none of the others could give it a word"]
+    return [f"stopped at {run} of {finding.planned} controls: none of the others could give it a word"]
 
 
 def _gone(finding: Finding) -> bool:
