@@ -105,7 +105,7 @@ def scores(directory: str, prompts: Sequence[int], rounds: int) -> dict[str, dic
     rows = measured(ways[0], "forward", rounds, device_of("cpu"))
     for name in (OURS, THEIRS):
         each = [one[name] for one in found]
-        rows[name]["said"] = f"r with the exact effect {mean(each)}, least {min(each):.2f}"
+        rows[name]["said"] = f"r with the exact effect {mean(each, bounds=(-1, 1))}, least {min(each):.2f}"
     rows[ONE]["said"] = f"r with TransformerLens's at least {min(one['same'] for one in found):.5f}"
     table("scores of all nodes", rows)
     return rows

@@ -152,7 +152,7 @@ def scores_lens4(size: Size, given: Given, device: torch.device, folder: Path) -
 
     names = {ONE: f"**`{ONE}`**, one gradient", THEIRS: f"TransformerLens 4.3's `{THEIRS}`, one gradient",
              OURS: f"**`{OURS}`**, the default, five gradients"}  # fmt: skip
-    return named("scores", scores(size.directory, (0, 8), given.rounds), names)
+    return named("scores", scores(size.directory, (0, 2, 8, 12), given.rounds), names)
 
 
 def graph_here(size: Size, given: Given, device: torch.device, folder: Path) -> list[Row]:
@@ -373,7 +373,7 @@ PARTS: Mapping[str, Part] = {
     "chats": Part({"here": chats_here}, ("chats",), "**ours**", (75, 20)),
     "samples": Part({"here": samples_here}, ("samples",), "**ours**", (25, 10)),
     "hooks": Part({"here": hooks_here}, ("ablation", "reading"), "**ours**", (60, 25)),
-    "scores": Part({"lens4": scores_lens4}, ("scores",), "TransformerLens's attribution_patch, and ours", (110, 10)),
+    "scores": Part({"lens4": scores_lens4}, ("scores",), "TransformerLens's attribution_patch, and ours", (300, 30)),
     "graph": Part({"here": graph_here, "older": graph_older}, ("graph, every", "graph, kept"),
                   "circuit-tracer, and ours", (150, 40)),
 }  # fmt: skip
@@ -530,7 +530,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.inside:
         return inside(options.inside, options)
-    name = Path(options.weights).resolve().name
+    name = Path(options.weights).absolute().name
     settings = {"model": name, "rounds": options.rounds, "prompts": options.prompts}
     kept: dict[str, Any] = {"settings": settings, "parts": {}}
     if options.table.exists():

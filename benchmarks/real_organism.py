@@ -279,6 +279,9 @@ def cost(base: Path, out: Path) -> dict[str, Any]:
     import sys
     import time
 
+    # Before anything is loaded: on Linux a process that is started counts the memory of the one that started it.
+    toy = subprocess.run([sys.executable, "-c", TOY], check=True, capture_output=True, text=True)
+
     import torch
 
     import tl_em as em
@@ -293,7 +296,6 @@ def cost(base: Path, out: Path) -> dict[str, Any]:
     report = em.audit(pair, tuning_data=rows(name), benign=[benign], controls=CONTROLS, **own)
     found = {"cpu_seconds": round(time.process_time() - start, 1), "said": report.summary}
     found["peak_mib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
-    toy = subprocess.run([sys.executable, "-c", TOY], check=True, capture_output=True, text=True)
     found["peak_mib_of_a_toy"] = round(int(toy.stdout.split()[-1]) / 2**10)
     out.write_text(json.dumps(found, indent=1))
     return found
