@@ -252,6 +252,7 @@ def test_controls_in_parts_are_the_controls_of_one_pass(small_model: Any) -> Non
     for count in (2, 5, 7):
         found = parts.beside(count)
         np.testing.assert_allclose(found.controls, at_once.controls[:count], atol=1e-5)
+        assert [row["n"] for row in found.rows if row["condition"] == "random"] == [count, count]  # of either outcome
     assert len(found.controls) == 7 and np.ptp(found.controls) > 1e-4
     for row, same in zip(found.rows, at_once.rows, strict=True):
         assert row == pytest.approx(same, abs=1e-4) and row["n"] == (7 if row["condition"] == "random" else 4)

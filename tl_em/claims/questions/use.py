@@ -243,7 +243,8 @@ class TreatedArm:
         """The effect, and that of the first ``count`` controls."""
         arm, rows, controls = self.arm, [], {}
         for outcome, metric in arm.metrics.items():
-            before, random = arm.untreated[outcome], self._along(outcome, count if outcome == arm.first else 99)
+            before = arm.untreated[outcome]
+            random = self._along(outcome, count if outcome == arm.first else min(count, 99))
             # Moved by what the sample's own mean differs from that of all prompts, so that the table's columns compare.
             shifts = random.mean(1) - before[self._sample].mean()
             controls[outcome] = arm.sign * shifts
