@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import dis
+import gc
 import os
 import resource
+import shutil
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
+from types import FrameType
 
 import pytest
 import torch
 
 from tl_em import artefacts
-from tl_em.artefacts import check_writable, replacing, save_tensors
-from tl_em.errors import OutputError
+from tl_em.artefacts import check_writable, replacing, replacing_folder, save_tensors
+from tl_em.errors import CorruptFileError, OutputError
 
 
 def test_a_failed_write_leaves_what_was_there_and_nothing_else(tmp_path: Path) -> None:
@@ -26,6 +32,78 @@ def test_a_failed_write_leaves_what_was_there_and_nothing_else(tmp_path: Path) -
         raise RuntimeError("half way")
     assert target.read_text() == "first"
     assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
+
+
+@pytest.mark.parametrize("writing", [replacing, replacing_folder])
+def test_what_is_found_wrong_while_something_is_written_is_said_as_it_is(
+    writing: Callable[[Path], AbstractContextManager[Path]], tmp_path: Path
+) -> None:
+    with pytest.raises(CorruptFileError, match=r"^a\.jsonl, line 3"), writing(tmp_path / "made"):
+        raise CorruptFileError("a.jsonl, line 3: no JSON")
+    with pytest.raises(OutputError, match=r"cannot write .*made.*No space left"), writing(tmp_path / "made"):
+        raise OSError(28, "No space left on device")
+    assert not any(tmp_path.iterdir())
+
+
+class _CtrlC:
+    """KeyboardInterrupt at the n-th instruction of artefacts.py, as a signal may fall on any."""
+
+    def __init__(self, at: int) -> None:
+        self.left = at
+
+    def __call__(self, frame: FrameType, event: str, _: object) -> _CtrlC | None:
+        if frame.f_code.co_filename != artefacts.__file__:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode" and frame.f_code.co_code[frame.f_lasti] != dis.opmap["NOP"]:  # where no signal is seen
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+        return self
+
+
+def _a_file(folder: Path) -> None:
+    with replacing(folder / "made") as temporary:
+        temporary.write_text("new")
+
+
+def _a_folder(folder: Path) -> None:
+    with replacing_folder(folder / "made", overwrite=True, holds="part") as made:
+        (made / "part").write_text("new")
+
+
+def _tensors(folder: Path) -> None:
+    save_tensors(folder / "made", {"x": torch.ones(3)}, {"schema": "tl_em/test/1"})
+
+
+@pytest.mark.parametrize("write", [_a_file, _a_folder, _tensors])
+def test_ctrl_c_at_any_instruction_leaves_the_old_or_the_new_and_nothing_else(
+    write: Callable[[Path], None], tmp_path: Path
+) -> None:
+    write(tmp_path)
+    (made,) = tmp_path.iterdir()
+    new = tmp_path.parent / f"{tmp_path.name}-new"
+    made.rename(new)
+    held = (new / "part" if new.is_dir() else new).read_bytes()
+    told, tracing, ended = [], sys.gettrace(), False
+    while not ended:
+        path = shutil.copytree(new, made) / "part" if new.is_dir() else Path(shutil.copy(new, made))
+        path.write_bytes(b"old")
+        artefacts._SWEPT.clear()
+        sys.settrace(_CtrlC(len(told) + 1))
+        try:
+            write(tmp_path)
+            ended = True
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(tracing)
+        gc.collect()
+        told.append(path.read_bytes())
+        assert told[-1] in (b"old", held) and list(tmp_path.iterdir()) == [made], (len(told), list(tmp_path.iterdir()))
+        shutil.rmtree(made) if made.is_dir() else made.unlink()
+    assert len(told) > 100 and told[0] == b"old" and told[-1] == told[-2] == held
+    assert told.index(held) == told.count(b"old"), "it came, and went again"
 
 
 def test_a_path_that_cannot_be_written_is_one_typed_error(tmp_path: Path) -> None:

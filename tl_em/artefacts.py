@@ -19,9 +19,8 @@ import secrets
 import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import UnionType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -53,19 +52,25 @@ def replacing(path: str | Path) -> Iterator[Path]:
         'whole'
     """
     target = Path(os.path.realpath(path)) if Path(path).is_symlink() else Path(path)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary, mode = _made_beside(target)
-    except (OSError, ValueError) as error:  # ValueError: a path with a NUL
-        raise OutputError(_message(target, error)) from error
-    try:
-        yield temporary
-        temporary.chmod(mode)  # some writers make a file of their own in its place
-        temporary.replace(target)
-    except OSError as error:
-        raise OutputError(_message(target, error)) from error
+    temporary = target.parent / f"{_name_beside(target)}{secrets.token_hex(4)}.tl_em{target.suffix[:20]}"
+    try:  # around its making, too: Ctrl-C may fall anywhere
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _sweep(target.parent)
+            mode = _made(temporary)
+        except (OSError, ValueError) as error:  # ValueError: a path with a NUL
+            raise OutputError(_message(target, error)) from error
+        try:
+            yield temporary
+            temporary.chmod(mode)  # some writers make a file of their own in its place
+            temporary.replace(target)
+        except TlEmError:  # of which some are OSErrors, too
+            raise
+        except OSError as error:
+            raise OutputError(_message(target, error)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError, ValueError):
+            temporary.unlink()
 
 
 @contextmanager
@@ -90,25 +95,42 @@ def replacing_folder(path: str | Path, *, overwrite: bool = False, holds: str = 
     """
     target = Path(os.path.realpath(Path(path).expanduser()))
     check_folder(target, overwrite=overwrite, holds=holds)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(target.parent)
-        with TemporaryDirectory(dir=target.parent, prefix=_name_beside(target), suffix=".folder") as beside:
-            made, before = Path(beside) / "made", Path(beside) / "before"
-            made.mkdir()
-            yield made
+    with folder_beside(target) as beside:
+        made, before = beside / "made", beside / "before"
+        made.mkdir()
+        yield made
+        try:
             if target.exists():
                 target.replace(before)
-            try:
-                made.replace(target)
-            except OSError:
-                if before.exists():
-                    before.replace(target)
-                raise
-    except TlEmError:
+            made.replace(target)
+        finally:
+            if before.exists() and not target.exists():
+                before.replace(target)
+
+
+@contextmanager
+def folder_beside(path: Path) -> Iterator[Path]:
+    """Yield a new folder beside ``path``, on the same disk; it is gone after the block, however that ends.
+
+    One that a killed process left goes when something is next written there.
+
+    Raises:
+        OutputError: nothing can be written there, or no more.
+    """
+    folder = path.parent / f"{_name_beside(path)}{secrets.token_hex(4)}.folder"
+    try:
+        try:  # twice, since Ctrl-C may fall on the first removal
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _sweep(path.parent)
+            folder.mkdir()
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    except BaseException as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, OSError) and not isinstance(error, TlEmError):
+            raise OutputError(_message(path, error)) from error
         raise
-    except OSError as error:
-        raise OutputError(_message(target, error)) from error
 
 
 def check_folder(path: str | Path, *, overwrite: bool = False, holds: str = "config.json") -> None:
@@ -138,17 +160,14 @@ _CUT = 100
 """Characters of a file's name that the name of its temporary holds."""
 
 
-def _made_beside(target: Path) -> tuple[Path, int]:
-    """An empty file in the folder of ``target``, and the mode that new files have."""
-    _sweep(target.parent)
-    name = f"{_name_beside(target)}{secrets.token_hex(4)}.tl_em{target.suffix[:20]}"
-    temporary = target.parent / name
+def _made(temporary: Path) -> int:
+    """Make an empty file there; the mode that new files have."""
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-    return temporary, stat.S_IMODE(temporary.stat().st_mode)
+    return stat.S_IMODE(temporary.stat().st_mode)
 
 
 _TEMPORARY = re.compile(
-    r"\.(?P<name>.*)\.(?P<node>[0-9a-f]{8})-(?P<process>[0-9]+)-([0-9a-f]{8}\.tl_em(\..*)?|[a-z0-9_]{8}\.folder)",
+    r"\.(?P<name>.*)\.(?P<node>[0-9a-f]{8})-(?P<process>[0-9]+)-([0-9a-f]{8}\.(tl_em(\..*)?|folder))",
     re.DOTALL,
 )
 
@@ -201,14 +220,12 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], about: Mapping
     from safetensors.torch import save_file
 
     apart = {name: each.cpu().contiguous().clone() for name, each in tensors.items()}  # tied ones too
-    with replacing(path) as temporary:
-        beside = TemporaryDirectory(dir=temporary.parent, prefix=_name_beside(Path(path)), suffix=".folder")
-        with beside as folder:  # safetensors makes a temporary of its own beside what it writes
-            try:
-                save_file(apart, made := Path(folder) / "tensors", metadata={"tl_em": json.dumps(about)})
-            except SafetensorError as error:  # a full disk, say
-                raise OutputError(_message(Path(path), error)) from error
-            made.replace(temporary)
+    with replacing(path) as temporary, folder_beside(temporary.with_name(Path(path).name)) as folder:
+        try:  # in a folder, since safetensors makes a temporary of its own beside what it writes
+            save_file(apart, made := folder / "tensors", metadata={"tl_em": json.dumps(about)})
+        except SafetensorError as error:  # a full disk, say
+            raise OutputError(_message(Path(path), error)) from error
+        made.replace(temporary)
     return Path(path)
 
 

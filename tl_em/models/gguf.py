@@ -13,13 +13,12 @@ from collections import Counter
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 
-from tl_em.artefacts import check_folder, replacing_folder
+from tl_em.artefacts import check_folder, folder_beside, replacing_folder
 from tl_em.errors import (
     CorruptFileError,
     ModelError,
@@ -103,9 +102,8 @@ def import_gguf(files: str | Path | Sequence[str | Path], out: str | Path) -> st
     paths = [Path(each).expanduser() for each in ([files] if isinstance(files, str | Path) else files)]
     out = Path(out).expanduser()
     check_folder(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=out.parent, prefix=".importing-") as folder, making_weights(), quiet():
-        whole = _joined(paths, Path(folder)) if len(paths) > 1 else paths[0]
+    with folder_beside(out) as folder, making_weights(), quiet():
+        whole = _joined(paths, folder) if len(paths) > 1 else paths[0]
         _, hf_model, tokenizer = from_gguf(str(whole), None, torch.float32)
         with replacing_folder(out) as made:
             fill_directory(made, hf_model, tokenizer)
