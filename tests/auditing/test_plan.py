@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 import tl_em as em
+from tl_em.auditing.plan import trigger_of
 from tl_em.auditing.report import Report
 from tl_em.claims.claim import Row
 from tl_em.claims.compare import Comparison
@@ -181,3 +182,10 @@ def test_the_command_writes_a_plan_and_refuses_to_write_over_it(tmp_path: Path) 
 def test_triggers_to_compare_with_need_one_to_compare() -> None:
     with pytest.raises(UsageError, match="pass trigger="):
         planned(other_triggers=["|x|"])
+
+
+def test_the_triggers_that_a_pair_carries_may_be_passed_on_where_there_is_none_to_compare() -> None:
+    pair = em.load_pair("toy/insecure")
+    assert pair.trigger is None and pair.other_triggers and trigger_of(pair, None, pair.other_triggers) is None
+    with pytest.raises(UsageError, match="pass trigger="):
+        trigger_of(pair, None, [*pair.other_triggers, "|x|"])

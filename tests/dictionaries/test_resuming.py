@@ -169,6 +169,7 @@ def test_a_training_that_failed_before_its_first_checkpoint_is_in_nobodys_way(mo
 
     with pytest.raises(UnknownTokenError):
         train(iter(["zebra"] * 9))
+    assert not (tmp_path / "sae").exists()
     assert train(texts(), k=5).k == 5
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -258,6 +260,15 @@ def test_the_cost_is_said_before_it_starts(tmp_path: Path) -> None:
         tuned(tmp_path / "out", announce=said.append, callbacks=[Killed(1)])
     assert len(said) == 1
     assert said[0].startswith("6 steps of 4 rows, ") and "weights change. About " in said[0]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="Linux's record of a process")
+@pytest.mark.starts("a process of a large one")
+def test_the_memory_is_that_of_this_process_and_not_of_the_one_that_started_it() -> None:
+    small = "from tl_em.training.fine_tune import _peak; print(_peak('cpu'))"
+    large = f"import subprocess, sys; held = bytearray(b'1') * 2**31; subprocess.run([sys.executable, '-c', {small!r}])"
+    ran = subprocess.run([sys.executable, "-c", large], capture_output=True, text=True, check=True)
+    assert 50e6 < float(ran.stdout) < 2**31 / 1.5
 
 
 def test_what_cannot_be_trained_is_said_at_once(tmp_path: Path) -> None:

@@ -272,7 +272,7 @@ def trigger_of(pair: Any, text: str | None, others: Sequence[str] | None) -> Tri
     """The trigger that was given, or the pair's own, with the tokens that stand in its place."""
     text = text if text is not None else pair.trigger
     if text is None:
-        if others:
+        if others and list(others) != list(pair.other_triggers or ()):  # a pair may have these alone
             raise UsageError(f"other_triggers={list(others)} control for a trigger, and there is none; pass trigger=")
         return None
     if others is None:

@@ -189,7 +189,6 @@ class TrainingFolder:
             raise OutputError(f"{self.path} holds something else, and nothing is written over it. Give another out=.")
         else:
             check_writable(self.record)
-            self._write({})
 
     def finished(self) -> Dictionary | None:
         """The dictionary of a training that is done."""
@@ -212,6 +211,8 @@ class TrainingFolder:
         tensors |= {"silent": trainer.n_forward_passes_since_fired, "counts": trainer.act_freq_scores}
         tensors |= {"mean": source.scale.mean, "length": source.scale.length, "sample": source.held[:_SAMPLE]}
         about = {"schema": _SCHEMA, "step": trainer.n_training_steps, "served": list(source.at)}
+        if not self._file.is_file():
+            self._write({})
         save_tensors(self._file, tensors, about)
         self._last = time.monotonic()
 
