@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+import tl_em as em
 from tl_em.errors import NonFiniteError, PositionError, PromptError, UsageError
+from tl_em.graph.attention import attention_pattern
 from tl_em.models import stream as capture_module
 from tl_em.models import unembedding
 from tl_em.models.class_means import mean_activation
 from tl_em.models.hooks import LensModel, hook_points, hooked, read_point
-from tl_em.models.prompts import Prompt, encode
+from tl_em.models.prompts import EncodedPrompt, Prompt, encode
 from tl_em.models.sites import Site
 from tl_em.models.stream import capture, next_token_logits, sequence_logprobs
 
@@ -89,6 +91,43 @@ def test_a_tokenizer_that_pads_on_the_left_changes_nothing(small_model: LensMode
         torch.testing.assert_close(capture(small_model, encoded, SITES, position="prompt_end"), expected[0], **CLOSE)
         torch.testing.assert_close(next_token_logits(small_model, encoded), expected[1], **CLOSE)
         assert tokenizer.padding_side == "left"
+    finally:
+        tokenizer.padding_side = before
+
+
+def test_no_keys_and_values_are_kept_of_what_is_read_once(
+    make_model: Callable[..., LensModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They were: of all layers, which is what a pass of SmolLM2 took most of its memory for."""
+    model = make_model("llama", "bridge")
+    encoded = encode(model, [*PROMPTS, PROMPTS[0]])
+
+    def update(*_: Any, **__: Any) -> Any:
+        raise AssertionError("kept")
+
+    monkeypatch.setattr("transformers.cache_utils.Cache.update", update)
+    with pytest.raises(AssertionError, match="kept"):
+        model(torch.tensor([encoded[0].ids]))
+    capture(model, encoded, SITES, position="prompt_end")
+    next_token_logits(model, encoded[:1])
+    sequence_logprobs(model, ANSWERED[:1])
+    em.attribute(model, PROMPTS[0], target=("yes", "cannot"))
+    attention_pattern(model, PROMPTS[0], 1)
+
+
+def test_a_graph_reads_as_it_does_with_a_tokenizer_that_pads_on_the_left(small_model: LensModel) -> None:
+    """A HookedTransformer hides leading tokens then that are its padding."""
+    tokenizer: Any = small_model.tokenizer  # type: ignore[attr-defined]
+    prompt = EncodedPrompt.from_ids([tokenizer.pad_token_id, *encode(small_model, ["the cat sat"])[0].ids])
+
+    def read() -> tuple[torch.Tensor, torch.Tensor]:
+        graph = em.attribute(small_model, prompt, target=("yes", "cannot"))
+        return graph.edges, attention_pattern(small_model, prompt, 1)
+
+    before, expected = tokenizer.padding_side, read()
+    tokenizer.padding_side = "left"
+    try:
+        torch.testing.assert_close(read(), expected, **CLOSE)
     finally:
         tokenizer.padding_side = before
 

@@ -143,7 +143,7 @@ def test_what_is_read_on_wrongly_is_found(fault: str, surface: str, monkeypatch:
     else:
         kind = cache._BridgeReads if surface == "bridge" else cache._HookedReads
         go_on = kind.go_on
-        monkeypatch.setattr(kind, "go_on", lambda self, held, rows: go_on(self, held, rows and rows[::-1]))
+        monkeypatch.setattr(kind, "go_on", lambda self, held, rows, **to: go_on(self, held, rows and rows[::-1], **to))
     model = load_model(zoo.llama(), surface=surface)
     shown = proof.proof(model)
     assert shown is not None and shown.cache is not None and shown.side_by_side is None

@@ -34,6 +34,7 @@ from tl_em.graph.nodes import Node
 from tl_em.graph.rules import as_rule
 from tl_em.graph.rules.base import AnyRule
 from tl_em.graph.targets import Target, text_of
+from tl_em.models.cache import read_once
 from tl_em.models.hooks import LensModel, hooked
 from tl_em.models.prompts import EncodedPrompt, Prompt, encode
 from tl_em.models.torch_state import in_plain_torch
@@ -173,7 +174,7 @@ def attention_pattern(model: LensModel, prompt: Prompt | EncodedPrompt, layer: i
 
     ids = encode(model, [prompt])[0].ids
     with torch.no_grad(), hooked(model, [(f"blocks.{layer}.attn.hook_pattern", keep)]):
-        model(torch.tensor([ids]))
+        read_once(model, torch.tensor([ids]))
     return found[-1]
 
 

@@ -31,6 +31,7 @@ from tqdm.auto import tqdm
 
 from tl_em.graph.rules.base import Rule, hooks_of
 from tl_em.graph.rules.frozen import Frozen
+from tl_em.models.cache import read_once
 from tl_em.models.hooks import LensModel, hooked
 from tl_em.threads import own_warnings
 
@@ -108,7 +109,7 @@ def linearise(
     with torch.set_grad_enabled(bool(cuts or taps)), own_warnings(), hooked(model, hooks):
         # A Bridge says that a norm whose scale a hook gives back is computed step by step, which is what is wanted.
         warnings.filterwarnings("ignore", message="A forward hook edited hook_scale")
-        made.logits = model(tokens[None].to(model.cfg.device)).detach()[0]
+        made.logits = read_once(model, tokens[None]).detach()[0]
     return made
 
 

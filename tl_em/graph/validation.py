@@ -33,6 +33,7 @@ from tl_em.graph.edges import Wiring
 from tl_em.graph.latents import Sheet
 from tl_em.graph.nodes import G, Graph, Kind
 from tl_em.graph.pruning import scores
+from tl_em.models.cache import read_once
 from tl_em.models.hooks import LensModel, hooked
 from tl_em.stats import Estimate, bootstrap
 from tl_em.threads import own_warnings
@@ -237,11 +238,11 @@ def valued(
     def copied(x: Tensor, hook: Any) -> Tensor:
         return x.expand(copies, *x.shape[1:])
 
-    tokens = torch.tensor(plan.encoded.ids).expand(1 if first else copies, -1).to(model.cfg.device)
+    tokens = torch.tensor(plan.encoded.ids).expand(1 if first else copies, -1)
     begin = [(f"blocks.{first}.hook_resid_pre", copied)] if first else []
     with torch.no_grad(), hooked(model, [*begin, *hooks, (plan.goal.point, read)], check=False):
         with suppress(_Read):
-            model(tokens)
+            read_once(model, tokens)
     return (seen[0] @ plan.goal.shares.to(seen[0])).cpu()
 
 

@@ -30,6 +30,7 @@ from tl_em.errors import NonFiniteError, TlEmError, UsageError
 from tl_em.interventions.base import Intervention, RowEdit, core, direction_of, sites_of
 from tl_em.interventions.intervene import intervene
 from tl_em.models.beginnings import Piece
+from tl_em.models.cache import read_once
 from tl_em.models.contrasts import Prompt
 from tl_em.models.hooks import LensModel, hook_name, hooked
 from tl_em.models.prompts import Batch, EncodedPrompt, encode
@@ -247,7 +248,7 @@ class _Joining:
             return x[:1]
         current_batch.set(self.alone)
         try:
-            self.model(self.alone.tokens.to(self.model.cfg.device), padding_side="right")
+            read_once(self.model, self.alone.tokens)
         except _Entered as entered:
             current_batch.set(before)
             return entered.args[0][:, self.batch.start :]

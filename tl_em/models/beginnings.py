@@ -251,18 +251,21 @@ class PieceReader:
         self.root: tuple[Piece, Any] | None = None
 
     def __call__(self, piece: Piece) -> Float[Tensor, "row last d_vocab"]:
-        """Logits of a piece's tokens."""
+        """Logits of a piece's tokens; nothing goes on from it."""
+        return self._read(piece, last=True)
+
+    def _read(self, piece: Piece, *, last: bool = False) -> Float[Tensor, "row last d_vocab"]:
         before = piece.after
         if before is None:
             self.read.go_on(None, None)
         elif before.after is None:
             if self.root is None or self.root[0] is not before:
-                self(before)
+                self._read(before)
                 self.root = before, self.read.held
-            self.read.go_on(self.root[1], self._rows(piece))
+            self.read.go_on(self.root[1], self._rows(piece), last=last)
         else:
-            self(before)
-            self.read.go_on(self.read.held, self._rows(piece))
+            self._read(before)
+            self.read.go_on(self.read.held, self._rows(piece), last=last)
         self.running.set(piece.batch)
         tokens = piece.batch.tokens[:, piece.batch.start :]
         return self.read(tokens if self.carried is None else tokens[:1])

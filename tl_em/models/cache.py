@@ -10,10 +10,11 @@ from __future__ import annotations
 import copy
 import inspect
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
-from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from tl_em.errors import ModelError
 from tl_em.models.hooks import LensModel
+from tl_em.models.source_record import text_config
 from tl_em.models.unwrapped import unwrapped
 
 Step = Callable[[Int[Tensor, "prompt pos"]], Float[Tensor, "prompt d_vocab"]]
@@ -43,8 +45,11 @@ class ReadsOn(Protocol):
         """Logits of these tokens, of the last of them, or of those that a hook hands the unembedding as one row."""
         ...
 
-    def go_on(self, held: Any, rows: Rows) -> None:
-        """Go on after what was held at some time, which stays as it is."""
+    def go_on(self, held: Any, rows: Rows, *, last: bool = False) -> None:
+        """Go on after what was held at some time, which stays as it is.
+
+        After the ``last`` nothing is read on: keys and values of a layer are gone once the pass is through it.
+        """
         ...
 
     def align(self, lengths: Int[Tensor, " prompt"]) -> None:
@@ -87,6 +92,32 @@ def reading_on(model: LensModel, *, last: bool = False) -> Iterator[ReadsOn]:
         yield _BridgeReads(model, stack, last) if hasattr(model, "original_model") else _HookedReads(model)
 
 
+def read_once(model: LensModel, tokens: Int[Tensor, "prompt pos"]) -> Any:
+    """Logits of a forward pass after which nothing is read on: no keys and values are kept, block after block.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge; hooks on it stay in force.
+        tokens: padded on the right, if at all.
+    """
+    if model not in _NEEDLESS:
+        _NEEDLESS[model] = hasattr(model, "original_model") and _holds_no_state(model.original_model)
+    # padding_side: a HookedTransformer whose tokenizer pads on the left would take leading BOS tokens for padding.
+    options = {"padding_side": "right"} | ({"use_cache": False} if _NEEDLESS[model] else {})
+    return model(tokens.to(model.cfg.device), **options)
+
+
+_NEEDLESS: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
+_ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
+
+
+def _holds_no_state(hf_model: Any) -> bool:
+    """Whether a cache of keys and values is all that a pass leaves: what has a state computes otherwise without one."""
+    takes, text = set(inspect.signature(hf_model.forward).parameters), text_config(hf_model.config)
+    kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ()
+    named = "use_cache" in takes and bool(takes & {"cache", "past_key_values"})
+    return named and "cache_params" not in takes and set(kinds) <= set(_ATTENTION)
+
+
 def has_cache(model: LensModel) -> bool:
     """Whether the model takes a cache that this module knows how to hand over."""
     if hasattr(model, "original_model"):
@@ -99,7 +130,7 @@ def _reading_again(model: LensModel) -> Step:
 
     def step(tokens: Tensor) -> Tensor:
         read.append(tokens)
-        return model(torch.cat(read, 1).to(model.cfg.device), padding_side="right")[:, -1]
+        return read_once(model, torch.cat(read, 1))[:, -1]
 
     return step
 
@@ -120,11 +151,13 @@ class _HookedReads:
         mask = torch.ones_like(tokens)
         return self.model(tokens, past_kv_cache=self.held, attention_mask=mask, padding_side="right")
 
-    def go_on(self, held: Any, rows: Rows) -> None:
+    def go_on(self, held: Any, rows: Rows, *, last: bool = False) -> None:
         self.held = held = copy.copy(held)
         if held is None or rows is None:
             return
         held.entries = [copy.copy(entry) for entry in held.entries]
+        if last:
+            held.freeze()
         for layer, entry in enumerate(held.entries):
             chosen = _rows(rows, layer, self.model)
             entry.past_keys, entry.past_values = entry.past_keys[chosen], entry.past_values[chosen]
@@ -170,13 +203,17 @@ class _BridgeReads:
         finally:
             self.stepping = 0
 
-    def go_on(self, held: Any, rows: Rows) -> None:
+    def go_on(self, held: Any, rows: Rows, *, last: bool = False) -> None:
         self.held = held = copy.copy(held)
         if held is None or rows is None:
             return
         held.layers = [copy.copy(layer) for layer in held.layers]
         for number, layer in enumerate(held.layers):
-            layer.batch_select_indices(_rows(rows, number, self.model))
+            chosen = _rows(rows, number, self.model)
+            if last and type(layer).__name__ in _PLAIN:
+                _read_once(layer, chosen)
+            else:
+                layer.batch_select_indices(chosen)
 
     def align(self, lengths: Int[Tensor, " prompt"]) -> None:
         held: Any = self.held
@@ -185,6 +222,28 @@ class _BridgeReads:
         for layer in held.layers:
             layer.keys, layer.values = moved(layer.keys, 2), moved(layer.values, 2)
         self.mask = _padding(lengths, width).to(self.model.cfg.device)
+
+
+_PLAIN = ("DynamicLayer", "DynamicSlidingWindowLayer")
+"""Layers of a cache that hold keys and values and nothing else."""
+
+
+def _read_once(layer: Any, rows: Int[Tensor, " row"]) -> None:
+    """Let a layer of transformers' cache choose its rows when the pass comes to it, and keep nothing of what it reads.
+
+    What stands for keys and values afterwards has their shape, and is NaN: a model that reads them again, as one whose
+    layers share them does, is found out where ``proof`` compares.
+    """
+    layer.update = partial(_pass, weakref.ref(layer), rows)  # weak, or a layer would be freed by the collector alone
+
+
+def _pass(of: weakref.ref[Any], rows: Int[Tensor, " row"], *args: Any, **options: Any) -> Any:
+    layer = of()
+    layer.batch_select_indices(rows)
+    found = type(layer).update(layer, *args, **options)
+    kept = layer.keys, layer.values
+    layer.keys, layer.values = (x.new_full((1,), torch.nan).expand(x.shape) for x in kept)
+    return found
 
 
 def _rows(rows: Any, layer: int, model: LensModel) -> Int[Tensor, " row"]:
@@ -217,7 +276,7 @@ def _cache_name(model: Any) -> str | None:
     return next((name for name in _NAMES if name in takes), None)
 
 
-_ATTENTIONS: WeakKeyDictionary[Any, tuple[nn.Module, ...]] = WeakKeyDictionary()
+_ATTENTIONS: weakref.WeakKeyDictionary[Any, tuple[nn.Module, ...]] = weakref.WeakKeyDictionary()
 
 
 def _attentions(model: Any) -> tuple[nn.Module, ...]:

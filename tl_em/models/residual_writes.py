@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tl_em.errors import NotAdditiveError
+from tl_em.models.cache import read_once
 from tl_em.models.hooks import LensModel, hook_points, hooked, resolve
 from tl_em.models.torch_state import in_plain_torch
 
@@ -120,5 +121,5 @@ def tiny_forward(model: LensModel, names: Sequence[str]) -> dict[str, Tensor]:
         for name, point in zip(ends, resolve(model, ends), strict=True):
             stack.callback(point.register_forward_pre_hook(partial(keep_input, name)).remove)
         with torch.no_grad(), hooked(model, reads, check=False):
-            model(tokens.to(model.cfg.device))
+            read_once(model, tokens)
     return seen

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tl_em.arguments import are_numbers, checked, token_ids
 from tl_em.errors import NonFiniteError, PositionError, PromptError, UsageError
 from tl_em.models.beginnings import Carried, Piece, PieceReader, beginning_of, pieces
-from tl_em.models.cache import reading_on
+from tl_em.models.cache import read_once, reading_on
 from tl_em.models.hooks import Alike, LensModel, hook_name, hooked, read_point, resolve
 from tl_em.models.prompts import Batch, EncodedPrompt, Prompt, batches, encode, token_index
 from tl_em.models.sites import Position, Site, as_position, as_sites
@@ -414,8 +414,7 @@ def _forward(model: LensModel, batch: Batch) -> Any:
     running = current_batch.set(batch)
     tokens = batch.tokens if _fanned.get() is None else batch.tokens[:1]
     try:
-        # padding_side: a HookedTransformer whose tokenizer pads on the left would take leading BOS tokens for padding.
-        return model(tokens.to(model.cfg.device), padding_side="right")
+        return read_once(model, tokens)
     finally:
         current_batch.reset(running)
 
