@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -244,6 +245,16 @@ def test_small_batches_change_nothing(small_model: LensModel, monkeypatch: pytes
     monkeypatch.setattr(capture_module, "_MAX_TOKENS", 12)
     torch.testing.assert_close(next_token_logits(small_model, PROMPTS), expected[0], **CLOSE)
     torch.testing.assert_close(sequence_logprobs(small_model, ANSWERED), expected[1], **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("d_model", "d_mlp", "read", "passed"), [(64, None, 2048, 7281), (576, 1536, 1040, 1040), (4096, 14336, 512, 512)]
+)
+def test_a_pass_holds_fewer_tokens_where_blocks_are_wide(
+    d_model: int, d_mlp: int | None, read: int, passed: int
+) -> None:
+    model: Any = SimpleNamespace(cfg=SimpleNamespace(d_model=d_model, d_mlp=d_mlp, device="cpu"))
+    assert (capture_module._read_tokens(model), capture_module._pass_tokens(model)) == (read, passed)
 
 
 # --- Refusals ---------------------------------------------------------------------------------------------------------

@@ -100,7 +100,8 @@ def read_once(model: LensModel, tokens: Int[Tensor, "prompt pos"]) -> Any:
         tokens: padded on the right, if at all.
     """
     if model not in _NEEDLESS:
-        _NEEDLESS[model] = hasattr(model, "original_model") and _holds_no_state(model.original_model)
+        hf_model = getattr(model, "original_model", None)
+        _NEEDLESS[model] = hf_model is not None and _holds_no_state(hf_model)
     # padding_side: a HookedTransformer whose tokenizer pads on the left would take leading BOS tokens for padding.
     options = {"padding_side": "right"} | ({"use_cache": False} if _NEEDLESS[model] else {})
     return model(tokens.to(model.cfg.device), **options)
@@ -238,7 +239,7 @@ def _read_once(layer: Any, rows: Int[Tensor, " row"]) -> None:
 
 
 def _pass(of: weakref.ref[Any], rows: Int[Tensor, " row"], *args: Any, **options: Any) -> Any:
-    layer = of()
+    layer: Any = of()
     layer.batch_select_indices(rows)
     found = type(layer).update(layer, *args, **options)
     kept = layer.keys, layer.values
