@@ -16,6 +16,7 @@ from tests.conftest import make_tokenizer
 from tl_em.interventions.many import Along, along_each
 from tl_em.models import beginnings, proof, stream
 from tl_em.models.beginnings import Piece, allow_beginnings
+from tl_em.models.cache import reading_on
 from tl_em.models.hooks import LensModel, hooked
 from tl_em.models.prompts import EncodedPrompt
 from tl_em.models.responses import mean_logprob
@@ -62,6 +63,26 @@ def whole(model: Any) -> Iterator[None]:
         yield
     finally:
         allow_beginnings(model, True)
+
+
+def test_the_last_piece_keeps_nothing_and_leaves_what_it_goes_on_from(model: LensModel) -> None:
+    tokens = torch.tensor([[*range(20, 32)]]).expand(3, -1)
+    with torch.no_grad(), reading_on(model) as read:
+        read(tokens[:1, :9])
+        held = read.held
+        read.go_on(held, [0, 0, 0])
+        expected = read(tokens[:, 9:])
+        for _ in range(2):
+            read.go_on(held, [0, 0, 0], last=True)
+            torch.testing.assert_close(read(tokens[:, 9:]), expected, rtol=0, atol=0)
+        kept: Any = read.held
+        read.go_on(held, [0, 0, 0])
+        torch.testing.assert_close(read(tokens[:, 9:]), expected, rtol=0, atol=0)
+    if hasattr(model, "original_model"):
+        sizes = [each.untyped_storage().nbytes() for layer in kept.layers for each in (layer.keys, layer.values)]
+        assert set(sizes) == {4} and kept.get_seq_length() == 12
+    else:
+        assert {entry.past_keys.shape[1] for entry in kept.entries} == {9}
 
 
 def direction(model: Any) -> em.Direction:

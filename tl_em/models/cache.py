@@ -113,7 +113,7 @@ _ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
 
 def _holds_no_state(hf_model: Any) -> bool:
     """Whether a cache of keys and values is all that a pass leaves: what has a state computes otherwise without one."""
-    takes, text = set(inspect.signature(hf_model.forward).parameters), text_config(hf_model.config)
+    takes, text = set(inspect.signature(hf_model.forward).parameters), text_config(getattr(hf_model, "config", None))
     kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ()
     named = "use_cache" in takes and bool(takes & {"cache", "past_key_values"})
     return named and "cache_params" not in takes and set(kinds) <= set(_ATTENTION)
@@ -212,7 +212,7 @@ class _BridgeReads:
         for number, layer in enumerate(held.layers):
             chosen = _rows(rows, number, self.model)
             if last and type(layer).__name__ in _PLAIN:
-                _read_once(layer, chosen)
+                _keep_nothing_(layer, chosen)
             else:
                 layer.batch_select_indices(chosen)
 
@@ -229,7 +229,7 @@ _PLAIN = ("DynamicLayer", "DynamicSlidingWindowLayer")
 """Layers of a cache that hold keys and values and nothing else."""
 
 
-def _read_once(layer: Any, rows: Int[Tensor, " row"]) -> None:
+def _keep_nothing_(layer: Any, rows: Int[Tensor, " row"]) -> None:
     """Let a layer of transformers' cache choose its rows when the pass comes to it, and keep nothing of what it reads.
 
     What stands for keys and values afterwards has their shape, and is NaN: a model that reads them again, as one whose
