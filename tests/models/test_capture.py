@@ -248,7 +248,7 @@ def test_small_batches_change_nothing(small_model: LensModel, monkeypatch: pytes
 
 
 @pytest.mark.parametrize(
-    ("d_model", "d_mlp", "read", "passed"), [(64, None, 2048, 7281), (576, 1536, 1040, 1040), (4096, 14336, 512, 512)]
+    ("d_model", "d_mlp", "read", "passed"), [(32, None, 2048, 8192), (576, 1536, 1040, 2080), (4096, 14336, 512, 2048)]
 )
 def test_a_pass_holds_fewer_tokens_where_blocks_are_wide(
     d_model: int, d_mlp: int | None, read: int, passed: int
