@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.cache_utils import Cache
 
 import tl_em as em
 from tl_em.errors import NonFiniteError, PositionError, PromptError, UsageError
 from tl_em.graph.attention import attention_pattern
 from tl_em.models import stream as capture_module
 from tl_em.models import unembedding
+from tl_em.models.cache import reading_on
 from tl_em.models.class_means import mean_activation
 from tl_em.models.hooks import LensModel, hook_points, hooked, read_point
 from tl_em.models.prompts import EncodedPrompt, Prompt, encode
@@ -100,20 +102,24 @@ def test_no_keys_and_values_are_kept_of_what_is_read_once(
     make_model: Callable[..., LensModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They were: of all layers, which is what a pass of SmolLM2 took most of its memory for."""
-    model = make_model("llama", "bridge")
+    model, kept = make_model("llama", "bridge"), list[int]()
     encoded = encode(model, [*PROMPTS, PROMPTS[0]])
 
-    def update(*_: Any, **__: Any) -> Any:
-        raise AssertionError("kept")
+    def update(self: Any, *args: Any, update: Any = Cache.update, **options: Any) -> Any:
+        kept.append(1)
+        return update(self, *args, **options)
 
-    monkeypatch.setattr("transformers.cache_utils.Cache.update", update)
-    with pytest.raises(AssertionError, match="kept"):
-        model(torch.tensor([encoded[0].ids]))
+    monkeypatch.setattr(Cache, "update", update)
+    with torch.no_grad(), reading_on(model) as read:
+        read(torch.tensor([encoded[0].ids]))
+    assert len(kept) == model.cfg.n_layers
+    kept.clear()
     capture(model, encoded, SITES, position="prompt_end")
     next_token_logits(model, encoded[:1])
     sequence_logprobs(model, ANSWERED[:1])
     em.attribute(model, PROMPTS[0], target=("yes", "cannot"))
     attention_pattern(model, PROMPTS[0], 1)
+    assert not kept
 
 
 def test_a_graph_reads_as_it_does_with_a_tokenizer_that_pads_on_the_left(small_model: LensModel) -> None:
