@@ -48,21 +48,21 @@ def pass_bytes(model: LensModel) -> int:
     return 4 * (3 * _MAX_LOGITS + _pass_tokens(model) * _widths(model))
 
 
-def _pass_tokens(model: LensModel) -> int:
+def _pass_tokens(model: Any) -> int:
     """Tokens of a pass that reads logits: on a CPU no more than ``_ACTIVATIONS`` allow."""
     if torch.device(model.cfg.device).type != "cpu":
         return _MAX_TOKENS
     return min(_MAX_TOKENS, max(_READ_TOKENS, _ACTIVATIONS // _widths(model)))
 
 
-def _read_tokens(model: LensModel) -> int:
+def _read_tokens(model: Any) -> int:
     """Tokens of a pass that reads activations: on a CPU no more than ``_READ_ACTIVATIONS`` allow."""
     if torch.device(model.cfg.device).type != "cpu":
         return 8 * _READ_TOKENS
     return min(_READ_TOKENS, max(_FEW_TOKENS, _READ_ACTIVATIONS // _widths(model)))
 
 
-def _widths(model: LensModel) -> int:
+def _widths(model: Any) -> int:
     """Numbers that a block holds of a token at once."""
     return 6 * model.cfg.d_model + 3 * (model.cfg.d_mlp or 4 * model.cfg.d_model)
 
