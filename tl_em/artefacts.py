@@ -167,7 +167,7 @@ def _made(temporary: Path) -> int:
 
 
 _TEMPORARY = re.compile(
-    r"\.(?P<name>.*)\.(?P<node>[0-9a-f]{8})-(?P<process>[0-9]+)-([0-9a-f]{8}\.(tl_em(\..*)?|folder))",
+    r"\.(?P<name>.*)\.(?P<node>[0-9a-f]{8})-(?P<process>[0-9]+)-([0-9a-f]{8}\.tl_em(\..*)?|[a-z0-9_]{8}\.folder)",
     re.DOTALL,
 )
 

@@ -122,9 +122,9 @@ def test_no_keys_and_values_are_kept_of_what_is_read_once(
     assert not kept
 
 
-def test_a_graph_reads_as_it_does_with_a_tokenizer_that_pads_on_the_left(small_model: LensModel) -> None:
+def test_a_graph_reads_as_it_does_with_a_tokenizer_that_pads_on_the_left(small_model: Any) -> None:
     """A HookedTransformer hides leading tokens then that are its padding."""
-    tokenizer: Any = small_model.tokenizer  # type: ignore[attr-defined]
+    tokenizer = small_model.tokenizer
     prompt = EncodedPrompt.from_ids([tokenizer.pad_token_id, *encode(small_model, ["the cat sat"])[0].ids])
 
     def read() -> tuple[torch.Tensor, torch.Tensor]:
@@ -260,7 +260,7 @@ def test_a_pass_holds_fewer_tokens_where_blocks_are_wide(
     d_model: int, d_mlp: int | None, read: int, passed: int
 ) -> None:
     model: Any = SimpleNamespace(cfg=SimpleNamespace(d_model=d_model, d_mlp=d_mlp, device="cpu"))
-    assert (capture_module._read_tokens(model), capture_module._pass_tokens(model)) == (read, passed)
+    assert (capture_module._capture_tokens(model), capture_module._pass_tokens(model)) == (read, passed)
 
 
 # --- Refusals ---------------------------------------------------------------------------------------------------------

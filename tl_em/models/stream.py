@@ -55,7 +55,7 @@ def _pass_tokens(model: Any) -> int:
     return min(_MAX_TOKENS, max(_READ_TOKENS, _ACTIVATIONS // _widths(model)))
 
 
-def _read_tokens(model: Any) -> int:
+def _capture_tokens(model: Any) -> int:
     """Tokens of a pass that reads activations: on a CPU no more than ``_READ_ACTIVATIONS`` allow."""
     if torch.device(model.cfg.device).type != "cpu":
         return 8 * _READ_TOKENS
@@ -304,7 +304,7 @@ def stream(
     for _, each in reads:
         each.__dict__["alike"] = one_group
     with torch.no_grad(), hooked(model, reads, check=False), _reading(model) as read_piece:
-        for batch in _batches(model, encoded, _read_tokens(model)):
+        for batch in _batches(model, encoded, _capture_tokens(model)):
             waiting.update(range(len(sites)))
             wanted = spans[list(batch.rows)]
             piece = beginning_of(model, batch, int(wanted.min())) or Piece(batch)
